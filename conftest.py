@@ -1,0 +1,32 @@
+"""Root pytest configuration: keep the checkout off sys.path and register `--benchmark` and `--slow`."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+# transformers probes for a package called `kernels`; with the checkout on sys.path it would find ours.
+ROOT = Path(__file__).resolve().parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--benchmark", action="store_true", help="run the benchmarks in bench/ and nothing else")
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # pytest-benchmark reads its options in a trylast hook, so they may be set here.
+    if config.option.benchmark:
+        config.option.benchmark_only = True
+    else:
+        config.option.benchmark_skip = True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.slow:
+        return
+    skip = pytest.mark.skip(reason="slow: run with --slow")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)

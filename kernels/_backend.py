@@ -1,0 +1,67 @@
+"""Which implementation an operation runs: the Triton kernel, PyTorch code, or the readable reference.
+
+The device decides: on CUDA devices (NVIDIA and ROCm) an operation that has a Triton kernel runs it; everything else
+runs as PyTorch code with the same signature, the same saved tensors and the same backward. `backend` overrides the
+choice, for comparisons and tests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_BACKENDS = ("triton", "reference")
+_forced: str | None = None
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one implementation for every operation called inside the block, in this process.
+
+    Args:
+        name: "triton" runs the Triton kernels, also on CPU tensors if TRITON_INTERPRET=1 was set before Triton was
+            imported (Triton's interpreter); an operation that has no kernel raises. "reference" calls the operations'
+            `<op>_reference`, plain differentiable PyTorch, on any device.
+
+    Raises:
+        ValueError: another name.
+        RuntimeError: "triton" where there is neither a CUDA device nor the interpreter.
+    """
+    global _forced
+    if name not in _BACKENDS:
+        raise ValueError(f"backend: name must be one of {', '.join(_BACKENDS)}; got {name!r}")
+    if name == "triton" and not (torch.cuda.is_available() or interpreting()):
+        raise RuntimeError(
+            "backend: 'triton' needs a CUDA device, or TRITON_INTERPRET=1 in the environment before Triton is imported"
+        )
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def interpreting() -> bool:
+    """True where Triton kernels run on CPU tensors, in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def reference_forced() -> bool:
+    """True inside `backend("reference")`."""
+    return _forced == "reference"
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    """True where an operation that has a Triton kernel must run it on `x`."""
+    if _forced is not None:
+        return _forced == "triton"
+    return x.is_cuda
+
+
+def require_no_triton(op: str) -> None:
+    """Raise inside `backend("triton")`: `op` has no Triton kernel, and no other path is taken quietly."""
+    if _forced == "triton":
+        raise NotImplementedError(f"{op}: there is no Triton kernel for this operation yet; leave backend('triton')")

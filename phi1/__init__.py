@@ -1,0 +1,36 @@
+"""phi-1 with fused Triton kernels: `phi1.load`, `phi1.generate`, `phi1.save`; the operations are in `phi1.kernels`.
+
+The names below are imported on first use, so that `import phi1` costs neither torch nor Triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from phi1.config import PRESETS, Phi1Config, preset
+    from phi1.generation import generate
+    from phi1.model import Cache, Phi1
+    from phi1.tokenizer import load_tokenizer
+    from phi1.weights import load, save
+
+__version__ = "0.1.0"
+_HOME = {
+    "PRESETS": "config", "Phi1Config": "config", "preset": "config",
+    "Cache": "model", "Phi1": "model",
+    "generate": "generation",
+    "load": "weights", "save": "weights",
+    "load_tokenizer": "tokenizer",
+}
+__all__ = ["PRESETS", "Cache", "Phi1", "Phi1Config", "generate", "load", "load_tokenizer", "preset", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'phi1' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"phi1.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

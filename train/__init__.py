@@ -1,0 +1,1 @@
+"""Pretraining and its parts: data, configuration, step, checkpoint, ledger."""
