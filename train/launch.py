@@ -1,0 +1,120 @@
+"""Where a process stands among the others, and how a run ends that the user can mend.
+
+torchrun prints a block of its own for every worker that fails and always exits with 1. So whatever can be refused is
+refused before any process group exists: rank 0 prints one line, writes the same line where torchrun looks for the root
+cause, and exits with 2; the other ranks wait until torchrun stops them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+# Rank 0 may have to tokenise a large corpus before the others are needed.
+LONGEST_PREPARATION = timedelta(days=2)
+# torchrun stops the other ranks about a second after rank 0 has exited; whoever exits first is named as the cause.
+GRACE_SECONDS = 20
+
+
+class RunError(Exception):
+    """Something that the user can mend. Its text is one line: what, where, and the fix."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among the others, as torchrun describes it in the environment."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    attempt: int = 0
+    """How often torchrun has restarted the workers."""
+    under_torchrun: bool = False
+
+    @classmethod
+    def from_environment(cls) -> Place:
+        env = os.environ
+        if "RANK" not in env or "WORLD_SIZE" not in env:
+            return cls()
+        return cls(rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]), local_rank=int(env.get("LOCAL_RANK", 0)),
+                   local_world_size=int(env.get("LOCAL_WORLD_SIZE", 1)),
+                   attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", 0)), under_torchrun="TORCHELASTIC_RUN_ID" in env)
+
+    def command(self, arguments: str) -> str:
+        """The command line that starts this script as it was started, with other arguments."""
+        script = sys.argv[0]
+        if not self.under_torchrun:
+            return f"python {script} {arguments}"
+        processes = f" --nproc-per-node {self.local_world_size}" if self.local_world_size > 1 else ""
+        return f"torchrun --standalone{processes} {script} {arguments}"
+
+
+def stop_with(message: str, place: Place, program: str = "pretrain") -> NoReturn:
+    """End this process with exit code 2; rank 0 says why, once.
+
+    A restarted attempt meets the same error again, so that only attempt 0 prints it.
+    """
+    line = " ".join(str(message).split())
+    if place.rank == 0:
+        if place.attempt == 0:
+            print(f"{program}: error: {line}", file=sys.stderr, flush=True)
+        _write_root_cause(f"{program}: error: {line}")
+    elif place.under_torchrun:
+        time.sleep(GRACE_SECONDS)
+    sys.stdout.flush()
+    os._exit(2)  # a rank that waits inside a collective would otherwise be joined at exit
+
+
+def _write_root_cause(line: str) -> None:
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    detail = {"py_callstack": "", "timestamp": str(int(time.time()))}
+    try:
+        with open(path, "w") as file:
+            json.dump({"message": {"message": line, "extraInfo": detail}}, file)
+    except OSError:
+        pass  # the line is on stderr already
+
+
+def connect(place: Place) -> Store:
+    """The store through which the processes find each other.
+
+    A prefix per attempt: torchrun gives restarted workers the same store, in which they would read the addresses of
+    the dead ones.
+    """
+    from torch.distributed import HashStore, PrefixStore, TCPStore
+
+    if place.world_size == 1:
+        return HashStore()
+    try:
+        hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        tcp = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), place.world_size,
+                       is_master=not hosted and place.rank == 0, wait_for_workers=False)
+    except KeyError as error:
+        raise RunError(f"RANK and WORLD_SIZE are set but {error.args[0]} is not: start several processes with "
+                       "torchrun") from None
+    return PrefixStore(f"phi1/attempt{place.attempt}", tcp)
+
+
+def announce_ready(store: Store) -> None:
+    """Rank 0: everything that can be refused has been checked, and the data are there."""
+    store.set("ready", "1")
+
+
+def wait_until_ready(store: Store, place: Place) -> None:
+    """The other ranks: wait for rank 0; if it is gone, end quietly, since it has said why."""
+    try:
+        store.wait(["ready"], LONGEST_PREPARATION)
+    except RuntimeError:  # DistStoreError and DistNetworkError
+        time.sleep(GRACE_SECONDS)
+        os._exit(2)
