@@ -55,10 +55,15 @@ def reference_forced() -> bool:
 
 
 def use_triton(x: torch.Tensor) -> bool:
-    """True where an operation that has a Triton kernel must run it on `x`."""
-    if _forced is not None:
-        return _forced == "triton"
-    return x.is_cuda
+    """True where an operation that has a Triton kernel must run it on `x`.
+
+    Raises:
+        ValueError: inside `backend("triton")`, where the kernels cannot run on x's device.
+    """
+    if _forced == "triton" and not (x.is_cuda or interpreting()):
+        raise ValueError("backend('triton'): tensors must be on a CUDA device, or TRITON_INTERPRET=1 be set before "
+                         f"Triton is imported; got a tensor on {x.device}")
+    return x.is_cuda if _forced is None else _forced == "triton"
 
 
 def require_no_triton(op: str) -> None:

@@ -1,0 +1,141 @@
+"""What the tests of the operations share: the tolerance rule, gradients of everything, uninitialised memory as NaN.
+
+The bound is that of flash-attention's tests: an implementation may be twice as far from the exact result as the plain
+PyTorch reference in the same dtype is, plus a few roundings. Exact is the reference in float64.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+Tensors = Mapping[str, torch.Tensor | None]
+Operation = Callable[..., Any]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def assert_within_bound(
+    out: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, name: str = "out", *, roundings: float = 2
+) -> None:
+    """Assert max|out - exact| <= 2 max|eager - exact| + a few roundings.
+
+    Args:
+        out: what is tested; its dtype, shape and device must be eager's.
+        eager: the reference in the tested dtype.
+        exact: the reference in float64, on the same inputs.
+        name: what the message calls `out`.
+        roundings: how many roundings of the largest exact value, eps(dtype) each, are allowed on top.
+    """
+    assert out.dtype == eager.dtype, f"{name}: dtype is {out.dtype}, the reference's {eager.dtype}"
+    assert out.shape == eager.shape, f"{name}: shape is {tuple(out.shape)}, the reference's {tuple(eager.shape)}"
+    assert out.device == eager.device, f"{name}: device is {out.device}, the reference's {eager.device}"
+    if out.numel() == 0:
+        return
+    error = (out.double() - exact.double()).abs()
+    worst = error.max().item()
+    eager_error = (eager.double() - exact.double()).abs().max().item()
+    rounding = torch.finfo(out.dtype).eps * exact.double().abs().max().item()
+    bound = 2 * eager_error + roundings * rounding
+    # Written so that a NaN fails.
+    if not worst <= bound:
+        flat = int(error.nan_to_num(nan=torch.inf).argmax())
+        index = [int(i) for i in torch.unravel_index(torch.tensor(flat), out.shape)]
+        raise AssertionError(
+            f"{name} {list(out.shape)} {out.dtype}: max|out - exact| = {worst:.3e} is over the bound {bound:.3e} "
+            f"(2 x eager's {eager_error:.3e} + {roundings} roundings of {rounding:.1e}); worst at {index}: "
+            f"out {out[tuple(index)].item():.6g}, eager {eager[tuple(index)].item():.6g}, "
+            f"exact {exact[tuple(index)].item():.6g}"
+        )
+
+
+def outputs_and_gradients(
+    operation: Operation, tensors: Tensors, seed: int = 57885161, **options: Any
+) -> dict[str, torch.Tensor]:
+    """Call operation(**tensors, **options); its outputs, and the gradient of every floating-point argument.
+
+    Each floating-point output gets a random gradient, which depends on `seed` and the output's shape alone and is exact
+    in every dtype; inputs drawn from the same seed would be correlated with it. Outputs are named out0, out1, ...; the
+    gradient of `x` is named dx.
+    """
+    leaves = {
+        name: x.detach().requires_grad_() if x is not None and x.is_floating_point() else x
+        for name, x in tensors.items()
+    }
+    result = operation(**leaves, **options)
+    outputs = tuple(result) if isinstance(result, tuple | list) else (result,)
+    wanted = {name: x for name, x in leaves.items() if x is not None and x.requires_grad}
+    differentiable = [out for out in outputs if out.requires_grad]
+    generator = torch.Generator().manual_seed(seed)
+    # Rounded to bfloat16, so that every dtype is given the same gradient.
+    upstream = [torch.randn(out.shape, generator=generator).bfloat16().to(out) for out in differentiable]
+    gradients = torch.autograd.grad(differentiable, list(wanted.values()), upstream, allow_unused=True)
+    named = {f"out{i}": out.detach() for i, out in enumerate(outputs)}
+    for name, gradient in zip(wanted, gradients, strict=True):
+        assert gradient is not None, f"{name} gets no gradient"
+        named[f"d{name}"] = gradient
+    return named
+
+
+def assert_matches_reference(
+    operation: Operation, reference: Operation, tensors: Tensors, *, roundings: float = 2, **options: Any
+) -> None:
+    """Assert the tolerance rule for every output and every gradient of an operation.
+
+    Args:
+        operation, reference: called with the same keywords.
+        tensors: arguments by name; the dtype of the floating-point ones is what is tested.
+        roundings: as for `assert_within_bound`.
+        options: the other arguments.
+    """
+    with empty_is_nan():
+        got = outputs_and_gradients(operation, tensors, **options)
+    eager = outputs_and_gradients(reference, tensors, **options)
+    exact = outputs_and_gradients(reference, {name: to_float64(x) for name, x in tensors.items()}, **options)
+    for name, out in got.items():
+        assert_within_bound(out, eager[name], exact[name], name, roundings=roundings)
+
+
+def to_float64(x: torch.Tensor | None) -> torch.Tensor | None:
+    """x in float64 if it is a floating-point tensor, else x."""
+    return x.double() if x is not None and x.is_floating_point() else x
+
+
+@contextmanager
+def empty_is_nan() -> Iterator[None]:
+    """Fill what torch.empty and its kin return with NaN (integers with their maximum), to catch what is not written."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+
+
+def assert_operator_is_sound(operator: str, arguments: Sequence[Any]) -> None:
+    """torch.library.opcheck of torch.ops.phi1.<operator>: schema, aliasing, fake tensors, autograd, AOT dispatch."""
+    torch.library.opcheck(getattr(torch.ops.phi1, operator).default, tuple(arguments))
+
+
+def assert_compiles_whole(operation: Operation, tensors: Tensors, **options: Any) -> None:
+    """Assert that torch.compile(fullgraph=True) traces the operation and its backward, and changes no bit."""
+    torch._dynamo.reset()
+    compiled = torch.compile(operation, fullgraph=True, backend="aot_eager")
+    expected = outputs_and_gradients(operation, tensors, **options)
+    got = outputs_and_gradients(compiled, tensors, **options)
+    for name, out in got.items():
+        assert torch.equal(out, expected[name]), f"{name} differs under torch.compile"
+
+
+def kernel_device() -> str | None:
+    """Where Triton kernels can run in this process: "cpu" in the interpreter, "cuda" on a GPU, else None."""
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() else None

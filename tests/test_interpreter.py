@@ -1,0 +1,54 @@
+"""Runs every test_*_kernels.py in Triton's interpreter: a process of its own, for TRITON_INTERPRET acts on import."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KERNEL_TESTS = sorted(Path(__file__).parent.glob("test_*_kernels.py"))
+
+
+def run_interpreted(path):
+    """pytest on one file; raises unless tests ran, all of them, and passed."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=path.parent, timeout=600)
+    summary = done.stdout.strip().rsplit("\n", 1)[-1]
+    ran_all = re.search(r"[1-9]\d* passed", summary) and not re.search("skipped|xfailed|error", summary)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert ran_all, f"{path.name} in the interpreter: {summary}"
+
+
+@pytest.mark.parametrize("path", KERNEL_TESTS, ids=lambda path: path.stem)
+def test_kernels_in_the_interpreter(path):
+    run_interpreted(path)
+
+
+def test_there_are_kernel_tests():
+    assert KERNEL_TESTS
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ("def test_a(): pass\ndef test_b(): assert False, 'broken kernel'", "broken kernel"),
+        ("x = 1", "no tests ran"),
+        ("import pytest\ndef test_a(): pass\n@pytest.mark.skip\ndef test_b(): pass", "skipped"),
+        ("import no_such_module\ndef test_a(): pass", "no_such_module"),
+    ],
+    ids=["fails", "empty", "skips", "does not import"],
+)
+def test_a_bad_kernel_test_file_is_noticed(tmp_path, body, complaint):
+    path = tmp_path / "test_bad_kernels.py"
+    path.write_text(body)
+    with pytest.raises(AssertionError, match=complaint):
+        run_interpreted(path)
+
+
+def test_the_interpreter_is_on_inside(tmp_path):
+    path = tmp_path / "test_env_kernels.py"
+    path.write_text("from phi1.testing import kernel_device\ndef test_a(): assert kernel_device() == 'cpu'")
+    run_interpreted(path)
