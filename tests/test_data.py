@@ -1,0 +1,283 @@
+"""The corpus: what is written is read back, every kind of damage is found and named, and the sample order."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phi1.tokenizer import MIN_VOCAB, train_bpe
+from phi1.train.data import DataError, open_corpus, sample_order
+from phi1.train.shards import DOCUMENT, ShardHeader, read_header
+from phi1.train.writer import CorpusWriter
+
+PINNED = [
+    [7, 8, 2, 6, 9, 3, 0, 4],
+    [1185601, 2286729, 360471, 2208843],
+    [768954621098, 329186583533, 1048176090178, 336792607794],
+]
+SHARD, BLOCK = 512, 64  # small, so that documents and rows cross blocks and shards
+TOKENIZER = train_bpe([], MIN_VOCAB)
+EOS = TOKENIZER.eos_id
+
+
+def make_corpus(folder: Path, lengths: list[int], val_lengths: list[int], *, shard: int = SHARD, block: int = BLOCK):
+    """A corpus of random documents; returns the stream of each split."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    writer = CorpusWriter(folder, TOKENIZER, shard_tokens=shard, block_tokens=block)
+    streams = {"train": np.empty(0, np.uint16), "val": np.empty(0, np.uint16)}
+    for split, part in (("train", lengths), ("val", val_lengths)):
+        for length in part:
+            tokens = np.append(rng.integers(0, 256, length), EOS).astype(np.uint16)
+            record = np.zeros(1, DOCUMENT)
+            record["tokens"], record["bytes"] = length, 3 * length
+            record["hash"] = np.void(rng.bytes(16))
+            writer.add(split, tokens, record)
+            streams[split] = np.append(streams[split], tokens)
+    writer.close({})
+    return streams
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "corpus"
+    return folder, make_corpus(folder, [100, 0, 700, 63, 64, 65, 511, 1, 900], [300, 20])
+
+
+def test_reads_back_what_was_written(corpus):
+    folder, streams = corpus
+    for split, stream in streams.items():
+        opened = open_corpus(folder, split)
+        assert opened.n_tokens == stream.size
+        assert opened.n_bytes == 3 * (stream.size - opened.documents.size)
+        assert (opened.vocab_size, opened.eos_id) == (MIN_VOCAB, EOS)
+        assert np.array_equal(np.concatenate(opened.shards), stream)
+        for i, record in enumerate(opened.documents):
+            begin, end = int(record["offset"]), int(record["offset"]) + int(record["tokens"])
+            assert stream[end] == EOS
+            assert np.array_equal(opened.document(i), stream[begin:end])
+        assert opened.load_tokenizer().fingerprint == TOKENIZER.fingerprint
+    assert len(list(folder.glob("train-*.bin"))) == 5
+    assert open_corpus(folder, "train").fingerprint == open_corpus(folder, "val", verify=False).fingerprint
+
+
+@pytest.mark.parametrize("seq_len", [1, 7, 64, 511, 512, 513, 2000])
+def test_rows_cut_the_stream(corpus, seq_len):
+    folder, streams = corpus
+    opened, stream = open_corpus(folder, "train"), streams["train"]
+    n = opened.n_samples(seq_len)
+    assert n * seq_len + 1 <= stream.size < (n + 1) * seq_len + 1
+    indices = np.random.default_rng(1).permutation(n)
+    rows = opened.rows(indices, seq_len)
+    assert rows.dtype == np.int64
+    assert rows.shape == (n, seq_len + 1)
+    for row, index in zip(rows, indices, strict=True):
+        assert np.array_equal(row, stream[index * seq_len:(index + 1) * seq_len + 1])
+    assert opened.rows(np.empty(0, np.int64), seq_len).shape == (0, seq_len + 1)
+
+
+@pytest.mark.parametrize("wrong", [-1, 37])
+def test_rows_refuses_a_sample_that_is_not_there(corpus, wrong):
+    opened = open_corpus(corpus[0], "train")
+    assert opened.n_samples(64) == 37
+    with pytest.raises(ValueError, match=r"rows: indices must be from 0 to 36 \(seq_len 64\); got"):
+        opened.rows(np.array([0, wrong]), 64)
+
+
+def test_too_small_a_corpus_says_what_is_needed(corpus):
+    opened = open_corpus(corpus[0], "val")
+    opened.require_samples(64, 5)
+    with pytest.raises(DataError, match=r"the val split is too small: its 322 tokens give 5 samples of 64 .* and 6 are"):
+        opened.require_samples(64, 6)
+
+
+def test_an_empty_split_opens(tmp_path):
+    make_corpus(tmp_path / "corpus", [10], [])
+    opened = open_corpus(tmp_path / "corpus", "val")
+    assert (opened.n_tokens, opened.n_bytes, opened.n_samples(4), len(opened.documents)) == (0, 0, 0, 0)
+    with pytest.raises(DataError, match="too small"):
+        opened.require_samples(4, 1)
+
+
+def _flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0x10
+    path.write_bytes(content)
+
+
+def _cut(path: Path, by: int) -> None:
+    path.write_bytes(path.read_bytes()[:-by])
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), [
+    ("train-00002.bin", lambda p: _flip(p, 4096 + 2 * 70), r"damaged: .*block 1 \(tokens 64 to 127\)"),
+    ("train-00000.bin", lambda p: _flip(p, -1), r"damaged: .*block 7 \(tokens 448 to 511\)"),
+    ("train-00001.bin", lambda p: _flip(p, 30), "header is damaged"),
+    ("train-00001.bin", lambda p: _flip(p, 4095), "header is damaged"),
+    ("train-00001.bin", lambda p: _flip(p, 0), "not a shard of tokens"),
+    ("train-00004.bin", lambda p: _cut(p, 1), r"truncated: .* bytes instead of"),
+    ("train-00003.bin", lambda p: p.write_bytes(b""), "truncated: 0 bytes"),
+    ("train-00003.bin", lambda p: p.write_bytes(p.read_bytes() + b"x"), "too long"),
+    ("train-00003.bin", lambda p: p.write_bytes(p.with_name("train-00002.bin").read_bytes()), "shard of another corpus"),
+    ("train-00003.bin", Path.unlink, "missing"),
+    ("val-00000.bin", Path.unlink, "missing"),
+    ("train-documents.npy", lambda p: _flip(p, -3), "damaged"),
+    ("train-documents.npy", lambda p: _cut(p, 32), "truncated"),
+    ("tokenizer/tokenizer.json", lambda p: _flip(p, 50), "damaged"),
+    ("tokenizer/tokenizer.json", Path.unlink, "missing"),
+    ("train-00005.bin", lambda p: p.write_bytes(p.with_name("train-00000.bin").read_bytes()), "an extra file"),
+    ("val-00001.bin", lambda p: p.write_bytes(b"x"), "an extra file"),
+    ("manifest.json", lambda p: p.write_text(p.read_text().replace('"tokens": 2413', '"tokens": 2414')),
+     "damaged: its fingerprint"),
+    ("manifest.json", lambda p: _cut(p, 5), "damaged"),
+    ("manifest.json", lambda p: p.unlink() or p.mkdir(), "Is a directory"),
+    ("manifest.json", lambda p: p.write_text("[]"), "damaged"),
+    ("manifest.json", lambda p: p.write_text('{"format": "phi1-corpus", "version": 2}'), "version 2; this reader"),
+])
+def test_damage_is_found_when_opened_and_named(corpus, name, damage, message):
+    folder, _ = corpus
+    open_corpus(folder, "train")
+    path = folder / name
+    damage(path)
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}: .*{message}") as error:
+        open_corpus(folder, "train")
+    assert "\n" not in str(error.value)
+
+
+def test_without_reading_all_the_sizes_and_names_are_still_checked(corpus):
+    folder, _ = corpus
+    _flip(folder / "train-00000.bin", -1)
+    open_corpus(folder, "train", verify=False)
+    _cut(folder / "train-00001.bin", 2)
+    with pytest.raises(DataError, match=r"train-00001.bin: truncated"):
+        open_corpus(folder, "train", verify=False)
+
+
+def test_a_shard_of_another_version_or_tokenizer_is_refused(corpus):
+    folder, _ = corpus
+    path = folder / "train-00000.bin"
+    header = read_header(path)
+    assert header == ShardHeader(4096, SHARD, TOKENIZER.fingerprint, BLOCK, header.blocks)
+    assert len(header.blocks) == SHARD // BLOCK
+    other = ShardHeader(4096, SHARD, "ab" * 32, BLOCK, header.blocks).pack()
+    path.write_bytes(other + path.read_bytes()[4096:])
+    with pytest.raises(DataError, match=r"its tokenizer \(abababababab\) is not the corpus'"):
+        open_corpus(folder, "train", verify=False)
+    path.write_bytes(other[:8] + b"\x09" + other[9:] + path.read_bytes()[4096:])
+    with pytest.raises(DataError, match="format version 9 with 16-bit tokens"):
+        open_corpus(folder, "train", verify=False)
+
+
+def test_a_folder_without_a_corpus_says_how_to_make_one(tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(DataError, match=f"no corpus there .*phi1 prepare --out {folder}"):
+            open_corpus(folder, "train")
+    with pytest.raises(ValueError, match="split must be one of train, val; got 'test'"):
+        open_corpus(tmp_path, "test")
+
+
+def test_files_of_others_do_not_matter(corpus):
+    folder, _ = corpus
+    (folder / "README.md").write_text("mine")
+    open_corpus(folder, "train")
+
+
+def test_the_fingerprint_follows_the_content(tmp_path):
+    make_corpus(tmp_path / "a", [50, 60], [10])
+    make_corpus(tmp_path / "b", [50, 60], [10])
+    make_corpus(tmp_path / "c", [50, 61], [10])
+    a, b, c = (open_corpus(tmp_path / name, "train").fingerprint for name in "abc")
+    assert a == b != c
+
+
+def test_a_tokenizer_with_more_than_16_bits_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(type(TOKENIZER), "__len__", lambda self: 65537)
+    with pytest.raises(DataError, match=r"must have at most 65,536 tokens.*got 65,537"):
+        CorpusWriter(tmp_path, TOKENIZER)
+
+
+def test_shards_are_made_of_whole_blocks(tmp_path):
+    with pytest.raises(ValueError, match=r"shard_tokens must be a multiple of block_tokens \(64\); got 100"):
+        CorpusWriter(tmp_path, TOKENIZER, shard_tokens=100, block_tokens=64)
+
+
+def test_gather_is_fast(tmp_path):
+    make_corpus(tmp_path / "corpus", [4_000_000], [], shard=1 << 20, block=1 << 18)
+    opened = open_corpus(tmp_path / "corpus", "train")
+    for seq_len, batch in ((256, 512), (2048, 64)):
+        speeds = []
+        for step in range(10):
+            indices = sample_order(0, step * batch, batch, opened.n_samples(seq_len))
+            start = time.perf_counter()
+            opened.rows(indices, seq_len)
+            speeds.append(batch * seq_len / (time.perf_counter() - start))
+        assert max(speeds) > 50e6  # tokens a second; 150e6 and 800e6 measured
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(1, 300), st.integers(0, 10**9))
+@settings(max_examples=200, deadline=None)
+def test_each_epoch_is_a_permutation(seed, n, epoch):
+    order = sample_order(seed, epoch * n, n, n)
+    assert order.dtype == np.int64
+    assert np.array_equal(np.sort(order), np.arange(n))
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(1, 5000), st.integers(0, 10**12),
+       st.lists(st.integers(0, 200), max_size=5))
+@settings(max_examples=100, deadline=None)
+def test_pieces_join_to_the_whole(seed, n, first, counts):
+    """No state: however a run is cut, and whoever asks, the order is the same."""
+    pieces, at = [np.empty(0, np.int64)], first
+    for count in counts:
+        pieces.append(sample_order(seed, at, count, n))
+        at += count
+    assert np.array_equal(np.concatenate(pieces), sample_order(seed, first, sum(counts), n))
+
+
+def test_epochs_and_seeds_differ():
+    n = 1000
+    orders = [sample_order(seed, epoch * n, n, n) for seed in (0, 1, 2**63) for epoch in range(20)]
+    for i, one in enumerate(orders):
+        for other in orders[:i]:
+            assert (one == other).sum() < 15  # two random permutations agree in 1 place on average
+
+
+def test_order_is_uniform():
+    """Each sample is equally likely at each place, over epochs: chi-square with 15 degrees of freedom a place."""
+    for n in (2, 3, 5, 16):
+        epochs = 4000
+        orders = sample_order(7, 0, epochs * n, n).reshape(epochs, n)
+        for place in range(n):
+            counts = np.bincount(orders[:, place], minlength=n)
+            assert ((counts - epochs / n) ** 2 / (epochs / n)).sum() < 3 * n + 25
+        followers = np.bincount(orders[:, 0] * n + orders[:, 1], minlength=n * n)
+        assert (followers > 0).sum() == n * (n - 1)  # every ordered pair begins some epoch
+
+
+def test_order_keeps_its_values():
+    """A run must replay with a later version: these values never change."""
+    assert sample_order(0, 0, 8, 10).tolist() == PINNED[0]
+    assert sample_order(1234, 10**12, 4, 3_420_000).tolist() == PINNED[1]
+    assert sample_order(2**64 - 1, 5, 4, 1 << 40).tolist() == PINNED[2]
+
+
+def test_order_costs_nothing_at_any_position():
+    for first in (0, 10**12, 10**18):
+        start = time.perf_counter()
+        assert np.unique(sample_order(3, first, 1024, 10**9)).size == 1024
+        assert time.perf_counter() - start < 1.0
+
+
+@pytest.mark.parametrize(("arguments", "name"), [
+    ((-1, 0, 1, 1), "seed"), ((2**64, 0, 1, 1), "seed"), ((0, -1, 1, 1), "first"), ((0, 0, -1, 1), "count"),
+    ((0, 0, 1, 0), "n_samples"),
+])
+def test_order_names_an_argument_out_of_range(arguments, name):
+    with pytest.raises(ValueError, match=f"sample_order: {name} must be from"):
+        sample_order(*arguments)

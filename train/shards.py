@@ -1,0 +1,145 @@
+"""The files of a corpus: shards of uint16 tokens, a document index and a manifest, each with its checksum.
+
+    corpus/
+      manifest.json          what the corpus holds: splits, files, sizes, hashes; `fingerprint` is its identity
+      train-00000.bin ...    the split's tokens, a stream of documents each followed by `<|endoftext|>`, in equal shards
+      train-documents.npy    one record a document (DOCUMENT), where its tokens lie in the stream
+      val-...                the same for the other split
+      tokenizer/             tokenizer.json, tokenizer_config.json
+
+A shard is a header, padded to a multiple of 4096 bytes, and little-endian uint16 tokens. Checksums are xxh3: it runs
+at the speed of memory (19 GB/s measured, against 1.8 for sha256), so the whole corpus is checked whenever it is opened,
+and xxhash is installed wherever datasets is. It guards against accidents, not against an adversary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+MAGIC = b"phi1tok\n"
+VERSION = 1
+FORMAT = "phi1-corpus"
+MANIFEST = "manifest.json"
+PAGE = 4096
+BLOCK_TOKENS = 1 << 20
+"""Tokens under one checksum: damage is located to 2 MiB."""
+SHARD_TOKENS = 100 * BLOCK_TOKENS
+TOKEN = np.dtype("<u2")
+DOCUMENT = np.dtype([("offset", "<u8"), ("tokens", "<u4"), ("bytes", "<u4"), ("hash", "V16")])
+"""A document: its first token in the split's stream, its tokens (without `<|endoftext|>`), its UTF-8 bytes and their
+blake2b-128."""
+
+# magic, version, header bytes, bits a token, tokens a block, tokens, sha256 of the tokenizer, checksum of the header
+_HEADER = struct.Struct("<8sIIIIQ32sQ")
+
+
+class DataError(ValueError):
+    """A corpus, or what one is to be made from, is missing, damaged or too small; the message is one line."""
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """What a shard says of itself: its size, the tokenizer its ids belong to, and a checksum a block."""
+
+    header_bytes: int
+    n_tokens: int
+    tokenizer: str
+    block_tokens: int
+    blocks: tuple[int, ...]
+
+    def pack(self) -> bytes:
+        """The header's bytes, with its own checksum in them."""
+        def fixed(checksum: int) -> bytes:
+            return _HEADER.pack(MAGIC, VERSION, self.header_bytes, 8 * TOKEN.itemsize, self.block_tokens,
+                                self.n_tokens, bytes.fromhex(self.tokenizer), checksum)
+        blocks = struct.pack(f"<{len(self.blocks)}Q", *self.blocks)
+        checksum = xxhash.xxh3_64_intdigest((fixed(0) + blocks).ljust(self.header_bytes, b"\0"))
+        return (fixed(checksum) + blocks).ljust(self.header_bytes, b"\0")
+
+    @staticmethod
+    def size(shard_tokens: int, block_tokens: int) -> int:
+        """Bytes of a header with room for the blocks of `shard_tokens`, in whole pages."""
+        needed = _HEADER.size + 8 * -(-shard_tokens // block_tokens)
+        return -(-needed // PAGE) * PAGE
+
+
+def read_header(path: Path) -> ShardHeader:
+    """Read and check a shard's header.
+
+    Raises:
+        DataError: it is not a shard, or its header is damaged or of another version.
+    """
+    with path.open("rb") as file:
+        fixed = file.read(_HEADER.size)
+        if len(fixed) < _HEADER.size or not fixed.startswith(MAGIC):
+            raise DataError(f"{path}: not a shard of tokens: it does not begin with {MAGIC!r}")
+        _, version, header_bytes, bits, block_tokens, n_tokens, tokenizer, checksum = _HEADER.unpack(fixed)
+        if (version, bits) != (VERSION, 8 * TOKEN.itemsize):
+            raise DataError(f"{path}: format version {version} with {bits}-bit tokens; this reader knows version "
+                            f"{VERSION} with {8 * TOKEN.itemsize}-bit tokens: prepare the corpus again")
+        rest = file.read(max(0, header_bytes - _HEADER.size))
+    n_blocks = -(-n_tokens // max(1, block_tokens))
+    if xxhash.xxh3_64_intdigest(fixed[:-8] + bytes(8) + rest) != checksum or len(rest) < 8 * n_blocks:
+        raise DataError(f"{path}: the header is damaged: its checksum is wrong")
+    return ShardHeader(header_bytes, n_tokens, tokenizer.hex(), block_tokens,
+                       struct.unpack(f"<{n_blocks}Q", rest[:8 * n_blocks]))
+
+
+def damaged_block(path: Path) -> str:
+    """Which tokens of a shard with a wrong content hash are damaged, in words."""
+    header = read_header(path)
+    with path.open("rb") as file:
+        file.seek(header.header_bytes)
+        for i, expected in enumerate(header.blocks):
+            tokens = min(header.block_tokens, header.n_tokens - i * header.block_tokens)
+            if xxhash.xxh3_64_intdigest(file.read(tokens * TOKEN.itemsize)) != expected:
+                return f"block {i} (tokens {i * header.block_tokens:,} to {i * header.block_tokens + tokens - 1:,})"
+    return "each block agrees with the header, so it is a shard of another corpus"
+
+
+def file_hash(path: Path) -> str:
+    """xxh3-128 of a file's content, in hex, as `xxhsum -H2` prints it."""
+    digest = xxhash.xxh3_128()
+    buffer = bytearray(1 << 22)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(view[:size])
+    return digest.hexdigest()
+
+
+def fingerprint(content: dict[str, Any]) -> str:
+    """sha256, in hex, of a manifest's content: the identity of a corpus."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a corpus.
+
+    Raises:
+        DataError: there is none, it is damaged, or it is of another version.
+    """
+    path = folder / MANIFEST
+    none = f"{folder}: no corpus there (no {MANIFEST}); make one with: phi1 prepare --out {folder}"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
+            raise DataError(f"{path}: {manifest['format']} version {manifest['version']}; this reader knows {FORMAT} "
+                            f"version {VERSION}: prepare the corpus again")
+        if manifest["fingerprint"] != fingerprint(manifest["content"]):
+            raise DataError(f"{path}: damaged: its fingerprint does not match its content")
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(none) from None
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: damaged: {type(error).__name__}: {error}") from None
+    return manifest
