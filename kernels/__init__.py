@@ -12,6 +12,22 @@ masks, and `_tuned.py` finds tile shapes. An operation's file imports no other's
 from phi1.kernels._backend import backend
 from phi1.kernels._checks import check_values
 from phi1.kernels._philox import Dropout
+from phi1.kernels.attention import attention
+from phi1.kernels.attention_qkv import attention_qkv
+from phi1.kernels.block import parallel_block
+from phi1.kernels.gelu import gelu
 from phi1.kernels.layer_norm import add_layer_norm, layer_norm
+from phi1.kernels.rotary import rotary
 
-__all__ = ["Dropout", "add_layer_norm", "backend", "check_values", "layer_norm"]
+__all__ = [
+    "Dropout",
+    "add_layer_norm",
+    "attention",
+    "attention_qkv",
+    "backend",
+    "check_values",
+    "gelu",
+    "layer_norm",
+    "parallel_block",
+    "rotary",
+]

@@ -1,0 +1,236 @@
+"""The PyTorch path of causal and full attention, forward and backward, shared by the operations that attend.
+
+    S = scale q k^T + mask        P = softmax(S)        out = drop(P) v        lse = log sum exp S
+    dP = drop(dout v^T)           dS = P (dP - rowsum(dout out))
+    dv = drop(P)^T dout           dq = scale dS k                dk = scale dS^T q
+
+S, P and lse are float32, in base 2 with the scale folded into q in float32, so that float16 q and k of 300 stay finite.
+P and dS are rounded to bfloat16 for their products where the inputs are bfloat16. Scores are held for one tile of
+samples, heads and queries at a time, and keys that no query of the tile may see are never multiplied. Saved: out, lse.
+
+B batch, Tq queries, Tk keys, H heads, K head size, N = B * Tq rows; G samples times heads of one tile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from phi1.kernels._philox import Dropout, attention_keep, dropout_scale
+
+LOG2E = math.log2(math.e)
+# Measured on a CPU with 1 MiB of L2 a core, T = 256 to 2048, K = 64: the scores of a tile and the products that read
+# them stay in the caches, and 128 queries skip most of what is above the diagonal.
+CPU_TILE_QUERIES, CPU_TILE_BYTES = 128, 4 << 20
+DEVICE_TILE_QUERIES, DEVICE_TILE_BYTES = 1024, 256 << 20
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which keys a query sees, and which probabilities are dropped.
+
+    seq_starts [B] hides the keys before it. `sample` numbers the first sample for the dropout masks.
+    """
+
+    causal: bool
+    scale: float
+    seq_starts: torch.Tensor | None = None
+    dropout: Dropout | None = None
+    sample: int = 0
+
+
+def attention_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, cu_seqlens: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [B, Tq, H, K], lse [H, N] float32) of q [B, Tq, H, K] and k, v [B, Tk, H, K], any strides.
+
+    With cu_seqlens the N rows are packed documents: each attends to itself alone, and reads no other's rows.
+    """
+    batch, n_queries, n_heads, _ = q.shape
+    lse = q.new_empty((n_heads, batch * n_queries), dtype=torch.float32)
+    if cu_seqlens is None:
+        out = q.new_empty(q.shape)
+        _forward(q, k, v, out, lse.unflatten(1, (batch, n_queries)).transpose(0, 1), mask)
+        return out, lse
+    out = q.new_full(q.shape, torch.nan)  # rows that belong to no document
+    flat = [_as_one_sample(x) for x in (q, k, v, out)]
+    for sample, rows in _documents(cu_seqlens):
+        _forward(*(x[:, rows] for x in flat), lse[None, :, rows], _of_sample(mask, sample))
+    return out, lse
+
+
+def attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: Mask,
+    cu_seqlens: torch.Tensor | None = None,
+) -> None:
+    """Write the gradients of q, k and v into `grads`, three tensors of their shapes and any strides."""
+    batch, n_queries = q.shape[:2]
+    # [H, N]: rowsum(dout out) is rowsum(P dP), dropped or not.
+    delta = (dout.float() * out).sum(-1).flatten(0, 1).t()
+    if cu_seqlens is None:
+        by_sample = (x.unflatten(1, (batch, n_queries)).transpose(0, 1) for x in (lse, delta))
+        _backward(dout, q, k, v, *by_sample, *grads, mask)
+        return
+    if any(grad.shape[0] != 1 for grad in grads):
+        grads = tuple(grad.flatten(0, 1)[None] for grad in grads)  # type: ignore[assignment]
+    dout, q, k, v = (_as_one_sample(x) for x in (dout, q, k, v))
+    for grad in grads:
+        grad.fill_(torch.nan)
+    for sample, rows in _documents(cu_seqlens):
+        statistics = (x[None, :, rows] for x in (lse, delta))
+        _backward(*(x[:, rows] for x in (dout, q, k, v)), *statistics, *(grad[:, rows] for grad in grads),
+                  _of_sample(mask, sample))
+
+
+def _forward(q, k, v, out, lse, mask: Mask) -> None:
+    """Fill out [B, Tq, H, K] and lse [B, H, Tq]."""
+    n_queries, n_keys = q.shape[1], k.shape[1]
+    low = _product_dtype(q)
+    for samples, heads, step in _tiles(q, k):
+        q_tile = _heads_first(q[samples, :, heads], torch.float32).mul_(mask.scale * LOG2E)  # [G, Tq, K]
+        k_tile = _heads_first(k[samples, :, heads], torch.float32)
+        v_tile = _heads_first(v[samples, :, heads], low)
+        out_tile, lse_tile = out[samples, :, heads].transpose(1, 2), lse[samples, heads]
+        for first in range(0, n_queries, step):
+            last = min(first + step, n_queries)
+            s, end = _scores(q_tile, k_tile, first, last, n_queries, mask, samples)
+            # A query that sees no key has a maximum of -inf: the clamps make its probabilities 0.
+            high = s.amax(-1, keepdim=True).clamp_(min=-1e30)
+            p = s.sub_(high).exp2_()
+            total = p.sum(-1, keepdim=True).clamp_(min=1.0)
+            shape = out_tile[:, :, first:last].shape
+            lse_tile[:, :, first:last] = (total.log2() + high).div_(LOG2E).view(shape[:3])
+            p.mul_(total.reciprocal_())
+            if mask.dropout is not None:
+                p.mul_(_kept(mask, samples, heads, first, last, n_queries, n_keys, end))
+            out_tile[:, :, first:last] = torch.bmm(p.to(low), v_tile[:, :end]).view(shape)
+
+
+def _backward(dout, q, k, v, lse, delta, dq, dk, dv, mask: Mask) -> None:
+    """Fill dq [B, Tq, H, K] and dk, dv [B, Tk, H, K], given lse and delta [B, H, Tq]."""
+    n_queries, n_keys = q.shape[1], k.shape[1]
+    low = _product_dtype(q)
+    for samples, heads, step in _tiles(q, k):
+        dout_low, q_low, k_low, v_low = (_heads_first(x[samples, :, heads], low) for x in (dout, q, k, v))
+        q_scaled, k_wide = q_low.float() * (mask.scale * LOG2E), k_low.float()
+        lse_tile = (lse[samples, heads] * LOG2E).flatten(0, 1)[..., None]  # [G, Tq, 1]
+        delta_tile = delta[samples, heads].flatten(0, 1)[..., None]
+        dq_tile = dq[samples, :, heads].transpose(1, 2)
+        dk_sum = dv_sum = None
+        for first in reversed(range(0, n_queries, step)):
+            last = min(first + step, n_queries)
+            s, end = _scores(q_scaled, k_wide, first, last, n_queries, mask, samples)
+            p = s.sub_(lse_tile[:, first:last]).exp2_()
+            dp = torch.bmm(dout_low[:, first:last], v_low[:, :end].transpose(1, 2))
+            if mask.dropout is None:
+                dropped = p.to(low)
+            else:
+                kept = _kept(mask, samples, heads, first, last, n_queries, n_keys, end)
+                dropped, dp = (p * kept).to(low), dp * kept
+            ds = (dp - delta_tile[:, first:last]).mul_(p).to(low)
+            dq_tile[:, :, first:last] = _product(ds, k_low[:, :end], mask.scale).view(dq_tile[:, :, first:last].shape)
+            dk_sum = _accumulate(dk_sum, _product(ds.transpose(1, 2), q_low[:, first:last], mask.scale), first > 0)
+            dv_sum = _accumulate(dv_sum, torch.bmm(dropped.transpose(1, 2), dout_low[:, first:last]), first > 0)
+        for grad, total in ((dk, dk_sum), (dv, dv_sum)):
+            target = grad[samples, :, heads].transpose(1, 2)
+            target.zero_() if total is None else target.copy_(total.view(target.shape))
+
+
+def _scores(q_tile, k_tile, first: int, last: int, n_queries: int, mask: Mask, samples: slice) -> tuple[torch.Tensor, int]:
+    """Masked scores [G, last - first, end] in base 2, and end: the number of keys that some query of the tile sees."""
+    n_keys = k_tile.shape[1]
+    end = n_keys - n_queries + last if mask.causal else n_keys
+    s = torch.bmm(q_tile[:, first:last], k_tile[:, :end].transpose(1, 2))
+    size = last - first
+    if mask.causal and size > 1:
+        # The last keys are the tile's own queries. Adding is 8 times as fast as masked_fill_ on a CPU.
+        s[:, :, end - size :] += torch.full((size, size), -torch.inf, device=s.device).triu_(1)
+    if mask.seq_starts is not None:
+        starts = mask.seq_starts[samples]
+        hidden = torch.arange(end, device=s.device) < starts[:, None]  # [B, end]
+        bias = torch.zeros(hidden.shape, device=s.device).masked_fill_(hidden, -torch.inf)
+        s.unflatten(0, (starts.shape[0], -1)).add_(bias[:, None, None])
+        if not mask.causal:
+            # A causal query before the start sees nothing already.
+            query = torch.arange(n_keys - n_queries + first, n_keys - n_queries + last, device=s.device)
+            rows = torch.zeros((starts.shape[0], size), device=s.device)
+            rows.masked_fill_(query < starts[:, None], -torch.inf)
+            s.unflatten(0, (starts.shape[0], -1)).add_(rows[:, None, :, None])
+    return s, end
+
+
+def _kept(mask: Mask, samples: slice, heads: slice, first: int, last: int, n_queries: int, n_keys: int,
+          end: int) -> torch.Tensor:
+    """The dropout mask of a tile [G, last - first, end]: 0, or the scale of what is kept."""
+    assert mask.dropout is not None
+    offset = n_keys - n_queries
+    keep = attention_keep(
+        mask.dropout, samples=range(mask.sample + samples.start, mask.sample + samples.stop),
+        heads=range(heads.start, heads.stop), queries=range(offset + first, offset + last), keys=range(end),
+    )
+    return keep.flatten(0, 1).float().mul_(dropout_scale(mask.dropout.p))
+
+
+def _tiles(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice, int]]:
+    """(samples, heads, queries at a time): as many whole samples as fit the tile, or else heads of one sample."""
+    batch, n_queries, n_heads, head_size = q.shape
+    limits = (CPU_TILE_QUERIES, CPU_TILE_BYTES) if q.is_cpu else (DEVICE_TILE_QUERIES, DEVICE_TILE_BYTES)
+    step = max(1, min(limits[0], n_queries))
+    bytes_of_a_head = 4 * max(1, k.shape[1]) * (step + 2 * head_size)
+    n = max(1, limits[1] // bytes_of_a_head)
+    samples_at_once, heads_at_once = max(1, n // n_heads), min(n, n_heads)
+    for sample in range(0, batch, samples_at_once):
+        for head in range(0, n_heads, heads_at_once):
+            yield (slice(sample, min(sample + samples_at_once, batch)),
+                   slice(head, min(head + heads_at_once, n_heads)), step)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale a b, scaled before it is rounded."""
+    return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale)
+
+
+def _accumulate(total: torch.Tensor | None, part: torch.Tensor, more_follow: bool) -> torch.Tensor:
+    """total += part over the keys that part has; float32 unless the first part is the only one."""
+    if total is None:
+        return part.float() if more_follow else part
+    total[:, : part.shape[1]] += part
+    return total
+
+
+def _heads_first(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[B, T, H, K] -> [G, T, K] contiguous: the batched products are a fifth slower on strided operands."""
+    heads = x.transpose(1, 2)
+    return torch.empty(heads.shape, dtype=dtype, device=x.device).copy_(heads).flatten(0, 1)
+
+
+def _product_dtype(x: torch.Tensor) -> torch.dtype:
+    """What P, dS and their factors are rounded to. CPUs multiply float16 at a tenth of the speed of float32."""
+    return torch.float32 if x.is_cpu and x.dtype != torch.bfloat16 else x.dtype
+
+
+def _as_one_sample(x: torch.Tensor) -> torch.Tensor:
+    """[B, T, H, K] -> [1, N, H, K]."""
+    return x.flatten(0, 1)[None]
+
+
+def _documents(cu_seqlens: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """(number, rows) of each document that has any."""
+    ends = cu_seqlens.tolist()
+    for number, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        if end > start:
+            yield number, slice(start, end)
+
+
+def _of_sample(mask: Mask, sample: int) -> Mask:
+    return replace(mask, sample=sample)

@@ -1,0 +1,220 @@
+"""Attention on packed q, k and v, with the rotary embedding inside; formulas in `_attention.py` and `_rotary.py`.
+
+Saved for the backward: qkv as given, out and lse, float32 [H, N]; the backward rotates again, and un-rotates the
+gradients of q and k in place in the packed gradient. Deterministic.
+
+B batch, T tokens, N = B * T rows, H heads, K head size, R rotary dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from phi1.kernels._attention import Mask, attention_backward, attention_forward
+from phi1.kernels._attention_rules import attend_reference, check_packing, check_scale
+from phi1.kernels._backend import reference_forced, require_no_triton
+from phi1.kernels._checks import check_dropout, check_float, check_rank, check_tensors, require
+from phi1.kernels._philox import Dropout, dropout_fields, dropout_from_fields
+from phi1.kernels._rotary import (
+    check_positions,
+    check_tables,
+    default_positions,
+    rotate_,
+    rotate_reference,
+    rows_of_tables,
+)
+
+
+def _rotated(qkv: torch.Tensor, cos, sin, positions) -> torch.Tensor:
+    """qkv with q and k rotated, or qkv itself where there are no tables."""
+    if cos is None:
+        return qkv
+    qkv = qkv.clone(memory_format=torch.contiguous_format)
+    rotate_(qkv[:, :2], *rows_of_tables(cos, sin, positions))
+    return qkv
+
+
+def _by_sample(qkv: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
+    """[N, 3, H, K] -> q, k, v [B, T, H, K], views."""
+    return qkv.unflatten(0, (batch, qkv.shape[0] // max(batch, 1))).unbind(2)
+
+
+@torch.library.custom_op("phi1::attention_qkv", mutates_args=())
+def _attention_qkv_op(
+    qkv: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    seq_starts: torch.Tensor | None,
+    batch: int,
+    causal: bool,
+    scale: float,
+    p: float,
+    rng: torch.Tensor | None,
+    sample_ids: torch.Tensor | None,
+    layer: int,
+    kind: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = Mask(causal, scale, seq_starts, dropout_from_fields(p, rng, sample_ids, layer, kind))
+    out, lse = attention_forward(*_by_sample(_rotated(qkv, cos, sin, positions), batch), mask, cu_seqlens)
+    return out.view(qkv.shape[0], -1), lse
+
+
+@_attention_qkv_op.register_fake
+def _(qkv: torch.Tensor, *_):
+    n_rows, _, n_heads, head_size = qkv.shape
+    return qkv.new_empty((n_rows, n_heads * head_size)), qkv.new_empty((n_heads, n_rows), dtype=torch.float32)
+
+
+@torch.library.custom_op("phi1::attention_qkv_backward", mutates_args=())
+def _attention_qkv_backward_op(
+    dout: torch.Tensor,
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    seq_starts: torch.Tensor | None,
+    batch: int,
+    causal: bool,
+    scale: float,
+    p: float,
+    rng: torch.Tensor | None,
+    sample_ids: torch.Tensor | None,
+    layer: int,
+    kind: int,
+) -> torch.Tensor:
+    mask = Mask(causal, scale, seq_starts, dropout_from_fields(p, rng, sample_ids, layer, kind))
+    dqkv = qkv.new_empty(qkv.shape)
+    q, k, v = _by_sample(_rotated(qkv, cos, sin, positions), batch)
+    dq, dk, dv = _by_sample(dqkv, batch)
+    attention_backward(dout.reshape(q.shape), q, k, v, out.view(q.shape), lse, (dq, dk, dv), mask, cu_seqlens)
+    if cos is not None:
+        rotate_(dqkv[:, :2], *rows_of_tables(cos, sin, positions), inverse=True)
+    return dqkv
+
+
+@_attention_qkv_backward_op.register_fake
+def _(dout, qkv: torch.Tensor, *_):
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup(ctx, inputs, output) -> None:
+    qkv, cos, sin, positions, cu_seqlens, seq_starts, *constants, p, rng, sample_ids, layer, kind = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(qkv, out, lse, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids)
+    ctx.constants = *constants, p, layer, kind
+
+
+def _autograd(ctx, dout, _):
+    *tensors, rng, sample_ids = ctx.saved_tensors
+    *constants, layer, kind = ctx.constants
+    dqkv = torch.ops.phi1.attention_qkv_backward(dout, *tensors, *constants, rng, sample_ids, layer, kind)
+    return dqkv, *[None] * 13
+
+
+_attention_qkv_op.register_autograd(_autograd, setup_context=_setup)
+
+
+def attention_qkv(
+    qkv: torch.Tensor,
+    *,
+    batch: int | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    positions: torch.Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    seq_starts: torch.Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """Self-attention on the packed output of one projection, read in place.
+
+    Args:
+        qkv: [N, 3, H, K] of q, k, v; float16, bfloat16 or float32, any strides.
+        batch: B, the rows are B sequences of N / B tokens each; 1 by default. Not with cu_seqlens.
+        cu_seqlens: int32 [documents + 1], ascending from 0 to N: the rows are packed documents instead.
+        rotary: None, or (cos, sin) tables [T, R/2] float32, constants: q and k are rotated first.
+        positions: int32 or int64 [N], for rotary; by default each row's index in its document, or in its sequence from
+            seq_starts on, at least 0.
+        causal, scale, seq_starts, dropout: as for `attention`.
+
+    Returns:
+        [N, H * K] in qkv's dtype, contiguous.
+
+    Raises:
+        TypeError: an argument is not a tensor, or of another dtype.
+        ValueError: a shape, a device or a value breaks its rule. Values inside tensors are checked on CPU and under
+            `check_values(True)`.
+
+    Source: as for `attention` and `rotary`.
+    """
+    batch, scale = _check(qkv, batch, cu_seqlens, scale, seq_starts, dropout)
+    positions = _positions(qkv, batch, rotary, positions, cu_seqlens, seq_starts)
+    if reference_forced():
+        return attention_qkv_reference(qkv, batch=batch, cu_seqlens=cu_seqlens, rotary=rotary, positions=positions,
+                                       causal=causal, scale=scale, seq_starts=seq_starts, dropout=dropout)
+    require_no_triton("attention_qkv")
+    cos, sin = (None, None) if rotary is None else rotary
+    return torch.ops.phi1.attention_qkv(qkv, cos, sin, positions, cu_seqlens, seq_starts, batch, causal, scale,
+                                        *dropout_fields(dropout))[0]
+
+
+def _check(qkv, batch, cu_seqlens, scale, seq_starts, dropout) -> tuple[int, float]:
+    op = "attention_qkv"
+    check_tensors(op, qkv=qkv)
+    check_float(op, "qkv", qkv)
+    check_rank(op, "qkv", qkv, "N, 3, H, K")
+    n_rows, three, n_heads, head_size = qkv.shape
+    require(three == 3, op, "qkv.shape[1] must be 3: q, k and v", three)
+    require(batch is None or cu_seqlens is None, op, "at most one of batch and cu_seqlens may be given", "both")
+    batch = 1 if batch is None else batch
+    require(batch >= 1 and n_rows % batch == 0, op, f"batch must divide the {n_rows} rows of qkv", batch)
+    check_packing(op, qkv, batch, n_rows, n_rows // batch, cu_seqlens, seq_starts)
+    n_samples = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    check_dropout(op, dropout, qkv, n_samples, n_heads)
+    return batch, check_scale(op, scale, head_size)
+
+
+def _positions(qkv, batch, rotary, positions, cu_seqlens, seq_starts) -> torch.Tensor | None:
+    op = "attention_qkv"
+    if rotary is None:
+        require(positions is None, op, "positions may be given only with rotary", "no rotary")
+        return None
+    check_tensors(op, cos=rotary[0], sin=rotary[1])
+    check_tables(op, *rotary, qkv, qkv.shape[3])
+    if positions is None:
+        positions = default_positions(qkv.shape[0], batch, cu_seqlens, seq_starts, qkv.device)
+    check_tensors(op, positions=positions)
+    check_positions(op, positions, qkv.shape[0], rotary[0])
+    return positions
+
+
+def attention_qkv_reference(
+    qkv: torch.Tensor,
+    *,
+    batch: int | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    positions: torch.Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    seq_starts: torch.Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """`attention_qkv` in plain differentiable PyTorch, with all scores in memory."""
+    batch = batch or 1
+    if rotary is not None:
+        cos, sin = (table.detach() for table in rotary)
+        if positions is None:
+            positions = default_positions(qkv.shape[0], batch, cu_seqlens, seq_starts, qkv.device)
+        qkv = torch.cat((rotate_reference(qkv[:, :2], cos, sin, positions), qkv[:, 2:]), dim=1)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = _by_sample(qkv, batch)
+    out = attend_reference(q, k, v, causal=causal, scale=scale, cu_seqlens=cu_seqlens, seq_starts=seq_starts,
+                           dropout=dropout)
+    return out.reshape(qkv.shape[0], -1)

@@ -1,0 +1,87 @@
+"""gelu_new, the tanh form of GELU (Hendrycks and Gimpel, arXiv 1606.08415), as phi-1 uses it.
+
+    y = x / 2 * (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))  =  x * sigmoid(1.5957691216 (x + 0.044715 x^3))
+
+Computed in float32, rounded once. Saves x.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import gelu as torch_gelu
+
+from phi1.kernels._backend import reference_forced, require_no_triton
+from phi1.kernels._checks import check_float, check_tensors
+
+
+def gelu_forward(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """gelu_new(x), into `out` if that is given. Nothing is checked."""
+    if out is None:
+        return torch_gelu(x, approximate="tanh")
+    return torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
+
+
+def gelu_backward(dy: torch.Tensor, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The gradient of x, into `out` if that is given. Nothing is checked."""
+    if out is None:
+        return torch.ops.aten.gelu_backward(dy, x, approximate="tanh")
+    return torch.ops.aten.gelu_backward.grad_input(dy, x, approximate="tanh", grad_input=out)
+
+
+@torch.library.custom_op("phi1::gelu", mutates_args=())
+def _gelu_op(x: torch.Tensor) -> torch.Tensor:
+    return gelu_forward(x.contiguous())
+
+
+@_gelu_op.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("phi1::gelu_backward", mutates_args=())
+def _gelu_backward_op(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return gelu_backward(dy.contiguous(), x.contiguous())
+
+
+@_gelu_backward_op.register_fake
+def _(dy, x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx, dy):
+    return torch.ops.phi1.gelu_backward(dy, *ctx.saved_tensors)
+
+
+_gelu_op.register_autograd(_autograd, setup_context=_setup)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """gelu_new of each element.
+
+    Args:
+        x: any shape, float16, bfloat16 or float32.
+
+    Returns:
+        x's shape and dtype, contiguous.
+
+    Raises:
+        TypeError: x is not a tensor of such a dtype.
+
+    Source: Hendrycks and Gimpel, "Gaussian error linear units", arXiv 1606.08415, the tanh approximation.
+    """
+    check_tensors("gelu", x=x)
+    check_float("gelu", "x", x)
+    if reference_forced():
+        return gelu_reference(x)
+    require_no_triton("gelu")
+    return torch.ops.phi1.gelu(x)
+
+
+def gelu_reference(x: torch.Tensor) -> torch.Tensor:
+    """`gelu` in plain differentiable PyTorch."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.sigmoid(1.5957691216057308 * (wide + 0.044715 * wide**3))).to(x.dtype)

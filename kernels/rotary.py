@@ -1,0 +1,87 @@
+"""Rotary position embedding (Su et al., arXiv 2104.09864) on the first R dimensions of q and k; formulas in `_rotary.py`.
+
+Computed in float32, rounded once. Saves nothing but the tables and positions: the backward is the inverse rotation.
+
+N rows, T positions, H heads, K head size, R rotary dimension, S = 1 (q), 2 (q, k) or 3 (q, k, v).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from phi1.kernels._backend import reference_forced, require_no_triton
+from phi1.kernels._checks import check_float, check_rank, check_tensors, require
+from phi1.kernels._rotary import check_positions, check_tables, rotate_, rotate_reference, rows_of_tables
+
+
+def rotary_forward(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, inverse: bool
+) -> torch.Tensor:
+    """x [N, S, H, K] with q and k rotated, contiguous. Nothing is checked."""
+    out = x.clone(memory_format=torch.contiguous_format)
+    rotate_(out[:, :2], *rows_of_tables(cos, sin, positions), inverse)
+    return out
+
+
+@torch.library.custom_op("phi1::rotary", mutates_args=())
+def _rotary_op(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, inverse: bool
+) -> torch.Tensor:
+    return rotary_forward(x, cos, sin, positions, inverse)
+
+
+@_rotary_op.register_fake
+def _(x: torch.Tensor, cos, sin, positions, inverse) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup(ctx, inputs, output) -> None:
+    _, cos, sin, positions, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin, positions)
+
+
+def _autograd(ctx, dy):
+    return torch.ops.phi1.rotary(dy, *ctx.saved_tensors, not ctx.inverse), None, None, None, None
+
+
+_rotary_op.register_autograd(_autograd, setup_context=_setup)
+
+
+def rotary(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, *, inverse: bool = False
+) -> torch.Tensor:
+    """Rotate q and k by their positions.
+
+    Args:
+        x: [N, S, H, K], float16, bfloat16 or float32; S is 1 for q or k, 2 for both, 3 for q, k and v, which stays.
+        cos: [T, R/2] float32, cosine of position times frequency; R at most K. A constant: it gets no gradient.
+        sin: as cos.
+        positions: [N] int32 or int64, at least 0 and less than T. Checked on CPU and under `check_values(True)`.
+        inverse: rotate back.
+
+    Returns:
+        [N, S, H, K] in x's dtype, contiguous.
+
+    Raises:
+        TypeError: an argument is not a tensor, or x not of a floating-point dtype.
+        ValueError: a shape, a device, a table's dtype or a position breaks its rule.
+
+    Source: Su et al., "RoFormer", arXiv 2104.09864; halves paired as in GPT-NeoX.
+    """
+    check_tensors("rotary", x=x, cos=cos, sin=sin, positions=positions)
+    check_float("rotary", "x", x)
+    check_rank("rotary", "x", x, "N, S, H, K")
+    require(x.shape[1] in (1, 2, 3), "rotary", "x.shape[1] must be 1, 2 or 3: q, or q and k, or q, k and v", x.shape[1])
+    check_tables("rotary", cos, sin, x, x.shape[3])
+    check_positions("rotary", positions, x.shape[0], cos)
+    if reference_forced():
+        return rotary_reference(x, cos, sin, positions, inverse=inverse)
+    require_no_triton("rotary")
+    return torch.ops.phi1.rotary(x, cos, sin, positions, inverse)
+
+
+def rotary_reference(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, *, inverse: bool = False
+) -> torch.Tensor:
+    """`rotary` in plain differentiable PyTorch."""
+    return torch.cat((rotate_reference(x[:, :2], cos.detach(), sin.detach(), positions, inverse), x[:, 2:]), dim=1)
