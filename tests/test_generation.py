@@ -282,7 +282,8 @@ def test_the_model_is_left_as_it_was(tokenizer):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(model, tokenizer, dtype):
-    half = random_model().to(dtype)
+    half = Phi1(CONFIG, dtype=dtype)
+    half.load_state_dict(model.state_dict())
     batch = generate(half, tokenizer, PROMPTS, max_new_tokens=8, temperature=0.8, seed=1)
     assert all(len(completion.token_ids) == 8 or completion.finish_reason == "eos" for completion in batch)
 

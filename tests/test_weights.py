@@ -452,13 +452,16 @@ def test_saved_files_are_readable_by_others(tmp_path):
 
 def peak_over_size(folder):
     """Peak of resident memory while loading, above what the imports took, over the size of the weight files."""
+    # VmHWM, because getrusage's peak would be this process's own, which the new one inherits.
     code = """
-        import sys, resource, torch
+        import sys
         import phi1.weights
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        now = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+        def status(name):
+            with open("/proc/self/status") as file:
+                return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+        before = status("VmRSS")
         model = phi1.weights.load(sys.argv[1], device="cpu")
-        print(peak() - now)
+        print(status("VmHWM") - before)
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(folder)], capture_output=True, text=True,
                          check=True, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
