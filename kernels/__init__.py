@@ -17,6 +17,7 @@ from phi1.kernels.attention_qkv import attention_qkv
 from phi1.kernels.block import parallel_block
 from phi1.kernels.gelu import gelu
 from phi1.kernels.layer_norm import add_layer_norm, layer_norm
+from phi1.kernels.linear import linear
 from phi1.kernels.rotary import rotary
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "check_values",
     "gelu",
     "layer_norm",
+    "linear",
     "parallel_block",
     "rotary",
 ]

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 
 from phi1.kernels._attention import Mask, attention_backward, attention_forward
+from phi1.kernels._gelu import gelu_backward, gelu_forward
 from phi1.kernels._philox import Dropout
 from phi1.kernels._residual import dropped
-from phi1.kernels._rotary import rotate_, rows_of_tables
-from phi1.kernels.gelu import gelu_backward, gelu_forward
+from phi1.kernels._rotary import rotate_
 from phi1.kernels.layer_norm import layer_norm_backward, layer_norm_forward
 
 

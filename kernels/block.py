@@ -24,11 +24,11 @@ from phi1.kernels._attention_rules import check_packing
 from phi1.kernels._backend import reference_forced, require_no_triton
 from phi1.kernels._block import block_backward, block_forward
 from phi1.kernels._checks import check_alike, check_dropout, check_float, check_rank, check_shape, check_tensors, require
+from phi1.kernels._gelu import gelu_new
 from phi1.kernels._philox import Dropout, dropout_from_fields, is_active
 from phi1.kernels._residual import dropped
 from phi1.kernels._rotary import check_positions, check_tables, default_positions, rows_of_tables
 from phi1.kernels.attention_qkv import attention_qkv_reference
-from phi1.kernels.gelu import gelu_reference
 from phi1.kernels.layer_norm import layer_norm_reference
 
 NO_DROPOUT: tuple[None, None, None] = (None, None, None)
@@ -269,7 +269,7 @@ def parallel_block_reference(
         projected[:, : 3 * width].unflatten(1, (3, n_heads, -1)), batch=batch, cu_seqlens=cu_seqlens,
         rotary=(cos, sin), positions=positions, seq_starts=seq_starts, dropout=dropouts[0],
     )
-    act = gelu_reference(projected[:, 3 * width :])
+    act = gelu_new(projected[:, 3 * width :])
     dense = linear(att, out_weight[:, :width], out_bias[0])
     fc2 = linear(act, out_weight[:, width:], out_bias[1])
     return x + dropped(dense, dropouts[1], cu_seqlens) + dropped(fc2, dropouts[2], cu_seqlens)

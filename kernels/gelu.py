@@ -1,6 +1,4 @@
-"""gelu_new, the tanh form of GELU (Hendrycks and Gimpel, arXiv 1606.08415), as phi-1 uses it.
-
-    y = x / 2 * (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))  =  x * sigmoid(1.5957691216 (x + 0.044715 x^3))
+"""gelu_new, the tanh form of GELU (Hendrycks and Gimpel, arXiv 1606.08415), as phi-1 uses it; formula in `_gelu.py`.
 
 Computed in float32, rounded once. Saves x.
 """
@@ -8,24 +6,10 @@ Computed in float32, rounded once. Saves x.
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import gelu as torch_gelu
 
 from phi1.kernels._backend import reference_forced, require_no_triton
 from phi1.kernels._checks import check_float, check_tensors
-
-
-def gelu_forward(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """gelu_new(x), into `out` if that is given. Nothing is checked."""
-    if out is None:
-        return torch_gelu(x, approximate="tanh")
-    return torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
-
-
-def gelu_backward(dy: torch.Tensor, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The gradient of x, into `out` if that is given. Nothing is checked."""
-    if out is None:
-        return torch.ops.aten.gelu_backward(dy, x, approximate="tanh")
-    return torch.ops.aten.gelu_backward.grad_input(dy, x, approximate="tanh", grad_input=out)
+from phi1.kernels._gelu import gelu_backward, gelu_forward, gelu_new
 
 
 @torch.library.custom_op("phi1::gelu", mutates_args=())
@@ -83,5 +67,4 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 
 def gelu_reference(x: torch.Tensor) -> torch.Tensor:
     """`gelu` in plain differentiable PyTorch."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.sigmoid(1.5957691216057308 * (wide + 0.044715 * wide**3))).to(x.dtype)
+    return gelu_new(x)
