@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ def stop_with(message: str, place: Place, program: str = "pretrain") -> NoReturn
             print(f"{program}: error: {line}", file=sys.stderr, flush=True)
         _write_root_cause(f"{program}: error: {line}")
     elif place.under_torchrun:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(GRACE_SECONDS)
     sys.stdout.flush()
     os._exit(2)  # a rank that waits inside a collective would otherwise be joined at exit
@@ -78,7 +80,7 @@ def _write_root_cause(line: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
-    detail = {"py_callstack": "", "timestamp": str(int(time.time()))}
+    detail = {"py_callstack": line, "timestamp": str(int(time.time()))}  # torchrun shows the "call stack" alone
     try:
         with open(path, "w") as file:
             json.dump({"message": {"message": line, "extraInfo": detail}}, file)
@@ -106,15 +108,16 @@ def connect(place: Place) -> Store:
     return PrefixStore(f"phi1/attempt{place.attempt}", tcp)
 
 
-def announce_ready(store: Store) -> None:
-    """Rank 0: everything that can be refused has been checked, and the data are there."""
-    store.set("ready", "1")
+def announce(store: Store, word: str) -> None:
+    """Rank 0: all that can be refused has been checked and the data are there; the others may go on."""
+    store.set("word", word)
 
 
-def wait_until_ready(store: Store, place: Place) -> None:
-    """The other ranks: wait for rank 0; if it is gone, end quietly, since it has said why."""
+def wait_for_announcement(store: Store) -> str:
+    """The other ranks: wait for rank 0's word. If rank 0 is gone, end quietly, since it has said why."""
     try:
-        store.wait(["ready"], LONGEST_PREPARATION)
-    except RuntimeError:  # DistStoreError and DistNetworkError
+        store.wait(["word"], LONGEST_PREPARATION)
+        return store.get("word").decode()
+    except RuntimeError:  # of which DistStoreError and DistNetworkError are kinds
         time.sleep(GRACE_SECONDS)
         os._exit(2)

@@ -1,0 +1,120 @@
+"""What is checked before a run may start: everything that can be refused is refused here, in one line.
+
+No process group exists yet, so that a refusal ends the command at once and touches no other process.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from phi1.tokenizer import Tokenizer
+from phi1.train.batches import Layout
+from phi1.train.checkpoint_files import choose, read_state, remove_after
+from phi1.train.data import Corpus, open_corpus
+from phi1.train.launch import Place, RunError
+from phi1.train.recipe import Recipe
+from phi1.train.report import show_complete
+from phi1.train.runfolder import RunFolder, check_continues
+from phi1.train.shards import read_manifest
+
+COMPLETE = "complete"
+
+
+def check_recipe(recipe: Recipe, place: Place) -> None:
+    """What the recipe alone decides; every process comes to the same answer.
+
+    Raises:
+        RunError: values that do not go together.
+    """
+    config, train, data = recipe.phi1_config(), recipe.train, recipe.data
+    Layout.of(train.batch_size, train.micro_batch_size, place.rank, place.world_size)
+    if data.seq_len > config.max_position_embeddings:
+        raise RunError(f"data.seq_len must be at most the model's context, model.max_position_embeddings "
+                       f"{config.max_position_embeddings}; got {data.seq_len}")
+    if data.tokenizer == "train" and data.vocab_size > config.vocab_size:
+        raise RunError(f"data.vocab_size must be at most model.vocab_size, {config.vocab_size}; got {data.vocab_size}")
+    if train.min_lr > train.lr:
+        raise RunError(f"train.min_lr must be at most train.lr, {train.lr}; got {train.min_lr}")
+    end = train.schedule_steps or train.steps
+    if train.warmup_steps > end:
+        raise RunError(f"train.warmup_steps must be at most the schedule's {end} steps; got {train.warmup_steps}")
+
+
+def admit(recipe: Recipe, folder: RunFolder, place: Place) -> str:
+    """Rank 0: take the run's folder, choose the checkpoint to go on from, and see that the data are there.
+
+    Returns:
+        The checkpoint's name, "" to start from the beginning, or COMPLETE, after saying so.
+
+    Raises:
+        RunError: the run cannot start.
+    """
+    folder.lock()
+    checkpoint = choose(folder.checkpoints, recipe.checkpoint.resume)
+    stored = None
+    if checkpoint:
+        stored = read_state(checkpoint)
+        check_continues(folder, checkpoint, stored, recipe)
+        summary = folder.completed(recipe.train.steps)
+        if summary and stored["step"] == recipe.train.steps:
+            show_complete(summary, folder, place)
+            return COMPLETE
+    from phi1.train.engine import find_device  # imports torch, which a complete run can do without
+
+    find_device(recipe.run.device, place)
+    prepare_data(recipe)
+    train, _, _ = open_data(recipe)
+    if stored and stored["data"] != train.fingerprint:
+        raise RunError(f"{checkpoint} was trained on other data than {recipe.data.folder} holds now (fingerprint "
+                       f"{stored['data'][:12]}, now {train.fingerprint[:12]}); give --data.folder or another "
+                       "--run.folder")
+    for name in remove_after(folder.checkpoints, checkpoint):
+        print(f"removed {folder.checkpoints / name}, which lies after {checkpoint and checkpoint.name}")
+    folder.store(recipe)
+    return checkpoint.name if checkpoint else ""
+
+
+def open_data(recipe: Recipe, verify: bool = True) -> tuple[Corpus, Corpus, Tokenizer]:
+    """Training split, validation split and tokenizer of a prepared corpus.
+
+    Args:
+        recipe: names the folder.
+        verify: read and hash all files; once is enough for all processes of a run.
+
+    Raises:
+        RunError: it is damaged, does not fit the model, or is too small for one batch.
+    """
+    folder, vocab_size = Path(recipe.data.folder), recipe.phi1_config().vocab_size
+    try:
+        train, validation = (open_corpus(folder, split, verify=verify) for split in ("train", "val"))
+        train.require_samples(recipe.data.seq_len, recipe.train.batch_size)
+        validation.require_samples(recipe.data.seq_len, 1)
+        tokenizer = train.load_tokenizer()
+    except ValueError as error:  # DataError, and what the tokenizer raises
+        raise RunError(str(error)) from None
+    if train.vocab_size > vocab_size:
+        raise RunError(f"model.vocab_size must be at least {train.vocab_size}, the number of token ids in {folder}; "
+                       f"got {vocab_size}")
+    return train, validation, tokenizer
+
+
+def prepare_data(recipe: Recipe) -> None:
+    """Make the corpus if its folder is not there. A corpus that is there is taken as it is, whatever it was made from.
+
+    Raises:
+        RunError: it cannot be made, or it was made from another source than the one asked for.
+    """
+    from phi1.train.prepare import prepare
+
+    data, folder = recipe.data, Path(recipe.data.folder)
+    try:
+        if not folder.exists():
+            print(f"preparing {folder} from {data.source}", flush=True)
+            print(prepare(data.source, folder, tokenizer=data.tokenizer, vocab_size=data.vocab_size,
+                          workers=data.workers, report=lambda line: print(line, flush=True)), flush=True)
+        made_from = read_manifest(folder)["made"].get("sources", [])
+    except (ValueError, OSError) as error:
+        raise RunError(f"data.folder {folder}: {error}") from None
+    if data.source not in (Recipe().data.source, *made_from):
+        raise RunError(f"data.folder {folder} was made from {', '.join(made_from)}, not from data.source "
+                       f"{data.source}; give another --data.folder for it")

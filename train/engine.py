@@ -1,0 +1,138 @@
+"""Processes, threads, precision and sharding: the part of a run that knows about the machine.
+
+Distribution is PyTorch's FSDP2, at one process too, so that every run takes the same path. Master weights are fp32;
+the arithmetic's precision comes from FSDP's mixed-precision policy alone, without autocast.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from phi1 import Phi1, Phi1Config
+from phi1.train.launch import Place, RunError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a run computes on. Two runs with equal engines and recipes compute the same bits."""
+
+    device: torch.device
+    precision: str
+    threads: int
+    world_size: int
+
+    def environment(self) -> dict[str, str | int]:
+        """What a bitwise replay needs to be equal, for checkpoints and the ledger."""
+        if self.device.type == "cuda":
+            hardware = torch.cuda.get_device_name(self.device)
+        else:
+            hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        return {"world_size": self.world_size, "threads": self.threads, "precision": self.precision,
+                "device": self.device.type, "hardware": hardware, "torch": torch.__version__}
+
+
+def start(place: Place, device_name: str, precision: str, threads: int) -> Engine:
+    """Choose the device, the precision and the number of threads. Nothing is connected yet.
+
+    Raises:
+        RunError: cuda is asked for and absent, or there are more processes than GPUs.
+    """
+    device = find_device(device_name, place)
+    # torchrun sets OMP_NUM_THREADS=1 for several processes; the count is the recipe's, not the environment's.
+    threads = threads or max(1, _cores() // place.local_world_size)
+    torch.set_num_threads(threads)
+    return Engine(device, _precision(precision, device), threads, place.world_size)
+
+
+def find_device(name: str, place: Place) -> torch.device:
+    """The device of this process. Raises RunError if there is none such."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RunError("run.device: cuda is not available on this machine; cpu or auto would do")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if place.local_rank >= torch.cuda.device_count():
+        raise RunError(f"torchrun: {place.local_world_size} processes on this machine, which has "
+                       f"{torch.cuda.device_count()} GPUs: start one a GPU, or give --run.device cpu")
+    device = torch.device("cuda", place.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _precision(name: str, device: torch.device) -> str:
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "fp16"
+    # Where torch is too old to say, fp32 is right, if slower.
+    capable: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = any(capable.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+    return "bf16" if fast and torch.backends.mkldnn.is_available() else "fp32"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def connect_processes(engine: Engine, place: Place, store: Store) -> None:
+    """Form the process group: gloo for what lies on the CPU, NCCL for what lies on GPUs."""
+    backend = "cpu:gloo,cuda:nccl" if engine.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size,
+                            device_id=engine.device if engine.device.type == "cuda" else None)
+
+
+def build_model(config: Phi1Config, engine: Engine, seed: int) -> Phi1:
+    """A model with initial weights from `seed`, sharded over all processes, each block as one group."""
+    model = Phi1(config, device=engine.device, dtype=torch.float32)
+    model.init_weights(seed)
+    mesh = init_device_mesh(engine.device.type, (engine.world_size,), mesh_dim_names=("shard",))
+    # Inputs are not cast: the rotary tables go into each block and stay fp32.
+    policy = MixedPrecisionPolicy(param_dtype=DTYPES[engine.precision], reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "loss")
+    return model
+
+
+def set_last_micro_step(model: Phi1, last: bool) -> None:
+    """Before each micro-step: gradients are reduced, and parameters resharded, at the last one of a step alone.
+
+    Parameters that are still gathered when the optimizer steps would be stale in all later steps, without any error:
+    whoever runs the last backward of a step must have said so here.
+    """
+    sharded(model).set_requires_gradient_sync(last)
+    sharded(model).set_reshard_after_backward(last)
+
+
+def sharded(model: Phi1) -> FSDPModule:
+    """The same module, seen as what fully_shard has made of it."""
+    assert isinstance(model, FSDPModule)
+    return model
+
+
+def reshard(model: Phi1) -> None:
+    """Give up gathered parameters after forward passes that had no backward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def all_sum(*values: float) -> list[float]:
+    """Sums over all processes, in float64; every process gets the same bits."""
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()

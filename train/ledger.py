@@ -1,0 +1,135 @@
+"""ledger.jsonl: one line a step, so that a run can be checked and compared long after it ended.
+
+A line holds what a replay reproduces bit for bit (step, loss, lr, norm, scale, skipped, hash of the sample ids) and,
+apart from it under "measured", what depends on the day. A line {"start": ...} is written each time the run starts or
+resumes, {"eval": ...} after each evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from phi1.train.launch import RunError
+from phi1.train.step import Outcome
+
+# TensorBoard draws curves; the ledger alone is complete.
+BOARD_EVERY = 10
+
+
+class Ledger:
+    """Appends to a run's ledger. Each line is flushed, so that a killed process loses none.
+
+    Args:
+        path: the file; made if it is not there.
+        finished: steps that the checkpoint to go on from has finished; later lines are cut off.
+        board: folder for TensorBoard's files, which are written if it is installed; None for none.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, finished: int, board: Path | None = None) -> None:
+        self.path = path
+        self._board = _board(board, finished) if board else None
+        try:
+            cut_back(path, finished)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def start(self, facts: dict[str, Any]) -> None:
+        """Note what the run starts or resumes with."""
+        self._write({"start": facts})
+
+    def step(self, outcome: Outcome, measured: dict[str, float]) -> None:
+        """Note a step."""
+        self._write(asdict(outcome) | {"measured": measured})
+        if outcome.step % BOARD_EVERY == 0:
+            self._draw(outcome.step, {"train/loss": outcome.loss, "train/lr": outcome.lr, "train/norm": outcome.norm,
+                                      "train/scale": outcome.scale} | measured)
+
+    def evaluation(self, step: int, figures: dict[str, float]) -> None:
+        """Note an evaluation after `step` finished steps."""
+        self._write({"eval": {"step": step} | figures})
+        self._draw(step, {f"validation/{name}": value for name, value in figures.items()})
+
+    def sync(self) -> None:
+        """Force the lines to the disk: called with each checkpoint."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _draw(self, step: int, figures: dict[str, float]) -> None:
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, step)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(_without_nan(line)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def _failure(self, error: OSError) -> RunError:
+        return RunError(f"{self.path}: cannot be written: {error.strerror}; the newest checkpoint is intact")
+
+
+def _board(folder: Path, finished: int) -> Any:
+    """TensorBoard's writer, or None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=finished + 1)
+
+
+def cut_back(path: Path, finished: int) -> None:
+    """Remove the lines of steps after `finished`, and a last line that was cut short."""
+    if not path.exists():
+        return
+    keep = 0
+    with open(path, "rb") as file:
+        for raw in file:
+            step = _step_of(raw)
+            if step is None or step > finished:
+                break
+            keep += len(raw)
+    os.truncate(path, keep)
+
+
+def read_ledger(path: Path) -> list[dict[str, Any]]:
+    """All lines; those of steps have the key "step"."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _step_of(raw: bytes) -> int | None:
+    """The step that a line speaks of; None for a line that is cut short or is not the ledger's."""
+    try:
+        line = json.loads(raw) if raw.endswith(b"\n") else None
+    except ValueError:
+        return None
+    if not isinstance(line, dict):
+        return None
+    if "start" in line:
+        return line["start"].get("finished", 0)
+    return line["eval"]["step"] if "eval" in line else line.get("step")
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

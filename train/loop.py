@@ -1,0 +1,117 @@
+"""The run itself: steps, ledger, checkpoints, evaluations, until the end or an agreed stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phi1.train.checkpoint import save_checkpoint
+from phi1.train.checkpoint_files import checkpoint_name
+from phi1.train.control import Control
+from phi1.train.launch import RunError
+from phi1.train.ledger import Ledger
+from phi1.train.progress import Progress
+from phi1.train.recipe import Recipe
+from phi1.train.runfolder import RunFolder
+from phi1.train.step import Trainer
+from phi1.train.validation import Figures, HeldOut
+
+
+@dataclass
+class Loop:
+    """What a run goes through, the same on every process.
+
+    Args:
+        recipe: steps, and when to save and evaluate.
+        folder: where to.
+        trainer: new, or loaded from a checkpoint.
+        held_out: what to evaluate on.
+        control: how to stop.
+        progress: what to show; silent on all ranks but the first.
+        ledger: rank 0's; None on the others.
+        rank: this process's.
+        facts: JSON values that go into each checkpoint.
+        saved: the checkpoint that the trainer was loaded from, then the newest one.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    trainer: Trainer
+    held_out: HeldOut
+    control: Control
+    progress: Progress
+    ledger: Ledger | None
+    rank: int
+    facts: dict[str, Any]
+    saved: Path | None = None
+
+    def run(self) -> bool:
+        """Collective: train to the last step. Returns False if it was stopped before.
+
+        Raises:
+            RunError: a process has failed, or the checkpoint at the end cannot be written.
+        """
+        last = self.recipe.train.steps
+        while self.trainer.finished < last:
+            if self.control.agreed_to_stop():
+                self.save()
+                return False
+            self._step()
+            if self._due(self.recipe.checkpoint.every):
+                self._try_to_save()
+            if self._due(self.recipe.eval.every):
+                self.evaluate()
+        self.save()
+        return True
+
+    def save(self) -> Path:
+        """Collective: a checkpoint of this step, unless it is there."""
+        if self.saved is None or self.saved.name != checkpoint_name(self.trainer.finished):
+            self.saved = save_checkpoint(self.trainer, self.folder.checkpoints, self.facts, self.recipe.checkpoint.keep)
+            self._note(Ledger.sync)
+        return self.saved
+
+    def evaluate(self) -> Figures | None:
+        """Collective: figures on the held-out text; None if a stop was asked for meanwhile."""
+        trainer = self.trainer
+        figures = self.held_out.evaluate(trainer.model, trainer.engine, self.rank, trainer.layout.micro_batch,
+                                         self.control.agreed_to_stop)
+        if figures:
+            self._note(lambda ledger: ledger.evaluation(trainer.finished, figures.as_dict()))
+            self.progress.say(f"step {trainer.finished:,}: validation loss {figures.loss:.4f}, "
+                              f"{figures.bits_per_byte:.4f} bits per byte")
+        return figures
+
+    def _due(self, every: int) -> bool:
+        """Whether something is due after this step; what comes at the end comes by itself."""
+        finished = self.trainer.finished
+        return every > 0 and finished % every == 0 and finished < self.recipe.train.steps
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        outcome = self.trainer.run_step()
+        seconds = time.perf_counter() - started
+        measured = {"tokens_per_s": self.progress.tokens / seconds, "seconds": seconds}
+        self.progress.step(outcome.step, outcome.loss, seconds)
+        self._note(lambda ledger: ledger.step(outcome, measured))
+        if outcome.skipped:
+            self.progress.say(f"step {outcome.step:,}: skipped, since its gradient is not finite (loss "
+                              f"{outcome.loss:.4g}, loss scale {outcome.scale:g})")
+
+    def _try_to_save(self) -> None:
+        """A checkpoint on the way: a full disk is reported, and the run goes on."""
+        try:
+            self.save()
+        except RunError as error:
+            self.progress.say(f"warning: {error}; the run goes on")
+
+    def _note(self, write: Callable[[Ledger], None]) -> None:
+        """Write to the ledger; if that fails, all processes stop before the next step."""
+        try:
+            if self.ledger:
+                write(self.ledger)
+        except RunError as error:
+            self.control.fail(error)

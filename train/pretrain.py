@@ -1,0 +1,101 @@
+"""Pretrain a phi-1: `torchrun --standalone train/pretrain.py [--config FILE.toml] [--section.key value ...]`.
+
+Without arguments it trains `nano` on the standard library of this Python: data, tokenizer, model, evaluation,
+checkpoint and a Hugging Face export in runs/nano. `python train/pretrain.py` is the same in one process. The same
+command goes on with a run that was stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+from phi1.train.admission import COMPLETE, admit, check_recipe
+from phi1.train.launch import Place, RunError, announce, connect, stop_with, wait_for_announcement
+from phi1.train.recipe import SHOWN_PATH, Recipe, help_text, read_recipe
+from phi1.train.runfolder import RunFolder
+
+
+def parse(arguments: list[str]) -> Recipe | None:
+    """The recipe that the command line asks for; None if it asks for help.
+
+    Raises:
+        RunError: not understood.
+    """
+    file: Path | None = None
+    overrides: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
+            return None
+        if not word.startswith("--"):
+            raise RunError(f"{word!r} is not understood: give --config FILE.toml or --section.key value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise RunError(f"{word} needs a value")
+            value = rest.pop(0)
+        if key == "config":
+            file = Path(value)
+        else:
+            overrides[key] = value
+    return read_recipe(file, overrides)
+
+
+def main() -> int:  # type: ignore[return]  # stop_with does not return
+    place = Place.from_environment()
+    folder: RunFolder | None = None
+    try:
+        recipe = parse(sys.argv[1:])
+        if recipe is None:
+            if place.rank == 0:
+                print(f"{__doc__}\nKeys, with the defaults of {SHOWN_PATH}:\n\n{help_text()}")
+            return 0
+        check_recipe(recipe, place)
+        folder = RunFolder(recipe.run.folder)
+        return start_or_resume(recipe, folder, place)
+    except RunError as error:
+        if folder:
+            folder.discard_if_new()
+        stop_with(str(error), place)
+    except KeyboardInterrupt:
+        if folder:
+            folder.discard_if_new()
+        print("pretrain: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def start_or_resume(recipe: Recipe, folder: RunFolder, place: Place) -> int:
+    """Rank 0 admits the run and prepares its data, and then all processes run it."""
+    if place.rank == 0:
+        # Stopped here, the preparation clears up after itself; later on Control listens.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        word = admit(recipe, folder, place)
+        if place.world_size == 1 and word == COMPLETE:
+            return 0
+    store = connect(place)
+    if place.rank == 0:
+        announce(store, word)
+    else:
+        word = wait_for_announcement(store)
+    if word == COMPLETE:
+        return 0
+
+    from phi1.train.run import run  # only now, since it imports torch
+
+    stopped = run(recipe, folder, place, store, folder.checkpoints / word if word else None)
+    if stopped and place.rank == 0:
+        go_on = place.command(f"--config {shlex.quote(str(folder.config))}")
+        print(f"{stopped}; go on with: {go_on}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

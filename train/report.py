@@ -1,0 +1,111 @@
+"""What a finished run leaves: the Hugging Face export, a few completions, and the summary."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import phi1
+from phi1.config import Phi1Config
+from phi1.tokenizer import Tokenizer
+from phi1.train.launch import Place, RunError
+from phi1.train.progress import duration
+from phi1.train.runfolder import RunFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TEMPERATURE = 0.7
+COMPLETION_TOKENS = 80
+# A top-level function with a docstring of one line.
+_HEADER = re.compile(r'^def \w+\([^)\n]*\):\n {4}"""[^"\n]{10,70}"""\n', re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """The figures of a finished run."""
+
+    steps: int
+    loss: float
+    """Validation, nats a token."""
+    bits_per_byte: float
+    xz_bits_per_byte: float
+    held_out_bytes: int
+    tokens: int
+    """Trained on, over the whole run."""
+    tokens_per_s: float
+    """Of the process that finished the run; 0 if it made no step."""
+    seconds: float
+    skipped: int
+
+
+def export(weights: Mapping[str, Tensor], config: Phi1Config, tokenizer: Tokenizer, folder: RunFolder) -> None:
+    """Write the model for `phi1.load` and transformers, in fp32, as it was trained.
+
+    Raises:
+        RunError: it could not be written; the checkpoint is there all the same.
+    """
+    from phi1.weights import save_state_dict
+
+    try:
+        save_state_dict(weights, config, folder.export, tokenizer=tokenizer)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder.export}: {error}; the last checkpoint is intact: run again to export it") from None
+
+
+def function_headers(text: bytes, count: int) -> list[str]:
+    """`count` headers with docstrings from some source text, spread over it."""
+    found = [match[0] for match in _HEADER.finditer(text.decode("utf-8", errors="replace"))]
+    return [found[i * len(found) // count] for i in range(min(count, len(found)))]
+
+
+def show_completions(folder: RunFolder, headers: list[str], seed: int) -> None:
+    """Print what the exported model makes of some function headers."""
+    if not headers:
+        return
+    model = phi1.load(folder.export, device="cpu")
+    tokenizer = phi1.load_tokenizer(folder.export)
+    print(f"\nCompletions of held-out function headers, temperature {TEMPERATURE}, seed {seed}:\n")
+    completed = phi1.generate(model, tokenizer, headers, max_new_tokens=COMPLETION_TOKENS, temperature=TEMPERATURE,
+                              seed=seed, stop=["\ndef ", "\nclass ", "\n@", "\n\n\n"])
+    for header, text in zip(headers, completed, strict=True):
+        print(f"{header}{str(text).rstrip()}\n")
+
+
+def write_summary(reached: Reached, folder: RunFolder) -> None:
+    """Written after the export: its presence says that the run is complete."""
+    try:
+        folder.summary.write_text(json.dumps(vars(reached), indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{folder.summary}: {error.strerror}") from None
+
+
+def show_summary(reached: Reached, folder: RunFolder, headers: list[str]) -> None:
+    """Print what was reached, where it lies, and what to do next."""
+    winner = "the model wins" if reached.bits_per_byte < reached.xz_bits_per_byte else "xz wins"
+    skipped = f", {reached.skipped:,} of them skipped" if reached.skipped else ""
+    speed = f", {reached.tokens_per_s:,.0f} tokens/s" if reached.tokens_per_s else ""
+    prompt = headers[0].split("\n")[0] if headers else "def "
+    print(f"""trained          {reached.steps:,} steps{skipped}, {reached.tokens:,} tokens{speed}, \
+{duration(reached.seconds)}
+validation loss  {reached.loss:.4f} nats a token
+bits per byte    {reached.bits_per_byte:.4f} on {reached.held_out_bytes:,} held-out bytes; xz -9 on the same bytes \
+{reached.xz_bits_per_byte:.4f}: {winner}
+Hugging Face     {folder.export}
+checkpoints      {folder.checkpoints}
+every step       {folder.ledger}
+next             phi1 generate --model {shlex.quote(str(folder.export))} --prompt {shlex.quote(prompt)}""", flush=True)
+
+
+def show_complete(summary: dict[str, Any], folder: RunFolder, place: Place) -> None:
+    """Print that there is nothing left to do, and what could be done instead."""
+    config = shlex.quote(str(folder.config))
+    print(f"""{folder.path} is complete: {summary['steps']:,} steps, validation loss {summary['loss']:.4f}, \
+{summary['bits_per_byte']:.4f} bits per byte (xz -9: {summary['xz_bits_per_byte']:.4f})
+train on         {place.command(f"--config {config} --train.steps {2 * summary['steps']}")}
+start another    {place.command(f"--config {config} --train.seed 2 --run.folder {shlex.quote(f'{folder.path}-2')}")}
+complete code    phi1 generate --model {shlex.quote(str(folder.export))} --prompt 'def '""", flush=True)

@@ -1,0 +1,121 @@
+"""One process's way through an admitted run: connect, build, load, train, evaluate, export."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from phi1.tokenizer import Tokenizer
+from phi1.train.admission import open_data
+from phi1.train.batches import Layout
+from phi1.train.checkpoint import gather_weights, load_checkpoint
+from phi1.train.control import Control
+from phi1.train.data import Corpus
+from phi1.train.engine import Engine, build_model, connect_processes, start
+from phi1.train.launch import Place
+from phi1.train.ledger import Ledger
+from phi1.train.loop import Loop
+from phi1.train.progress import Progress
+from phi1.train.recipe import Recipe
+from phi1.train.report import Reached, export, function_headers, show_completions, show_summary, write_summary
+from phi1.train.runfolder import RunFolder, defining, environment_note
+from phi1.train.step import Trainer
+from phi1.train.validation import HeldOut, xz_bits_per_byte
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+
+def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoint: Path | None) -> str | None:
+    """Train from a checkpoint, or from the beginning, to the end.
+
+    Args:
+        recipe: admitted.
+        folder: locked by rank 0.
+        place: this process.
+        store: through which the processes find each other.
+        checkpoint: to go on from.
+
+    Returns:
+        None if the run is complete; else where it was stopped, for rank 0 to print.
+
+    Raises:
+        RunError: the run cannot go on; every process raises it.
+    """
+    began = time.monotonic()
+    engine = start(place, recipe.run.device, recipe.train.precision, recipe.train.threads)
+    corpus, validation, tokenizer = open_data(recipe, verify=False)
+    connect_processes(engine, place, store)
+    control = Control(place)
+    control.listen()
+    trainer, stored = _trainer(recipe, engine, corpus, place, checkpoint)
+    held_out = HeldOut(validation, tokenizer, recipe.data.seq_len, recipe.eval.sequences)
+    with Progress(recipe.train.steps, trainer.finished, recipe.train.batch_size * recipe.data.seq_len,
+                  silent=place.rank > 0) as progress:
+        _announce_start(progress, recipe, trainer, stored)
+        ledger = _ledger(folder, recipe, trainer) if place.rank == 0 else None
+        facts = {"defining": defining(recipe), "data": corpus.fingerprint, "environment": engine.environment()}
+        loop = Loop(recipe, folder, trainer, held_out, control, progress, ledger, place.rank, facts, checkpoint)
+        figures = loop.evaluate() if loop.run() else None
+    if ledger:
+        ledger.close()
+    weights = gather_weights(trainer.model) if figures else {}
+    dist.destroy_process_group()
+    if figures is None:
+        return (f"stopped by {control.signal_name or 'a signal'} after step {trainer.finished:,} of "
+                f"{recipe.train.steps:,}, which is saved in {loop.saved}")
+    control.ignore()
+    if place.rank == 0:
+        reached = Reached(trainer.finished, figures.loss, figures.bits_per_byte, xz_bits_per_byte(held_out.text),
+                          figures.n_bytes, trainer.finished * progress.tokens, progress.tokens_per_s(trainer.finished),
+                          time.monotonic() - began, trainer.skipped)
+        finish(reached, weights, recipe, tokenizer, held_out.text, folder)
+    return None
+
+
+def finish(reached: Reached, weights: Mapping[str, Tensor], recipe: Recipe, tokenizer: Tokenizer, held_out: bytes,
+           folder: RunFolder) -> None:
+    """Rank 0: export, complete some function headers from the held-out text, and sum up."""
+    export(weights, recipe.phi1_config(), tokenizer, folder)
+    headers = function_headers(held_out, recipe.eval.completions)
+    write_summary(reached, folder)
+    show_completions(folder, headers, recipe.train.seed)
+    show_summary(reached, folder, headers)
+
+
+def _trainer(recipe: Recipe, engine: Engine, corpus: Corpus, place: Place,
+             checkpoint: Path | None) -> tuple[Trainer, dict[str, Any]]:
+    """Collective: the trainer, new or as it was saved, and what was noted with it."""
+    layout = Layout.of(recipe.train.batch_size, recipe.train.micro_batch_size, place.rank, place.world_size)
+    model = build_model(recipe.phi1_config(), engine, recipe.train.seed)
+    trainer = Trainer(model, recipe.train, recipe.data.seq_len, corpus, layout, engine)
+    return trainer, load_checkpoint(trainer, checkpoint) if checkpoint else {}
+
+
+def _announce_start(progress: Progress, recipe: Recipe, trainer: Trainer, stored: dict[str, Any]) -> None:
+    """Say what is trained on what, and what is not as it was when the checkpoint was saved."""
+    environment, train = trainer.engine.environment(), recipe.train
+    what = f"{recipe.model.preset}, {recipe.phi1_config().num_parameters:,} parameters"
+    where = (f"{environment['world_size']} x {environment['device']}, {environment['threads']} threads, "
+             f"{environment['precision']}")
+    batch = f"{train.batch_size} x {recipe.data.seq_len} tokens a step"
+    if not stored:
+        progress.say(f"training {what}: {train.steps:,} steps of {batch} ({where})")
+        return
+    progress.say(f"going on with {what}, after step {trainer.finished:,} of {train.steps:,}, {batch} ({where})")
+    note = environment_note(stored["environment"], environment)
+    if note:
+        progress.say(note)
+
+
+def _ledger(folder: RunFolder, recipe: Recipe, trainer: Trainer) -> Ledger:
+    board = folder.tensorboard if recipe.run.tensorboard else None
+    ledger = Ledger(folder.ledger, trainer.finished, board)
+    ledger.start({"finished": trainer.finished, "environment": trainer.engine.environment(),
+                  "data": trainer.corpus.fingerprint})
+    return ledger

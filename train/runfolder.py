@@ -1,0 +1,120 @@
+"""A run's folder: its lock, its stored recipe, and whether a recipe continues what is there.
+
+    config.toml   ledger.jsonl   checkpoints/step-N/   export/   summary.json   tensorboard/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from phi1.train.launch import RunError
+from phi1.train.recipe import Recipe
+
+# These may change when a run goes on. Other keys of [model], [data] and [train] decide every later step.
+_MAY_CHANGE = {"train.steps", "train.schedule_steps", "train.micro_batch_size", "train.threads", "train.precision"}
+
+
+class RunFolder:
+    """Paths of a run, and the right to write there.
+
+    Args:
+        path: made by `lock` if it is not there.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.toml"
+        self.ledger = self.path / "ledger.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.export = self.path / "export"
+        self.summary = self.path / "summary.json"
+        self.tensorboard = self.path / "tensorboard"
+        self._lock: int | None = None
+        self._is_new = False
+
+    def lock(self) -> None:
+        """Take the folder for this process, until it ends.
+
+        Raises:
+            RunError: another process has it, or it cannot be written.
+        """
+        try:
+            self._is_new = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_file(self.path / ".lock")
+        except OSError as error:
+            raise RunError(f"run.folder {self.path}: {error.strerror}") from None
+        if self._lock is None:
+            owner = (self.path / ".lock").read_text() or "unknown"
+            raise RunError(f"run.folder {self.path} is in use by process {owner}: wait until it ends, or give another "
+                           "--run.folder")
+
+    def discard_if_new(self) -> None:
+        """Leave nothing behind where a run was refused."""
+        if self._is_new and self._lock is not None and [item.name for item in self.path.iterdir()] == [".lock"]:
+            shutil.rmtree(self.path)
+
+    def store(self, recipe: Recipe) -> None:
+        """Write config.toml."""
+        temporary = self.config.with_suffix(".tmp")
+        temporary.write_text(recipe.to_toml(), encoding="utf-8")
+        temporary.replace(self.config)
+
+    def completed(self, steps: int) -> dict[str, Any] | None:
+        """The summary, if the run has been finished with this number of steps."""
+        try:
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return summary if summary.get("steps") == steps and self.export.is_dir() else None
+
+
+def lock_file(path: Path) -> int | None:
+    """Lock a file for as long as this process lives. Returns its descriptor, or None if another process has it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    return descriptor
+
+
+def defining(recipe: Recipe) -> dict[str, Any]:
+    """What every later step depends on, key by key: the model as resolved, the sequence length, the optimization."""
+    model = {f"model.{key}": value for key, value in asdict(recipe.phi1_config()).items() if "dropout" not in key}
+    train = {f"train.{key}": list(value) if isinstance(value, tuple) else value
+             for key, value in asdict(recipe.train).items()}
+    both = model | {"data.seq_len": recipe.data.seq_len} | train
+    return {key: value for key, value in both.items() if key not in _MAY_CHANGE}
+
+
+def check_continues(folder: RunFolder, checkpoint: Path, stored: dict[str, Any], recipe: Recipe) -> None:
+    """Compare what defined the run when a checkpoint was saved with what defines it now.
+
+    Raises:
+        RunError: they differ; the line names the keys with both values. Or the run is beyond its new end.
+    """
+    now = defining(recipe)
+    changed = [f"{key} was {stored['defining'].get(key)!r}, is {value!r}" for key, value in now.items()
+               if stored["defining"].get(key) != value]
+    if changed:
+        raise RunError(f"{checkpoint} belongs to another run: {'; '.join(changed)}; go on with --config "
+                       f"{folder.config}, or start another run with --run.folder")
+    if stored["step"] > recipe.train.steps:
+        raise RunError(f"train.steps: {checkpoint} has finished {stored['step']} steps already; got "
+                       f"{recipe.train.steps}")
+
+
+def environment_note(stored: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What keeps the rest of the run from being bitwise what it would have been, in one line."""
+    changed = [f"{key} was {stored.get(key)}, is {value}" for key, value in now.items() if stored.get(key) != value]
+    return f"note: same batches and masks, but other rounding from here on: {'; '.join(changed)}" if changed else None

@@ -1,0 +1,144 @@
+"""One optimizer step: accumulate over micro-steps, reduce, clip, update; and the schedule.
+
+The loss of a step is the sum over its target tokens divided by their number in the whole batch, over all processes. A
+step whose gradient is not finite is skipped in every precision; it consumes its samples and its place in the schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from phi1 import Phi1
+from phi1.train.batches import Layout, micro_batches, samples_hash, samples_of_step
+from phi1.train.data import Corpus
+from phi1.train.engine import Engine, all_sum, set_last_micro_step
+from phi1.train.recipe import Train
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step did; the same on every process, and on every replay."""
+
+    step: int
+    """Finished steps, this one included."""
+    loss: float
+    """Nats a target token, mean over the global batch."""
+    lr: float
+    norm: float
+    """Global norm of the gradient before clipping."""
+    scale: float
+    """Loss scale that the step used; 1 outside fp16."""
+    skipped: bool
+    samples: str
+    """Hash of the batch's sample ids."""
+
+
+def learning_rate(step: int, train: Train) -> float:
+    """Rate of the step after `step` finished ones: linear warmup to lr, then linear to min_lr at the schedule's end."""
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    end = train.schedule_steps or train.steps
+    left = max(0.0, (end - step) / max(1, end - train.warmup_steps))
+    return train.min_lr + (train.lr - train.min_lr) * left
+
+
+def make_optimizer(model: Phi1, train: Train) -> torch.optim.AdamW:
+    """AdamW over fp32 master weights. Matrices decay, embedding and head among them; biases and norms do not."""
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        # By name: out_proj.bias has two axes, since dense and fc2 keep theirs apart.
+        (kept if name.endswith("bias") or "norm" in name else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
+    # Made here, not at the first step: torch's checkpointing would make a missing state with a step of its own, and a
+    # run that saved before its first update would differ from one that did not.
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                                      "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+    return optimizer
+
+
+class Trainer:
+    """The model, its optimizer and loss scaler, and the number of finished steps: all that a checkpoint holds.
+
+    Args:
+        model: sharded by `engine.build_model`.
+        train: the recipe's optimization.
+        seq_len: T.
+        corpus: training split.
+        layout: how a batch is cut.
+        engine: device and precision.
+    """
+
+    def __init__(self, model: Phi1, train: Train, seq_len: int, corpus: Corpus, layout: Layout, engine: Engine) -> None:
+        self.model, self.train, self.seq_len, self.corpus = model, train, seq_len, corpus
+        self.layout, self.engine = layout, engine
+        self.optimizer = make_optimizer(model, train)
+        self.scaler = torch.amp.GradScaler(engine.device.type, init_scale=train.loss_scale,
+                                           growth_interval=train.loss_scale_window, enabled=engine.precision == "fp16")
+        self.n_samples = corpus.n_samples(seq_len)
+        self.finished = 0
+        self.skipped = 0
+
+    def run_step(self) -> Outcome:
+        """Take the next step."""
+        step, train = self.finished, self.train
+        samples = samples_of_step(step, train.batch_size, train.seed, self.n_samples)
+        lr, scale = learning_rate(step, train), self.scaler.get_scale()
+        loss = self._accumulate(step, samples)
+        norm = self._unscaled_norm()
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        if finite:
+            self._update(lr, norm)
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.finished += 1
+        self.skipped += not finite
+        return Outcome(self.finished, loss, lr, norm, scale, not finite, samples_hash(samples))
+
+    def _accumulate(self, step: int, samples) -> float:
+        """Forward and backward of all micro-steps. Returns the global mean loss."""
+        self.model.train()
+        device, layout = self.engine.device, self.layout
+        batches = [(ids, tokens) for ids, tokens in micro_batches(self.corpus, samples, layout, self.seq_len)]
+        (count,) = all_sum(sum(tokens[:, 1:].size for _, tokens in batches))
+        rng = torch.tensor([self.train.seed, step], device=device)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for index, (ids, tokens) in enumerate(batches):
+            set_last_micro_step(self.model, index == len(batches) - 1)
+            rows = torch.from_numpy(tokens).to(device, non_blocking=True)
+            loss = self.model.loss(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), reduction="sum", rng=rng,
+                                   sample_ids=torch.from_numpy(ids).to(device))
+            total += loss.detach().double()
+            # FSDP averages gradients over the processes; times world_size, that is the sum.
+            self.scaler.scale(loss * (layout.world_size / count)).backward()
+        (loss_sum,) = all_sum(total.item())
+        return loss_sum / count
+
+    def _unscaled_norm(self) -> float:
+        """Global norm of the true gradient, in float64 over the processes: the same bits on each and on a replay."""
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.get_total_norm(local_gradients(self.model))
+        (squares,) = all_sum(norm.double().item() ** 2)
+        return math.sqrt(squares) if squares >= 0 else math.nan
+
+    def _update(self, lr: float, norm: float) -> None:
+        clip = self.train.clip
+        if clip and norm > clip:
+            torch._foreach_mul_(local_gradients(self.model), clip / norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # Not through the scaler: the step is known to be finite, on every process.
+        self.optimizer.step()
+
+
+def local_gradients(model: nn.Module) -> list[Tensor]:
+    """This process's shard of every gradient."""
+    return [parameter.grad.to_local() for parameter in model.parameters() if isinstance(parameter.grad, DTensor)]
