@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
@@ -56,9 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser("phi1", "phi-1, Microsoft's 1.3 B parameter model of Python code: complete, prepare, convert.")
     parser.add_argument("--version", action="version", version=f"phi1 {__version__}")
-    parser.epilog = "`phi1 COMMAND --help` says what each takes."
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND",
-                        help="; ".join(f"{name}: {summary}" for name, (_, summary) in COMMANDS.items()))
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.usage = "phi1 COMMAND [OPTIONS]"
+    summaries = "\n".join(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items())
+    parser.epilog = f"commands:\n{summaries}\n\n`phi1 COMMAND --help` says what each takes."
     names = ", ".join(COMMANDS)
     if not argv:
         parser.error(f"give a command: {names}")
@@ -118,10 +119,11 @@ def _generate(argv: list[str]) -> int:
     parser.add_argument("stdin", nargs="?", metavar="-", help="take the text from standard input")
     _add_model_options(parser)
     parser.add_argument("--device", help="such as cpu or cuda; without it CUDA where there is a device")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="upper bound; less where the context ends")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token, above 0 draws")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 from all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest with this probability in all")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="at most this many (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest, above 0 draws")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 (default) from all")
+    parser.add_argument("--top-p", type=float, default=1.0,
+                        help="draw from the likeliest tokens that together have this probability; 1 (default) from all")
     parser.add_argument("--seed", type=int, help="of the random numbers; without it a fresh one, which is printed")
     parser.add_argument("--stop", action="append", default=[],
                         help=r"end before this text; may be given again; \n and \t stand for newline and tab")

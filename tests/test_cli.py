@@ -251,7 +251,7 @@ def test_help_is_light(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     for name in COMMANDS:
-        assert f"{name}:" in result.stdout
+        assert f"\n  {name} " in result.stdout
     assert result.stdout.endswith("[]\n")
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
 
