@@ -39,12 +39,14 @@ class Phi1Config:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "max_position_embeddings"):
             value = getattr(self, name)
-            self._require(isinstance(value, int) and value >= 1, name, "must be a whole number, 1 or more")
+            self._require(type(value) is int and value >= 1, name, "must be a whole number, 1 or more")
         self._require(self.hidden_size % self.num_attention_heads == 0, "hidden_size",
                       f"must be a multiple of num_attention_heads ({self.num_attention_heads})")
-        self._require(isinstance(self.rotary_dim, int) and self.rotary_dim % 2 == 0
+        self._require(type(self.rotary_dim) is int and self.rotary_dim % 2 == 0
                       and 2 <= self.rotary_dim <= self.head_dim,
                       "rotary_dim", f"must be even and between 2 and the head size ({self.head_dim})")
+        for name in ("rope_theta", "layer_norm_eps", "initializer_range", "attention_dropout", "residual_dropout"):
+            self._require(type(getattr(self, name)) in (int, float), name, "must be a number")
         for name in ("rope_theta", "layer_norm_eps", "initializer_range"):
             self._require(getattr(self, name) > 0, name, "must be greater than 0")
         for name in ("attention_dropout", "residual_dropout"):

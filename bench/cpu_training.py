@@ -1,0 +1,180 @@
+"""Training on a CPU beside transformers' PhiForCausalLM: tokens/s, interleaved in one process, and peak memory.
+
+    python bench/cpu_training.py [--vocab 51200 4096] [--rounds 12] [--memory] [--json FILE]
+
+Both train 4 layers of width 256 on batches of 8 x 256 tokens with fused AdamW, eager, in bf16: transformers with sdpa
+attention under autocast, its usual way; phi1 with its trainer's own step (FSDP2, fp32 master weights). Both compute the
+same: gradients of the mean cross-entropy, global-norm clipping at 1, an optimizer step. Absolute speeds of a shared CPU
+mean little, so rounds alternate between the two and the ratio of each pair counts. Peak memory is the largest resident
+set of a process of its own that takes 4 steps, imports included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+BATCH, TOKENS, LAYERS, WIDTH = 8, 256, 4, 256
+PROVIDERS = ("phi1", "transformers")
+Step = Callable[[], float]
+
+
+@dataclass
+class RandomCorpus:
+    """Uniform random tokens in the trainer's corpus interface: speed does not depend on what they say."""
+
+    vocab_size: int
+    fingerprint: str = "random"
+
+    def n_samples(self, seq_len: int) -> int:
+        return 1 << 20
+
+    def rows(self, indices: np.ndarray, seq_len: int) -> np.ndarray:
+        return np.random.default_rng(int(indices[0])).integers(self.vocab_size, size=(len(indices), seq_len + 1))
+
+
+def phi1_step(vocab_size: int) -> Step:
+    """The trainer's own step."""
+    from phi1 import preset
+    from phi1.train import engine
+    from phi1.train.batches import Layout
+    from phi1.train.launch import Place, connect
+    from phi1.train.recipe import Train
+    from phi1.train.step import Trainer
+
+    place = Place()
+    machine = engine.start(place, "cpu", "bf16", 0)
+    engine.connect_processes(machine, place, connect(place))
+    config = preset("nano", vocab_size=vocab_size, num_hidden_layers=LAYERS, hidden_size=WIDTH,
+                    intermediate_size=4 * WIDTH)
+    model = engine.build_model(config, machine, seed=1)
+    corpus: Any = RandomCorpus(vocab_size)
+    trainer = Trainer(model, replace(Train(), batch_size=BATCH, warmup_steps=0), TOKENS, corpus,
+                      Layout.of(BATCH, 0, 0, 1), machine)
+    return lambda: trainer.run_step().loss
+
+
+def transformers_step(vocab_size: int) -> Step:
+    """PhiForCausalLM, sdpa, bf16 autocast, fused AdamW."""
+    import torch
+    from transformers import PhiConfig, PhiForCausalLM
+
+    torch.manual_seed(1)
+    model = PhiForCausalLM(PhiConfig(
+        vocab_size=vocab_size, hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS,
+        num_attention_heads=WIDTH // 64, max_position_embeddings=512, resid_pdrop=0.0, embd_pdrop=0.0,
+        attention_dropout=0.0, bos_token_id=None, eos_token_id=None, attn_implementation="sdpa", use_cache=False,
+    )).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    corpus, step = RandomCorpus(vocab_size), 0
+
+    def run() -> float:
+        nonlocal step
+        rows = torch.from_numpy(corpus.rows(np.arange(step * BATCH, (step + 1) * BATCH), TOKENS))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=rows[:, :-1]).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        return loss.item()
+
+    return run
+
+
+STEPS: dict[str, Callable[[int], Step]] = {"phi1": phi1_step, "transformers": transformers_step}
+
+
+def compare(vocab_size: int, rounds: int) -> dict[str, Any]:
+    """Alternate the two for `rounds` rounds after two of warm-up; tokens/s and the ratio of each round's pair."""
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    steps = {name: STEPS[name](vocab_size) for name in PROVIDERS}
+    seconds: dict[str, list[float]] = {name: [] for name in PROVIDERS}
+    for turn in range(rounds + 2):
+        for name in PROVIDERS if turn % 2 else reversed(PROVIDERS):
+            begin = time.perf_counter()
+            loss = steps[name]()
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - begin)
+            # Random tokens: a loss away from log V would mean that something else than training was timed.
+            assert abs(loss - np.log(vocab_size)) < 1.5, f"{name}: loss {loss}"
+    ratios = sorted(t / p for p, t in zip(seconds["phi1"], seconds["transformers"], strict=True))
+    return {
+        "vocab_size": vocab_size, "rounds": rounds,
+        **{f"{name}_tokens_per_s": round(BATCH * TOKENS / statistics.median(seconds[name])) for name in PROVIDERS},
+        "ratio_median": round(statistics.median(ratios), 3),
+        "ratio_p20_p80": [round(ratios[round(q * (len(ratios) - 1))], 3) for q in (0.2, 0.8)],
+    }
+
+
+def peak_mib(provider: str, vocab_size: int) -> float:
+    """Largest resident set, MiB, of a process that takes 4 steps."""
+    command = [sys.executable, __file__, "--peak-of", provider, "--vocab", str(vocab_size)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def environment() -> dict[str, str | int]:
+    """What the numbers depend on."""
+    import torch
+    import transformers
+
+    with open("/proc/cpuinfo") as file:
+        cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.processor())
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                            cwd=os.path.dirname(__file__)).stdout.strip()
+    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "isa": torch.backends.cpu.get_cpu_capability(),
+            "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
+            "commit": commit}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--vocab", type=int, nargs="+", default=[51200, 4096], help="vocabulary sizes")
+    parser.add_argument("--rounds", type=int, default=12, help="timed rounds for each vocabulary size")
+    parser.add_argument("--memory", action="store_true", help="also measure peak memory, each in its own process")
+    parser.add_argument("--json", help="write the results to this file as well")
+    parser.add_argument("--peak-of", choices=PROVIDERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f"argument --rounds: must be 1 or more; got {args.rounds}")
+    if args.peak_of:
+        step = STEPS[args.peak_of](args.vocab[0])
+        for _ in range(4):
+            step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    rows = []
+    for vocab_size in args.vocab:
+        row = compare(vocab_size, args.rounds)
+        print(f"V = {vocab_size}: phi1 {row['phi1_tokens_per_s']} tokens/s, transformers "
+              f"{row['transformers_tokens_per_s']}: {row['ratio_median']}x (p20-p80 {row['ratio_p20_p80']})")
+        if args.memory:
+            row |= {f"{name}_peak_mib": round(peak_mib(name, vocab_size)) for name in PROVIDERS}
+            row["memory_ratio"] = round(row["phi1_peak_mib"] / row["transformers_peak_mib"], 3)
+            print(f"V = {vocab_size}: peak memory phi1 {row['phi1_peak_mib']} MiB, transformers "
+                  f"{row['transformers_peak_mib']} MiB: {row['memory_ratio']}x")
+        rows.append(row)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"benchmark": "cpu_training", "environment": environment(), "rows": rows}, file, indent=1)
+            file.write("\n")
+
+
+if __name__ == "__main__":
+    main()
