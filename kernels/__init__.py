@@ -15,6 +15,7 @@ from phi1.kernels._philox import Dropout
 from phi1.kernels.attention import attention
 from phi1.kernels.attention_qkv import attention_qkv
 from phi1.kernels.block import parallel_block
+from phi1.kernels.cross_entropy import linear_cross_entropy
 from phi1.kernels.gelu import gelu
 from phi1.kernels.layer_norm import add_layer_norm, layer_norm
 from phi1.kernels.linear import linear
@@ -30,6 +31,7 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "parallel_block",
     "rotary",
 ]
