@@ -152,8 +152,8 @@ class Phi1(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.config = config
         # nn.Embedding(...) would draw values to discard; on "meta" its first normal_ imports 900 modules in 1.4 s.
-        self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size, **factory),
-                                                  freeze=False)
+        self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size, device=device,
+                                                              dtype=dtype), freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer, **factory) for layer in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, **factory)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, device="meta", dtype=dtype)
