@@ -1,12 +1,14 @@
 """The operations of phi-1, as Triton kernels where there is one and as PyTorch code everywhere.
 
-An operation `op` is two files, so that importing this package imports no Triton:
+An operation `op` is up to three files, so that importing this package imports no Triton:
 
-    op.py           the public function, its reference, the PyTorch path and the torch.library registration
-    _op_triton.py   the Triton kernels and their launchers; imported only inside the branch of op.py that launches them
+    op.py           the public function, its reference and its torch.library registration
+    _op.py          what runs, without checks or autograd: the PyTorch code, or the launch of the kernels
+    _op_triton.py   the Triton kernels and their launchers; imported only inside the branch of _op.py that launches them
 
-`_backend.py` decides which of them runs, `_checks.py` has the argument checks, `_philox.py` specifies the dropout
-masks, and `_tuned.py` finds tile shapes. An operation's file imports no other's; `block.py` alone is above them.
+An operation's file imports no other's; what two of them share is in a `_*.py`. `block.py` alone is above the others.
+`_backend.py` decides which implementation runs, `_checks.py` has the argument checks, `_philox.py` specifies the
+dropout masks, and `_tuned.py` finds tile shapes.
 """
 
 from phi1.kernels._backend import backend

@@ -21,8 +21,8 @@ import triton.language as tl
 
 from phi1.kernels._tuned import tile
 
-# At phi-1's N = 16,384 the partials are 5 % of the backward's traffic. 512 programs of 4 warps and up to 128 registers a
-# thread are resident at once on 132 SMs, with no second wave.
+# At phi-1's N = 16,384 the partials are 5 % of the backward's traffic. 512 programs of 4 warps and up to 128 registers
+# a thread are resident at once on 132 SMs, with no second wave.
 MAX_PARTIALS = 512
 SUM_BLOCK_P, SUM_BLOCK_D = 64, 16
 
@@ -181,6 +181,7 @@ def launch_backward(
         num_warps=t["num_warps"],
     )
     sum_partials_kernel[(triton.cdiv(width, SUM_BLOCK_D),)](
-        dw_partial, db_partial, dw, db, n_partials=n_partials, D=width, BLOCK_P=SUM_BLOCK_P, BLOCK_D=SUM_BLOCK_D, num_warps=4
+        dw_partial, db_partial, dw, db,
+        n_partials=n_partials, D=width, BLOCK_P=SUM_BLOCK_P, BLOCK_D=SUM_BLOCK_D, num_warps=4,
     )
     return dx, dw, db

@@ -1,5 +1,7 @@
 """layer_norm and add_layer_norm on the PyTorch path. Their kernels: test_layer_norm_kernels.py."""
 
+import math
+
 import pytest
 import torch
 
@@ -30,16 +32,25 @@ def make(shape, dtype, residual=False, seed=0):
     return {name: x.to(dtype) for name, x in tensors.items()}
 
 
+def roundings(shape):
+    # PyTorch's CPU kernel adds up dweight and dbias row after row, in float32: the error grows like the root of N.
+    return max(2, math.prod(shape[:-1]) ** 0.5 / 2)
+
+
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_layer_norm_matches_reference(shape, dtype):
-    testing.assert_matches_reference(layer_norm, layer_norm_reference, make(shape, dtype))
+    testing.assert_matches_reference(
+        layer_norm, layer_norm_reference, make(shape, dtype), roundings=roundings(shape)
+    )
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_add_layer_norm_matches_reference(shape, dtype):
-    testing.assert_matches_reference(add_layer_norm, add_layer_norm_reference, make(shape, dtype, residual=True))
+    testing.assert_matches_reference(
+        add_layer_norm, add_layer_norm_reference, make(shape, dtype, residual=True), roundings=roundings(shape)
+    )
 
 
 def test_parameter_gradients_do_not_lose_digits_over_many_rows():

@@ -10,8 +10,9 @@ import torch
 
 from phi1 import testing
 from phi1.kernels import add_layer_norm, backend, layer_norm
+from phi1.kernels._layer_norm import MAX_WIDTH
 from phi1.kernels._tuned import table
-from phi1.kernels.layer_norm import MAX_WIDTH, add_layer_norm_reference, layer_norm_reference
+from phi1.kernels.layer_norm import add_layer_norm_reference, layer_norm_reference
 
 DEVICE = testing.kernel_device()
 if DEVICE is None:
