@@ -47,6 +47,8 @@ class RandomCorpus:
 
 def phi1_step(vocab_size: int) -> Step:
     """The trainer's own step."""
+    import torch
+
     from phi1 import preset
     from phi1.train import engine
     from phi1.train.batches import Layout
@@ -56,7 +58,8 @@ def phi1_step(vocab_size: int) -> Step:
 
     place = Place()
     machine = engine.start(place, "cpu", "bf16", 0)
-    engine.connect_processes(machine, place, connect(place))
+    if not torch.distributed.is_initialized():
+        engine.connect_processes(machine, place, connect(place))
     config = preset("nano", vocab_size=vocab_size, num_hidden_layers=LAYERS, hidden_size=WIDTH,
                     intermediate_size=4 * WIDTH)
     model = engine.build_model(config, machine, seed=1)
@@ -72,7 +75,7 @@ def transformers_step(vocab_size: int) -> Step:
     from transformers import PhiConfig, PhiForCausalLM
 
     torch.manual_seed(1)
-    model = PhiForCausalLM(PhiConfig(
+    model = PhiForCausalLM(PhiConfig(  # type: ignore[call-arg]
         vocab_size=vocab_size, hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS,
         num_attention_heads=WIDTH // 64, max_position_embeddings=512, resid_pdrop=0.0, embd_pdrop=0.0,
         attention_dropout=0.0, bos_token_id=None, eos_token_id=None, attn_implementation="sdpa", use_cache=False,

@@ -97,5 +97,6 @@ def preset(name: str, **changes: object) -> Phi1Config:
     known = {field.name for field in fields(Phi1Config)}
     unknown = sorted(set(changes) - known)
     if unknown:
-        raise ValueError(f"preset: {unknown[0]!r} is not a field of Phi1Config; the fields are {', '.join(sorted(known))}")
+        raise ValueError(f"preset: {unknown[0]!r} is not a field of Phi1Config; "
+                         f"the fields are {', '.join(sorted(known))}")
     return Phi1Config(**({field: getattr(PRESETS[name], field) for field in known} | changes))  # type: ignore[arg-type]

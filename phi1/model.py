@@ -146,6 +146,8 @@ class Phi1(nn.Module):
         dtype: of the parameters. Rotary tables are float32 whatever it is.
     """
 
+    rotary_tables: Tensor
+
     def __init__(self, config: Phi1Config, *, device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -155,7 +157,7 @@ class Phi1(nn.Module):
         self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size, device=device,
                                                               dtype=dtype), freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer, **factory) for layer in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, **factory)
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, device=device, dtype=dtype)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, device="meta", dtype=dtype)
         self.head.to_empty(device=device or torch.get_default_device())
         tables = torch.empty(2, config.max_position_embeddings, config.rotary_dim // 2, device=device,
@@ -163,6 +165,14 @@ class Phi1(nn.Module):
         self.register_buffer("rotary_tables", tables, persistent=False)  # cos and sin, [2, T, R/2]
         if torch.device(device or "cpu").type != "meta":
             self.init_weights()
+
+    def _apply(self, fn, recurse=True):
+        """Move or cast the model; the rotary tables follow to a device but stay float32."""
+        super()._apply(fn, recurse)
+        if self.rotary_tables.dtype != torch.float32:
+            self.rotary_tables = torch.empty_like(self.rotary_tables, dtype=torch.float32)
+            self.init_tables()
+        return self
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> None:
@@ -236,7 +246,8 @@ class Phi1(nn.Module):
         """
         self._check_ids(ids, None)
         if targets.shape != ids.shape:
-            raise ValueError(f"Phi1.loss: targets.shape must be ids.shape {tuple(ids.shape)}; got {tuple(targets.shape)}")
+            raise ValueError(f"Phi1.loss: targets.shape must be ids.shape {tuple(ids.shape)}; "
+                             f"got {tuple(targets.shape)}")
         x = self._blocks(ids, None, None, None, rng=rng, sample_ids=sample_ids)
         h = layer_norm(x, self.norm.weight, self.norm.bias, self.config.layer_norm_eps)
         return linear_cross_entropy(h, self.head.weight, self.head.bias, targets.flatten(), reduction=reduction,
@@ -259,7 +270,7 @@ class Phi1(nn.Module):
                 positions = (positions - starts[:, None]).clamp(min=0)
         flat = positions.flatten()
         for block in self.blocks:
-            x = block.decode(x, cos, sin, flat, cache)
+            x = block.decode(x, cos, sin, flat, cache)  # type: ignore[operator]
         cache.length += tokens
         return x
 
@@ -289,7 +300,8 @@ class Phi1(nn.Module):
         if mask is None:
             return None if cache is None else cache.starts
         if mask.shape != ids.shape:
-            raise ValueError(f"Phi1: attention_mask.shape must be ids.shape {tuple(ids.shape)}; got {tuple(mask.shape)}")
+            raise ValueError(f"Phi1: attention_mask.shape must be ids.shape {tuple(ids.shape)}; "
+                             f"got {tuple(mask.shape)}")
         if cache is not None and cache.length:
             raise ValueError("Phi1: attention_mask goes with the prompt, into an empty cache; "
                              f"this cache holds {cache.length} tokens")

@@ -58,7 +58,7 @@ def test_errors_name_field_rule_and_value(changes, message):
 
 
 def test_unknown_preset_and_field():
-    with pytest.raises(ValueError, match="name must be one of phi1, .*nano; got 'phi3'"):
+    with pytest.raises(ValueError, match=r"name must be one of phi1, .*nano; got 'phi3'"):
         preset("phi3")
     with pytest.raises(ValueError, match="'n_layer' is not a field"):
         preset("nano", n_layer=2)

@@ -157,6 +157,16 @@ def test_logits_to_keep():
         assert relative(model(ids, logits_to_keep=2), model(ids)[:, -2:]) <= BOUND
 
 
+def test_casting_keeps_rotary_tables():
+    model = Phi1(NANO)
+    tables = model.rotary_tables.clone()
+    model.half()
+    assert model.head.weight.dtype == torch.float16
+    assert model.rotary_tables.dtype == torch.float32
+    assert torch.equal(model.rotary_tables, tables)
+    assert model(torch.zeros(1, 3, dtype=torch.int64)).dtype == torch.float16
+
+
 def test_dropout_depends_on_sample_not_on_row():
     config = preset("nano", vocab_size=512, num_hidden_layers=2, attention_dropout=0.1, residual_dropout=0.1)
     model = Phi1(config)
