@@ -93,7 +93,7 @@ def test_rows_refuses_a_sample_that_is_not_there(corpus, wrong):
 def test_too_small_a_corpus_says_what_is_needed(corpus):
     opened = open_corpus(corpus[0], "val")
     opened.require_samples(64, 5)
-    with pytest.raises(DataError, match=r"the val split is too small: its 322 tokens give 5 samples of 64 .* and 6 are"):
+    with pytest.raises(DataError, match=r"val split is too small: its 322 tokens give 5 samples of 64 .* and 6 are"):
         opened.require_samples(64, 6)
 
 
@@ -124,7 +124,7 @@ def _cut(path: Path, by: int) -> None:
     ("train-00004.bin", lambda p: _cut(p, 1), r"truncated: .* bytes instead of"),
     ("train-00003.bin", lambda p: p.write_bytes(b""), "truncated: 0 bytes"),
     ("train-00003.bin", lambda p: p.write_bytes(p.read_bytes() + b"x"), "too long"),
-    ("train-00003.bin", lambda p: p.write_bytes(p.with_name("train-00002.bin").read_bytes()), "shard of another corpus"),
+    ("train-00003.bin", lambda p: p.write_bytes(p.with_name("train-00002.bin").read_bytes()), "of another corpus"),
     ("train-00003.bin", Path.unlink, "missing"),
     ("val-00000.bin", Path.unlink, "missing"),
     ("train-documents.npy", lambda p: _flip(p, -3), "damaged"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -108,6 +109,7 @@ class CorpusWriter:
             raise DataError(f"the tokenizer must have at most {1 << 8 * TOKEN.itemsize:,} tokens, since a corpus "
                             f"stores 16-bit ids; got {len(tokenizer):,}")
         self._folder, self._tokenizer = folder, tokenizer
+        tokenizer.save(folder / "tokenizer")
         self._shards = {split: ShardWriter(folder, split, tokenizer.fingerprint, shard_tokens=shard_tokens,
                                            block_tokens=block_tokens) for split in ("train", "val")}
         self._documents: dict[str, list[np.ndarray]] = {"train": [], "val": []}
@@ -138,10 +140,11 @@ class CorpusWriter:
         for split, shards in self._shards.items():
             shards.close()
             documents = np.concatenate([np.empty(0, DOCUMENT), *self._documents[split]])
-            np.save(self._folder / f"{split}-documents.npy", documents)
+            buffer = io.BytesIO()  # np.save to a file would not say that the disk is full, only that less was written
+            np.save(buffer, documents)
+            (self._folder / f"{split}-documents.npy").write_bytes(buffer.getbuffer())
             splits[split] = {"documents": documents.size, "tokens": shards.n_tokens,
                              "bytes": int(documents["bytes"].sum(dtype=np.uint64)), "shards": shards.names}
-        self._tokenizer.save(self._folder / "tokenizer")
         content = {"tokenizer": self._tokenizer.fingerprint, "vocab_size": len(self._tokenizer),
                    "eos_id": self._tokenizer.eos_id, "splits": splits}
         return write_manifest(self._folder, content, made)
