@@ -17,7 +17,7 @@ from phi1.train.checkpoint import gather_weights, load_checkpoint
 from phi1.train.control import Control
 from phi1.train.data import Corpus
 from phi1.train.engine import Engine, build_model, connect_processes, start
-from phi1.train.launch import Place
+from phi1.train.launch import Place, RunError
 from phi1.train.ledger import Ledger
 from phi1.train.loop import Loop
 from phi1.train.progress import Progress
@@ -58,7 +58,7 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
     with Progress(recipe.train.steps, trainer.finished, recipe.train.batch_size * recipe.data.seq_len,
                   silent=place.rank > 0) as progress:
         _announce_start(progress, recipe, trainer, stored)
-        ledger = _ledger(folder, recipe, trainer) if place.rank == 0 else None
+        ledger = _ledger(folder, recipe, trainer, control) if place.rank == 0 else None
         facts = {"defining": defining(recipe), "data": corpus.fingerprint, "environment": engine.environment()}
         loop = Loop(recipe, folder, trainer, held_out, control, progress, ledger, place.rank, facts, checkpoint)
         figures = loop.evaluate() if loop.run() else None
@@ -113,9 +113,13 @@ def _announce_start(progress: Progress, recipe: Recipe, trainer: Trainer, stored
         progress.say(note)
 
 
-def _ledger(folder: RunFolder, recipe: Recipe, trainer: Trainer) -> Ledger:
-    board = folder.tensorboard if recipe.run.tensorboard else None
-    ledger = Ledger(folder.ledger, trainer.finished, board)
-    ledger.start({"finished": trainer.finished, "environment": trainer.engine.environment(),
-                  "data": trainer.corpus.fingerprint})
-    return ledger
+def _ledger(folder: RunFolder, recipe: Recipe, trainer: Trainer, control: Control) -> Ledger | None:
+    """Rank 0's ledger; if it cannot be written, all processes stop before the first step."""
+    try:
+        ledger = Ledger(folder.ledger, trainer.finished, folder.tensorboard if recipe.run.tensorboard else None)
+        ledger.start({"finished": trainer.finished, "environment": trainer.engine.environment(),
+                      "data": trainer.corpus.fingerprint})
+        return ledger
+    except RunError as error:
+        control.fail(error)
+        return None
