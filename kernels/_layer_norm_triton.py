@@ -25,6 +25,8 @@ from phi1.kernels._tuned import tile
 # a thread are resident at once on 132 SMs, with no second wave.
 MAX_PARTIALS = 512
 SUM_BLOCK_P, SUM_BLOCK_D = 64, 16
+# Said at every launch, since the default changes with Triton 3.10, and bits with it.
+FP_FUSION = True
 
 
 @triton.jit
@@ -159,7 +161,7 @@ def launch_forward(
         layer_norm_forward_kernel[(triton.cdiv(n_rows, t["rows"]),)](
             x, residual, weight, bias, None if residual is None else h, y, mean, rstd,
             n_rows=n_rows, eps=eps, D=width, BLOCK_D=triton.next_power_of_2(width), ROWS=t["rows"],
-            num_warps=t["num_warps"],
+            num_warps=t["num_warps"], enable_fp_fusion=FP_FUSION,
         )
     return h, y, mean, rstd
 
@@ -178,10 +180,11 @@ def launch_backward(
     layer_norm_backward_kernel[(n_partials,)](
         dy, x, dresidual, weight, mean, rstd, dx, dw_partial, db_partial,
         n_rows=n_rows, n_partials=n_partials, D=width, BLOCK_D=triton.next_power_of_2(width), ROWS=t["rows"],
-        num_warps=t["num_warps"],
+        num_warps=t["num_warps"], enable_fp_fusion=FP_FUSION,
     )
     sum_partials_kernel[(triton.cdiv(width, SUM_BLOCK_D),)](
         dw_partial, db_partial, dw, db,
-        n_partials=n_partials, D=width, BLOCK_P=SUM_BLOCK_P, BLOCK_D=SUM_BLOCK_D, num_warps=4,
+        n_partials=n_partials, D=width, BLOCK_P=SUM_BLOCK_P, BLOCK_D=SUM_BLOCK_D,
+        num_warps=4, enable_fp_fusion=FP_FUSION,
     )
     return dx, dw, db

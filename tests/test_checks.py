@@ -1,0 +1,157 @@
+"""What all operations share: the choice of a backend, when values are checked, the messages, the table of tiles."""
+
+import pytest
+import torch
+
+from phi1 import testing
+from phi1.kernels import Dropout, _tuned, backend, check_values
+from phi1.kernels._backend import reference_forced, require_no_triton, use_triton
+from phi1.kernels._checks import check_dropout, check_range, values_checked
+
+ON_CPU = torch.zeros(3, dtype=torch.int64)
+
+
+def test_backend_nests_and_is_restored_after_an_error():
+    assert not reference_forced()
+    with backend("reference"):
+        with pytest.raises(KeyError), backend("reference"):
+            raise KeyError
+        assert reference_forced()
+    assert not reference_forced()
+    assert not use_triton(ON_CPU)
+
+
+def test_backend_rejects_other_names():
+    with pytest.raises(ValueError, match="backend: name must be one of triton, reference; got 'cuda'"), backend("cuda"):
+        pass
+
+
+def test_an_operation_without_a_kernel_says_so(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with backend("triton"), pytest.raises(NotImplementedError, match="gelu: there is no Triton kernel"):
+        require_no_triton("gelu")
+    require_no_triton("gelu")
+
+
+def test_triton_is_not_asked_of_a_device_that_cannot(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with backend("triton"):
+        assert use_triton(ON_CPU)
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        with pytest.raises(ValueError, match=r"backend\('triton'\): tensors must be .*got a tensor on cpu"):
+            use_triton(ON_CPU)
+
+
+def test_values_are_checked_on_a_cpu_unless_turned_off():
+    assert values_checked(ON_CPU)
+    with check_values(False):
+        assert not values_checked(ON_CPU)
+        with check_values(True):
+            assert values_checked(ON_CPU)
+        assert not values_checked(ON_CPU)
+    assert not values_checked(torch.zeros(3, device="meta"))
+
+
+def test_values_are_not_checked_while_tracing():
+    def checked(x):
+        check_range("op", "x", x, 0, 1, "always")
+        return x + 1
+
+    compiled = torch.compile(checked, fullgraph=True, backend="aot_eager")
+    assert compiled(torch.tensor([5])).tolist() == [6]
+    with pytest.raises(ValueError, match="x must be"):
+        checked(torch.tensor([5]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_values_on_a_gpu_are_checked_only_on_request():
+    x = ON_CPU.cuda()
+    assert not values_checked(x)
+    with check_values(True):
+        assert values_checked(x)
+
+
+def test_check_range_names_the_first_bad_value():
+    x = torch.tensor([[1, 2], [7, -100]])
+    with pytest.raises(ValueError, match=r"op: ids must be at least 0 and less than 5, V; got 7 at \[1, 0\]"):
+        check_range("op", "ids", x, 0, 5, "V")
+    with pytest.raises(ValueError, match=r"less than 9 or -1, V; got -100 at \[1, 1\]"):
+        check_range("op", "ids", x, 0, 9, "V", also=-1)
+    check_range("op", "ids", x, 0, 9, "V", also=-100)
+    check_range("op", "ids", x[:0], 0, 1, "V")
+
+
+@pytest.mark.parametrize(
+    ("dropout", "samples", "error", "message"),
+    [
+        (0.1, None, TypeError, r"op: dropout must be a phi1.kernels.Dropout or None; got float"),
+        (Dropout(0.1, torch.zeros(2, dtype=torch.int64, device="meta")), None, ValueError,
+         r"op: dropout.rng must be on x's device \(cpu\); got meta"),
+        (Dropout(0.1, ON_CPU[:2], torch.arange(4)), None, ValueError,
+         r"op: dropout.sample_ids must divide the 6 rows of x evenly; got 4 sample ids"),
+        (Dropout(0.1, ON_CPU[:2], torch.arange(0)), None, ValueError, r"evenly; got 0 sample ids"),
+        (Dropout(0.1, ON_CPU[:2], torch.arange(3)), 2, ValueError,
+         r"op: dropout.sample_ids.shape must be \(2,\), one per sample; got \(3,\)"),
+    ],
+)
+def test_check_dropout(dropout, samples, error, message):
+    with pytest.raises(error, match=message):
+        check_dropout("op", dropout, torch.zeros(6, 8), samples)
+
+
+def test_the_first_row_of_the_table_that_fits_is_taken(monkeypatch):
+    rows = [
+        {"gpu": "NVIDIA H100 80GB HBM3", "when": {"width": 2048, "dtype": "float16"}, "tile": {"rows": 9}},
+        {"gpu": "any", "when": {"width": [1, 100]}, "tile": {"rows": 1}},
+        {"gpu": "any", "when": {"width": [50, 4096]}, "tile": {"rows": 2}},
+    ]
+    monkeypatch.setattr(_tuned, "table", lambda op: {"forward": rows})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[0])
+    _tuned._first_fit.cache_clear()
+
+    def rows_of(width, dtype="float16", device="cuda"):
+        return _tuned.tile("op", "forward", torch.device(device), width=width, dtype=dtype)["rows"]
+
+    names = ["NVIDIA H100 80GB HBM3"]
+    assert rows_of(2048) == 9
+    assert rows_of(2048, dtype="float32") == 2
+    assert rows_of(2048, device="cpu") == 2
+    assert rows_of(75) == 1
+    names = ["NVIDIA A100-SXM4-40GB"]
+    assert rows_of(2048) == 2
+    with pytest.raises(NotImplementedError, match=r"op: no tile for the forward kernel at dtype float16, width 5000"):
+        rows_of(5000)
+    _tuned._first_fit.cache_clear()
+
+
+def test_uninitialised_memory_is_nan_inside_the_context():
+    with testing.empty_is_nan():
+        assert torch.empty(100).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (torch.tensor([1.0, 2.1]), r"x \[2\] torch.float32: max\|out - exact\| = 1.000e-01 .* at \[1\]: out 2.1"),
+        (torch.tensor([1.0, float("nan")]), r"x .*nan is over the bound"),
+        (torch.tensor([1.0, 2.0]).half(), r"x: dtype is torch.float16, the reference's torch.float32"),
+        (torch.tensor([[1.0, 2.0]]), r"x: shape is \(1, 2\), the reference's \(2,\)"),
+    ],
+)
+def test_the_tolerance_rule_refuses(out, message):
+    eager = torch.tensor([1.0, 2.0])
+    with pytest.raises(AssertionError, match=message):
+        testing.assert_within_bound(out, eager, eager.double(), "x")
+    testing.assert_within_bound(eager, eager, eager.double(), "x")
+    # Twice eager's own error is allowed.
+    testing.assert_within_bound(torch.tensor([1.0, 2.1]), torch.tensor([1.0, 2.06]), eager.double(), "x")
+
+
+def test_a_wrong_gradient_is_noticed():
+    x = {"x": torch.randn(5, generator=torch.Generator().manual_seed(0))}
+    testing.assert_matches_reference(lambda x: x * 2, lambda x: x + x, x)
+    with pytest.raises(AssertionError, match=r"dx \[5\]"):
+        testing.assert_matches_reference(lambda x: x * 2 + (x - x.detach()) * 0.01, lambda x: x * 2, x)
+    with pytest.raises(AssertionError, match="y gets no gradient"):
+        testing.assert_matches_reference(lambda x, y: x * 2, lambda x, y: x * 2, x | {"y": x["x"]})

@@ -1,0 +1,174 @@
+"""Who may import whom: the direction of travel between the rooms, read from the sources, and what an import costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phi1 import kernels
+
+ROOT = Path(__file__).parent.parent
+ROOMS = {"kernels": "phi1.kernels", "phi1": "phi1", "train": "phi1.train", "bench": "phi1.bench"}
+PUBLIC = set(kernels.__all__)
+
+
+def imports(tree):
+    """(module, imported names, whether at module level) of every import that runs."""
+    typing_only = {
+        child
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for child in ast.walk(node)
+    }
+    deferred = {
+        child
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, [], node not in deferred
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or ""), [alias.name for alias in node.names], node not in deferred
+
+
+def room_of(module):
+    """The room and the file in it that a module of ours lies in, or (None, None)."""
+    parts = module.split(".")
+    if parts[0] != "phi1":
+        return None, None
+    if len(parts) > 1 and f"phi1.{parts[1]}" in ROOMS.values():
+        return parts[1], ".".join(parts[2:])
+    return "phi1", ".".join(parts[1:])
+
+
+def kernels_rules(name, module, at_top):
+    room, file = room_of(module)
+    if room is None:
+        top = module.split(".")[0]
+        if top == "triton":
+            yield name.endswith("_triton.py"), "Triton is imported in _*_triton.py alone"
+        yield top in {"torch", "triton", "numpy"} or top in sys.stdlib_module_names, f"kernels/ does not need {top}"
+        return
+    yield room == "kernels", "kernels/ imports nothing above it"
+    if file.endswith("_triton"):
+        yield not at_top or name.endswith("_triton.py"), "kernels are imported where they are launched"
+    elif not file.startswith("_"):
+        yield name in {"__init__.py", "block.py"}, "what two operations share sits in a _*.py"
+
+
+def public_rules(room, module, names):
+    yield room != "kernels" or module == "phi1.kernels", "only phi1.kernels itself, not the files in it"
+    for name in names:
+        yield module != "phi1.kernels" or name in PUBLIC, f"phi1.kernels has no public name {name}"
+
+
+def phi1_rules(name, module, names, at_top):
+    room, file = room_of(module)
+    yield file != "cli" or room != "phi1", "nothing imports the command line"
+    if name == "cli.py":
+        yield room in {None, "phi1"} or not at_top, "the command line imports a room inside the function that runs it"
+        return
+    yield room in {None, "phi1", "kernels"}, "phi1/ imports nothing above it"
+    yield from public_rules(room, module, names)
+
+
+def train_rules(module, names):
+    room, file = room_of(module)
+    yield room != "bench", "train/ reads measured results as data"
+    yield file != "cli" or room != "phi1", "nothing imports the command line"
+    yield from public_rules(room, module, names)
+
+
+def violations(room, name, source):
+    found = []
+    for module, names, at_top in imports(ast.parse(source)):
+        rules = [(not module.startswith("."), "imports are absolute")]
+        # `from phi1 import train` imports a room as much as `import phi1.train`.
+        modules = [module] + [f"phi1.{n}" for n in names if module == "phi1" and f"phi1.{n}" in ROOMS.values()]
+        for one in modules:
+            if room == "kernels":
+                rules += kernels_rules(name, one, at_top)
+            elif room == "phi1":
+                rules += phi1_rules(name, one, names, at_top)
+            elif room == "train":
+                rules += train_rules(one, names)
+        found += [f"{room}/{name} imports {module}: {rule}" for holds, rule in rules if not holds]
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_keep_their_direction(room):
+    files = sorted((ROOT / room).glob("*.py"))
+    assert len(files) > 1
+    assert [v for path in files for v in violations(room, path.name, path.read_text())] == []
+
+
+@pytest.mark.parametrize(
+    ("room", "name", "source"),
+    [
+        ("kernels", "gelu.py", "import triton"),
+        ("kernels", "_gelu.py", "def f():\n    import triton.language as tl"),
+        ("kernels", "gelu.py", "from phi1.kernels.linear import linear"),
+        ("kernels", "_gelu.py", "from phi1.kernels.linear import linear"),
+        ("kernels", "_gelu.py", "from phi1.kernels._gelu_triton import launch"),
+        ("kernels", "gelu.py", "from phi1.config import Phi1Config"),
+        ("kernels", "gelu.py", "from phi1 import train"),
+        ("kernels", "gelu.py", "import rich"),
+        ("kernels", "gelu.py", "from ._checks import require"),
+        ("phi1", "model.py", "from phi1.kernels._backend import use_triton"),
+        ("phi1", "model.py", "from phi1.kernels.gelu import gelu_reference"),
+        ("phi1", "model.py", "from phi1.kernels import _backend"),
+        ("phi1", "model.py", "def f():\n    from phi1.train import data"),
+        ("phi1", "model.py", "import phi1.bench.static_gate"),
+        ("phi1", "model.py", "from phi1.cli import main"),
+        ("phi1", "cli.py", "from phi1.train import prepare"),
+        ("phi1", "cli.py", "from phi1 import kernels"),
+        ("train", "step.py", "def f():\n    from phi1.bench import cases"),
+        ("train", "step.py", "from phi1.kernels._philox import threshold"),
+        ("train", "step.py", "import phi1.cli"),
+    ],
+)
+def test_a_wrong_import_is_found(room, name, source):
+    assert len(violations(room, name, source)) >= 1
+
+
+@pytest.mark.parametrize(
+    ("room", "name", "source"),
+    [
+        ("kernels", "_gelu_triton.py", "import triton\nfrom phi1.kernels._tuned import tile"),
+        ("kernels", "_gelu.py", "def f():\n    from phi1.kernels._gelu_triton import launch"),
+        ("kernels", "block.py", "from phi1.kernels.layer_norm import layer_norm_reference"),
+        ("phi1", "cli.py", "def f():\n    from phi1.train import prepare"),
+        ("phi1", "model.py", "from phi1.kernels import Dropout, layer_norm\nfrom phi1.config import Phi1Config"),
+        ("phi1", "__init__.py", "if TYPE_CHECKING:\n    from phi1.kernels._philox import Dropout"),
+        ("train", "step.py", "from phi1.kernels import backend\nfrom phi1.train.data import open_corpus\nimport phi1"),
+        ("bench", "cases.py", "from phi1.train.data import open_corpus\nfrom phi1.kernels._tuned import tile"),
+    ],
+)
+def test_a_right_import_is_let_through(room, name, source):
+    assert violations(room, name, source) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [("phi1", ["torch", "triton"]), ("phi1, phi1.kernels", ["triton", "phi1.train", "phi1.bench"])],
+)
+def test_importing_is_cheap(module, unwanted):
+    code = f"import {module}, sys; print([m for m in {unwanted} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_nothing_is_installed_as_a_top_level_kernels():
+    # transformers takes any package of that name for Hugging Face's.
+    code = "import importlib.util; print(importlib.util.find_spec('kernels'))"
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
+    assert "phi1" not in done.stdout
+    assert str(ROOT) not in done.stdout
