@@ -217,7 +217,7 @@ def test_gather_is_fast(tmp_path):
             start = time.perf_counter()
             opened.rows(indices, seq_len)
             speeds.append(batch * seq_len / (time.perf_counter() - start))
-        assert max(speeds) > 50e6  # tokens a second; 150e6 and 800e6 measured
+        assert max(speeds) > 50e6  # tokens a second; 200e6 and 800e6 measured
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(1, 300), st.integers(0, 10**9))

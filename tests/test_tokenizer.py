@@ -286,6 +286,16 @@ def test_an_unknown_name_is_one_clear_error(name, message, tmp_path, monkeypatch
     assert "\n" not in str(error.value)
 
 
+def test_another_hub_id_is_fetched(tokenizer, tmp_path, monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    tokenizer.save(tmp_path)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download",
+                        lambda name, **options: asked.append((name, options["revision"])) or str(tmp_path))
+    assert load_tokenizer("owner/name", revision="v2").fingerprint == tokenizer.fingerprint
+    assert asked == [("owner/name", "v2")]
+
+
 def test_an_empty_folder_is_one_clear_error(tmp_path):
     with pytest.raises(ValueError, match=r"neither tokenizer.json nor vocab.json with merges.txt"):
         load_tokenizer(tmp_path)
