@@ -18,9 +18,11 @@ from phi1.kernels.attention import attention
 from phi1.kernels.attention_qkv import attention_qkv
 from phi1.kernels.block import parallel_block
 from phi1.kernels.cross_entropy import linear_cross_entropy
+from phi1.kernels.dropout import dropout_add
 from phi1.kernels.gelu import gelu
 from phi1.kernels.layer_norm import add_layer_norm, layer_norm
 from phi1.kernels.linear import linear
+from phi1.kernels.mlp import mlp
 from phi1.kernels.rotary import rotary
 
 __all__ = [
@@ -30,10 +32,12 @@ __all__ = [
     "attention_qkv",
     "backend",
     "check_values",
+    "dropout_add",
     "gelu",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "mlp",
     "parallel_block",
     "rotary",
 ]

@@ -14,8 +14,9 @@ B batch, Tq queries, Tk keys, H heads, K head size, N = B * Tq rows; G samples t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -58,7 +59,8 @@ def attention_forward(
     out = q.new_full(q.shape, torch.nan)  # rows that belong to no document
     flat = [_as_one_sample(x) for x in (q, k, v, out)]
     for sample, rows in _documents(cu_seqlens):
-        _forward(*(x[:, rows] for x in flat), lse[None, :, rows], _of_sample(mask, sample))
+        own_q, own_k, own_v, own_out = (x[:, rows] for x in flat)
+        _forward(own_q, own_k, own_v, own_out, lse[None, :, rows], replace(mask, sample=sample))
     return out, lse
 
 
@@ -69,7 +71,7 @@ def attention_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    grads: Sequence[torch.Tensor],
     mask: Mask,
     cu_seqlens: torch.Tensor | None = None,
 ) -> None:
@@ -78,18 +80,15 @@ def attention_backward(
     # [H, N]: rowsum(dout out) is rowsum(P dP), dropped or not.
     delta = (dout.float() * out).sum(-1).flatten(0, 1).t()
     if cu_seqlens is None:
-        by_sample = (x.unflatten(1, (batch, n_queries)).transpose(0, 1) for x in (lse, delta))
-        _backward(dout, q, k, v, *by_sample, *grads, mask)
+        lse, delta = (x.unflatten(1, (batch, n_queries)).transpose(0, 1) for x in (lse, delta))
+        _backward((dout, q, k, v), (lse, delta), grads, mask)
         return
-    if any(grad.shape[0] != 1 for grad in grads):
-        grads = tuple(grad.flatten(0, 1)[None] for grad in grads)  # type: ignore[assignment]
-    dout, q, k, v = (_as_one_sample(x) for x in (dout, q, k, v))
-    for grad in grads:
+    inputs, outputs = ([_as_one_sample(x) for x in some] for some in ((dout, q, k, v), grads))
+    for grad in outputs:
         grad.fill_(torch.nan)
     for sample, rows in _documents(cu_seqlens):
-        statistics = (x[None, :, rows] for x in (lse, delta))
-        _backward(*(x[:, rows] for x in (dout, q, k, v)), *statistics, *(grad[:, rows] for grad in grads),
-                  _of_sample(mask, sample))
+        own_inputs, own_outputs = ([x[:, rows] for x in some] for some in (inputs, outputs))
+        _backward(own_inputs, (lse[None, :, rows], delta[None, :, rows]), own_outputs, replace(mask, sample=sample))
 
 
 def _forward(q, k, v, out, lse, mask: Mask) -> None:
@@ -113,11 +112,14 @@ def _forward(q, k, v, out, lse, mask: Mask) -> None:
             p.mul_(total.reciprocal_())
             if mask.dropout is not None:
                 p.mul_(_kept(mask, samples, heads, first, last, n_queries, n_keys, end))
-            out_tile[:, :, first:last] = torch.bmm(p.to(low), v_tile[:, :end]).view(shape)
+            out_tile[:, :, first:last] = torch.bmm(p.to(low), v_tile[:, :end]).to(out.dtype).view(shape)
 
 
-def _backward(dout, q, k, v, lse, delta, dq, dk, dv, mask: Mask) -> None:
-    """Fill dq [B, Tq, H, K] and dk, dv [B, Tk, H, K], given lse and delta [B, H, Tq]."""
+def _backward(
+    inputs: Sequence[torch.Tensor], statistics: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], mask: Mask
+) -> None:
+    """Fill grads = (dq [B, Tq, H, K], dk, dv [B, Tk, H, K]), given (dout, q, k, v) and (lse, delta) [B, H, Tq]."""
+    (dout, q, k, v), (lse, delta), (dq, dk, dv) = inputs, statistics, grads
     n_queries, n_keys = q.shape[1], k.shape[1]
     low = _product_dtype(q)
     for samples, heads, step in _tiles(q, k):
@@ -131,22 +133,26 @@ def _backward(dout, q, k, v, lse, delta, dq, dk, dv, mask: Mask) -> None:
             last = min(first + step, n_queries)
             s, end = _scores(q_scaled, k_wide, first, last, n_queries, mask, samples)
             p = s.sub_(lse_tile[:, first:last]).exp2_()
-            dp = torch.bmm(dout_low[:, first:last], v_low[:, :end].transpose(1, 2))
+            dp = torch.bmm(dout_low[:, first:last], v_low[:, :end].transpose(1, 2)).float()
             if mask.dropout is None:
                 dropped = p.to(low)
             else:
                 kept = _kept(mask, samples, heads, first, last, n_queries, n_keys, end)
-                dropped, dp = (p * kept).to(low), dp * kept
-            ds = (dp - delta_tile[:, first:last]).mul_(p).to(low)
-            dq_tile[:, :, first:last] = _product(ds, k_low[:, :end], mask.scale).view(dq_tile[:, :, first:last].shape)
+                dropped = (p * kept).to(low)
+                dp.mul_(kept)
+            ds = dp.sub_(delta_tile[:, first:last]).mul_(p).to(low)
+            dq_tile[:, :, first:last] = _product(ds, k_low[:, :end], mask.scale).to(dq.dtype).view(
+                dq_tile[:, :, first:last].shape)
             dk_sum = _accumulate(dk_sum, _product(ds.transpose(1, 2), q_low[:, first:last], mask.scale), first > 0)
             dv_sum = _accumulate(dv_sum, torch.bmm(dropped.transpose(1, 2), dout_low[:, first:last]), first > 0)
         for grad, total in ((dk, dk_sum), (dv, dv_sum)):
             target = grad[samples, :, heads].transpose(1, 2)
-            target.zero_() if total is None else target.copy_(total.view(target.shape))
+            target.zero_() if total is None else target.copy_(total.to(target.dtype).view(target.shape))
 
 
-def _scores(q_tile, k_tile, first: int, last: int, n_queries: int, mask: Mask, samples: slice) -> tuple[torch.Tensor, int]:
+def _scores(
+    q_tile: torch.Tensor, k_tile: torch.Tensor, first: int, last: int, n_queries: int, mask: Mask, samples: slice
+) -> tuple[torch.Tensor, int]:
     """Masked scores [G, last - first, end] in base 2, and end: the number of keys that some query of the tile sees."""
     n_keys = k_tile.shape[1]
     end = n_keys - n_queries + last if mask.causal else n_keys
@@ -210,8 +216,8 @@ def _accumulate(total: torch.Tensor | None, part: torch.Tensor, more_follow: boo
 
 def _heads_first(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """[B, T, H, K] -> [G, T, K] contiguous: the batched products are a fifth slower on strided operands."""
-    heads = x.transpose(1, 2)
-    return torch.empty(heads.shape, dtype=dtype, device=x.device).copy_(heads).flatten(0, 1)
+    # In two steps: PyTorch converts only contiguous elements fast.
+    return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(0, 1).to(dtype)
 
 
 def _product_dtype(x: torch.Tensor) -> torch.dtype:
@@ -227,10 +233,6 @@ def _as_one_sample(x: torch.Tensor) -> torch.Tensor:
 def _documents(cu_seqlens: torch.Tensor) -> Iterator[tuple[int, slice]]:
     """(number, rows) of each document that has any."""
     ends = cu_seqlens.tolist()
-    for number, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for number, (start, end) in enumerate(pairwise(ends)):
         if end > start:
             yield number, slice(start, end)
-
-
-def _of_sample(mask: Mask, sample: int) -> Mask:
-    return replace(mask, sample=sample)

@@ -39,7 +39,8 @@ def check_scale(op: str, scale: float | None, head_size: int) -> float:
 def check_packing(op: str, x: torch.Tensor, n_samples: int, n_rows: int, n_keys: int, cu_seqlens: torch.Tensor | None,
                   seq_starts: torch.Tensor | None) -> None:
     """Raise unless cu_seqlens cuts n_rows rows into documents, or seq_starts [B] lies in rows of n_keys, or neither."""
-    require(cu_seqlens is None or seq_starts is None, op, "at most one of cu_seqlens and seq_starts may be given", "both")
+    both = cu_seqlens is not None and seq_starts is not None
+    require(not both, op, "at most one of cu_seqlens and seq_starts may be given", "both")
     if cu_seqlens is not None:
         check_cu_seqlens(op, cu_seqlens, n_rows, x)
     if seq_starts is not None:
@@ -82,7 +83,7 @@ def attend_reference(
     seq_starts: torch.Tensor | None,
     dropout: Dropout | None,
 ) -> torch.Tensor:
-    """Attention of q [B, Tq, H, K] to k, v [B, Tk, H, K], in plain differentiable PyTorch, with all scores in memory."""
+    """Attention of q [B, Tq, H, K] to k, v [B, Tk, H, K], in plain differentiable PyTorch, all scores in memory."""
     if cu_seqlens is not None:
         shape = q.shape
         q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))

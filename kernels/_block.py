@@ -9,10 +9,10 @@ import torch
 
 from phi1.kernels._attention import Mask, attention_backward, attention_forward
 from phi1.kernels._gelu import gelu_backward, gelu_forward
+from phi1.kernels._layer_norm import layer_norm_backward, layer_norm_forward
 from phi1.kernels._philox import Dropout
 from phi1.kernels._residual import dropped
 from phi1.kernels._rotary import rotate_
-from phi1.kernels.layer_norm import layer_norm_backward, layer_norm_forward
 
 
 def block_forward(
@@ -77,10 +77,9 @@ def block_backward(
     mean, rstd, proj, att, lse = saved
     width, n_heads = x.shape[1], lse.shape[0]
     qkv, pre = _parts(proj, width, n_heads)
-    datt, dact, dw_out, db_out = _output_backward(dy, att, pre, out_weight, dense_dropout, fc2_dropout, cu_seqlens)
     dproj = torch.empty_like(proj)
     dqkv, dpre = _parts(dproj, width, n_heads)
-    gelu_backward(dact, pre, out=dpre)
+    datt, dw_out, db_out = _output_backward(dy, att, pre, out_weight, dense_dropout, fc2_dropout, cu_seqlens, dpre)
     q, k, v = _by_sample(qkv, batch)
     attention_backward(datt.unflatten(1, (n_heads, -1)).unflatten(0, q.shape[:2]), q, k, v, att.view(q.shape), lse,
                        _by_sample(dqkv, batch), mask, cu_seqlens)
@@ -91,16 +90,23 @@ def block_backward(
     return dx, dw_norm, db_norm, dw_in, dproj.sum(0), dw_out, db_out
 
 
-def _output_backward(dy, att, pre, out_weight, dense_dropout, fc2_dropout, cu_seqlens) -> tuple[torch.Tensor, ...]:
-    """(datt [N, D], dact [N, F], dw_out [D, D+F], db_out [2, D])."""
+def _output_backward(
+    dy, att, pre, out_weight, dense_dropout, fc2_dropout, cu_seqlens, dpre
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(datt [N, D], dw_out [D, D+F], db_out [2, D]); dpre [N, F] is filled."""
     sizes = [att.shape[1], pre.shape[1]]
+    joined = att.new_empty((att.shape[0], sum(sizes)))
+    joined[:, : sizes[0]] = att
+    act = joined[:, sizes[0] :]
     if dense_dropout is None and fc2_dropout is None:
         datt, dact = torch.mm(dy, out_weight).split_with_sizes(sizes, dim=1)
-        return datt, dact, torch.mm(dy.t(), _joined(att, pre)), dy.sum(0).expand(2, -1).contiguous()
+        gelu_backward(dact, pre, dpre, act)
+        return datt, torch.mm(dy.t(), joined), dy.sum(0).expand(2, -1).contiguous()
     dy1, dy2 = dropped(dy, dense_dropout, cu_seqlens), dropped(dy, fc2_dropout, cu_seqlens)
     dense_weight, fc2_weight = out_weight.split_with_sizes(sizes, dim=1)
-    dw_out = torch.cat((torch.mm(dy1.t(), att), torch.mm(dy2.t(), gelu_forward(pre))), dim=1)
-    return torch.mm(dy1, dense_weight), torch.mm(dy2, fc2_weight), dw_out, torch.stack((dy1.sum(0), dy2.sum(0)))
+    gelu_backward(torch.mm(dy2, fc2_weight), pre, dpre, act)
+    dw_out = torch.cat((torch.mm(dy1.t(), att), torch.mm(dy2.t(), act)), dim=1)
+    return torch.mm(dy1, dense_weight), dw_out, torch.stack((dy1.sum(0), dy2.sum(0)))
 
 
 def _parts(proj: torch.Tensor, width: int, n_heads: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -65,12 +65,11 @@ def rows_of_tables(
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool = False) -> None:
     """Rotate x [N, S, H, K] in place by `rows_of_tables`. Nothing is checked."""
     rotated = x[..., : cos.shape[-1]]
-    wide = rotated.float()
-    if wide is rotated:
-        wide = rotated.clone()
+    # In two steps each way: PyTorch converts only contiguous elements fast.
+    wide = rotated.clone(memory_format=torch.contiguous_format).float()
     a, b = wide.chunk(2, dim=-1)
     swapped = torch.cat((b, a), dim=-1)
-    rotated.copy_(wide.mul_(cos).addcmul_(swapped, sin, value=-1 if inverse else 1))
+    rotated.copy_(wide.mul_(cos).addcmul_(swapped, sin, value=-1 if inverse else 1).to(x.dtype))
 
 
 def rotate_reference(

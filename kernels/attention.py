@@ -45,7 +45,7 @@ def _attention_op(
 
 @_attention_op.register_fake
 def _(q: torch.Tensor, *_):
-    batch, n_queries, n_heads, _ = q.shape
+    batch, n_queries, n_heads = q.shape[:3]
     return q.new_empty(q.shape), q.new_empty((n_heads, batch * n_queries), dtype=torch.float32)
 
 
@@ -82,6 +82,7 @@ def _setup(ctx, inputs, output) -> None:
     q, k, v, cu_seqlens, seq_starts, causal, scale, p, rng, sample_ids, layer, kind = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # or autograd fills zeros for the statistics
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, seq_starts, rng, sample_ids)
     ctx.constants = causal, scale, p, layer, kind
 
@@ -151,7 +152,8 @@ def _check(q, k, v, causal, scale, cu_seqlens, seq_starts, dropout) -> float:
     check_shape(op, "v", v, k.shape, "k's")
     require(n_keys >= n_queries or not causal, op, f"k must have at least q's {n_queries} tokens if causal", n_keys)
     require(n_keys >= 1 or n_queries == 0, op, "k must have at least one token", n_keys)
-    require(cu_seqlens is None or n_queries == n_keys, op, f"k must have q's {n_queries} tokens with cu_seqlens", n_keys)
+    packed = cu_seqlens is not None
+    require(not packed or n_queries == n_keys, op, f"k must have q's {n_queries} tokens with cu_seqlens", n_keys)
     check_packing(op, q, batch, batch * n_queries, n_keys, cu_seqlens, seq_starts)
     n_samples = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     check_dropout(op, dropout, q, n_samples, n_heads)

@@ -63,7 +63,7 @@ def _attention_qkv_op(
 
 @_attention_qkv_op.register_fake
 def _(qkv: torch.Tensor, *_):
-    n_rows, _, n_heads, head_size = qkv.shape
+    n_rows, n_heads, head_size = qkv.shape[0], qkv.shape[2], qkv.shape[3]
     return qkv.new_empty((n_rows, n_heads * head_size)), qkv.new_empty((n_heads, n_rows), dtype=torch.float32)
 
 
@@ -106,6 +106,7 @@ def _setup(ctx, inputs, output) -> None:
     qkv, cos, sin, positions, cu_seqlens, seq_starts, *constants, p, rng, sample_ids, layer, kind = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # or autograd fills zeros for the statistics
     ctx.save_for_backward(qkv, out, lse, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids)
     ctx.constants = *constants, p, layer, kind
 

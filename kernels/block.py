@@ -23,7 +23,15 @@ from phi1.kernels._attention import Mask
 from phi1.kernels._attention_rules import check_packing
 from phi1.kernels._backend import reference_forced, require_no_triton
 from phi1.kernels._block import block_backward, block_forward
-from phi1.kernels._checks import check_alike, check_dropout, check_float, check_rank, check_shape, check_tensors, require
+from phi1.kernels._checks import (
+    check_alike,
+    check_dropout,
+    check_float,
+    check_rank,
+    check_shape,
+    check_tensors,
+    require,
+)
 from phi1.kernels._gelu import gelu_new
 from phi1.kernels._philox import Dropout, dropout_from_fields, is_active
 from phi1.kernels._residual import dropped
@@ -130,6 +138,7 @@ def _setup(ctx, inputs, output) -> None:
     x, norm_weight, norm_bias, in_weight, _, out_weight, _, *tables_and_packing = inputs[:12]
     _, batch, eps, *constants, rng, sample_ids = inputs[12:]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or autograd fills zeros for the statistics
     ctx.save_for_backward(x, norm_weight, norm_bias, in_weight, out_weight, *output[1:], *tables_and_packing, rng,
                           sample_ids)
     ctx.constants = batch, eps, *constants
@@ -204,8 +213,8 @@ def parallel_block(
     active = [d if is_active(d) else None for d in dropouts]
     ps, layers, kinds = zip(*((d.p, d.layer, d.kind) if d else (0.0, 0, 0) for d in active), strict=True)
     rng, sample_ids = next(((d.rng, d.sample_ids) for d in active if d), (None, None))
-    return torch.ops.phi1.parallel_block(x, *parameters, cos, sin, positions, cu_seqlens, seq_starts, n_heads, batch, eps,
-                                         ps, layers, kinds, rng, sample_ids)[0]
+    return torch.ops.phi1.parallel_block(x, *parameters, cos, sin, positions, cu_seqlens, seq_starts, n_heads, batch,
+                                         eps, ps, layers, kinds, rng, sample_ids)[0]
 
 
 def _check(op, x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, n_heads, eps) -> None:

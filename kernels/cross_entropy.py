@@ -207,8 +207,10 @@ def linear_cross_entropy(
     require_no_triton("linear_cross_entropy")
     in_forward = torch.is_grad_enabled() and reduction != "none"
     needs = (in_forward and tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
-    loss, lse, *_ = torch.ops.phi1.linear_cross_entropy(x, weight, bias, targets, reduction, ignore_index,
-                                                        float(label_smoothing), float(z_loss), vocab, workspace_mb, *needs)
+    loss, lse, *_ = torch.ops.phi1.linear_cross_entropy(
+        x, weight, bias, targets, reduction, ignore_index, float(label_smoothing), float(z_loss), vocab, workspace_mb,
+        *needs,
+    )
     return (loss, lse) if return_lse else loss
 
 

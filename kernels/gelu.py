@@ -12,9 +12,13 @@ from phi1.kernels._checks import check_float, check_tensors
 from phi1.kernels._gelu import gelu_backward, gelu_forward, gelu_new
 
 
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1] if x.dim() and x.numel() else 1)
+
+
 @torch.library.custom_op("phi1::gelu", mutates_args=())
 def _gelu_op(x: torch.Tensor) -> torch.Tensor:
-    return gelu_forward(x.contiguous())
+    return gelu_forward(_rows(x)).view(x.shape)
 
 
 @_gelu_op.register_fake
@@ -24,7 +28,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("phi1::gelu_backward", mutates_args=())
 def _gelu_backward_op(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return gelu_backward(dy.contiguous(), x.contiguous())
+    return gelu_backward(_rows(dy), _rows(x)).view(x.shape)
 
 
 @_gelu_backward_op.register_fake

@@ -112,6 +112,7 @@ def _(dout: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, pre, has_bias: 
 def _setup(ctx, inputs, output) -> None:
     x, weight, bias, residual, gelu, p, rng, sample_ids, layer, kind = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or autograd fills zeros for the statistics
     ctx.save_for_backward(x, weight, output[1], rng, sample_ids)
     ctx.has_bias, ctx.has_residual, ctx.constants = bias is not None, residual is not None, (gelu, p, layer, kind)
 
@@ -119,7 +120,8 @@ def _setup(ctx, inputs, output) -> None:
 def _autograd(ctx, dout, _):
     x, weight, pre, rng, sample_ids = ctx.saved_tensors
     gelu, p, layer, kind = ctx.constants
-    dx, dw, db = torch.ops.phi1.linear_backward(dout, x, weight, pre, ctx.has_bias, gelu, p, rng, sample_ids, layer, kind)
+    dx, dw, db = torch.ops.phi1.linear_backward(dout, x, weight, pre, ctx.has_bias, gelu, p, rng, sample_ids, layer,
+                                                kind)
     return (dx, dw, db if ctx.has_bias else None, dout if ctx.has_residual else None, *[None] * 6)
 
 

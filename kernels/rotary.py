@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864) on the first R dimensions of q and k; formulas in `_rotary.py`.
+"""Rotary position embedding (Su et al., arXiv 2104.09864) on R dimensions of q and k; formulas in `_rotary.py`.
 
 Computed in float32, rounded once. Saves nothing but the tables and positions: the backward is the inverse rotation.
 
