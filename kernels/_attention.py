@@ -1,12 +1,14 @@
 """The PyTorch path of causal and full attention, forward and backward, shared by the operations that attend.
 
     S = scale q k^T + mask        P = softmax(S)        out = drop(P) v        lse = log sum exp S
-    dP = drop(dout v^T)           dS = P (dP - rowsum(dout out))
+    dP = drop(dout v^T)           dS = P (dP - rowsum(P dP))
     dv = drop(P)^T dout           dq = scale dS k                dk = scale dS^T q
 
 S, P and lse are float32, in base 2 with the scale folded into q in float32, so that float16 q and k of 300 stay finite.
 P and dS are rounded to bfloat16 for their products where the inputs are bfloat16. Scores are held for one tile of
-samples, heads and queries at a time, and keys that no query of the tile may see are never multiplied. Saved: out, lse.
+samples, heads and queries at a time, and keys that no query of the tile may see are never multiplied. A tile has whole
+rows, so the backward needs lse alone, and not out: rowsum(P dP) cancels the rounding of dP where rowsum(dout out) would
+not.
 
 B batch, Tq queries, Tk keys, H heads, K head size, N = B * Tq rows; G samples times heads of one tile.
 """
@@ -69,7 +71,6 @@ def attention_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
     lse: torch.Tensor,
     grads: Sequence[torch.Tensor],
     mask: Mask,
@@ -77,18 +78,15 @@ def attention_backward(
 ) -> None:
     """Write the gradients of q, k and v into `grads`, three tensors of their shapes and any strides."""
     batch, n_queries = q.shape[:2]
-    # [H, N]: rowsum(dout out) is rowsum(P dP), dropped or not.
-    delta = (dout.float() * out).sum(-1).flatten(0, 1).t()
     if cu_seqlens is None:
-        lse, delta = (x.unflatten(1, (batch, n_queries)).transpose(0, 1) for x in (lse, delta))
-        _backward((dout, q, k, v), (lse, delta), grads, mask)
+        _backward((dout, q, k, v), lse.unflatten(1, (batch, n_queries)).transpose(0, 1), grads, mask)
         return
     inputs, outputs = ([_as_one_sample(x) for x in some] for some in ((dout, q, k, v), grads))
     for grad in outputs:
         grad.fill_(torch.nan)
     for sample, rows in _documents(cu_seqlens):
         own_inputs, own_outputs = ([x[:, rows] for x in some] for some in (inputs, outputs))
-        _backward(own_inputs, (lse[None, :, rows], delta[None, :, rows]), own_outputs, replace(mask, sample=sample))
+        _backward(own_inputs, lse[None, :, rows], own_outputs, replace(mask, sample=sample))
 
 
 def _forward(q, k, v, out, lse, mask: Mask) -> None:
@@ -116,17 +114,16 @@ def _forward(q, k, v, out, lse, mask: Mask) -> None:
 
 
 def _backward(
-    inputs: Sequence[torch.Tensor], statistics: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], mask: Mask
+    inputs: Sequence[torch.Tensor], lse: torch.Tensor, grads: Sequence[torch.Tensor], mask: Mask
 ) -> None:
-    """Fill grads = (dq [B, Tq, H, K], dk, dv [B, Tk, H, K]), given (dout, q, k, v) and (lse, delta) [B, H, Tq]."""
-    (dout, q, k, v), (lse, delta), (dq, dk, dv) = inputs, statistics, grads
+    """Fill grads = (dq [B, Tq, H, K], dk, dv [B, Tk, H, K]), given inputs = (dout, q, k, v) and lse [B, H, Tq]."""
+    (dout, q, k, v), (dq, dk, dv) = inputs, grads
     n_queries, n_keys = q.shape[1], k.shape[1]
     low = _product_dtype(q)
     for samples, heads, step in _tiles(q, k):
         dout_low, q_low, k_low, v_low = (_heads_first(x[samples, :, heads], low) for x in (dout, q, k, v))
         q_scaled, k_wide = q_low.float() * (mask.scale * LOG2E), k_low.float()
         lse_tile = (lse[samples, heads] * LOG2E).flatten(0, 1)[..., None]  # [G, Tq, 1]
-        delta_tile = delta[samples, heads].flatten(0, 1)[..., None]
         dq_tile = dq[samples, :, heads].transpose(1, 2)
         dk_sum = dv_sum = None
         for first in reversed(range(0, n_queries, step)):
@@ -140,7 +137,8 @@ def _backward(
                 kept = _kept(mask, samples, heads, first, last, n_queries, n_keys, end)
                 dropped = (p * kept).to(low)
                 dp.mul_(kept)
-            ds = dp.sub_(delta_tile[:, first:last]).mul_(p).to(low)
+            delta = dp.mul_(p).sum(-1, keepdim=True)
+            ds = dp.addcmul_(p, delta, value=-1).to(low)
             dq_tile[:, :, first:last] = _product(ds, k_low[:, :end], mask.scale).to(dq.dtype).view(
                 dq_tile[:, :, first:last].shape)
             dk_sum = _accumulate(dk_sum, _product(ds.transpose(1, 2), q_low[:, first:last], mask.scale), first > 0)

@@ -1,6 +1,6 @@
 """Scaled dot-product attention (Vaswani et al., arXiv 1706.03762) in tiles; formulas and precision in `_attention.py`.
 
-Saved for the backward: q, k, v, out and lse, float32 [H, N]. Deterministic.
+Saved for the backward: q, k, v and lse, float32 [H, N]. Deterministic.
 
 B batch, Tq queries, Tk keys, H heads, K head size, N = B * Tq rows.
 """
@@ -55,7 +55,6 @@ def _attention_backward_op(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
     lse: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     seq_starts: torch.Tensor | None,
@@ -69,7 +68,7 @@ def _attention_backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     mask = Mask(causal, scale, seq_starts, dropout_from_fields(p, rng, sample_ids, layer, kind))
     grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
-    attention_backward(dout, q, k, v, out, lse, grads, mask, cu_seqlens)
+    attention_backward(dout, q, k, v, lse, grads, mask, cu_seqlens)
     return grads
 
 
@@ -80,10 +79,10 @@ def _(dout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_):
 
 def _setup(ctx, inputs, output) -> None:
     q, k, v, cu_seqlens, seq_starts, causal, scale, p, rng, sample_ids, layer, kind = inputs
-    out, lse = output
+    _, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)  # or autograd fills zeros for the statistics
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, seq_starts, rng, sample_ids)
+    ctx.save_for_backward(q, k, v, lse, cu_seqlens, seq_starts, rng, sample_ids)
     ctx.constants = causal, scale, p, layer, kind
 
 

@@ -1,6 +1,6 @@
 """Attention on packed q, k and v, with the rotary embedding inside; formulas in `_attention.py` and `_rotary.py`.
 
-Saved for the backward: qkv as given, out and lse, float32 [H, N]; the backward rotates again, and un-rotates the
+Saved for the backward: qkv as given and lse, float32 [H, N]; the backward rotates again, and un-rotates the
 gradients of q and k in place in the packed gradient. Deterministic.
 
 B batch, T tokens, N = B * T rows, H heads, K head size, R rotary dimension.
@@ -71,7 +71,6 @@ def _(qkv: torch.Tensor, *_):
 def _attention_qkv_backward_op(
     dout: torch.Tensor,
     qkv: torch.Tensor,
-    out: torch.Tensor,
     lse: torch.Tensor,
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
@@ -91,7 +90,7 @@ def _attention_qkv_backward_op(
     dqkv = qkv.new_empty(qkv.shape)
     q, k, v = _by_sample(_rotated(qkv, cos, sin, positions), batch)
     dq, dk, dv = _by_sample(dqkv, batch)
-    attention_backward(dout.reshape(q.shape), q, k, v, out.view(q.shape), lse, (dq, dk, dv), mask, cu_seqlens)
+    attention_backward(dout.reshape(q.shape), q, k, v, lse, (dq, dk, dv), mask, cu_seqlens)
     if cos is not None:
         rotate_(dqkv[:, :2], *rows_of_tables(cos, sin, positions), inverse=True)
     return dqkv
@@ -104,10 +103,10 @@ def _(dout, qkv: torch.Tensor, *_):
 
 def _setup(ctx, inputs, output) -> None:
     qkv, cos, sin, positions, cu_seqlens, seq_starts, *constants, p, rng, sample_ids, layer, kind = inputs
-    out, lse = output
+    _, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)  # or autograd fills zeros for the statistics
-    ctx.save_for_backward(qkv, out, lse, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids)
+    ctx.save_for_backward(qkv, lse, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids)
     ctx.constants = *constants, p, layer, kind
 
 

@@ -22,7 +22,7 @@ import torch
 from phi1.kernels._attention import Mask
 from phi1.kernels._attention_rules import check_packing
 from phi1.kernels._backend import reference_forced, require_no_triton
-from phi1.kernels._block import block_backward, block_forward
+from phi1.kernels._block import Layout, branches_backward, branches_forward
 from phi1.kernels._checks import (
     check_alike,
     check_dropout,
@@ -37,17 +37,22 @@ from phi1.kernels._philox import Dropout, dropout_from_fields, is_active
 from phi1.kernels._residual import dropped
 from phi1.kernels._rotary import check_positions, check_tables, default_positions, rows_of_tables
 from phi1.kernels.attention_qkv import attention_qkv_reference
-from phi1.kernels.layer_norm import layer_norm_reference
+from phi1.kernels.layer_norm import layer_norm_backward, layer_norm_forward, layer_norm_reference
 
 NO_DROPOUT: tuple[None, None, None] = (None, None, None)
 
 
-def _masks(
-    ps: Sequence[float], layers: Sequence[int], kinds: Sequence[int], rng: torch.Tensor | None,
-    sample_ids: torch.Tensor | None,
-) -> list[Dropout | None]:
-    return [dropout_from_fields(p, rng if p else None, sample_ids, layer, kind)
-            for p, layer, kind in zip(ps, layers, kinds, strict=True)]
+def _layout(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor | None,
+    seq_starts: torch.Tensor | None, rng: torch.Tensor | None, sample_ids: torch.Tensor | None, n_heads: int,
+    batch: int, ps: Sequence[float], layers: Sequence[int], kinds: Sequence[int],
+) -> Layout:
+    attention, dense, fc2 = (
+        dropout_from_fields(p, rng if p else None, sample_ids, layer, kind)
+        for p, layer, kind in zip(ps, layers, kinds, strict=True)
+    )
+    mask = Mask(True, (x.shape[1] // n_heads) ** -0.5, seq_starts, attention)
+    return Layout(n_heads, batch, cu_seqlens, rows_of_tables(cos, sin, positions), mask, dense, fc2)
 
 
 @torch.library.custom_op("phi1::parallel_block", mutates_args=())
@@ -64,26 +69,24 @@ def _parallel_block_op(
     positions: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     seq_starts: torch.Tensor | None,
+    rng: torch.Tensor | None,
+    sample_ids: torch.Tensor | None,
     n_heads: int,
     batch: int,
-    eps: float,
     ps: Sequence[float],
     layers: Sequence[int],
     kinds: Sequence[int],
-    rng: torch.Tensor | None,
-    sample_ids: torch.Tensor | None,
+    eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    attention, dense, fc2 = _masks(ps, layers, kinds, rng, sample_ids)
-    mask = Mask(True, (x.shape[1] // n_heads) ** -0.5, seq_starts, attention)
-    return block_forward(
-        x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, rows_of_tables(cos, sin, positions), mask,
-        n_heads=n_heads, batch=batch, cu_seqlens=cu_seqlens, eps=eps, dense_dropout=dense, fc2_dropout=fc2,
-    )
+    layout = _layout(x, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids, n_heads, batch, ps, layers, kinds)
+    h, mean, rstd = layer_norm_forward(x, norm_weight, norm_bias, eps)
+    y, proj, att, lse = branches_forward(h, x, in_weight, in_bias, out_weight, out_bias, layout)
+    return y, mean, rstd, proj, att, lse
 
 
 @_parallel_block_op.register_fake
 def _(x: torch.Tensor, norm_weight, norm_bias, in_weight: torch.Tensor, in_bias, out_weight, out_bias, cos, sin,
-      positions, cu_seqlens, seq_starts, n_heads: int, *_):
+      positions, cu_seqlens, seq_starts, rng, sample_ids, n_heads: int, *_):
     n_rows = x.shape[0]
     mean = x.new_empty((n_rows,), dtype=torch.float32)
     lse = x.new_empty((n_heads, n_rows), dtype=torch.float32)
@@ -111,19 +114,18 @@ def _parallel_block_backward_op(
     seq_starts: torch.Tensor | None,
     rng: torch.Tensor | None,
     sample_ids: torch.Tensor | None,
+    n_heads: int,
     batch: int,
-    eps: float,
     ps: Sequence[float],
     layers: Sequence[int],
     kinds: Sequence[int],
+    eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    attention, dense, fc2 = _masks(ps, layers, kinds, rng, sample_ids)
-    mask = Mask(True, (x.shape[1] // lse.shape[0]) ** -0.5, seq_starts, attention)
-    return block_backward(
-        dy.contiguous(), x, norm_weight, norm_bias, in_weight, out_weight, (mean, rstd, proj, att, lse),
-        rows_of_tables(cos, sin, positions), mask,
-        batch=batch, cu_seqlens=cu_seqlens, eps=eps, dense_dropout=dense, fc2_dropout=fc2,
-    )
+    layout = _layout(x, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids, n_heads, batch, ps, layers, kinds)
+    dy = dy.contiguous()
+    h = layer_norm_forward(x, norm_weight, norm_bias, eps)[0]
+    dh, *others = branches_backward(dy, h, in_weight, out_weight, proj, att, lse, layout)
+    return *layer_norm_backward(dh, x, norm_weight, mean, rstd, dy), *others
 
 
 @_parallel_block_backward_op.register_fake
@@ -135,13 +137,11 @@ def _(dy, x, norm_weight, norm_bias, in_weight, out_weight, *_):
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, norm_weight, norm_bias, in_weight, _, out_weight, _, *tables_and_packing = inputs[:12]
-    _, batch, eps, *constants, rng, sample_ids = inputs[12:]
+    x, norm_weight, norm_bias, in_weight, _, out_weight, _, *others = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # or autograd fills zeros for the statistics
-    ctx.save_for_backward(x, norm_weight, norm_bias, in_weight, out_weight, *output[1:], *tables_and_packing, rng,
-                          sample_ids)
-    ctx.constants = batch, eps, *constants
+    ctx.set_materialize_grads(False)  # or autograd fills zeros for what is saved
+    tensors, ctx.constants = others[:7], others[7:]
+    ctx.save_for_backward(x, norm_weight, norm_bias, in_weight, out_weight, *output[1:], *tensors)
 
 
 def _autograd(ctx, dy, *_):
@@ -213,8 +213,8 @@ def parallel_block(
     active = [d if is_active(d) else None for d in dropouts]
     ps, layers, kinds = zip(*((d.p, d.layer, d.kind) if d else (0.0, 0, 0) for d in active), strict=True)
     rng, sample_ids = next(((d.rng, d.sample_ids) for d in active if d), (None, None))
-    return torch.ops.phi1.parallel_block(x, *parameters, cos, sin, positions, cu_seqlens, seq_starts, n_heads, batch,
-                                         eps, ps, layers, kinds, rng, sample_ids)[0]
+    return torch.ops.phi1.parallel_block(x, *parameters, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids,
+                                         n_heads, batch, ps, layers, kinds, eps)[0]
 
 
 def _check(op, x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, n_heads, eps) -> None:
