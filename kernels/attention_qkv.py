@@ -58,7 +58,7 @@ def _attention_qkv_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     mask = Mask(causal, scale, seq_starts, dropout_from_fields(p, rng, sample_ids, layer, kind))
     out, lse = attention_forward(*_by_sample(_rotated(qkv, cos, sin, positions), batch), mask, cu_seqlens)
-    return out.view(qkv.shape[0], -1), lse
+    return out.view(qkv.shape[0], qkv.shape[2] * qkv.shape[3]), lse
 
 
 @_attention_qkv_op.register_fake
@@ -217,4 +217,4 @@ def attention_qkv_reference(
     q, k, v = _by_sample(qkv, batch)
     out = attend_reference(q, k, v, causal=causal, scale=scale, cu_seqlens=cu_seqlens, seq_starts=seq_starts,
                            dropout=dropout)
-    return out.reshape(qkv.shape[0], -1)
+    return out.reshape(qkv.shape[0], qkv.shape[2] * qkv.shape[3])
