@@ -19,7 +19,8 @@ from phi1.train.engine import build_model, connect_processes, start
 from phi1.train.launch import Place, RunError
 from phi1.train.prepare import prepare
 from phi1.train.recipe import Train
-from phi1.train.step import Trainer, learning_rate
+from phi1.train.schedule import learning_rate
+from phi1.train.step import Trainer
 
 CONFIG = preset("nano", vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                 num_attention_heads=2, max_position_embeddings=64, rotary_dim=8, attention_dropout=0.1,

@@ -148,6 +148,8 @@ def test_a_longer_run_goes_on_where_the_shorter_one_ended(place, undisturbed):
     shutil.copytree(place / "whole", place / "longer")
     out = train(place, "longer", train__steps=70)
     assert "going on" in out
+    assert "note: the learning rate now falls over 70 steps, before over 60; the next step takes 0.0005" in out
+    assert "other rounding" not in out
     assert [step["step"] for step in steps(place, "longer")] == list(range(1, 71))
     assert steps(place, "longer")[:STEPS] == steps(place, "whole")
 

@@ -15,6 +15,7 @@ from phi1.train.launch import Place, RunError
 from phi1.train.recipe import Recipe
 from phi1.train.report import show_complete
 from phi1.train.runfolder import RunFolder, check_continues
+from phi1.train.schedule import schedule_end
 from phi1.train.shards import read_manifest
 
 COMPLETE = "complete"
@@ -35,9 +36,9 @@ def check_recipe(recipe: Recipe, place: Place) -> None:
         raise RunError(f"data.vocab_size must be at most model.vocab_size, {config.vocab_size}; got {data.vocab_size}")
     if train.min_lr > train.lr:
         raise RunError(f"train.min_lr must be at most train.lr, {train.lr}; got {train.min_lr}")
-    end = train.schedule_steps or train.steps
-    if train.warmup_steps > end:
-        raise RunError(f"train.warmup_steps must be at most the schedule's {end} steps; got {train.warmup_steps}")
+    if train.warmup_steps > schedule_end(train):
+        raise RunError(f"train.warmup_steps must be at most the schedule's {schedule_end(train)} steps; got "
+                       f"{train.warmup_steps}")
 
 
 def admit(recipe: Recipe, folder: RunFolder, place: Place) -> str:

@@ -14,7 +14,15 @@ import sys
 from pathlib import Path
 
 from phi1.train.admission import COMPLETE, admit, check_recipe
-from phi1.train.launch import Place, RunError, announce, connect, stop_with, wait_for_announcement
+from phi1.train.launch import (
+    Place,
+    RunError,
+    announce,
+    connect,
+    limit_spinning,
+    stop_with,
+    wait_for_announcement,
+)
 from phi1.train.recipe import SHOWN_PATH, Recipe, help_text, read_recipe
 from phi1.train.runfolder import RunFolder
 
@@ -47,6 +55,7 @@ def parse(arguments: list[str]) -> Recipe | None:
 
 
 def main() -> int:  # type: ignore[return]  # stop_with does not return
+    limit_spinning()
     place = Place.from_environment()
     folder: RunFolder | None = None
     try:
@@ -65,7 +74,8 @@ def main() -> int:  # type: ignore[return]  # stop_with does not return
     except KeyboardInterrupt:
         if folder:
             folder.discard_if_new()
-        print("pretrain: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        if place.rank == 0:
+            print("pretrain: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

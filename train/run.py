@@ -23,7 +23,8 @@ from phi1.train.loop import Loop
 from phi1.train.progress import Progress
 from phi1.train.recipe import Recipe
 from phi1.train.report import Reached, export, function_headers, show_completions, show_summary, write_summary
-from phi1.train.runfolder import RunFolder, defining, environment_note
+from phi1.train.runfolder import RunFolder, defining, notes
+from phi1.train.schedule import schedule_end
 from phi1.train.step import Trainer
 from phi1.train.validation import HeldOut, xz_bits_per_byte
 
@@ -59,7 +60,8 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
                   silent=place.rank > 0) as progress:
         _announce_start(progress, recipe, trainer, stored)
         ledger = _ledger(folder, recipe, trainer, control) if place.rank == 0 else None
-        facts = {"defining": defining(recipe), "data": corpus.fingerprint, "environment": engine.environment()}
+        facts = {"defining": defining(recipe), "schedule": schedule_end(recipe.train), "data": corpus.fingerprint,
+                 "environment": engine.environment()}
         loop = Loop(recipe, folder, trainer, held_out, control, progress, ledger, place.rank, facts, checkpoint)
         figures = loop.evaluate() if loop.run() else None
     if ledger:
@@ -108,9 +110,8 @@ def _announce_start(progress: Progress, recipe: Recipe, trainer: Trainer, stored
         progress.say(f"training {what}: {train.steps:,} steps of {batch} ({where})")
         return
     progress.say(f"going on with {what}, after step {trainer.finished:,} of {train.steps:,}, {batch} ({where})")
-    note = environment_note(stored["environment"], environment)
-    if note:
-        progress.say(note)
+    for note in notes(stored, environment, train):
+        progress.say(f"note: {note}")
 
 
 def _ledger(folder: RunFolder, recipe: Recipe, trainer: Trainer, control: Control) -> Ledger | None:

@@ -9,12 +9,14 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from phi1.train.launch import RunError
-from phi1.train.recipe import Recipe
+from phi1.train.recipe import Recipe, Train
+from phi1.train.schedule import learning_rate, schedule_end
 
 # These may change when a run goes on. Other keys of [model], [data] and [train] decide every later step.
 _MAY_CHANGE = {"train.steps", "train.schedule_steps", "train.micro_batch_size", "train.threads", "train.precision"}
@@ -114,7 +116,14 @@ def check_continues(folder: RunFolder, checkpoint: Path, stored: dict[str, Any],
                        f"{recipe.train.steps}")
 
 
-def environment_note(stored: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """What keeps the rest of the run from being bitwise what it would have been, in one line."""
-    changed = [f"{key} was {stored.get(key)}, is {value}" for key, value in now.items() if stored.get(key) != value]
-    return f"note: same batches and masks, but other rounding from here on: {'; '.join(changed)}" if changed else None
+def notes(stored: dict[str, Any], environment: dict[str, Any], train: Train) -> Iterator[str]:
+    """What keeps the rest of a run from being bitwise what it would have been, a line each."""
+    before = stored["environment"]
+    changed = [f"{key} was {before.get(key)}, is {value}" for key, value in environment.items()
+               if before.get(key) != value]
+    if changed:
+        yield f"same batches and masks, but other rounding from here on: {'; '.join(changed)}"
+    end = schedule_end(train)
+    if end != stored["schedule"]:
+        yield (f"the learning rate now falls over {end:,} steps, before over {stored['schedule']:,}; the next step "
+               f"takes {learning_rate(stored['step'], train):.3g}")

@@ -1,4 +1,4 @@
-"""One optimizer step: accumulate over micro-steps, reduce, clip, update; and the schedule.
+"""One optimizer step: accumulate over micro-steps, reduce, clip, update.
 
 The loss of a step is the sum over its target tokens divided by their number in the whole batch, over all processes. A
 step whose gradient is not finite is skipped in every precision; it consumes its samples and its place in the schedule.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -18,6 +19,7 @@ from phi1.train.batches import Layout, micro_batches, samples_hash, samples_of_s
 from phi1.train.data import Corpus
 from phi1.train.engine import Engine, all_sum, set_last_micro_step
 from phi1.train.recipe import Train
+from phi1.train.schedule import learning_rate
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,6 @@ class Outcome:
     skipped: bool
     samples: str
     """Hash of the batch's sample ids."""
-
-
-def learning_rate(step: int, train: Train) -> float:
-    """Rate of the step after `step` finished ones: linear warmup to lr, then linear to min_lr at the schedule's end."""
-    if step < train.warmup_steps:
-        return train.lr * (step + 1) / train.warmup_steps
-    end = train.schedule_steps or train.steps
-    left = max(0.0, (end - step) / max(1, end - train.warmup_steps))
-    return train.min_lr + (train.lr - train.min_lr) * left
 
 
 def make_optimizer(model: Phi1, train: Train) -> torch.optim.AdamW:
@@ -103,11 +96,11 @@ class Trainer:
         self.skipped += not finite
         return Outcome(self.finished, loss, lr, norm, scale, not finite, samples_hash(samples))
 
-    def _accumulate(self, step: int, samples) -> float:
+    def _accumulate(self, step: int, samples: np.ndarray) -> float:
         """Forward and backward of all micro-steps. Returns the global mean loss."""
         self.model.train()
         device, layout = self.engine.device, self.layout
-        batches = [(ids, tokens) for ids, tokens in micro_batches(self.corpus, samples, layout, self.seq_len)]
+        batches = list(micro_batches(self.corpus, samples, layout, self.seq_len))
         (count,) = all_sum(sum(tokens[:, 1:].size for _, tokens in batches))
         rng = torch.tensor([self.train.seed, step], device=device)
         total = torch.zeros((), dtype=torch.float64, device=device)
@@ -132,7 +125,8 @@ class Trainer:
     def _update(self, lr: float, norm: float) -> None:
         clip = self.train.clip
         if clip and norm > clip:
-            torch._foreach_mul_(local_gradients(self.model), clip / norm)
+            for gradient in local_gradients(self.model):
+                gradient.mul_(clip / norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # Not through the scaler: the step is known to be finite, on every process.
