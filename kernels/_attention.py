@@ -23,30 +23,45 @@ from itertools import pairwise
 import torch
 
 from phi1.kernels._philox import Dropout, attention_keep, dropout_scale
+from phi1.kernels._rotary import rotate_
 
 LOG2E = math.log2(math.e)
 # Measured on a CPU with 1 MiB of L2 a core, T = 256 to 2048, K = 64: the scores of a tile and the products that read
-# them stay in the caches, and 128 queries skip most of what is above the diagonal.
+# them stay in the caches (bytes are a thread's), and 128 queries skip most of what is above the diagonal.
 CPU_TILE_QUERIES, CPU_TILE_BYTES = 128, 4 << 20
 DEVICE_TILE_QUERIES, DEVICE_TILE_BYTES = 1024, 256 << 20
 
 
 @dataclass(frozen=True)
-class Mask:
-    """Which keys a query sees, and which probabilities are dropped.
+class Scheme:
+    """How queries meet keys: which keys they see, their rotation, and which probabilities are dropped.
 
-    seq_starts [B] hides the keys before it. `sample` numbers the first sample for the dropout masks.
+    seq_starts [B] hides the keys before it. rotary is (cos, sin) of each row by `rows_of_tables`, [N, R], where q and k
+    are to be rotated first. `sample` numbers the first sample for the dropout masks.
     """
 
     causal: bool
     scale: float
     seq_starts: torch.Tensor | None = None
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     dropout: Dropout | None = None
     sample: int = 0
 
+    def of_document(self, number: int, rows: slice) -> Scheme:
+        """The scheme of one packed document, alone in its batch."""
+        rotary = None if self.rotary is None else (self.rotary[0][rows], self.rotary[1][rows])
+        return replace(self, sample=number, rotary=rotary)
+
+    def tables(self, batch: int, samples: slice, rows: slice) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """cos and sin of some samples' rows, [B, 1, T, R]: they broadcast over heads."""
+        if self.rotary is None:
+            return None
+        cos, sin = (table.unflatten(0, (batch, -1))[samples, None, rows] for table in self.rotary)
+        return cos, sin
+
 
 def attention_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, cu_seqlens: torch.Tensor | None = None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scheme: Scheme, cu_seqlens: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [B, Tq, H, K], lse [H, N] float32) of q [B, Tq, H, K] and k, v [B, Tk, H, K], any strides.
 
@@ -56,13 +71,13 @@ def attention_forward(
     lse = q.new_empty((n_heads, batch * n_queries), dtype=torch.float32)
     if cu_seqlens is None:
         out = q.new_empty(q.shape)
-        _forward(q, k, v, out, lse.unflatten(1, (batch, n_queries)).transpose(0, 1), mask)
+        _forward(q, k, v, out, lse.unflatten(1, (batch, n_queries)).transpose(0, 1), scheme)
         return out, lse
     out = q.new_full(q.shape, torch.nan)  # rows that belong to no document
     flat = [_as_one_sample(x) for x in (q, k, v, out)]
     for sample, rows in _documents(cu_seqlens):
         own_q, own_k, own_v, own_out = (x[:, rows] for x in flat)
-        _forward(own_q, own_k, own_v, own_out, lse[None, :, rows], replace(mask, sample=sample))
+        _forward(own_q, own_k, own_v, own_out, lse[None, :, rows], scheme.of_document(sample, rows))
     return out, lse
 
 
@@ -73,98 +88,100 @@ def attention_backward(
     v: torch.Tensor,
     lse: torch.Tensor,
     grads: Sequence[torch.Tensor],
-    mask: Mask,
+    scheme: Scheme,
     cu_seqlens: torch.Tensor | None = None,
 ) -> None:
     """Write the gradients of q, k and v into `grads`, three tensors of their shapes and any strides."""
     batch, n_queries = q.shape[:2]
     if cu_seqlens is None:
-        _backward((dout, q, k, v), lse.unflatten(1, (batch, n_queries)).transpose(0, 1), grads, mask)
+        _backward((dout, q, k, v), lse.unflatten(1, (batch, n_queries)).transpose(0, 1), grads, scheme)
         return
     inputs, outputs = ([_as_one_sample(x) for x in some] for some in ((dout, q, k, v), grads))
     for grad in outputs:
         grad.fill_(torch.nan)
     for sample, rows in _documents(cu_seqlens):
         own_inputs, own_outputs = ([x[:, rows] for x in some] for some in (inputs, outputs))
-        _backward(own_inputs, lse[None, :, rows], own_outputs, replace(mask, sample=sample))
+        _backward(own_inputs, lse[None, :, rows], own_outputs, scheme.of_document(sample, rows))
 
 
-def _forward(q, k, v, out, lse, mask: Mask) -> None:
+def _forward(q, k, v, out, lse, scheme: Scheme) -> None:
     """Fill out [B, Tq, H, K] and lse [B, H, Tq]."""
     n_queries, n_keys = q.shape[1], k.shape[1]
     low = _product_dtype(q)
     for samples, heads, step in _tiles(q, k):
-        q_tile = _heads_first(q[samples, :, heads], torch.float32).mul_(mask.scale * LOG2E)  # [G, Tq, K]
-        k_tile = _heads_first(k[samples, :, heads], torch.float32)
-        v_tile = _heads_first(v[samples, :, heads], low)
+        tables = scheme.tables(q.shape[0], samples, slice(None))
+        q_tile = _wide(q[samples, :, heads], tables).mul_(scheme.scale * LOG2E)  # [G, Tq, K]
+        k_tile = _wide(k[samples, :, heads], tables)
+        v_tile = _heads_first(v[samples, :, heads]).to(low)
         out_tile, lse_tile = out[samples, :, heads].transpose(1, 2), lse[samples, heads]
         for first in range(0, n_queries, step):
             last = min(first + step, n_queries)
-            s, end = _scores(q_tile, k_tile, first, last, n_queries, mask, samples)
+            s, end = _scores(q_tile, k_tile, first, last, n_queries, scheme, samples)
             # A query that sees no key has a maximum of -inf: the clamps make its probabilities 0.
             high = s.amax(-1, keepdim=True).clamp_(min=-1e30)
             p = s.sub_(high).exp2_()
             total = p.sum(-1, keepdim=True).clamp_(min=1.0)
-            shape = out_tile[:, :, first:last].shape
-            lse_tile[:, :, first:last] = (total.log2() + high).div_(LOG2E).view(shape[:3])
+            rows = out_tile[:, :, first:last]
+            lse_tile[:, :, first:last] = (total.log2() + high).div_(LOG2E).view(rows.shape[:3])
             p.mul_(total.reciprocal_())
-            if mask.dropout is not None:
-                p.mul_(_kept(mask, samples, heads, first, last, n_queries, n_keys, end))
-            out_tile[:, :, first:last] = torch.bmm(p.to(low), v_tile[:, :end]).to(out.dtype).view(shape)
+            if scheme.dropout is not None:
+                p.mul_(_kept(scheme, samples, heads, first, last, n_queries, n_keys, end))
+            rows.copy_(torch.bmm(p.to(low), v_tile[:, :end]).to(out.dtype).view(rows.shape))
 
 
 def _backward(
-    inputs: Sequence[torch.Tensor], lse: torch.Tensor, grads: Sequence[torch.Tensor], mask: Mask
+    inputs: Sequence[torch.Tensor], lse: torch.Tensor, grads: Sequence[torch.Tensor], scheme: Scheme
 ) -> None:
     """Fill grads = (dq [B, Tq, H, K], dk, dv [B, Tk, H, K]), given inputs = (dout, q, k, v) and lse [B, H, Tq]."""
     (dout, q, k, v), (dq, dk, dv) = inputs, grads
-    n_queries, n_keys = q.shape[1], k.shape[1]
+    batch, n_queries, n_keys = q.shape[0], q.shape[1], k.shape[1]
     low = _product_dtype(q)
     for samples, heads, step in _tiles(q, k):
-        dout_low, q_low, k_low, v_low = (_heads_first(x[samples, :, heads], low) for x in (dout, q, k, v))
-        q_scaled, k_wide = q_low.float() * (mask.scale * LOG2E), k_low.float()
+        tables = scheme.tables(batch, samples, slice(None))
+        dout_low, v_low = (_heads_first(x[samples, :, heads]).to(low) for x in (dout, v))
+        q_wide, k_wide = (_wide(x[samples, :, heads], tables) for x in (q, k))
+        q_low, k_low = q_wide.to(low), k_wide.to(low)
+        q_scaled = q_wide * (scheme.scale * LOG2E)
         lse_tile = (lse[samples, heads] * LOG2E).flatten(0, 1)[..., None]  # [G, Tq, 1]
-        dq_tile = dq[samples, :, heads].transpose(1, 2)
         dk_sum = dv_sum = None
         for first in reversed(range(0, n_queries, step)):
             last = min(first + step, n_queries)
-            s, end = _scores(q_scaled, k_wide, first, last, n_queries, mask, samples)
+            s, end = _scores(q_scaled, k_wide, first, last, n_queries, scheme, samples)
             p = s.sub_(lse_tile[:, first:last]).exp2_()
             dp = torch.bmm(dout_low[:, first:last], v_low[:, :end].transpose(1, 2)).float()
-            if mask.dropout is None:
+            if scheme.dropout is None:
                 dropped = p.to(low)
             else:
-                kept = _kept(mask, samples, heads, first, last, n_queries, n_keys, end)
+                kept = _kept(scheme, samples, heads, first, last, n_queries, n_keys, end)
                 dropped = (p * kept).to(low)
                 dp.mul_(kept)
             delta = dp.mul_(p).sum(-1, keepdim=True)
             ds = dp.addcmul_(p, delta, value=-1).to(low)
-            dq_tile[:, :, first:last] = _product(ds, k_low[:, :end], mask.scale).to(dq.dtype).view(
-                dq_tile[:, :, first:last].shape)
-            dk_sum = _accumulate(dk_sum, _product(ds.transpose(1, 2), q_low[:, first:last], mask.scale), first > 0)
+            _store(dq[samples, first:last, heads], _product(ds, k_low[:, :end], scheme.scale),
+                   scheme.tables(batch, samples, slice(first, last)))
+            dk_sum = _accumulate(dk_sum, _product(ds.transpose(1, 2), q_low[:, first:last], scheme.scale), first > 0)
             dv_sum = _accumulate(dv_sum, torch.bmm(dropped.transpose(1, 2), dout_low[:, first:last]), first > 0)
-        for grad, total in ((dk, dk_sum), (dv, dv_sum)):
-            target = grad[samples, :, heads].transpose(1, 2)
-            target.zero_() if total is None else target.copy_(total.to(target.dtype).view(target.shape))
+        _store(dk[samples, :, heads], dk_sum, tables)
+        _store(dv[samples, :, heads], dv_sum, None)
 
 
 def _scores(
-    q_tile: torch.Tensor, k_tile: torch.Tensor, first: int, last: int, n_queries: int, mask: Mask, samples: slice
+    q_tile: torch.Tensor, k_tile: torch.Tensor, first: int, last: int, n_queries: int, scheme: Scheme, samples: slice
 ) -> tuple[torch.Tensor, int]:
     """Masked scores [G, last - first, end] in base 2, and end: the number of keys that some query of the tile sees."""
     n_keys = k_tile.shape[1]
-    end = n_keys - n_queries + last if mask.causal else n_keys
+    end = n_keys - n_queries + last if scheme.causal else n_keys
     s = torch.bmm(q_tile[:, first:last], k_tile[:, :end].transpose(1, 2))
     size = last - first
-    if mask.causal and size > 1:
+    if scheme.causal and size > 1:
         # The last keys are the tile's own queries. Adding is 8 times as fast as masked_fill_ on a CPU.
         s[:, :, end - size :] += torch.full((size, size), -torch.inf, device=s.device).triu_(1)
-    if mask.seq_starts is not None:
-        starts = mask.seq_starts[samples]
+    if scheme.seq_starts is not None:
+        starts = scheme.seq_starts[samples]
         hidden = torch.arange(end, device=s.device) < starts[:, None]  # [B, end]
         bias = torch.zeros(hidden.shape, device=s.device).masked_fill_(hidden, -torch.inf)
         s.unflatten(0, (starts.shape[0], -1)).add_(bias[:, None, None])
-        if not mask.causal:
+        if not scheme.causal:
             # A causal query before the start sees nothing already.
             query = torch.arange(n_keys - n_queries + first, n_keys - n_queries + last, device=s.device)
             rows = torch.zeros((starts.shape[0], size), device=s.device)
@@ -173,25 +190,27 @@ def _scores(
     return s, end
 
 
-def _kept(mask: Mask, samples: slice, heads: slice, first: int, last: int, n_queries: int, n_keys: int,
+def _kept(scheme: Scheme, samples: slice, heads: slice, first: int, last: int, n_queries: int, n_keys: int,
           end: int) -> torch.Tensor:
     """The dropout mask of a tile [G, last - first, end]: 0, or the scale of what is kept."""
-    assert mask.dropout is not None
+    assert scheme.dropout is not None
     offset = n_keys - n_queries
     keep = attention_keep(
-        mask.dropout, samples=range(mask.sample + samples.start, mask.sample + samples.stop),
+        scheme.dropout, samples=range(scheme.sample + samples.start, scheme.sample + samples.stop),
         heads=range(heads.start, heads.stop), queries=range(offset + first, offset + last), keys=range(end),
     )
-    return keep.flatten(0, 1).float().mul_(dropout_scale(mask.dropout.p))
+    return keep.flatten(0, 1).float().mul_(dropout_scale(scheme.dropout.p))
 
 
 def _tiles(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice, int]]:
     """(samples, heads, queries at a time): as many whole samples as fit the tile, or else heads of one sample."""
     batch, n_queries, n_heads, head_size = q.shape
-    limits = (CPU_TILE_QUERIES, CPU_TILE_BYTES) if q.is_cpu else (DEVICE_TILE_QUERIES, DEVICE_TILE_BYTES)
-    step = max(1, min(limits[0], n_queries))
+    queries, tile_bytes = DEVICE_TILE_QUERIES, DEVICE_TILE_BYTES
+    if q.is_cpu:
+        queries, tile_bytes = CPU_TILE_QUERIES, CPU_TILE_BYTES * torch.get_num_threads()
+    step = max(1, min(queries, n_queries))
     bytes_of_a_head = 4 * max(1, k.shape[1]) * (step + 2 * head_size)
-    n = max(1, limits[1] // bytes_of_a_head)
+    n = max(1, tile_bytes // bytes_of_a_head)
     samples_at_once, heads_at_once = max(1, n // n_heads), min(n, n_heads)
     for sample in range(0, batch, samples_at_once):
         for head in range(0, n_heads, heads_at_once):
@@ -212,10 +231,31 @@ def _accumulate(total: torch.Tensor | None, part: torch.Tensor, more_follow: boo
     return total
 
 
-def _heads_first(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[B, T, H, K] -> [G, T, K] contiguous: the batched products are a fifth slower on strided operands."""
-    # In two steps: PyTorch converts only contiguous elements fast.
-    return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(0, 1).to(dtype)
+def _heads_first(x: torch.Tensor) -> torch.Tensor:
+    """[B, T, H, K] -> [G, T, K], a contiguous copy: the batched products are a fifth slower on strided operands."""
+    return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(0, 1)
+
+
+def _wide(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    """[B, T, H, K] -> [G, T, K] in float32, rotated if there are tables; a copy."""
+    wide = _heads_first(x).float()  # in two steps: PyTorch converts only contiguous elements fast
+    if tables is not None:
+        rotate_(wide.unflatten(0, (x.shape[0], x.shape[2])), *tables)
+    return wide
+
+
+def _store(
+    target: torch.Tensor, grad: torch.Tensor | None, tables: tuple[torch.Tensor, torch.Tensor] | None
+) -> None:
+    """Write grad [G, T, K], rotated back if there are tables, to target [B, T, H, K]; None is 0."""
+    heads = target.transpose(1, 2)
+    if grad is None:
+        heads.zero_()
+        return
+    if tables is not None:
+        grad = grad.float()
+        rotate_(grad.view(heads.shape), *tables, inverse=True)
+    heads.copy_(grad.to(target.dtype).view(heads.shape))
 
 
 def _product_dtype(x: torch.Tensor) -> torch.dtype:

@@ -9,25 +9,20 @@ from dataclasses import dataclass
 
 import torch
 
-from phi1.kernels._attention import Mask, attention_backward, attention_forward
+from phi1.kernels._attention import Scheme, attention_backward, attention_forward
 from phi1.kernels._gelu import gelu_backward, gelu_forward
 from phi1.kernels._philox import Dropout
 from phi1.kernels._residual import dropped
-from phi1.kernels._rotary import rotate_
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows form sequences, and what is dropped.
-
-    rotary is (cos, sin) of each row, by `rows_of_tables`; the attention's own dropout is in `mask`.
-    """
+    """How rows form sequences, how they attend, and what is dropped on the branches."""
 
     n_heads: int
     batch: int
     cu_seqlens: torch.Tensor | None
-    rotary: tuple[torch.Tensor, torch.Tensor]
-    mask: Mask
+    scheme: Scheme
     dense_dropout: Dropout | None
     fc2_dropout: Dropout | None
 
@@ -45,8 +40,7 @@ def branches_forward(
     width = h.shape[1]
     proj = torch.addmm(in_bias, h, in_weight.t())
     qkv, pre = _parts(proj, width, layout.n_heads)
-    rotate_(qkv[:, :2], *layout.rotary)
-    att, lse = attention_forward(*_by_sample(qkv, layout.batch), layout.mask, layout.cu_seqlens)
+    att, lse = attention_forward(*_by_sample(qkv, layout.batch), layout.scheme, layout.cu_seqlens)
     att = att.view(h.shape)
     if layout.dense_dropout is None and layout.fc2_dropout is None:
         # One product and one rounding: copying att beside act costs less than a second product.
@@ -77,8 +71,7 @@ def branches_backward(
     datt, dw_out, db_out = _output_backward(dy, att, pre, out_weight, layout, dpre)
     q, k, v = _by_sample(qkv, layout.batch)
     attention_backward(datt.unflatten(1, (layout.n_heads, -1)).unflatten(0, q.shape[:2]), q, k, v, lse,
-                       _by_sample(dqkv, layout.batch), layout.mask, layout.cu_seqlens)
-    rotate_(dqkv[:, :2], *layout.rotary, inverse=True)
+                       _by_sample(dqkv, layout.batch), layout.scheme, layout.cu_seqlens)
     return torch.mm(dproj, in_weight), torch.mm(dproj.t(), h), dproj.sum(0), dw_out, db_out
 
 

@@ -20,7 +20,7 @@ import torch
 LINEAR = 2 * math.sqrt(2 / math.pi)
 CUBIC = LINEAR * 0.044715
 LOG2E = math.log2(math.e)
-STRIP_ELEMENTS = 1 << 17  # four float32 strips fit 2 MiB
+STRIP_ELEMENTS = 1 << 17  # a thread's share of four float32 strips fits 2 MiB
 
 
 def gelu_forward(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -28,8 +28,10 @@ def gelu_forward(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tens
     out = x.new_empty(x.shape) if out is None else out
     if not x.is_cpu or x.dim() != 2:
         return torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
-    for rows, wide, (scratch, _, _) in _strips(x):
-        out[rows] = wide.div_(_denominator(wide, torch.mul(wide, wide, out=scratch))).to(out.dtype)
+    for rows in _strips(x):
+        wide = _wide(x[rows])
+        square = wide * wide
+        out[rows] = wide.div_(_exponential(wide, square, out=square).add_(1)).to(out.dtype)
     return out
 
 
@@ -42,34 +44,40 @@ def gelu_backward(
         if y is not None:
             torch.ops.aten.gelu.out(x, approximate="tanh", out=y)
         return torch.ops.aten.gelu_backward.grad_input(dy, x, approximate="tanh", grad_input=dx)
-    for rows, wide, (square, s, slope) in _strips(x):
-        torch.mul(wide, wide, out=square)
-        s.copy_(square)
-        _denominator(wide, s).reciprocal_()
+    for rows in _strips(x):
+        wide = _wide(x[rows])
+        square = wide * wide
+        s = _exponential(wide, square).add_(1).reciprocal_()
         wide.mul_(s)
         if y is not None:
             y[rows] = wide.to(y.dtype)
-        square.mul_(3 * CUBIC).add_(LINEAR)  # u'
-        torch.mul(s, square, out=slope).sub_(square).mul_(wide)  # -y (1 - s) u'
-        s.sub_(slope)
-        dx[rows] = s.mul_(slope.copy_(dy[rows].contiguous())).to(dx.dtype)
+        _line(LINEAR, 3 * CUBIC, square, out=square).mul_(wide)  # u' y
+        s.addcmul_(square, _line(1.0, -1.0, s))
+        dx[rows] = s.mul_(_wide(dy[rows])).to(dx.dtype)
     return dx
 
 
-def _denominator(x: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
-    """1 + exp(-u(x)), in place of x^2."""
-    return square.mul_(-CUBIC * LOG2E).sub_(LINEAR * LOG2E).mul_(x).exp2_().add_(1)
+def _exponential(x: torch.Tensor, square: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """exp(-u(x)), given x^2."""
+    return _line(-LINEAR * LOG2E, -CUBIC * LOG2E, square, out).mul_(x).exp2_()
 
 
-def _strips(x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor]]]:
-    """(rows, those rows of x [N, F] as float32 to overwrite, three more such strips)."""
+def _line(constant: float, slope: float, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """constant + slope x, in one pass."""
+    return torch.add(x.new_tensor(constant), x, alpha=slope, out=out)
+
+
+def _strips(x: torch.Tensor) -> Iterator[slice]:
+    """Rows of x [N, F], as many as the caches hold."""
     n_rows, width = x.shape
-    step = min(max(1, STRIP_ELEMENTS // max(1, width)), max(1, n_rows))
-    buffers = [torch.empty((step, width), dtype=torch.float32) for _ in range(4)]
+    step = max(1, STRIP_ELEMENTS * torch.get_num_threads() // max(1, width))
     for first in range(0, n_rows, step):
-        rows = slice(first, min(first + step, n_rows))
-        wide, *others = (buffer[: rows.stop - first] for buffer in buffers)
-        yield rows, wide.copy_(x[rows].contiguous()), others
+        yield slice(first, min(first + step, n_rows))
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous float32 copy."""
+    return x.clone(memory_format=torch.contiguous_format).float()
 
 
 def gelu_new(x: torch.Tensor) -> torch.Tensor:

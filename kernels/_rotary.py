@@ -56,20 +56,21 @@ def default_positions(
 def rows_of_tables(
     cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, sin) at each row's position, in the shape `rotate_` takes: [N, 1, 1, R], the sine negative in front."""
+    """(cos, sin) at each row's position, as `rotate_` takes them: [N, R], the sine negative in front."""
     c, s = cos[positions], sin[positions]
-    shape = (c.shape[0], 1, 1, 2 * c.shape[1])
-    return torch.cat((c, c), -1).view(shape), torch.cat((-s, s), -1).view(shape)
+    return torch.cat((c, c), -1), torch.cat((-s, s), -1)
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool = False) -> None:
-    """Rotate x [N, S, H, K] in place by `rows_of_tables`. Nothing is checked."""
+    """Rotate x [..., K] in place by cos and sin [..., R] that broadcast. Nothing is checked."""
     rotated = x[..., : cos.shape[-1]]
     # In two steps each way: PyTorch converts only contiguous elements fast.
-    wide = rotated.clone(memory_format=torch.contiguous_format).float()
+    wide = rotated if x.dtype == torch.float32 else rotated.clone(memory_format=torch.contiguous_format).float()
     a, b = wide.chunk(2, dim=-1)
     swapped = torch.cat((b, a), dim=-1)
-    rotated.copy_(wide.mul_(cos).addcmul_(swapped, sin, value=-1 if inverse else 1).to(x.dtype))
+    wide.mul_(cos).addcmul_(swapped, sin, value=-1 if inverse else 1)
+    if wide is not rotated:
+        rotated.copy_(wide.to(x.dtype))
 
 
 def rotate_reference(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from phi1.kernels._attention import Mask, attention_backward, attention_forward
+from phi1.kernels._attention import Scheme, attention_backward, attention_forward
 from phi1.kernels._attention_rules import attend_reference, check_packing, check_scale
 from phi1.kernels._backend import reference_forced, require_no_triton
 from phi1.kernels._checks import (
@@ -39,8 +39,8 @@ def _attention_op(
     layer: int,
     kind: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    mask = Mask(causal, scale, seq_starts, dropout_from_fields(p, rng, sample_ids, layer, kind))
-    return attention_forward(q, k, v, mask, cu_seqlens)
+    dropout = dropout_from_fields(p, rng, sample_ids, layer, kind)
+    return attention_forward(q, k, v, Scheme(causal, scale, seq_starts, dropout=dropout), cu_seqlens)
 
 
 @_attention_op.register_fake
@@ -66,9 +66,9 @@ def _attention_backward_op(
     layer: int,
     kind: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    mask = Mask(causal, scale, seq_starts, dropout_from_fields(p, rng, sample_ids, layer, kind))
+    scheme = Scheme(causal, scale, seq_starts, dropout=dropout_from_fields(p, rng, sample_ids, layer, kind))
     grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
-    attention_backward(dout, q, k, v, lse, grads, mask, cu_seqlens)
+    attention_backward(dout, q, k, v, lse, grads, scheme, cu_seqlens)
     return grads
 
 

@@ -1,7 +1,7 @@
 """Attention on packed q, k and v, with the rotary embedding inside; formulas in `_attention.py` and `_rotary.py`.
 
-Saved for the backward: qkv as given and lse, float32 [H, N]; the backward rotates again, and un-rotates the
-gradients of q and k in place in the packed gradient. Deterministic.
+q and k are rotated in float32 as a tile of them is read, and their gradients rotated back as they are written. Saved
+for the backward: qkv as given and lse, float32 [H, N]. Deterministic.
 
 B batch, T tokens, N = B * T rows, H heads, K head size, R rotary dimension.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from phi1.kernels._attention import Mask, attention_backward, attention_forward
+from phi1.kernels._attention import Scheme, attention_backward, attention_forward
 from phi1.kernels._attention_rules import attend_reference, check_packing, check_scale
 from phi1.kernels._backend import reference_forced, require_no_triton
 from phi1.kernels._checks import check_dropout, check_float, check_rank, check_tensors, require
@@ -19,19 +19,9 @@ from phi1.kernels._rotary import (
     check_positions,
     check_tables,
     default_positions,
-    rotate_,
     rotate_reference,
     rows_of_tables,
 )
-
-
-def _rotated(qkv: torch.Tensor, cos, sin, positions) -> torch.Tensor:
-    """qkv with q and k rotated, or qkv itself where there are no tables."""
-    if cos is None:
-        return qkv
-    qkv = qkv.clone(memory_format=torch.contiguous_format)
-    rotate_(qkv[:, :2], *rows_of_tables(cos, sin, positions))
-    return qkv
 
 
 def _by_sample(qkv: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
@@ -56,8 +46,9 @@ def _attention_qkv_op(
     layer: int,
     kind: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    mask = Mask(causal, scale, seq_starts, dropout_from_fields(p, rng, sample_ids, layer, kind))
-    out, lse = attention_forward(*_by_sample(_rotated(qkv, cos, sin, positions), batch), mask, cu_seqlens)
+    rotary = None if cos is None else rows_of_tables(cos, sin, positions)
+    scheme = Scheme(causal, scale, seq_starts, rotary, dropout_from_fields(p, rng, sample_ids, layer, kind))
+    out, lse = attention_forward(*_by_sample(qkv, batch), scheme, cu_seqlens)
     return out.view(qkv.shape[0], qkv.shape[2] * qkv.shape[3]), lse
 
 
@@ -86,13 +77,11 @@ def _attention_qkv_backward_op(
     layer: int,
     kind: int,
 ) -> torch.Tensor:
-    mask = Mask(causal, scale, seq_starts, dropout_from_fields(p, rng, sample_ids, layer, kind))
+    rotary = None if cos is None else rows_of_tables(cos, sin, positions)
+    scheme = Scheme(causal, scale, seq_starts, rotary, dropout_from_fields(p, rng, sample_ids, layer, kind))
     dqkv = qkv.new_empty(qkv.shape)
-    q, k, v = _by_sample(_rotated(qkv, cos, sin, positions), batch)
-    dq, dk, dv = _by_sample(dqkv, batch)
-    attention_backward(dout.reshape(q.shape), q, k, v, lse, (dq, dk, dv), mask, cu_seqlens)
-    if cos is not None:
-        rotate_(dqkv[:, :2], *rows_of_tables(cos, sin, positions), inverse=True)
+    q, k, v = _by_sample(qkv, batch)
+    attention_backward(dout.reshape(q.shape), q, k, v, lse, _by_sample(dqkv, batch), scheme, cu_seqlens)
     return dqkv
 
 

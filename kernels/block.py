@@ -1,13 +1,13 @@
 """phi's parallel block as one operation: two merged projections around attention (arXiv 2306.11644, section 2.3).
 
     h = layer_norm(x)
-    [q | k | v | pre] = h W_in^T + b_in             rotary on q and k
-    att = attention(q, k, v)      act = gelu_new(pre)
+    [q | k | v | pre] = h W_in^T + b_in
+    att = attention(rotary(q), rotary(k), v)        act = gelu_new(pre)
     x' = x + drop(att W_dense^T + b_dense) + drop(act W_fc2^T + b_fc2)
 
 Without dropout on the branches [att | act] W_out^T is one product with one accumulator over D + F. In the backward,
 dx = layer_norm'([dqkv | dpre] W_in) + dx' is one product over 3D + F, and dW_in, dW_out one each; with dropout on a
-branch the two branches have their own. Saved: x, mean, rstd, proj = [rotated q, k | v | pre], att, lse. h and act are
+branch the two branches have their own. Saved: x, mean, rstd, proj = [q | k | v | pre], att, lse. h and act are
 computed again. Statistics, softmax and lse are float32. Deterministic.
 
 N rows, D width, H heads, K head size, F MLP width, B batch, T positions, R rotary dimension.
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
-from phi1.kernels._attention import Mask
+from phi1.kernels._attention import Scheme
 from phi1.kernels._attention_rules import check_packing
 from phi1.kernels._backend import reference_forced, require_no_triton
 from phi1.kernels._block import Layout, branches_backward, branches_forward
@@ -51,8 +51,8 @@ def _layout(
         dropout_from_fields(p, rng if p else None, sample_ids, layer, kind)
         for p, layer, kind in zip(ps, layers, kinds, strict=True)
     )
-    mask = Mask(True, (x.shape[1] // n_heads) ** -0.5, seq_starts, attention)
-    return Layout(n_heads, batch, cu_seqlens, rows_of_tables(cos, sin, positions), mask, dense, fc2)
+    scheme = Scheme(True, (x.shape[1] // n_heads) ** -0.5, seq_starts, rows_of_tables(cos, sin, positions), attention)
+    return Layout(n_heads, batch, cu_seqlens, scheme, dense, fc2)
 
 
 @torch.library.custom_op("phi1::parallel_block", mutates_args=())

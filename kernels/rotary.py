@@ -19,7 +19,8 @@ def rotary_forward(
 ) -> torch.Tensor:
     """x [N, S, H, K] with q and k rotated, contiguous. Nothing is checked."""
     out = x.clone(memory_format=torch.contiguous_format)
-    rotate_(out[:, :2], *rows_of_tables(cos, sin, positions), inverse)
+    tables = (table[:, None, None] for table in rows_of_tables(cos, sin, positions))
+    rotate_(out[:, :2], *tables, inverse)
     return out
 
 
