@@ -52,7 +52,8 @@ def check(tensors, **options):
         linear_cross_entropy_reference, {name: testing.to_float64(x) for name, x in tensors.items()}, **options)
     dtype = tensors["x"].dtype
     for name, out in got.items():
-        roundings = 4 * torch.finfo(dtype).eps / torch.finfo(out.dtype).eps if name.startswith("out") else 4
+        # Sums over thousands of columns, in another order for each number of threads.
+        roundings = 8 * torch.finfo(dtype).eps / torch.finfo(out.dtype).eps if name.startswith("out") else 8
         testing.assert_within_bound(out, eager[name], exact[name], name, roundings=roundings)
 
 
