@@ -116,8 +116,8 @@ class Block(nn.Module):
         if not self.training or not any(rates):
             return None, None, None
         if rng is None:
-            raise ValueError("Phi1.loss: rng, an int64 tensor (seed, step), must be given to train with dropout "
-                             f"(attention {rates[0]}, residual {rates[1]}); got None")
+            raise ValueError("Phi1: training with dropout needs loss(..., rng=), an int64 tensor (seed, step), and "
+                             f"eval() turns dropout (attention {rates[0]}, residual {rates[1]}) off; got no rng")
         return tuple(
             Dropout(p, rng, sample_ids, self.layer, kind) if p else None
             for kind, p in zip((ATTENTION, DENSE, FC2), rates, strict=True)
@@ -222,6 +222,8 @@ class Phi1(nn.Module):
                 is not left padding.
         """
         batch, tokens = self._check_ids(ids, cache)
+        if logits_to_keep < 0:
+            raise ValueError(f"Phi1: logits_to_keep must be at least 0; got {logits_to_keep}")
         starts = self._starts(ids, attention_mask, cache)
         x = self._blocks(ids, starts, positions, cache)
         x = x.unflatten(0, (batch, tokens))[:, -logits_to_keep:] if logits_to_keep else x.unflatten(0, (batch, tokens))
@@ -297,6 +299,8 @@ class Phi1(nn.Module):
     @staticmethod
     def _starts(ids: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor | None:
         """First real token of each row, int32 [B], or None where no row is padded."""
+        if cache is not None and not cache.length:
+            cache.starts = None  # of a prompt that was cropped away
         if mask is None:
             return None if cache is None else cache.starts
         if mask.shape != ids.shape:

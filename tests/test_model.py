@@ -185,7 +185,7 @@ def test_dropout_depends_on_sample_not_on_row():
     model.eval()
     assert total([0]) == pytest.approx(model.loss(ids[:1, :-1], ids[:1, 1:], reduction="sum").item(), rel=1e-6)
     model.train()
-    with pytest.raises(ValueError, match="rng, an int64 tensor"):
+    with pytest.raises(ValueError, match=r"rng=\), an int64 tensor"):
         model.loss(ids[:, :-1], ids[:, 1:])
 
 
@@ -208,9 +208,26 @@ def test_compiles_without_graph_breaks():
     assert relative(model.blocks[0].in_proj.weight.grad, gradient) <= BOUND
 
 
+def test_an_emptied_cache_forgets_the_padding():
+    _, model = pair(NANO)
+    ids = torch.randint(512, (2, 8))
+    mask = torch.tensor([[0] * 4 + [1] * 4, [1] * 8])
+    with torch.no_grad():
+        cache = Cache(NANO, 2, 16)
+        model(ids, attention_mask=mask, cache=cache)
+        cache.crop(0)
+        assert relative(model(ids, cache=cache), model(ids)) <= BOUND
+
+
+def test_logits_in_training_with_dropout_say_what_to_do():
+    with pytest.raises(ValueError, match=r"eval\(\) turns dropout \(attention 0.0, residual 0.5\) off"):
+        Phi1(preset("nano", residual_dropout=0.5))(torch.zeros(1, 3, dtype=torch.int64))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda m: m(torch.zeros(1, 3, dtype=torch.int64), logits_to_keep=-1), "logits_to_keep must be at least 0"),
         (lambda m: m(torch.tensor([[512]])), r"token ids must be between 0 and 511; got 512"),
         (lambda m: m(torch.tensor([[3, -1]])), r"token ids must be between 0 and 511; got -1"),
         (lambda m: m(torch.zeros(1, 513, dtype=torch.int64)), "at most 512 tokens fit the model's context; got 513"),
