@@ -96,7 +96,7 @@ def _visible(q: torch.Tensor, k: torch.Tensor, causal: bool, cu_seqlens: torch.T
     """bool [1 or B, 1, Tq, Tk]: which keys a query sees."""
     n_queries, n_keys = q.shape[1], k.shape[1]
     key = torch.arange(n_keys, device=q.device)
-    query = (key[n_keys - n_queries :] if n_queries <= n_keys else torch.arange(n_queries, device=q.device))[:, None]
+    query = torch.arange(n_keys - n_queries, n_keys, device=q.device)[:, None]
     seen = query >= key if causal else torch.ones((n_queries, n_keys), dtype=torch.bool, device=q.device)
     if cu_seqlens is not None:
         document, _ = document_positions(cu_seqlens, n_keys)

@@ -8,8 +8,9 @@ choice, for comparisons and tests.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -42,6 +43,25 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = previous
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
+    """Register a function without side effects as the torch.library operator `name`, its schema from its annotations.
+
+    Autocast is off inside: the dtypes of the arguments decide, as the fake implementation and the backward say.
+    """
+    def register(function: Callable[..., Any]) -> torch.library.CustomOpDef:
+        def run(*args: Any) -> Any:
+            kind = next(x for x in args if isinstance(x, torch.Tensor)).device.type
+            if not torch.is_autocast_enabled(kind):
+                return function(*args)
+            with torch.autocast(kind, enabled=False):
+                return function(*args)
+
+        schema = torch.library.infer_schema(function, mutates_args=())
+        return torch.library.custom_op(name, run, mutates_args=(), schema=schema)
+
+    return register
 
 
 def interpreting() -> bool:

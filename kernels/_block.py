@@ -48,7 +48,8 @@ def branches_forward(
         gelu_forward(pre, out=joined[:, width:])
         return torch.addmm(x + out_bias.sum(0), joined, out_weight.t()), proj, att, lse
     dense_weight, fc2_weight = out_weight.t().split_with_sizes([width, pre.shape[1]])
-    y = x + dropped(torch.addmm(out_bias[0], att, dense_weight), layout.dense_dropout, layout.cu_seqlens)
+    y = dropped(torch.addmm(out_bias[0], att, dense_weight), layout.dense_dropout, layout.cu_seqlens)
+    y += x  # into y, which is contiguous whatever x is
     y += dropped(torch.addmm(out_bias[1], gelu_forward(pre), fc2_weight), layout.fc2_dropout, layout.cu_seqlens)
     return y, proj, att, lse
 

@@ -11,7 +11,7 @@ import torch
 
 from phi1.kernels._attention import Scheme, attention_backward, attention_forward
 from phi1.kernels._attention_rules import attend_reference, check_packing, check_scale
-from phi1.kernels._backend import reference_forced, require_no_triton
+from phi1.kernels._backend import operator, reference_forced, require_no_triton
 from phi1.kernels._checks import (
     check_alike,
     check_dropout,
@@ -24,7 +24,7 @@ from phi1.kernels._checks import (
 from phi1.kernels._philox import Dropout, dropout_fields, dropout_from_fields
 
 
-@torch.library.custom_op("phi1::attention", mutates_args=())
+@operator("phi1::attention")
 def _attention_op(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -49,7 +49,7 @@ def _(q: torch.Tensor, *_):
     return q.new_empty(q.shape), q.new_empty((n_heads, batch * n_queries), dtype=torch.float32)
 
 
-@torch.library.custom_op("phi1::attention_backward", mutates_args=())
+@operator("phi1::attention_backward")
 def _attention_backward_op(
     dout: torch.Tensor,
     q: torch.Tensor,
@@ -87,6 +87,8 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, dout, _):
+    if dout is None:
+        return (None,) * 12
     *tensors, rng, sample_ids = ctx.saved_tensors
     causal, scale, p, layer, kind = ctx.constants
     grads = torch.ops.phi1.attention_backward(dout, *tensors, causal, scale, p, rng, sample_ids, layer, kind)
@@ -112,7 +114,7 @@ def attention(
     Args:
         q: [B, Tq, H, K], float16, bfloat16 or float32, any strides.
         k, v: [B, Tk, H, K], q's dtype. With a cache Tk > Tq: the queries are the last Tq of the Tk tokens.
-        causal: a query sees the keys up to its own position; Tk must then be at least Tq.
+        causal: a query sees the keys up to its own position; Tk must then be at least Tq, as with seq_starts.
         scale: on q k^T, in float32; 1 / sqrt(K) by default.
         cu_seqlens: int32 [documents + 1], ascending from 0 to B * T: first row of each packed document, then the
             number of rows. A query sees its own document alone. Tq must equal Tk.
@@ -151,6 +153,8 @@ def _check(q, k, v, causal, scale, cu_seqlens, seq_starts, dropout) -> float:
     check_shape(op, "v", v, k.shape, "k's")
     require(n_keys >= n_queries or not causal, op, f"k must have at least q's {n_queries} tokens if causal", n_keys)
     require(n_keys >= 1 or n_queries == 0, op, "k must have at least one token", n_keys)
+    require(n_keys >= n_queries or seq_starts is None, op,
+            f"k must have at least q's {n_queries} tokens with seq_starts", n_keys)
     packed = cu_seqlens is not None
     require(not packed or n_queries == n_keys, op, f"k must have q's {n_queries} tokens with cu_seqlens", n_keys)
     check_packing(op, q, batch, batch * n_queries, n_keys, cu_seqlens, seq_starts)

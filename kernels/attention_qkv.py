@@ -12,7 +12,7 @@ import torch
 
 from phi1.kernels._attention import Scheme, attention_backward, attention_forward
 from phi1.kernels._attention_rules import attend_reference, check_packing, check_scale
-from phi1.kernels._backend import reference_forced, require_no_triton
+from phi1.kernels._backend import operator, reference_forced, require_no_triton
 from phi1.kernels._checks import check_dropout, check_float, check_rank, check_tensors, require
 from phi1.kernels._philox import Dropout, dropout_fields, dropout_from_fields
 from phi1.kernels._rotary import (
@@ -29,7 +29,7 @@ def _by_sample(qkv: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
     return qkv.unflatten(0, (batch, qkv.shape[0] // max(batch, 1))).unbind(2)
 
 
-@torch.library.custom_op("phi1::attention_qkv", mutates_args=())
+@operator("phi1::attention_qkv")
 def _attention_qkv_op(
     qkv: torch.Tensor,
     cos: torch.Tensor | None,
@@ -58,7 +58,7 @@ def _(qkv: torch.Tensor, *_):
     return qkv.new_empty((n_rows, n_heads * head_size)), qkv.new_empty((n_heads, n_rows), dtype=torch.float32)
 
 
-@torch.library.custom_op("phi1::attention_qkv_backward", mutates_args=())
+@operator("phi1::attention_qkv_backward")
 def _attention_qkv_backward_op(
     dout: torch.Tensor,
     qkv: torch.Tensor,
@@ -100,6 +100,8 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, dout, _):
+    if dout is None:
+        return (None,) * 14
     *tensors, rng, sample_ids = ctx.saved_tensors
     *constants, layer, kind = ctx.constants
     dqkv = torch.ops.phi1.attention_qkv_backward(dout, *tensors, *constants, rng, sample_ids, layer, kind)

@@ -21,7 +21,7 @@ import torch
 
 from phi1.kernels._attention import Scheme
 from phi1.kernels._attention_rules import check_packing
-from phi1.kernels._backend import reference_forced, require_no_triton
+from phi1.kernels._backend import operator, reference_forced, require_no_triton
 from phi1.kernels._block import Layout, branches_backward, branches_forward
 from phi1.kernels._checks import (
     check_alike,
@@ -55,7 +55,7 @@ def _layout(
     return Layout(n_heads, batch, cu_seqlens, scheme, dense, fc2)
 
 
-@torch.library.custom_op("phi1::parallel_block", mutates_args=())
+@operator("phi1::parallel_block")
 def _parallel_block_op(
     x: torch.Tensor,
     norm_weight: torch.Tensor,
@@ -94,7 +94,7 @@ def _(x: torch.Tensor, norm_weight, norm_bias, in_weight: torch.Tensor, in_bias,
     return x.new_empty(x.shape), mean, torch.empty_like(mean), proj, x.new_empty(x.shape), lse
 
 
-@torch.library.custom_op("phi1::parallel_block_backward", mutates_args=())
+@operator("phi1::parallel_block_backward")
 def _parallel_block_backward_op(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -145,6 +145,8 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 20
     gradients = torch.ops.phi1.parallel_block_backward(dy, *ctx.saved_tensors, *ctx.constants)
     return *gradients, *[None] * 13
 

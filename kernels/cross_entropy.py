@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from phi1.kernels._backend import reference_forced, require_no_triton
+from phi1.kernels._backend import operator, reference_forced, require_no_triton
 from phi1.kernels._checks import (
     check_alike,
     check_device,
@@ -28,7 +28,7 @@ from phi1.kernels._cross_entropy import LossRule, Needs, gradient_dtype, losses_
 REDUCTIONS = ("mean", "sum", "none")
 
 
-@torch.library.custom_op("phi1::linear_cross_entropy", mutates_args=())
+@operator("phi1::linear_cross_entropy")
 def _linear_cross_entropy_op(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -66,7 +66,7 @@ def _(x, weight, bias, targets, reduction, ignore_index, label_smoothing, z_loss
     return loss, lse, dx, dw, x.new_empty((weight.shape[0] if need_bias else 0,), dtype=torch.float32)
 
 
-@torch.library.custom_op("phi1::linear_cross_entropy_backward", mutates_args=())
+@operator("phi1::linear_cross_entropy_backward")
 def _linear_cross_entropy_backward_op(
     dloss: torch.Tensor,
     dx: torch.Tensor,
@@ -79,7 +79,7 @@ def _linear_cross_entropy_backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     factor = dloss / scale_of(like.dtype)
     if reduction == "mean":
-        factor = factor / (targets != ignore_index).sum()
+        factor = factor / (targets != ignore_index).sum().clamp(min=1)  # no target, no gradient
     return _scaled(dx, factor, like), _scaled(dw, factor, like), _scaled(db, factor, like)
 
 
@@ -88,7 +88,7 @@ def _(dloss, dx, dw, db, targets, reduction, ignore_index, like):
     return tuple(gradient.new_empty(gradient.shape, dtype=like.dtype) for gradient in (dx, dw, db))
 
 
-@torch.library.custom_op("phi1::linear_cross_entropy_rows_backward", mutates_args=())
+@operator("phi1::linear_cross_entropy_rows_backward")
 def _rows_backward_op(
     dloss: torch.Tensor,
     x: torch.Tensor,
@@ -149,6 +149,9 @@ def _autograd(ctx, dloss, *_):
         gradients = torch.ops.phi1.linear_cross_entropy_rows_backward(dloss, *ctx.saved_tensors, *ctx.numbers[:-3],
                                                                       *wanted)
     else:
+        if torch.is_grad_enabled() and not dloss.requires_grad:
+            # create_graph: the saved gradients are constants, so a second backward must raise and not find 0.
+            dloss = dloss.detach().requires_grad_()
         like = dloss.new_empty(0, dtype=ctx.dtype)
         gradients = torch.ops.phi1.linear_cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.reduction,
                                                                  ctx.numbers[0], like)
@@ -180,7 +183,8 @@ def linear_cross_entropy(
         bias: [V], x's dtype, or None.
         targets: [N] int64, each at least 0 and less than valid_vocab, or ignore_index. Checked on CPU and under
             `check_values(True)`; unchecked, such a row's loss is NaN.
-        reduction: "mean" over the targets that are not ignored (NaN where all are), "sum", or "none" for [N].
+        reduction: "mean" over the targets that are not ignored (NaN where all are, with gradients of 0), "sum", or
+            "none" for [N].
         ignore_index: the target whose rows have loss 0 and no gradient.
         label_smoothing: at least 0 and less than 1: this part of the target's weight goes to all columns alike.
         z_loss: factor of lse^2 added to each row's loss, at least 0.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from phi1.kernels._backend import reference_forced, require_no_triton
+from phi1.kernels._backend import operator, reference_forced, require_no_triton
 from phi1.kernels._checks import (
     check_alike,
     check_dropout,
@@ -24,7 +24,7 @@ from phi1.kernels._philox import Dropout, dropout_fields, dropout_from_fields
 from phi1.kernels._residual import dropped
 
 
-@torch.library.custom_op("phi1::dropout_add", mutates_args=())
+@operator("phi1::dropout_add")
 def _dropout_add_op(
     x: torch.Tensor,
     residual: torch.Tensor,
@@ -42,7 +42,7 @@ def _(x: torch.Tensor, residual, *_) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("phi1::dropout_add_backward", mutates_args=())
+@operator("phi1::dropout_add_backward")
 def _dropout_add_backward_op(
     dout: torch.Tensor,
     p: float,

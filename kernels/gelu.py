@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from phi1.kernels._backend import reference_forced, require_no_triton
+from phi1.kernels._backend import operator, reference_forced, require_no_triton
 from phi1.kernels._checks import check_float, check_tensors
 from phi1.kernels._gelu import gelu_backward, gelu_forward, gelu_new
 
@@ -16,7 +16,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1] if x.dim() and x.numel() else 1)
 
 
-@torch.library.custom_op("phi1::gelu", mutates_args=())
+@operator("phi1::gelu")
 def _gelu_op(x: torch.Tensor) -> torch.Tensor:
     return gelu_forward(_rows(x)).view(x.shape)
 
@@ -26,7 +26,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("phi1::gelu_backward", mutates_args=())
+@operator("phi1::gelu_backward")
 def _gelu_backward_op(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return gelu_backward(_rows(dy), _rows(x)).view(x.shape)
 

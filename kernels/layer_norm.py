@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import torch
 
-from phi1.kernels._backend import reference_forced, use_triton
+from phi1.kernels._backend import operator, reference_forced, use_triton
 from phi1.kernels._checks import check_alike, check_float, check_shape, check_tensors, require, shape_of
 from phi1.kernels._layer_norm import MAX_WIDTH, add_layer_norm_forward, layer_norm_backward, layer_norm_forward
 
 
-@torch.library.custom_op("phi1::layer_norm", mutates_args=())
+@operator("phi1::layer_norm")
 def _layer_norm_op(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -29,7 +29,7 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float):
     return x.new_empty(x.shape), *_fake_statistics(x)
 
 
-@torch.library.custom_op("phi1::add_layer_norm", mutates_args=())
+@operator("phi1::add_layer_norm")
 def _add_layer_norm_op(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -41,7 +41,7 @@ def _(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch
     return x.new_empty(x.shape), x.new_empty(x.shape), *_fake_statistics(x)
 
 
-@torch.library.custom_op("phi1::layer_norm_backward", mutates_args=())
+@operator("phi1::layer_norm_backward")
 def _layer_norm_backward_op(
     dy: torch.Tensor,
     x: torch.Tensor,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from phi1.kernels._backend import reference_forced, require_no_triton
+from phi1.kernels._backend import operator, reference_forced, require_no_triton
 from phi1.kernels._checks import (
     check_alike,
     check_dropout,
@@ -63,7 +63,7 @@ def linear_backward(
     return torch.mm(dpre, weight), torch.mm(dpre.t(), x), db
 
 
-@torch.library.custom_op("phi1::linear", mutates_args=())
+@operator("phi1::linear")
 def _linear_op(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -85,7 +85,7 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias, residual, gelu: bool, *_):
     return x.new_empty(shape), x.new_empty(shape if gelu else (0,))
 
 
-@torch.library.custom_op("phi1::linear_backward", mutates_args=())
+@operator("phi1::linear_backward")
 def _linear_backward_op(
     dout: torch.Tensor,
     x: torch.Tensor,
@@ -118,6 +118,8 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, dout, _):
+    if dout is None:
+        return (None,) * 10
     x, weight, pre, rng, sample_ids = ctx.saved_tensors
     gelu, p, layer, kind = ctx.constants
     dx, dw, db = torch.ops.phi1.linear_backward(dout, x, weight, pre, ctx.has_bias, gelu, p, rng, sample_ids, layer,

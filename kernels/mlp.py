@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
-from phi1.kernels._backend import reference_forced, require_no_triton
+from phi1.kernels._backend import operator, reference_forced, require_no_triton
 from phi1.kernels._checks import check_alike, check_float, check_rank, check_shape, check_tensors
 from phi1.kernels._gelu import gelu_backward, gelu_forward, gelu_new
 
@@ -35,7 +35,7 @@ def mlp_backward(
     return torch.mm(dpre, w1), torch.mm(dpre.t(), x), dpre.sum(0), torch.mm(dout.t(), act), dout.sum(0)
 
 
-@torch.library.custom_op("phi1::mlp", mutates_args=())
+@operator("phi1::mlp")
 def _mlp_op(
     x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,7 +47,7 @@ def _(x: torch.Tensor, w1: torch.Tensor, b1, w2: torch.Tensor, b2):
     return x.new_empty((x.shape[0], w2.shape[0])), x.new_empty((x.shape[0], w1.shape[0]))
 
 
-@torch.library.custom_op("phi1::mlp_backward", mutates_args=())
+@operator("phi1::mlp_backward")
 def _mlp_backward_op(
     dout: torch.Tensor, x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, pre: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -68,6 +68,8 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, dout, _):
+    if dout is None:
+        return (None,) * 5
     return torch.ops.phi1.mlp_backward(dout, *ctx.saved_tensors)
 
 

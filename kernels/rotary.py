@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from phi1.kernels._backend import reference_forced, require_no_triton
+from phi1.kernels._backend import operator, reference_forced, require_no_triton
 from phi1.kernels._checks import check_float, check_rank, check_tensors, require
 from phi1.kernels._rotary import check_positions, check_tables, rotate_, rotate_reference, rows_of_tables
 
@@ -24,7 +24,7 @@ def rotary_forward(
     return out
 
 
-@torch.library.custom_op("phi1::rotary", mutates_args=())
+@operator("phi1::rotary")
 def _rotary_op(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, inverse: bool
 ) -> torch.Tensor:

@@ -209,6 +209,8 @@ def bad(shape=(2, 6, 6, 2, 16), **changes):
     (bad(scale=math.nan), ValueError, "scale must be a finite number greater than 0; got nan"),
     (bad(cu_seqlens=starts(0, 12), seq_starts=starts(0, 0)), ValueError, "at most one of cu_seqlens and seq_starts"),
     (bad((2, 6, 7, 2, 16), cu_seqlens=starts(0, 12)), ValueError, "k must have q's 6 tokens with cu_seqlens; got 7"),
+    (bad((2, 6, 5, 2, 16), causal=False, seq_starts=starts(0, 0)), ValueError,
+     "k must have at least q's 6 tokens with seq_starts; got 5"),
     (bad(cu_seqlens=[0, 12]), TypeError, "cu_seqlens must be a tensor; got list"),
     (bad(cu_seqlens=torch.zeros(2)), ValueError, "cu_seqlens must be int32 or int64; got float32"),
     (bad(cu_seqlens=torch.zeros(2, 2).int()), ValueError, r"cu_seqlens must be \[documents \+ 1\]"),

@@ -158,6 +158,14 @@ def test_non_contiguous_inputs():
                                      **tables(8))
 
 
+def test_output_is_contiguous_whatever_x_is():
+    tensors = make(SHAPES[1])
+    tensors["x"] = tensors["x"].t().contiguous().t()
+    for rates in ((0.0, 0.0, 0.0), (0.0, 0.5, 0.5)):
+        y = parallel_block(**tensors, **tables(8), n_heads=2, batch=2, dropouts=drops(*rates))
+        assert y.is_contiguous()
+
+
 def test_empty_input():
     tensors = make(SHAPES[1])
     tensors["x"] = tensors["x"][:0]

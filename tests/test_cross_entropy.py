@@ -136,6 +136,9 @@ def test_all_ignored():
     targets.fill_(IGNORED)
     assert linear_cross_entropy(x, weight, bias, targets, reduction="sum").item() == 0
     assert linear_cross_entropy(x, weight, bias, targets).isnan()  # a mean over nothing, as PyTorch's
+    x.requires_grad_()
+    linear_cross_entropy(x, weight, bias, targets).backward()
+    assert not x.grad.any()  # as PyTorch's, and the reference's
 
 
 def loss_scale_gradients(dtype, scale, n_rows=256, vocab=20000):
@@ -212,6 +215,12 @@ def test_lse_carries_no_gradient():
         with context:
             _, lse = linear_cross_entropy(x.requires_grad_(), weight, bias, targets, return_lse=True)
         assert not lse.requires_grad
+
+
+def test_rows_without_incoming_gradient_get_0():
+    x, weight, bias, targets = make((3, 4, 5)).values()
+    (linear_cross_entropy(x.requires_grad_(), weight, bias, targets, reduction="none") * 0).sum().backward()
+    assert not x.grad.any()
 
 
 def test_unchecked_targets_out_of_range_give_nan_rows():
