@@ -140,6 +140,12 @@ def test_large_scores_stay_finite(dtype):
     assert all(x.isfinite().all() for x in got.values())
 
 
+def test_large_negative_scores_are_not_taken_for_none():
+    q = torch.full((1, 4, 1, 16), 300.0)
+    v = torch.ones(1, 4, 1, 16)
+    torch.testing.assert_close(attention(q, -q, v), v)
+
+
 def one_hot(n_tokens, n_heads):
     """Attention on these shows its probabilities: v is the identity, and every score is 0."""
     v = torch.eye(n_tokens)[None, :, None].expand(1, -1, n_heads, -1)
