@@ -14,6 +14,7 @@ N rows, D width, V vocabulary (valid_vocab of it in every product), C rows of a 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -148,12 +149,13 @@ class _Gradients:
     """Sums of dx, dW and db over chunks."""
 
     def __init__(self, x: torch.Tensor, weight: torch.Tensor, needs: Needs, vocab: int, one_chunk: bool) -> None:
-        self.x, self.weight, self.needs, self.vocab, self.one_chunk = x, weight[:vocab], needs, vocab, one_chunk
+        self.x, self.weight, self.needs, self.vocab = x, weight[:vocab], needs, vocab
         kept, rows = gradient_dtype(x.dtype), weight.shape[0]
+        self.dw_is_one_product = one_chunk and kept == x.dtype and x.shape[0] > 0
         self.dx = x.new_empty(x.shape if needs.x else (0,), dtype=kept)
         self.dw = x.new_empty(0, dtype=kept)
         if needs.weight:
-            empty = torch.empty if one_chunk and x.shape[0] else torch.zeros
+            empty = torch.empty if self.dw_is_one_product else torch.zeros
             self.dw = empty(weight.shape, dtype=kept if one_chunk else torch.float32, device=x.device)
             self.dw[vocab:] = 0
         self.db = torch.zeros(rows if needs.bias else 0, dtype=torch.float32, device=x.device)
@@ -166,19 +168,24 @@ class _Gradients:
     def add_products(self, dlogits: torch.Tensor, chunk: slice) -> None:
         """Add a chunk's products with dlogits [C, V]."""
         if self.needs.x:
-            self.dx[chunk] = _product(dlogits, self.weight, self.dx.dtype)
-        if not self.needs.weight:
+            self._add_dx(dlogits, self.dx[chunk])
+        if self.needs.weight and self.dw_is_one_product:
+            torch.mm(dlogits.t(), self.x[chunk], out=self.dw[: self.vocab])
+        elif self.needs.weight:
+            for some in self._slices():
+                self.dw[some] += _product(dlogits[:, some].t(), self.x[chunk], self.dw.dtype)
+
+    def _add_dx(self, dlogits: torch.Tensor, dx: torch.Tensor) -> None:
+        if not _widened(dlogits):
+            dx.copy_(_product(dlogits, self.weight, dx.dtype))
             return
-        step = self.vocab if self.one_chunk and self.dw.dtype == dlogits.dtype else VOCABULARY_SLICE
-        for first in range(0, self.vocab, step):
-            some = slice(first, min(first + step, self.vocab))
-            transposed, target = dlogits[:, some].t(), self.dw[some]
-            if not self.one_chunk:
-                target += _product(transposed, self.x[chunk], self.dw.dtype)
-            elif target.dtype == dlogits.dtype:
-                torch.mm(transposed, self.x[chunk], out=target)
-            else:
-                target.copy_(_product(transposed, self.x[chunk], target.dtype))
+        dx.zero_()
+        for some in self._slices():
+            dx += _product(dlogits[:, some], self.weight[some], dx.dtype)
+
+    def _slices(self) -> Iterator[slice]:
+        for first in range(0, self.vocab, VOCABULARY_SLICE):
+            yield slice(first, min(first + VOCABULARY_SLICE, self.vocab))
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(dx, dW, db)."""
@@ -187,8 +194,13 @@ class _Gradients:
 
 def _product(a: torch.Tensor, b: torch.Tensor, wanted: torch.dtype) -> torch.Tensor:
     """a b, never rounded to float16: its range is too small for these sums."""
-    if a.dtype == wanted or (a.is_cpu and a.dtype == torch.bfloat16):
-        return torch.mm(a, b)
-    if a.is_cpu:
+    if _widened(a):
         return torch.mm(a.float(), b.float())
+    if a.is_cpu or a.dtype == wanted:
+        return torch.mm(a, b)
     return torch.mm(a, b, out_dtype=wanted)
+
+
+def _widened(x: torch.Tensor) -> bool:
+    """True where PyTorch has no product of x's dtype with a float32 result."""
+    return x.is_cpu and x.dtype == torch.float16
