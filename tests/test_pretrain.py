@@ -191,7 +191,7 @@ def test_a_signal_saves_and_says_how_to_go_on(place, undisturbed, number):
     assert weights(place, name) == weights(place, "whole")
 
 
-def test_two_processes_give_the_losses_of_one_and_stop_together(place, undisturbed):
+def test_two_processes_stop_together_resume_exactly_and_give_the_losses_of_one(place, undisturbed):
     process = start(place, "two", 2)
     wait_for(place / "two" / "checkpoints" / "step-20", process)
     process.send_signal(signal.SIGTERM)
@@ -200,6 +200,9 @@ def test_two_processes_give_the_losses_of_one_and_stop_together(place, undisturb
                      out), out
     assert "Error" not in re.sub("ChildFailedError|SignalException", "", err)
     train(place, "two", 2)
+    train(place, "pair", 2)
+    assert steps(place, "two") == steps(place, "pair")
+    assert weights(place, "two") == weights(place, "pair")
     one, two = steps(place, "whole"), steps(place, "two")
     assert [step["samples"] for step in one] == [step["samples"] for step in two]
     assert max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(one, two, strict=True)) <= 1e-5
@@ -322,8 +325,9 @@ def test_a_full_file_system_is_named(place, undisturbed, tmp_path):
         pytest.skip("mounting a small file system takes root")
     try:
         done = run(place, str(disk / "run"), checkpoint__every=20)
-        assert re.search(r"warning: checkpoint \S+step-\d0 could not be written: .*\(no disk space: it takes \d\.\d "
-                         r"MB, \d\.\d MB are free\); earlier checkpoints are intact", done.stdout), done.stdout
+        assert re.search(r"warning: checkpoint \S+step-\d0 could not be written: no disk space: it takes \d\.\d MB, "
+                         r"\d\.\d MB are free; free \d\.\d MB more, or give another --run\.folder; earlier checkpoints "
+                         r"are intact", done.stdout), done.stdout
         assert "no disk space" in error_line(done)
         assert all(find_damage(path) is None for path in checkpoints(disk / "run" / "checkpoints"))
     finally:

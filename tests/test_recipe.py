@@ -67,9 +67,14 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(key, nearest, tmp_pa
     ("train.lr", "inf", "train.lr: input should be .*finite.*; got inf"),
     ("train.lr", "nan", "train.lr: input should be .*; got nan"),
     ("train.betas", "[0.9, 1.0]", r"train.betas\[1\]: input should be less than 1; got \[0.9, 1.0\]"),
-    ("train.betas", "0.9", "train.betas: input should be a valid .*; got 0.9"),
+    ("train.betas", "0.9", r"train.betas: input should be of the form \[0.9, 0.95\]; got 0.9"),
+    ("train.betas", "[0.9]", r"train.betas\[1\]: input should be of the form \[0.9, 0.95\]; got \[0.9\]"),
+    ("train.betas", "[0.9, 0.9, 0.9]", r"train.betas: input should be of the form \[0.9, 0.95\]; got \[0.9, 0"),
     ("train.precision", "fp8", "train.precision: input should be 'auto', 'fp16', 'bf16' or 'fp32'; got 'fp8'"),
-    ("run.tensorboard", "maybe", "run.tensorboard: input should be a valid boolean; got 'maybe'"),
+    ("run.tensorboard", "maybe", "run.tensorboard: input should be true or false; got 'maybe'"),
+    ("run.tensorboard", "False", "run.tensorboard: input should be true or false; got 'False'"),
+    ("run.folder", "", "run.folder: string should have at least 1 character; got ''"),
+    ("data.folder", "", "data.folder: string should have at least 1 character; got ''"),
     ("model.preset", "phi9", "preset: name must be one of phi1, .*; got 'phi9'"),
     ("model.hidden_size", "250", r"hidden_size must be a multiple of num_attention_heads \(4\); got 250"),
 ])
@@ -89,7 +94,9 @@ def test_a_wrong_value_in_a_file_names_the_file(tmp_path):
     (None, r"absent\.toml: No such file"),
     (b"[train\nsteps = 1\n", r"absent\.toml: not valid TOML: .*line 1"),
     (b"[train]\n# \xff\n", r"absent\.toml: not UTF-8"),
-    (b"train = 3\n", r"absent\.toml: 'train' is not a key"),
+    (b"train = 3\n", r"absent\.toml: train must be a section, a line \[train\] with the keys below it; got 3"),
+    (b"[[train]]\nsteps = 3\n", r"absent\.toml: train must be a section, a line \[train\] .*; got \[\{'steps': 3\}\]"),
+    (b"tarin = 3\n", r"absent\.toml: 'tarin' is not a key"),
 ])
 def test_a_file_that_cannot_be_read_is_one_line(content, message, tmp_path):
     file = tmp_path / "absent.toml"
@@ -104,7 +111,7 @@ def test_help_lists_every_key_with_its_default():
     shown = help_text()
     for key in KEYS:
         assert len(re.findall(rf"^  --{re.escape(key)}  \S", shown, re.MULTILINE)) == 1
-    assert re.search(r"--train\.steps  .*\(default 1650\)$", shown, re.MULTILINE)
+    assert re.search(r"--train\.steps  .*\(default 1250\)$", shown, re.MULTILINE)
     assert re.search(r"--train\.betas  .*\(default \[0\.9, 0\.95\]\)$", shown, re.MULTILINE)
 
 

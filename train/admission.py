@@ -5,6 +5,7 @@ No process group exists yet, so that a refusal ends the command at once and touc
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from phi1.tokenizer import Tokenizer
@@ -12,11 +13,12 @@ from phi1.train.batches import Layout
 from phi1.train.checkpoint_files import choose, read_state, remove_after
 from phi1.train.data import Corpus, open_corpus
 from phi1.train.launch import Place, RunError
+from phi1.train.ledger import has_saved
 from phi1.train.recipe import Recipe
 from phi1.train.report import show_complete
 from phi1.train.runfolder import RunFolder, check_continues
 from phi1.train.schedule import schedule_end
-from phi1.train.shards import read_manifest
+from phi1.train.shards import MANIFEST, read_manifest
 
 COMPLETE = "complete"
 
@@ -53,7 +55,9 @@ def admit(recipe: Recipe, folder: RunFolder, place: Place) -> str:
     folder.lock()
     checkpoint = choose(folder.checkpoints, recipe.checkpoint.resume)
     stored = None
-    if checkpoint:
+    if checkpoint is None:
+        check_untrained(folder)
+    else:
         stored = read_state(checkpoint)
         check_continues(folder, checkpoint, stored, recipe)
         summary = folder.completed(recipe.train.steps)
@@ -73,6 +77,22 @@ def admit(recipe: Recipe, folder: RunFolder, place: Place) -> str:
         print(f"removed {folder.checkpoints / name}, which lies after {checkpoint and checkpoint.name}")
     folder.store(recipe)
     return checkpoint.name if checkpoint else ""
+
+
+def check_untrained(folder: RunFolder) -> None:
+    """See that beginning anew overwrites no trained model: without checkpoints nothing else may be left of a run.
+
+    Raises:
+        RunError: something is left.
+    """
+    left = [path for path in (folder.summary, folder.export) if path.exists()]
+    if has_saved(folder.ledger):
+        left.append(folder.ledger)
+    if left:
+        names = ", ".join(map(str, left))
+        raise RunError(f"run.folder {folder.path}: it was trained before, but no checkpoint is left in "
+                       f"{folder.checkpoints} to go on from; give another --run.folder, or remove {names} to "
+                       "start over")
 
 
 def open_data(recipe: Recipe, verify: bool = True) -> tuple[Corpus, Corpus, Tokenizer]:
@@ -109,13 +129,37 @@ def prepare_data(recipe: Recipe) -> None:
 
     data, folder = recipe.data, Path(recipe.data.folder)
     try:
-        if not folder.exists():
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             print(f"preparing {folder} from {data.source}", flush=True)
             print(prepare(data.source, folder, tokenizer=data.tokenizer, vocab_size=data.vocab_size,
                           workers=data.workers, report=lambda line: print(line, flush=True)), flush=True)
-        made_from = read_manifest(folder)["made"].get("sources", [])
     except (ValueError, OSError) as error:
         raise RunError(f"data.folder {folder}: {error}") from None
-    if data.source not in (Recipe().data.source, *made_from):
+    made_from = _made_from(recipe)
+    if data.source != Recipe().data.source and not any(_same_source(data.source, source) for source in made_from):
         raise RunError(f"data.folder {folder} was made from {', '.join(made_from)}, not from data.source "
                        f"{data.source}; give another --data.folder for it")
+
+
+def _made_from(recipe: Recipe) -> list[str]:
+    """The sources that the corpus was made from, as they were given."""
+    data, folder = recipe.data, Path(recipe.data.folder)
+    size = f" --vocab-size {data.vocab_size}" if data.tokenizer == "train" else ""
+    again = (f"phi1 prepare --source {shlex.quote(data.source)} --tokenizer {shlex.quote(data.tokenizer)}{size} "
+             f"--out {shlex.quote(data.folder)} --force")
+    if not (folder / MANIFEST).exists():
+        raise RunError(f"data.folder {folder}: it is there, but holds no corpus (no {MANIFEST}); give another "
+                       f"--data.folder, or make the corpus with: {again}")
+    try:
+        return read_manifest(folder)["made"].get("sources", [])
+    except ValueError as error:
+        raise RunError(f"data.folder: {error} with: {again}") from None
+    except OSError as error:
+        raise RunError(f"data.folder: {error.filename}: {error.strerror}") from None
+
+
+def _same_source(one: str, other: str) -> bool:
+    """Whether two names are of one source: equal, or of the same folder."""
+    if one == other or "stdlib" in (one, other):
+        return one == other
+    return Path(one).is_dir() and Path(one).resolve() == Path(other).resolve()

@@ -25,7 +25,16 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from phi1 import Phi1
-from phi1.train.checkpoint_files import STATE, checkpoint_name, commit, describe, prune, read_state, write_manifest
+from phi1.train.checkpoint_files import (
+    STATE,
+    checkpoint_name,
+    checkpoints,
+    commit,
+    describe,
+    prune,
+    read_state,
+    write_manifest,
+)
 from phi1.train.engine import all_sum
 from phi1.train.launch import RunError
 from phi1.train.step import Trainer
@@ -63,10 +72,11 @@ def save_checkpoint(trainer: Trainer, folder: Path, facts: dict[str, Any], keep:
         files = {name: description for part in parts for name, description in part.items()}
         _together(lambda: _finish(temporary, final, files, keep) if first else None)
     except _Failed as error:
-        reason = f"{error}{_shortage(folder, int(needed))}"
+        reason = _shortage(folder, int(needed)) or str(error)
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"checkpoint {final} could not be written: {reason}; earlier checkpoints are intact") from None
+        intact = "; earlier checkpoints are intact" if checkpoints(folder) else ""
+        raise RunError(f"checkpoint {final} could not be written: {reason}{intact}") from None
     return final
 
 
@@ -149,11 +159,12 @@ def _make_room(temporary: Path, needed: int) -> None:
 
 
 def _shortage(folder: Path, needed: int) -> str:
-    """PyTorch's message does not say that a disk is full."""
+    """What to say if the disk is full, which PyTorch's message does not; "" if it is not."""
     free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
     if free >= needed + MARGIN:
         return ""
-    return f" (no disk space: it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free)"
+    return (f"no disk space: it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; free "
+            f"{(needed + MARGIN - free) / 1e6:.1f} MB more, or give another --run.folder")
 
 
 def _describe_own(temporary: Path, notes: dict[str, Any]) -> dict[str, list[int | str]]:

@@ -18,6 +18,7 @@ from phi1.train.launch import RunError
 
 MANIFEST = "manifest.json"
 STATE = "trainer.json"
+LEDGER = "ledger.jsonl"
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -58,7 +59,8 @@ def choose(folder: Path, resume: str) -> Path | None:
     if damage:
         others = [path.name for path in found if path != chosen]
         fix = f"go on from an older one with --checkpoint.resume {others[-1]}" if others else \
-            f"remove {folder.parent} to start again"
+            f"there is no other: give another --run.folder, or remove {chosen} and {folder.parent / LEDGER} to "\
+            "start over"
         raise RunError(f"checkpoint {chosen} is damaged: {damage}; {fix}")
     return chosen
 

@@ -2,7 +2,7 @@
 
 A line holds what a replay reproduces bit for bit (step, loss, lr, norm, scale, skipped, hash of the sample ids) and,
 apart from it under "measured", what depends on the day. A line {"start": ...} is written each time the run starts or
-resumes, {"eval": ...} after each evaluation.
+resumes, {"eval": ...} after each evaluation, {"saved": step} after each checkpoint.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import math
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi1.train.launch import RunError
-from phi1.train.step import Outcome
+
+if TYPE_CHECKING:
+    from phi1.train.step import Outcome
 
 # TensorBoard draws curves; the ledger alone is complete.
 BOARD_EVERY = 10
@@ -58,8 +60,9 @@ class Ledger:
         self._write({"eval": {"step": step} | figures})
         self._draw(step, {f"validation/{name}": value for name, value in figures.items()})
 
-    def sync(self) -> None:
-        """Force the lines to the disk: called with each checkpoint."""
+    def saved(self, step: int) -> None:
+        """Note that a checkpoint of `step` finished steps is there, and force all lines to the disk."""
+        self._write({"saved": step})
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -83,7 +86,8 @@ class Ledger:
             raise self._failure(error) from None
 
     def _failure(self, error: OSError) -> RunError:
-        return RunError(f"{self.path}: cannot be written: {error.strerror}; the newest checkpoint is intact")
+        return RunError(f"{self.path}: cannot be written: {error.strerror}; once that is mended, the same "
+                        "command goes on, or give another --run.folder")
 
 
 def _board(folder: Path, finished: int) -> Any:
@@ -109,6 +113,14 @@ def cut_back(path: Path, finished: int) -> None:
     os.truncate(path, keep)
 
 
+def has_saved(path: Path) -> bool:
+    """Whether a checkpoint was ever saved. A run that was killed before its first may begin anew, others may not."""
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        return any(raw.startswith(b'{"saved"') for raw in file)
+
+
 def read_ledger(path: Path) -> list[dict[str, Any]]:
     """All lines; those of steps have the key "step"."""
     with open(path, encoding="utf-8") as file:
@@ -125,7 +137,7 @@ def _step_of(raw: bytes) -> int | None:
         return None
     if "start" in line:
         return line["start"].get("finished", 0)
-    return line["eval"]["step"] if "eval" in line else line.get("step")
+    return line["eval"]["step"] if "eval" in line else line.get("saved", line.get("step"))
 
 
 def _without_nan(value: Any) -> Any:

@@ -71,7 +71,7 @@ class Loop:
         """Collective: a checkpoint of this step, unless it is there."""
         if self.saved is None or self.saved.name != checkpoint_name(self.trainer.finished):
             self.saved = save_checkpoint(self.trainer, self.folder.checkpoints, self.facts, self.recipe.checkpoint.keep)
-            self._note(Ledger.sync)
+            self._note(lambda ledger: ledger.saved(self.trainer.finished))
         return self.saved
 
     def evaluate(self) -> Figures | None:

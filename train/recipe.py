@@ -28,6 +28,7 @@ CountOrZero = Annotated[int, Field(ge=0, le=2**40)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Folder = Annotated[str, Field(min_length=1)]
 
 
 def doc(text: str) -> Any:
@@ -52,7 +53,7 @@ class Model:
 class Data:
     """The corpus. A folder that is not there is prepared from the source first."""
 
-    folder: Annotated[str, doc("prepared corpus: shards, index and tokenizer")] = "data/python-stdlib"
+    folder: Annotated[Folder, doc("prepared corpus: shards, index and tokenizer")] = "data/python-stdlib"
     source: Annotated[str, doc("what to prepare: stdlib (the interpreter's own library), or a folder of .py files")] \
         = "stdlib"
     tokenizer: Annotated[str, doc("train (a BPE on the source), a folder, or a Hub id")] = "train"
@@ -65,7 +66,7 @@ class Data:
 class Train:
     """The optimization."""
 
-    steps: Annotated[Count, doc("optimizer steps of the run")] = 1650
+    steps: Annotated[Count, doc("optimizer steps of the run")] = 1250
     schedule_steps: Annotated[CountOrZero, doc("steps over which the rate falls to min_lr (0: steps)")] = 0
     batch_size: Annotated[Count, doc("sequences in a step, over all processes")] = 4
     micro_batch_size: Annotated[CountOrZero, doc("sequences in one forward pass of one process (0: as many as "
@@ -111,7 +112,7 @@ class Eval:
 class Run:
     """Where and on what."""
 
-    folder: Annotated[str, doc("the run's folder")] = "runs/nano"
+    folder: Annotated[Folder, doc("the run's folder")] = "runs/nano"
     device: Annotated[Literal["auto", "cpu", "cuda"], doc("auto: cuda where there is one")] = "auto"
     tensorboard: Annotated[bool, doc("also write TensorBoard's files, if it is installed")] = True
 
@@ -171,6 +172,9 @@ def read_recipe(file: Path | None, overrides: dict[str, str], shown: str | None 
     flat: dict[str, Any] = {}
     for section, content in data.items():
         if not isinstance(content, dict):
+            if section in {known.name for known in fields(Recipe)}:
+                raise RunError(f"{name}: {section} must be a section, a line [{section}] with the keys below it; got "
+                               f"{content!r}")
             raise RunError(f"{name}: {_unknown(section)}")
         flat |= {f"{section}.{key}": value for key, value in content.items()}
     for key in flat:
@@ -237,9 +241,18 @@ def _validated(sections: dict[str, dict[str, Any]], overrides: dict[str, str], n
         section, leaf, *index = error["loc"]
         key = f"{section}.{leaf}"
         shown = key + "".join(f"[{i}]" for i in index if isinstance(i, int))
-        rule = error["msg"][0].lower() + error["msg"][1:]
         where = "" if key in overrides else f"{name}: "
-        raise RunError(f"{where}{shown}: {rule}; got {sections[str(section)][str(leaf)]!r}") from None
+        raise RunError(f"{where}{shown}: {_rule(error, key)}; got {sections[str(section)][str(leaf)]!r}") from None
+
+
+def _rule(error: Any, key: str) -> str:
+    """What a value must be: pydantic's words, or ours where they do not say what to write."""
+    if error["type"].startswith("bool_"):
+        return "input should be true or false"
+    if error["type"] in ("tuple_type", "missing", "too_long"):
+        section, leaf = key.split(".")
+        return f"input should be of the form {json.dumps(getattr(getattr(Recipe(), section), leaf))}"
+    return error["msg"][0].lower() + error["msg"][1:]
 
 
 def help_text() -> str:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 TEMPERATURE = 0.7
 COMPLETION_TOKENS = 80
-# A top-level function with a docstring of one line.
-_HEADER = re.compile(r'^def \w+\([^)\n]*\):\n {4}"""[^"\n]{10,70}"""\n', re.MULTILINE)
+# A top-level function with arguments, and its docstring if that is one line.
+_HEADER = re.compile(r'^def \w+\([^)\n]+\):\n(?: {4}"""[^"\n]{10,70}"""\n)?', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,16 @@ def export(weights: Mapping[str, Tensor], config: Phi1Config, tokenizer: Tokeniz
 
 
 def function_headers(text: bytes, count: int) -> list[str]:
-    """`count` headers with docstrings from some source text, spread over it."""
-    found = [match[0] for match in _HEADER.finditer(text.decode("utf-8", errors="replace"))]
-    return [found[i * len(found) // count] for i in range(min(count, len(found)))]
+    """Up to `count` different headers from some source text, spread over it; those with a docstring come first."""
+    found = list(dict.fromkeys(match[0] for match in _HEADER.finditer(text.decode("utf-8", errors="replace"))))
+    documented = [header for header in found if header.count("\n") == 2]
+    others = [header for header in found if header.count("\n") == 1]
+    chosen = _spread(documented, count)
+    return chosen + _spread(others, count - len(chosen))
+
+
+def _spread(items: list[str], count: int) -> list[str]:
+    return [items[i * len(items) // count] for i in range(count)] if len(items) > count else items
 
 
 def show_completions(folder: RunFolder, headers: list[str], seed: int) -> None:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from phi1.train.checkpoint_files import LEDGER
 from phi1.train.launch import RunError
 from phi1.train.recipe import Recipe, Train
 from phi1.train.schedule import learning_rate, schedule_end
@@ -32,7 +33,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.toml"
-        self.ledger = self.path / "ledger.jsonl"
+        self.ledger = self.path / LEDGER
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
         self.summary = self.path / "summary.json"
