@@ -138,7 +138,7 @@ def _generate(argv: list[str]) -> int:
 
     from phi1._sampling import Rules
     from phi1.generation import stream
-    from phi1.tokenizer import load_tokenizer
+    from phi1.tokenizer import BUILT_IN, load_tokenizer
     from phi1.weights import load
 
     stop = [item.replace(r"\n", "\n").replace(r"\t", "\t") for item in args.stop]
@@ -146,8 +146,9 @@ def _generate(argv: list[str]) -> int:
                                "top_k": args.top_k, "top_p": args.top_p, "stop": stop}
     # Checked before gigabytes are read.
     seed = Rules.check("generate", **options, seed=args.seed).seed
-    tokenizer = load_tokenizer(args.tokenizer or args.model, revision=None if args.tokenizer else args.revision)
-    model = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
+    folder = _locate_model(args)
+    tokenizer = load_tokenizer(args.tokenizer or (args.model if args.model in BUILT_IN else folder))
+    model = load(folder, device=args.device, dtype=args.dtype)
     pieces = stream(model, tokenizer, text, seed=seed, **options)
     if seed is not None:
         print(f"phi1 generate: seed {seed}", file=sys.stderr)
@@ -166,6 +167,16 @@ def _add_model_options(parser: Parser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     parser.add_argument("--tokenizer", help="a folder or Hub id; without it the model's own")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="without it the file's")
+
+
+def _locate_model(args: argparse.Namespace) -> Path:
+    """The model's folder, downloaded if need be; what is wrong is said of --model."""
+    from phi1._checkpoint import locate
+
+    try:
+        return locate(args.model, args.revision)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--model: {str(error).removeprefix('load: ')}") from error
 
 
 def _prompt(args: argparse.Namespace) -> str:
@@ -208,11 +219,10 @@ def _convert(argv: list[str]) -> int:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ValueError(f"--out must be a new or empty folder; {args.out} is not")
 
-    from phi1._checkpoint import locate
     from phi1.tokenizer import load_tokenizer
     from phi1.weights import load, save
 
-    folder = locate(args.model, args.revision)
+    folder = _locate_model(args)
     tokenizer = None
     if args.tokenizer or any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         tokenizer = load_tokenizer(args.tokenizer or folder)
