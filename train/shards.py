@@ -135,11 +135,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise DataError(f"{path}: {manifest['format']} version {manifest['version']}; this reader knows {FORMAT} "
                             f"version {VERSION}: prepare the corpus again")
         if manifest["fingerprint"] != fingerprint(manifest["content"]):
-            raise DataError(f"{path}: damaged: its fingerprint does not match its content")
+            raise DataError(f"{path}: damaged: its fingerprint does not match its content; restore it or "
+                            "prepare the corpus again")
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(none) from None
     except DataError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: damaged: {type(error).__name__}: {error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: damaged: it is no corpus' manifest any more; restore it or prepare the corpus "
+                        "again") from None
     return manifest

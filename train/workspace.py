@@ -30,18 +30,22 @@ def workspace(out: Path, needed: int) -> Iterator[Path]:
         needed: bytes that filling it takes, at the most; 0 if not known.
 
     Raises:
-        DataError: the disk has not that much room, or is full later on.
+        DataError: nothing can be written there, or the disk has not that much room, or is full later on.
     """
     out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out)
+        folder, lock = _make_locked(out)
+    except OSError as error:
+        raise DataError(f"nothing can be written in {out.parent}: {error.strerror}; choose another place") from None
     free = shutil.disk_usage(out.parent).free
     sizes = f"about {format_bytes(needed)} are needed" if needed else "the needed size is not known beforehand"
-    full = f"no space on the disk of {out.parent}: {sizes}, and {format_bytes(free)} were free at the start"
-    if needed > free:
-        raise DataError(full)
-    folder, lock = _make_locked(out)
+    full = (f"no space on the disk of {out.parent}: {sizes}, and {format_bytes(free)} were free at the start; "
+            "make room there, or choose a place on another disk")
     try:
+        if needed > free:
+            raise DataError(full)
         yield folder
     except Exception as error:
         if any(isinstance(cause, OSError) and cause.errno in _FULL for cause in chain(error)):

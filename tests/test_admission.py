@@ -1,0 +1,105 @@
+"""What is refused before a run starts, and in which words; no process is started."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from phi1.train.admission import check_untrained, prepare_data
+from phi1.train.launch import RunError
+from phi1.train.ledger import cut_back, has_saved, read_ledger
+from phi1.train.prepare import prepare
+from phi1.train.recipe import Recipe
+from phi1.train.runfolder import RunFolder
+from phi1.train.shards import DataError
+from phi1.train.workspace import workspace
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory with a source in src/."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "src").mkdir()
+    for name in "ab":
+        (tmp_path / "src" / f"{name}.py").write_text(f"{name} = 1\n")
+    return tmp_path
+
+
+def recipe(**data):
+    return dataclasses.replace(Recipe(), data=dataclasses.replace(Recipe().data, folder="data", vocab_size=300,
+                                                                  workers=1, **data))
+
+
+def refusal(action, *args):
+    with pytest.raises(RunError) as error:
+        action(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("left", ["ledger.jsonl", "summary.json", "export"])
+def test_a_trained_run_without_checkpoints_is_not_begun_anew(tmp_path, left):
+    folder = RunFolder(tmp_path / "run")
+    check_untrained(folder)
+    folder.path.mkdir()
+    (folder.path / left).write_text('{"start": {}}\n{"step": 1}\n{"saved": 1}\n')
+    assert refusal(check_untrained, folder) == (
+        f"run.folder {folder.path}: it was trained before, but no checkpoint is left in {folder.checkpoints} to go on "
+        f"from; give another --run.folder, or remove {folder.path / left} to start over")
+
+
+def test_a_run_killed_before_its_first_checkpoint_may_begin_anew(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.ledger.write_text('{"start": {}}\n{"step": 1}\n{"sav')
+    check_untrained(folder)
+
+
+def test_a_ledger_keeps_the_note_of_the_checkpoint_that_it_is_cut_back_to(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    lines = [{"start": {"finished": 0}}, {"step": 1}, {"saved": 1}, {"step": 2}, {"saved": 2}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cut_back(path, 1)
+    assert read_ledger(path) == lines[:3]
+    assert has_saved(path)
+    cut_back(path, 0)
+    assert not has_saved(path)
+
+
+def test_a_source_is_the_same_by_any_name_of_its_folder(here):
+    (here / "data").mkdir()  # an empty folder is filled
+    for source in ("src", "./src/", str(here / "src"), "src/../src"):
+        prepare_data(recipe(source=source))
+    (here / "other").mkdir()
+    for source in ("other", "nowhere"):
+        assert refusal(prepare_data, recipe(source=source)) == (
+            f"data.folder data was made from src, not from data.source {source}; give another --data.folder for it")
+
+
+AGAIN = "phi1 prepare --source src --tokenizer train --vocab-size 300 --out data --force"
+
+
+def test_a_data_folder_that_holds_no_corpus_is_named_once_with_the_command_that_fits(here):
+    (here / "data").mkdir()
+    (here / "data" / "tokenizer").mkdir()
+    assert refusal(prepare_data, recipe(source="src")) == (
+        "data.folder data: it is there, but holds no corpus (no manifest.json); give another --data.folder, or make "
+        f"the corpus with: {AGAIN}")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '"text"', '{"format": "phi1-corpus", "version": 1}'])
+def test_a_damaged_manifest_is_one_line_with_the_command_that_fits(here, content):
+    prepare("src", "data", tokenizer="train", vocab_size=300, workers=1)
+    (here / "data" / "manifest.json").write_text(content)
+    assert refusal(prepare_data, recipe(source="src")) == (
+        "data.folder: data/manifest.json: damaged: it is no corpus' manifest any more; restore it or prepare the "
+        f"corpus again with: {AGAIN}")
+
+
+def test_a_place_that_cannot_be_written_is_not_called_full(here):
+    (here / "file").write_text("")
+    for out, reason in (("/proc/x", "No such file or directory"), ("file/x", "File exists")):
+        folder = here / out
+        message = f"nothing can be written in {folder.parent}: {reason}; choose another place"
+        with pytest.raises(DataError, match=f"^{re.escape(message)}$"), workspace(folder, 0):
+            pass
