@@ -215,6 +215,11 @@ def test_a_damaged_or_missing_checkpoint_is_one_line_with_the_way_out(two_saved,
         choose(folder, "auto")
     assert remove_after(folder, choose(folder, "step-2")) == ["step-3"]
     assert choose(folder, "auto") == folder / "step-2"
+    (folder / "step-2" / "manifest.json").unlink()
+    with pytest.raises(RunError) as error:
+        choose(folder, "auto")
+    assert str(error.value).endswith(f"there is no other: give another --run.folder, or remove {folder / 'step-2'} and "
+                                     f"{tmp_path / 'ledger.jsonl'} to start over")
 
 
 def test_an_unfinished_save_is_never_taken_for_a_checkpoint(two_saved, tmp_path):
@@ -226,13 +231,16 @@ def test_an_unfinished_save_is_never_taken_for_a_checkpoint(two_saved, tmp_path)
     assert [path.name for path in folder.iterdir()] == ["step-2"]
 
 
-def test_a_disk_without_space_is_named_before_anything_is_written(corpus, engine, two_saved, monkeypatch):
+def test_a_disk_without_space_is_named_before_anything_is_written(corpus, engine, two_saved, tmp_path, monkeypatch):
     trainer = make_trainer(corpus, engine)
     full = shutil.disk_usage(two_saved)._replace(free=1_000_000)
     monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda path: full)
-    with pytest.raises(RunError, match=r"step-0 could not be written: not enough disk space \(no disk space: it takes "
-                                       r"\d\.\d MB, 1\.0 MB are free\); earlier checkpoints are intact"):
+    with pytest.raises(RunError, match=r"step-0 could not be written: no disk space: it takes \d\.\d MB, 1\.0 MB "
+                                       r"are free; free \d\.\d MB more, or give another --run\.folder; earlier "
+                                       r"checkpoints are intact$"):
         save_checkpoint(trainer, two_saved, {}, keep=2)
+    with pytest.raises(RunError, match=r"another --run\.folder$"):  # of earlier ones, where there are none, not a word
+        save_checkpoint(trainer, tmp_path / "checkpoints", {}, keep=2)
     assert [path.name for path in sorted(two_saved.iterdir())] == ["step-2", "step-3"]
 
 

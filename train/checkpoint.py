@@ -160,11 +160,11 @@ def _make_room(temporary: Path, needed: int) -> None:
 
 def _shortage(folder: Path, needed: int) -> str:
     """What to say if the disk is full, which PyTorch's message does not; "" if it is not."""
-    free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
-    if free >= needed + MARGIN:
+    free, needed = shutil.disk_usage(folder if folder.exists() else folder.parent).free, needed + MARGIN
+    if free >= needed:
         return ""
     return (f"no disk space: it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; free "
-            f"{(needed + MARGIN - free) / 1e6:.1f} MB more, or give another --run.folder")
+            f"{(needed - free) / 1e6:.1f} MB more, or give another --run.folder")
 
 
 def _describe_own(temporary: Path, notes: dict[str, Any]) -> dict[str, list[int | str]]:
