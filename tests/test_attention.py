@@ -56,6 +56,7 @@ def test_attention_with_dropout_matches_reference(shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES[1:2] + SHAPES[3:5], ids=str)
 def test_left_padded_attention_matches_reference(shape, causal, dtype):
     check(make(shape, dtype), causal=causal, seq_starts=starts(0, 12))
+    check(make(shape, dtype), causal=causal, seq_starts=starts(3, shape[2]))  # a row of padding alone
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
