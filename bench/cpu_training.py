@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -132,6 +131,12 @@ def peak_mib(provider: str, vocab_size: int) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
+def own_peak_mib() -> float:
+    """Largest resident set of this process, MiB. Not ru_maxrss: that starts at the size of the process that forked."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+
+
 def environment() -> dict[str, str | int]:
     """What the numbers depend on."""
     import torch
@@ -160,7 +165,7 @@ def main() -> None:
         step = STEPS[args.peak_of](args.vocab[0])
         for _ in range(4):
             step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(own_peak_mib())
         return
     rows = []
     for vocab_size in args.vocab:
