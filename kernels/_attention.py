@@ -24,6 +24,7 @@ import torch
 
 from phi1.kernels._philox import Dropout, attention_keep, dropout_scale
 from phi1.kernels._rotary import rotate_
+from phi1.kernels._scratch import scratch
 
 LOG2E = math.log2(math.e)
 # Measured on a CPU with 1 MiB of L2 a core, T = 256 to 2048, K = 64: the scores of a tile and the products that read
@@ -129,9 +130,9 @@ def _forward(q, k, v, out, lse, scheme: Scheme) -> None:
     low = _product_dtype(q)
     for samples, heads, step in _tiles(q, k):
         tables = scheme.tables(q.shape[0], samples, slice(None))
-        q_tile = _wide(q[samples, :, heads], tables).mul_(scheme.scale * LOG2E)  # [G, Tq, K]
-        k_tile = _wide(k[samples, :, heads], tables)
-        v_tile = _heads_first(v[samples, :, heads]).to(low)
+        q_tile = _wide("q_wide", q[samples, :, heads], tables).mul_(scheme.scale * LOG2E)  # [G, Tq, K]
+        k_tile = _wide("k_wide", k[samples, :, heads], tables)
+        v_tile = _heads_first("v", v[samples, :, heads]).to(low)
         out_tile, lse_tile = out[samples, :, heads].transpose(1, 2), lse[samples, heads]
         for first in range(0, n_queries, step):
             last = min(first + step, n_queries)
@@ -145,7 +146,8 @@ def _forward(q, k, v, out, lse, scheme: Scheme) -> None:
             p.mul_(total.reciprocal_())
             if scheme.dropout is not None:
                 p.mul_(_kept(scheme, samples, heads, first, last, n_queries, n_keys, end))
-            rows.copy_(torch.bmm(p.to(low), v_tile[:, :end]).to(out.dtype).view(rows.shape))
+            p_low = scratch("p_low", p.shape, low, p).copy_(p)
+            rows.copy_(torch.bmm(p_low, v_tile[:, :end]).to(out.dtype).view(rows.shape))
 
 
 def _backward(
@@ -157,25 +159,29 @@ def _backward(
     low = _product_dtype(q)
     for samples, heads, step in _tiles(q, k):
         tables = scheme.tables(batch, samples, slice(None))
-        dout_low, v_low = (_heads_first(x[samples, :, heads]).to(low) for x in (dout, v))
-        q_wide, k_wide = (_wide(x[samples, :, heads], tables) for x in (q, k))
-        q_low, k_low = q_wide.to(low), k_wide.to(low)
-        q_scaled = q_wide * (scheme.scale * LOG2E)
+        dout_low = _heads_first("dout", dout[samples, :, heads]).to(low)
+        v_low = _heads_first("v", v[samples, :, heads]).to(low)
+        q_wide, k_wide = _wide("q_wide", q[samples, :, heads], tables), _wide("k_wide", k[samples, :, heads], tables)
+        q_low = scratch("q_low", q_wide.shape, low, q).copy_(q_wide)
+        k_low = k_wide if low == torch.float32 else scratch("k_low", k_wide.shape, low, k).copy_(k_wide)
+        q_scaled = q_wide.mul_(scheme.scale * LOG2E)
         lse_tile = (lse[samples, heads] * LOG2E).flatten(0, 1)[..., None]  # [G, Tq, 1]
         dk_sum = dv_sum = None
         for first in reversed(range(0, n_queries, step)):
             last = min(first + step, n_queries)
             s, end = _scores(q_scaled, k_wide, first, last, n_queries, scheme, samples)
             p = s.sub_(lse_tile[:, first:last]).exp2_()
-            dp = torch.bmm(dout_low[:, first:last], v_low[:, :end].transpose(1, 2)).float()
+            dp_low = scratch("dp_low", s.shape, low, s)
+            torch.bmm(dout_low[:, first:last], v_low[:, :end].transpose(1, 2), out=dp_low)
+            dp = scratch("dp", s.shape, torch.float32, s).copy_(dp_low)
             if scheme.dropout is None:
-                dropped = p.to(low)
+                dropped = scratch("p_low", s.shape, low, s).copy_(p)
             else:
                 kept = _kept(scheme, samples, heads, first, last, n_queries, n_keys, end)
                 dropped = (p * kept).to(low)
                 dp.mul_(kept)
             delta = dp.mul_(p).sum(-1, keepdim=True)
-            ds = dp.addcmul_(p, delta, value=-1).to(low)
+            ds = dp_low.copy_(dp.addcmul_(p, delta, value=-1))
             _store(dq[samples, first:last, heads], _product(ds, k_low[:, :end], scheme.scale),
                    scheme.tables(batch, samples, slice(first, last)))
             dk_sum = _accumulate(dk_sum, _product(ds.transpose(1, 2), q_low[:, first:last], scheme.scale), first > 0)
@@ -190,8 +196,9 @@ def _scores(
     """Masked scores [G, last - first, end] in base 2, and end: the number of keys that some query of the tile sees."""
     n_keys = k_tile.shape[1]
     end = n_keys - n_queries + last if scheme.causal else n_keys
-    s = torch.bmm(q_tile[:, first:last], k_tile[:, :end].transpose(1, 2))
     size = last - first
+    s = scratch("scores", (q_tile.shape[0], size, end), torch.float32, q_tile)
+    torch.bmm(q_tile[:, first:last], k_tile[:, :end].transpose(1, 2), out=s)
     if scheme.causal and size > 1:
         # The last keys are the tile's own queries. Adding is 8 times as fast as masked_fill_ on a CPU.
         s[:, :, end - size :] += torch.full((size, size), -torch.inf, device=s.device).triu_(1)
@@ -252,14 +259,16 @@ def _accumulate(total: torch.Tensor | None, part: torch.Tensor, more_follow: boo
     return total
 
 
-def _heads_first(x: torch.Tensor) -> torch.Tensor:
+def _heads_first(name: str, x: torch.Tensor) -> torch.Tensor:
     """[B, T, H, K] -> [G, T, K], a contiguous copy: the batched products are a fifth slower on strided operands."""
-    return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(0, 1)
+    heads = x.transpose(1, 2)
+    return scratch(name, heads.shape, x.dtype, x).copy_(heads).flatten(0, 1)
 
 
-def _wide(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+def _wide(name: str, x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
     """[B, T, H, K] -> [G, T, K] in float32, rotated if there are tables; a copy."""
-    wide = _heads_first(x).float()  # in two steps: PyTorch converts only contiguous elements fast
+    wide = _heads_first("low", x)  # in two steps: PyTorch converts only contiguous elements fast
+    wide = scratch(name, wide.shape, torch.float32, x).copy_(wide)
     if tables is not None:
         rotate_(wide.unflatten(0, (x.shape[0], x.shape[2])), *tables)
     return wide

@@ -13,6 +13,7 @@ from phi1.kernels._attention import Scheme, attention_backward, attention_forwar
 from phi1.kernels._gelu import gelu_backward, gelu_forward
 from phi1.kernels._philox import Dropout
 from phi1.kernels._residual import dropped
+from phi1.kernels._scratch import scratch
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def branches_backward(
     """Gradients of h, in_weight, in_bias, out_weight and out_bias; the residual's is dy."""
     width = h.shape[1]
     qkv, pre = _parts(proj, width, layout.n_heads)
-    dproj = torch.empty_like(proj)
+    dproj = scratch("dproj", proj.shape, proj.dtype, proj)
     dqkv, dpre = _parts(dproj, width, layout.n_heads)
     datt, dw_out, db_out = _output_backward(dy, att, pre, out_weight, layout, dpre)
     q, k, v = _by_sample(qkv, layout.batch)
@@ -84,7 +85,8 @@ def _output_backward(
     joined = _room_for_both(att, pre)
     act = joined[:, sizes[0] :]
     if layout.dense_dropout is None and layout.fc2_dropout is None:
-        datt, dact = torch.mm(dy, out_weight).split_with_sizes(sizes, dim=1)
+        djoined = torch.mm(dy, out_weight, out=scratch("djoined", joined.shape, dy.dtype, dy))
+        datt, dact = djoined.split_with_sizes(sizes, dim=1)
         gelu_backward(dact, pre, dpre, act)
         return datt, torch.mm(dy.t(), joined), dy.sum(0).expand(2, -1).contiguous()
     dy1 = dropped(dy, layout.dense_dropout, layout.cu_seqlens)
@@ -108,6 +110,6 @@ def _by_sample(qkv: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
 def _room_for_both(att: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
     """[att | unset] [N, D+F]."""
     width = att.shape[1]
-    joined = att.new_empty((att.shape[0], width + pre.shape[1]))
+    joined = scratch("joined", (att.shape[0], width + pre.shape[1]), att.dtype, att)
     joined[:, :width] = att
     return joined

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
+from phi1.kernels._scratch import scratch
+
 LOG2E = 1.4426950408889634
 FLOAT16_SCALE = 1024.0
 # Measured on a CPU: strips of up to 8 MiB stay in the caches through ten passes; from 16 MiB on these take half as long
@@ -89,8 +91,8 @@ def losses_and_gradients(
     lse = torch.empty_like(losses)
     rows, strip_rows = chunk_rows(n_rows, x.dtype, x.is_cpu, rule)
     gradients = _Gradients(x, weight, needs, vocab, one_chunk=rows >= n_rows)
-    logits = x.new_empty((rows, vocab))
-    strip = None if x.dtype == torch.float32 else x.new_empty((strip_rows, vocab), dtype=torch.float32)
+    logits = scratch("logits", (rows, vocab), x.dtype, x)
+    strip = None if x.dtype == torch.float32 else scratch("strip", (strip_rows, vocab), torch.float32, x)
     wide_bias = None if bias is None else bias[:vocab].float()
     for first in range(0, n_rows, rows):
         chunk = slice(first, min(first + rows, n_rows))
