@@ -12,7 +12,7 @@ setup(
     package_dir={"phi1.kernels": "kernels", "phi1.train": "train", "phi1.bench": "bench"},
     package_data={
         "phi1": ["py.typed", "assets/*"],
-        "phi1.kernels": ["tuned/*.json"],
+        "phi1.kernels": ["tuned/*.json", "tuned/gpus/*.json"],
         "phi1.train": ["configs/*.toml"],
     },
 )

@@ -1,7 +1,7 @@
 """Memory for an operation's temporaries on CPUs, kept from call to call.
 
 PyTorch returns every large CPU block to the system when it is freed, and takes it back page by page on first use: 12 %
-of a training step of nano, where these operations would take 100 MB a step. Devices have an allocator that keeps memory.
+of a training step of nano, where these operations would take 100 MB a step. GPUs have an allocator that keeps memory.
 
 A block belongs to a name and a thread, and is the caller's until the next call under that name: it must not leave the
 operation, and no two that are used at once may share a name.
@@ -31,8 +31,9 @@ def scratch(name: str, shape: Sequence[int], dtype: torch.dtype, like: torch.Ten
             block = torch.empty(n_bytes, dtype=torch.uint8, device="cpu")
         setattr(_kept, name, block)
     tensor = block[:n_bytes].view(dtype).view(shape)
-    if torch.utils.deterministic.fill_uninitialized_memory and torch.are_deterministic_algorithms_enabled():
-        tensor.fill_(torch.nan)
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if fills and torch.are_deterministic_algorithms_enabled():
+        tensor.fill_(torch.nan)  # as PyTorch does with memory of its own
     return tensor
 
 

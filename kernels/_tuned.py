@@ -1,45 +1,92 @@
 """Tile shapes of the Triton kernels, read from the tables in `tuned/`; nothing is tuned at a user's first call.
 
 `tuned/<op>.json` maps each kernel of the operation to a list of rows, {"gpu": ..., "when": {...}, "tile": {...}}. The
-first row that fits is taken: its "gpu" is the device's name as torch.cuda.get_device_name gives it, or "any"; each name
-under "when" is an exact value or a range [lowest, highest]. Measured rows stand above the rows for any GPU. So a GPU or
-a shape that was not measured has the tile of the "any" row that holds its shape, chosen from compiled register counts.
+first row that fits is taken: its "gpu" is an architecture ("sm_80", "sm_90", "sm_100", "gfx942") or "any"; each name
+under "when" is an exact value or a range [lowest, highest]. Rows of an architecture stand above the rows for any GPU,
+whose tiles need at most 64 KiB of shared memory. A GPU that is none of these takes the "any" rows, unless it has at
+least the shared memory of its family's architecture: see `architecture`. These tiles were chosen from compiled
+register counts.
+
+`tuned/gpus/<name>.json` holds what was measured on one GPU, by operation and kernel, and goes before them.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
 import torch
 
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
-def tile(op: str, kernel: str, device: torch.device, **shape: int | str) -> dict[str, int]:
+
+def tile(op: str, kernel: str, device: torch.device, **shape: int | str | bool) -> dict[str, int]:
     """The tile of one kernel for a shape on a device, for example {"rows": 4, "num_warps": 4}.
 
     Raises:
         NotImplementedError: no row of the table holds this shape.
     """
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
-    return _first_fit(op, kernel, gpu, tuple(sorted(shape.items())))
+    return _first_fit(op, kernel, _gpu_name(device), architecture(device), tuple(sorted(shape.items())))
+
+
+def tile_for(op: str, kernel: str, arch: str, **shape: int | str | bool) -> dict[str, int]:
+    """As `tile`, for a GPU of an architecture that this machine need not have and that nobody has measured."""
+    return _first_fit(op, kernel, "", arch, tuple(sorted(shape.items())))
+
+
+@lru_cache
+def architecture(device: torch.device) -> str:
+    """Which rows of the tables a device takes: one of ARCHITECTURES, or "any".
+
+    GPUs of compute capability 8.6, 8.9 and 12.x have 99 KiB of shared memory a program, less than the tiles of the
+    data-centre GPUs of their families need.
+    """
+    if device.type != "cuda":
+        return "any"
+    if torch.version.hip:
+        return "gfx942" if torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx9") else "any"
+    capability = torch.cuda.get_device_capability(device)
+    return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get(capability, "any")
+
+
+def gpu_file(name: str) -> str:
+    """The file under tuned/gpus/ for a GPU's name: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3.json"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"
+
+
+@lru_cache
+def table(op: str) -> dict[str, list[dict[str, Any]]]:
+    """The table of an operation, kernel by kernel."""
+    return json.loads((files("phi1.kernels") / "tuned" / f"{op}.json").read_text())
+
+
+@lru_cache
+def measured(gpu: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """What was measured on a GPU: operation -> kernel -> rows without a "gpu". Empty where nothing was."""
+    path = files("phi1.kernels") / "tuned" / "gpus" / gpu_file(gpu)
+    return json.loads(path.read_text()) if gpu and path.is_file() else {}
+
+
+@lru_cache
+def _gpu_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 @lru_cache(maxsize=1024)
-def _first_fit(op: str, kernel: str, gpu: str, shape: tuple[tuple[str, int | str], ...]) -> dict[str, int]:
-    for row in table(op)[kernel]:
-        if row["gpu"] in (gpu, "any") and all(_fits(dict(shape)[name], rule) for name, rule in row["when"].items()):
+def _first_fit(
+    op: str, kernel: str, gpu: str, arch: str, shape: tuple[tuple[str, int | str | bool], ...]
+) -> dict[str, int]:
+    rows = measured(gpu).get(op, {}).get(kernel, [])
+    rows = rows + [row for row in table(op)[kernel] if row["gpu"] in (arch, "any")]
+    for row in rows:
+        if all(_fits(dict(shape)[name], rule) for name, rule in row["when"].items()):
             return row["tile"]
     what = ", ".join(f"{name} {value}" for name, value in shape)
     raise NotImplementedError(f"{op}: no tile for the {kernel} kernel at {what}; see kernels/tuned/{op}.json")
 
 
-@lru_cache
-def table(op: str) -> dict[str, list[dict[str, Any]]]:
-    """The whole table of an operation, kernel by kernel."""
-    return json.loads((files("phi1.kernels") / "tuned" / f"{op}.json").read_text())
-
-
-def _fits(value: int | str, rule: Any) -> bool:
+def _fits(value: int | str | bool, rule: Any) -> bool:
     return rule[0] <= value <= rule[1] if isinstance(rule, list) else value == rule

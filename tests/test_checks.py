@@ -99,29 +99,44 @@ def test_check_dropout(dropout, samples, error, message):
         check_dropout("op", dropout, torch.zeros(6, 8), samples)
 
 
-def test_the_first_row_of_the_table_that_fits_is_taken(monkeypatch):
+def test_what_was_measured_goes_first_then_the_first_row_that_fits(monkeypatch):
     rows = [
-        {"gpu": "NVIDIA H100 80GB HBM3", "when": {"width": 2048, "dtype": "float16"}, "tile": {"rows": 9}},
+        {"gpu": "sm_90", "when": {"width": [1, 4096], "dtype": "float16"}, "tile": {"rows": 4}},
         {"gpu": "any", "when": {"width": [1, 100]}, "tile": {"rows": 1}},
         {"gpu": "any", "when": {"width": [50, 4096]}, "tile": {"rows": 2}},
     ]
+    measured = {"op": {"forward": [{"when": {"width": 2048, "dtype": "float16"}, "tile": {"rows": 9}}]}}
     monkeypatch.setattr(_tuned, "table", lambda op: {"forward": rows})
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[0])
+    monkeypatch.setattr(_tuned, "measured", lambda gpu: measured if gpu == "NVIDIA H100 80GB HBM3" else {})
     _tuned._first_fit.cache_clear()
 
-    def rows_of(width, dtype="float16", device="cuda"):
-        return _tuned.tile("op", "forward", torch.device(device), width=width, dtype=dtype)["rows"]
+    def rows_of(width, gpu, arch, dtype="float16"):
+        monkeypatch.setattr(_tuned, "_gpu_name", lambda device: gpu)
+        monkeypatch.setattr(_tuned, "architecture", lambda device: arch)
+        return _tuned.tile("op", "forward", torch.device("cuda"), width=width, dtype=dtype)["rows"]
 
-    names = ["NVIDIA H100 80GB HBM3"]
-    assert rows_of(2048) == 9
-    assert rows_of(2048, dtype="float32") == 2
-    assert rows_of(2048, device="cpu") == 2
-    assert rows_of(75) == 1
-    names = ["NVIDIA A100-SXM4-40GB"]
-    assert rows_of(2048) == 2
+    assert rows_of(2048, "NVIDIA H100 80GB HBM3", "sm_90") == 9
+    assert rows_of(1024, "NVIDIA H100 80GB HBM3", "sm_90") == 4
+    assert rows_of(2048, "NVIDIA H200", "sm_90") == 4
+    assert rows_of(2048, "NVIDIA H200", "sm_90", dtype="float32") == 2
+    assert rows_of(2048, "NVIDIA A10", "any") == 2
+    assert rows_of(75, "NVIDIA A10", "any") == 1
+    assert _tuned.tile_for("op", "forward", "sm_90", width=75, dtype="float16")["rows"] == 4
     with pytest.raises(NotImplementedError, match=r"op: no tile for the forward kernel at dtype float16, width 5000"):
-        rows_of(5000)
+        rows_of(5000, "NVIDIA A10", "any")
     _tuned._first_fit.cache_clear()
+
+
+def test_a_device_takes_the_rows_of_its_architecture(monkeypatch):
+    found = {}
+    for capability in ((8, 0), (8, 6), (9, 0), (10, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        _tuned.architecture.cache_clear()
+        found[capability] = _tuned.architecture(torch.device("cuda"))
+    _tuned.architecture.cache_clear()
+    assert found == {(8, 0): "sm_80", (8, 6): "any", (9, 0): "sm_90", (10, 0): "sm_100", (12, 0): "any"}
+    assert _tuned.architecture(torch.device("cpu")) == "any"
+    assert _tuned.gpu_file("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3.json"
 
 
 def test_uninitialised_memory_is_nan_inside_the_context():

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 from phi1.bench import static_gate
-from phi1.bench.static_cases import CASES, Case
+from phi1.bench.static_case import Case
+from phi1.bench.static_cases import cases
 
 GATE = Path(__file__).parent.parent / "bench" / "static_gate.py"
 ARCHS = list(static_gate.ARCHS)
@@ -97,11 +98,15 @@ def test_assembly_without_accesses_is_refused():
 
 def test_a_kernel_that_does_not_compile_fails_the_gate(monkeypatch, capsys):
     wrong = Case("wrong", wrong_kernel, POINTERS, {"BLOCK": 4})
-    monkeypatch.setattr(static_gate, "CASES", [wrong, WHOLE_COPY])
+    monkeypatch.setattr(static_gate, "cases_of", lambda arch: [wrong, WHOLE_COPY])
     assert static_gate.main(["--arch", "sm_90"]) == 1
     out = capsys.readouterr().out
     assert "REFUSED: does not compile" in out
     assert out.splitlines()[-1] == f"static gate, Triton {triton.__version__}: 1 of 2 refused"
+
+
+def test_a_product_without_tensor_instructions_is_refused():
+    assert verdict(replace(COPY, tensor_core=True), "sm_90")[0] == "has no tensor instruction"
 
 
 def test_every_kernel_of_the_package_has_a_case():
@@ -110,13 +115,13 @@ def test_every_kernel_of_the_package_has_a_case():
 
     import phi1.kernels
 
-    with_cases = {case.kernel.fn.__qualname__ for case in CASES}
+    with_cases = {case.kernel.fn.__qualname__ for case in cases("sm_90")}
     for module in pkgutil.iter_modules(phi1.kernels.__path__):
         if not module.name.endswith("_triton"):
             continue
         for name, value in vars(importlib.import_module(f"phi1.kernels.{module.name}")).items():
             if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
-                assert name in with_cases, f"{module.name}.{name} has no case in bench/static_cases.py"
+                assert name in with_cases, f"{module.name}.{name} has no case in bench/static_*.py"
 
 
 def test_the_command_passes_phi1s_kernels_on_one_gpu():
