@@ -1,0 +1,144 @@
+"""layer_norm, add_layer_norm and rotary: operations that memory bounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from phi1.bench.case import Case, Function, Inputs, Provider, variants
+from phi1.bench.inputs import Draw
+from phi1.bench.providers import compiled, ours, peer, plain, reference_of
+from phi1.kernels import add_layer_norm, layer_norm, rotary
+
+# Read x, write y; weight and bias. Then read x, dy and the statistics, write dx, dw and db.
+NORM_COSTS = {
+    "forward": ("2*N*D*e + 2*D*e", "8*N*D"),
+    "backward": ("3*N*D*e + 3*D*e + 8*N", "14*N*D"),
+    "forward+backward": ("5*N*D*e + 5*D*e + 16*N", "22*N*D"),
+}
+# Read x and residual, write their sum and y. Then read the sum and both gradients, write dx, which is also dresidual.
+ADD_NORM_COSTS = {
+    "forward": ("4*N*D*e + 2*D*e", "9*N*D"),
+    "backward": ("4*N*D*e + 3*D*e + 8*N", "15*N*D"),
+    "forward+backward": ("8*N*D*e + 5*D*e + 16*N", "24*N*D"),
+}
+# Read and write q, k and v; a row of cos and of sin, float32, and a position. The backward is the inverse rotation.
+ROTARY_COSTS = {
+    "forward": ("6*N*H*K*e + 4*N*R + 8*N", "6*N*H*R"),
+    "forward+backward": ("12*N*H*K*e + 8*N*R + 16*N", "12*N*H*R"),
+}
+
+
+def cases() -> list[Case]:
+    """Every case of these operations."""
+    norm = [(16384, 2048, "float16", "cuda"), (16384, 2048, "bfloat16", "cuda"), (16384, 2560, "float16", "cuda"),
+            (2048, 2048, "float16", "cuda"), (512, 256, "float32", "cpu")]
+    found = [case for shape in norm for case in _layer_norm(*shape)]
+    found += [case for shape in (norm[0], norm[1], norm[-1]) for case in _add_layer_norm(*shape)]
+    found += _rotary(16384, 32, 64, 32, "float16", "cuda") + _rotary(256, 4, 64, 32, "float32", "cpu")
+    return found
+
+
+def _layer_norm(rows: int, width: int, dtype: str, device: str) -> list[Case]:
+    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
+        draw = Draw(on, generator, dtype)
+        return {"x": draw.normal(rows, width), "weight": 1 + draw.normal(width, scale=0.1), "bias": draw.normal(width)}
+
+    ours_function = _from("x", "weight", "bias", layer_norm)
+    return variants(Case(
+        name="", op="layer_norm", unit="kernel", direction="forward", shape={"N": rows, "D": width}, dtype=dtype,
+        devices=(device,), bytes="0", flops="0", inputs=inputs, leaves=("x", "weight", "bias"),
+        providers=(ours(ours_function), plain("torch", _torch_norm), *compiled(_torch_norm),
+                   peer("liger", "liger-kernel", _liger_norm), peer("quack", "quack-kernels", _quack_norm)),
+        reference=reference_of(ours_function), kernels=("layer_norm_", "sum_partials"),
+        quick=dtype != "bfloat16" and rows in (16384, 512) and width != 2560,
+    ), NORM_COSTS)
+
+
+def _from(*names_and_op: Any) -> Function:
+    *names, op = names_and_op
+    return lambda inputs: op(*(inputs[name] for name in names))
+
+
+def _torch_norm(inputs: Inputs) -> torch.Tensor:
+    return F.layer_norm(inputs["x"], inputs["weight"].shape, inputs["weight"], inputs["bias"])
+
+
+def _liger_norm(case: Case) -> Function:
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    return lambda inputs: LigerLayerNormFunction.apply(inputs["x"], inputs["weight"], inputs["bias"], 1e-5)
+
+
+def _quack_norm(case: Case) -> Function:
+    from quack import layernorm
+
+    assert case.direction == "forward", "quack's layernorm has no backward"
+    return lambda inputs: layernorm(inputs["x"], inputs["weight"].float(), inputs["bias"].float(), eps=1e-5)
+
+
+def _add_layer_norm(rows: int, width: int, dtype: str, device: str) -> list[Case]:
+    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
+        draw = Draw(on, generator, dtype)
+        return {"x": draw.normal(rows, width), "residual": draw.normal(rows, width),
+                "weight": 1 + draw.normal(width, scale=0.1), "bias": draw.normal(width)}
+
+    ours_function = _from("x", "residual", "weight", "bias", add_layer_norm)
+    return variants(Case(
+        name="", op="add_layer_norm", unit="kernel", direction="forward", shape={"N": rows, "D": width}, dtype=dtype,
+        devices=(device,), bytes="0", flops="0", inputs=inputs, leaves=("x", "residual", "weight", "bias"),
+        providers=(ours(ours_function), plain("torch", _torch_add_norm), *compiled(_torch_add_norm)),
+        reference=reference_of(ours_function), kernels=("layer_norm_", "sum_partials"), quick=dtype != "bfloat16",
+    ), ADD_NORM_COSTS)
+
+
+def _torch_add_norm(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    h = inputs["x"] + inputs["residual"]
+    return h, F.layer_norm(h, inputs["weight"].shape, inputs["weight"], inputs["bias"])
+
+
+def _rotary(rows: int, heads: int, size: int, rotary_dim: int, dtype: str, device: str) -> list[Case]:
+    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
+        draw = Draw(on, generator, dtype)
+        tokens = min(rows, 2048)
+        cos, sin = draw.tables(tokens, rotary_dim)
+        positions = torch.arange(rows, device=on) % tokens
+        return {"x": draw.normal(rows, 3, heads, size), "cos": cos, "sin": sin, "positions": positions}
+
+    ours_function = _from("x", "cos", "sin", "positions", rotary)
+    liger: tuple[Provider, ...] = (peer("liger", "liger-kernel", _liger_rope),)
+    return variants(Case(
+        name="", op="rotary", unit="kernel", direction="forward",
+        shape={"N": rows, "H": heads, "K": size, "R": rotary_dim}, dtype=dtype, devices=(device,), bytes="0", flops="0",
+        inputs=inputs, leaves=("x",),
+        providers=(ours(ours_function), plain("torch", torch_rotary), *compiled(torch_rotary), *liger),
+        reference=reference_of(ours_function), kernels=("rotary",), quick=True,
+    ), ROTARY_COSTS)
+
+
+def torch_rotary(inputs: Inputs) -> torch.Tensor:
+    """As transformers does it, in float32: q and k [N, 2, H, K] rotated in halves, v as it is."""
+    x, positions = inputs["x"], inputs["positions"]
+    half = inputs["cos"].shape[1]
+    cos, sin = (inputs[name][positions][:, None, None] for name in ("cos", "sin"))
+    a, b = x[:, :2, :, :half].float(), x[:, :2, :, half : 2 * half].float()
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    return torch.cat((torch.cat((turned, x[:, :2, :, 2 * half :]), dim=-1), x[:, 2:]), dim=1)
+
+
+def _liger_rope(case: Case) -> Function:
+    """Liger rotates whole heads only: R of K dimensions are cut out, rotated, and put back."""
+    from liger_kernel.ops.rope import LigerRopeFunction
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        x, positions = inputs["x"], inputs["positions"]
+        rotated = 2 * inputs["cos"].shape[1]
+        cos, sin = (torch.cat((table, table), dim=-1)[positions][None] for table in (inputs["cos"], inputs["sin"]))
+        q, k = (x[None, :, i, :, :rotated].transpose(1, 2) for i in (0, 1))  # [1, H, N, R]
+        q, k = (y.transpose(1, 2)[0] for y in LigerRopeFunction.apply(q, k, cos, sin))
+        turned = torch.stack((q, k), dim=1)  # [N, 2, H, R]
+        return torch.cat((torch.cat((turned, x[:, :2, :, rotated:]), dim=-1), x[:, 2:]), dim=1)
+
+    return run
