@@ -14,5 +14,6 @@ setup(
         "phi1": ["py.typed", "assets/*"],
         "phi1.kernels": ["tuned/*.json", "tuned/gpus/*.json"],
         "phi1.train": ["configs/*.toml"],
+        "phi1.bench": ["static_table.json"],
     },
 )

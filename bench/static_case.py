@@ -22,6 +22,7 @@ class Case:
         unaligned: pointers that are not 16-byte aligned.
         tensor_core: whether its main loop must run on tensor instructions (of fp16 and bf16 operands).
         spill_bytes: bytes of stack a thread that are known and accepted, outside the main loop.
+        loop_spills: how many accesses to spilled registers are known and accepted inside innermost loops.
     """
 
     name: str
@@ -35,3 +36,4 @@ class Case:
     unaligned: tuple[str, ...] = ()
     tensor_core: bool = False
     spill_bytes: int = 0
+    loop_spills: int = 0

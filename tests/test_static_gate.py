@@ -16,7 +16,7 @@ if sys.platform != "linux" or os.environ.get("TRITON_INTERPRET", "0") not in (""
 import triton
 import triton.language as tl
 
-from phi1.bench import static_gate
+from phi1.bench import static_compile, static_gate
 from phi1.bench.static_case import Case
 from phi1.bench.static_cases import cases
 
@@ -48,15 +48,17 @@ WHOLE_COPY = replace(COPY, types=POINTERS, constexprs={"BLOCK": 2048, "n": 1 << 
 
 
 def verdict(case, arch="sm_90"):
-    return static_gate.complaints(case, arch, static_gate.measure(case, arch))
+    return static_gate.complaints(case, arch, static_compile.measure(case, arch))
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_good_kernel_passes(arch):
-    report = static_gate.measure(WHOLE_COPY, arch)
+    report = static_compile.measure(WHOLE_COPY, arch)
     assert static_gate.complaints(WHOLE_COPY, arch, report) == []
     assert set(report.loads) == set(report.stores) == {16}
     assert 4 < report.registers < 64
+    assert report.warps == 4
+    assert report.occupancy(arch) == (8 if arch == "gfx942" else 64)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -85,24 +87,64 @@ def test_a_kernel_that_spills_is_refused(arch):
 
 
 def test_too_much_shared_memory_is_refused():
-    report = static_gate.measure(WHOLE_COPY, "sm_80")
-    over = replace(report, shared=166_913)
+    report = static_compile.measure(WHOLE_COPY, "sm_80")
+    over = replace(report, shared=166_913, registers=128)
     assert "shared memory, over 166912" in static_gate.complaints(WHOLE_COPY, "sm_80", over)[0]
     assert static_gate.complaints(WHOLE_COPY, "sm_90", over) == []
+    assert [over.occupancy(arch) for arch in ("sm_80", "sm_90", "gfx942")] == [0, 4, 0]
+    assert replace(over, shared=70_000).occupancy("sm_80") == 8  # two programs of 4 warps
+    assert replace(over, shared=0).occupancy("sm_80") == 16  # 65,536 registers / (128 * 32)
 
 
 def test_assembly_without_accesses_is_refused():
-    report = replace(static_gate.measure(WHOLE_COPY, "sm_90"), loads=(), stores=())
+    report = replace(static_compile.measure(WHOLE_COPY, "sm_90"), loads={}, stores={})
     assert len(static_gate.complaints(WHOLE_COPY, "sm_90", report)) == 2
 
 
-def test_a_kernel_that_does_not_compile_fails_the_gate(monkeypatch, capsys):
-    wrong = Case("wrong", wrong_kernel, POINTERS, {"BLOCK": 4})
-    monkeypatch.setattr(static_gate, "cases_of", lambda arch: [wrong, WHOLE_COPY])
-    assert static_gate.main(["--arch", "sm_90"]) == 1
-    out = capsys.readouterr().out
-    assert "REFUSED: does not compile" in out
-    assert out.splitlines()[-1] == f"static gate, Triton {triton.__version__}: 1 of 2 refused"
+def test_a_spill_in_a_main_loop_is_refused_and_one_outside_may_be_allowed():
+    report = replace(static_compile.measure(WHOLE_COPY, "sm_90"), stack=8, loop_spills=2)
+    allowed = replace(WHOLE_COPY, spill_bytes=8)
+    assert "spills 8 bytes a thread, 0 allowed" in static_gate.complaints(WHOLE_COPY, "sm_90", report)[0]
+    assert "2 accesses to spilled registers in a main loop" in static_gate.complaints(allowed, "sm_90", report)[0]
+    assert static_gate.complaints(allowed, "sm_90", replace(report, loop_spills=0)) == []
+    assert static_gate.complaints(replace(allowed, loop_spills=2), "sm_90", report) == []
+
+
+@triton.jit
+def spill_in_loop_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for first in range(n):
+        total += tl.load(x_ptr + first * BLOCK + tl.arange(0, BLOCK)).to(tl.float32)
+    tl.store(y_ptr + tl.arange(0, BLOCK), total.to(y_ptr.dtype.element_ty))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_spills_in_a_loop_are_found_in_the_machine_code(arch):
+    # 1024 threads, at most 64 registers each (AMD 128), with 128 (256) sums alive around the loop.
+    warps, block = (16, 1 << 18) if arch == "gfx942" else (32, 1 << 17)
+    case = Case("spills", spill_in_loop_kernel, POINTERS | {"n": "i32"}, {"BLOCK": block}, num_warps=warps)
+    report = static_compile.measure(case, arch)
+    assert report.stack > 0
+    assert report.loop_spills > 0
+
+
+def test_a_kernel_that_does_not_compile_is_refused(monkeypatch):
+    monkeypatch.setattr("phi1.bench.static_cases.cases", lambda arch: [Case("wrong", wrong_kernel, POINTERS,
+                                                                            {"BLOCK": 4})])
+    report = static_compile._measure_named(("sm_90", "wrong"))
+    assert static_gate.complaints(COPY, "sm_90", report)[0].startswith("does not compile: ")
+
+
+def test_a_compiler_that_kills_its_process_is_reported_and_the_rest_goes_on(monkeypatch):
+    monkeypatch.setattr(static_compile, "_measure_named", os._exit)  # called with the job: an exit code
+    found = list(static_compile.compile_all([3, 4, 5], processes=2))
+    assert sorted(job for job, _ in found) == [3, 4, 5]
+    assert {report.error for _, report in found} == {"the compiler crashed"}
+
+
+def test_a_case_that_names_no_argument_of_its_kernel_is_our_mistake():
+    with pytest.raises(AssertionError, match="the kernel has no argument"):
+        static_compile.measure(replace(COPY, constexprs={"BLOCKS": 4}), "sm_90")
 
 
 def test_a_product_without_tensor_instructions_is_refused():
@@ -125,9 +167,8 @@ def test_every_kernel_of_the_package_has_a_case():
 
 
 def test_the_command_passes_phi1s_kernels_on_one_gpu():
-    done = subprocess.run(
-        [sys.executable, GATE, "--arch", "sm_90", "--only", "fp16 D=2048"], capture_output=True, text=True
-    )
+    command = [sys.executable, GATE, "--all", "--arch", "sm_90", "--only", "fp16 D=2048"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == f"static gate, Triton {triton.__version__}: all 5 pass"
 
@@ -138,6 +179,9 @@ def test_the_command_passes_phi1s_kernels_on_one_gpu():
         (["--arch", "sm_70"], "0", "invalid choice: 'sm_70'"),
         (["--only", "no such kernel"], "0", "no case has this in its name"),
         ([], "1", "TRITON_INTERPRET is set"),
+        (["--check", "--update"], "0", "--check compiles nothing"),
+        (["--jobs", "0"], "0", "--jobs must be at least 1"),
+        (["--triton", "/nowhere"], "0", "there is no triton in this folder"),
     ],
 )
 def test_bad_usage_exits_with_2_and_a_line(arguments, interpret, message):

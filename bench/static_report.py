@@ -1,0 +1,182 @@
+"""What the compiler makes of every Triton kernel, on every GPU, at each tile that a table can pick. No GPU is needed.
+
+Results are kept in a committed table, keyed by the kernel's source, types and tile, the target and the Triton version.
+What the table does not hold, or holds for older source, is compiled again. Ends in one line, and exit code 1 if a
+kernel is refused (static_gate.py says for what).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import triton
+
+from phi1.bench.static_case import Case
+from phi1.bench.static_cases import cases as cases_of
+from phi1.bench.static_compile import compile_all
+from phi1.bench.static_gate import ARCHS, WIDE, Report, complaints, narrow
+from phi1.bench.static_table import VERSIONS, Rows, left_over, load, report_of, row_of, save, stale
+
+Chosen = list[tuple[str, Case]]
+UPDATE = "`phi1 bench static --update` under each Triton version mends it"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    options = _parse(argv)
+    chosen = [(arch, case) for arch in options.arch or ARCHS for case in cases_of(arch) if options.only in case.name]
+    if not chosen:
+        return _refuse(f"--only {options.only!r}: no case has this in its name")
+    if options.check:
+        failures = _check_table(chosen, whole=not (options.arch or options.only))
+    else:
+        failures = _report(chosen, options)
+    if options.sample:
+        failures += _check_sample(chosen, options)
+    outcome = f"{failures} of {len(chosen)} refused" if failures else f"all {len(chosen)} pass"
+    versions = " and ".join(VERSIONS) if options.check else triton.__version__
+    print(f"static gate, Triton {versions}: {outcome}", flush=True)
+    return _under_others(argv, options.triton, 1 if failures else 0)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="phi1 bench static", description=(__doc__ or "").partition("\n")[0],
+                                     allow_abbrev=False)
+    parser.add_argument("--arch", action="append", choices=list(ARCHS), help="for this one alone; may be repeated")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--check", action="store_true",
+                        help="compile nothing, and fail on what the table does not hold for any of its versions")
+    parser.add_argument("--update", action="store_true", help="write what was compiled to the table")
+    parser.add_argument("--all", action="store_true", help="compile everything, not only what is stale")
+    parser.add_argument("--sample", type=int, default=0, metavar="N",
+                        help="compile N cases of the table again, others each day, and fail where they differ")
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at once (%(default)s)")
+    parser.add_argument("--triton", action="append", default=[], metavar="DIR", type=Path,
+                        help="do the same with the Triton in this folder afterwards; may be repeated (made by "
+                             "pip install --no-deps --target DIR triton==VERSION)")
+    options = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: an interpreted kernel cannot be compiled; unset it")
+    if options.check and (options.update or options.all):
+        parser.error("--check compiles nothing: leave out --update and --all")
+    if options.jobs < 1 or options.sample < 0:
+        parser.error("--jobs must be at least 1 and --sample at least 0")
+    for folder in options.triton:
+        if not (folder / "triton" / "__init__.py").is_file():
+            parser.error(f"--triton {folder}: there is no triton in this folder")
+    return options
+
+
+def _refuse(message: str) -> int:
+    print(f"phi1 bench static: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _report(chosen: Chosen, options: argparse.Namespace) -> int:
+    """Print a line a case, compiling what is stale as it goes; returns how many are refused."""
+    rows = load(triton.__version__)
+    due = chosen if options.all else stale(rows, chosen)
+    if due:
+        print(f"compiling {len(due)} of {len(chosen)}, {options.jobs} at once", flush=True)
+    _print_header()
+    refused, fresh = 0, {(arch, case.name) for arch, case in due}
+    for arch, case in chosen:
+        if (arch, case.name) not in fresh:
+            refused += _print(case, arch, report_of(rows[arch][case.name]))
+    by_name = {(arch, case.name): case for arch, case in due}
+    saved = time.monotonic()
+    for job, report in compile_all(list(by_name), options.jobs):
+        refused += _print(by_name[job], job[0], report)
+        rows.setdefault(job[0], {})[job[1]] = row_of(by_name[job], report)
+        if options.update and time.monotonic() - saved > 60:  # the whole matrix takes long; nothing of it is lost
+            save(triton.__version__, rows)
+            saved = time.monotonic()
+    if options.update:
+        if not (options.arch or options.only):
+            rows = _without_left_over(rows, chosen)
+        save(triton.__version__, rows)
+    return refused
+
+
+def _without_left_over(rows: Rows, chosen: Chosen) -> Rows:
+    known = {(arch, case.name) for arch, case in chosen}
+    return {arch: {name: row for name, row in named.items() if (arch, name) in known} for arch, named in rows.items()}
+
+
+def _print_header() -> None:
+    print(f"{'kernel':58} {'arch':7} regs stack  shared warps held tensor   loads  stores"
+          f"  (accesses of {WIDE} bytes + narrower)")
+
+
+def _print(case: Case, arch: str, report: Report) -> bool:
+    found = complaints(case, arch, report)
+    verdict = "REFUSED: " + "; ".join(found) if found else "ok"
+    if report.error:
+        print(f"{case.name:58} {arch:7} {verdict}", flush=True)
+        return True
+    wide = [f"{sum(a.values()) - narrow(a)}+{narrow(a)}" if a else "0+0" for a in (report.loads, report.stores)]
+    print(f"{case.name:58} {arch:7} {report.registers:4} {report.stack:5} {report.shared:7} {report.warps:5} "
+          f"{report.occupancy(arch):4} {report.tensor_instructions:6} {wide[0]:>7} {wide[1]:>7}  {verdict}", flush=True)
+    return bool(found)
+
+
+def _check_table(chosen: Chosen, whole: bool) -> int:
+    """Hold the table against the sources, for each version, without compiling; returns how many cases fail."""
+    failures = 0
+    for version in VERSIONS:
+        rows = load(version)
+        old = {(arch, case.name) for arch, case in stale(rows, chosen)}
+        lines = [f"{name} on {arch} is stale" for arch, name in sorted(old)]
+        for arch, case in chosen:
+            if (arch, case.name) not in old:
+                found = complaints(case, arch, report_of(rows[arch][case.name]))
+                lines += [f"{case.name} on {arch}: {'; '.join(found)}"] if found else []
+        lines += [f"{name} is in the table, but no case of this name is left" for name in left_over(rows, chosen)
+                  if whole]
+        for line in lines:
+            print(f"Triton {version}: {line}")
+        failures += len(lines)
+        if old:
+            print(f"Triton {version}: {len(old)} of {len(chosen)} are stale; {UPDATE}")
+    return failures
+
+
+def _check_sample(chosen: Chosen, options: argparse.Namespace) -> int:
+    """Compile some cases of the table again, others each day; returns how many differ from it."""
+    rows = load(triton.__version__)
+    old = {(arch, case.name) for arch, case in stale(rows, chosen)}
+    today = datetime.now(UTC).date().isoformat()
+    held = [(arch, case) for arch, case in chosen if (arch, case.name) not in old]
+    held.sort(key=lambda item: hashlib.sha256(f"{today}{item[0]}{item[1].name}".encode()).digest())
+    by_name = {(arch, case.name): case for arch, case in held[: options.sample]}
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"
+    failures = 0
+    for job, report in compile_all(list(by_name), options.jobs):
+        arch, name = job
+        before = report_of(rows[arch][name])
+        same = report == before
+        print(f"sample of {today}, Triton {triton.__version__}: {name} on {arch}: "
+              + ("as in the table" if same else f"REFUSED: it is now {report}, in the table {before}"), flush=True)
+        failures += not same
+    return failures
+
+
+def _under_others(argv: Sequence[str], folders: Sequence[Path], code: int) -> int:
+    """Run the same command with other Tritons; the largest exit code."""
+    rest = list(argv)
+    for _ in folders:
+        at = next(i for i, word in enumerate(rest) if word == "--triton" or word.startswith("--triton="))
+        del rest[at : at + (2 if rest[at] == "--triton" else 1)]
+    for folder in folders:
+        path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [sys.executable, str(Path(__file__).with_name("static_gate.py")), *rest]
+        code = max(code, subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode)
+    return code

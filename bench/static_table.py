@@ -1,0 +1,69 @@
+"""The committed results of the compiler: Triton version -> architecture -> case -> key and report.
+
+They lie in `static_table.json`, beside this file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from phi1.bench.static_case import Case
+from phi1.bench.static_gate import ARCHS, Report
+from phi1.bench.static_key import key_of
+
+TABLE = Path(__file__).parent / "static_table.json"
+VERSIONS = ("3.9.0", "3.6.0")
+"""The Triton versions whose results are kept: the newest, and the oldest that the package takes."""
+
+Rows = dict[str, dict[str, dict[str, Any]]]
+"""Architecture -> case -> {"key", and what differs from an empty Report}."""
+
+
+def load(version: str, path: Path = TABLE) -> Rows:
+    """The rows of one Triton version; empty where there are none."""
+    return json.loads(path.read_text()).get(version, {}) if path.is_file() else {}
+
+
+def save(version: str, rows: Rows, path: Path = TABLE) -> None:
+    """Replace the rows of one version. A row is a line, so that a change reads well in a diff."""
+    table = json.loads(path.read_text()) if path.is_file() else {}
+    table[version] = rows
+    blocks = []
+    for name in sorted(table, reverse=True):
+        archs = [
+            f'  "{arch}": {{\n' + ",\n".join(
+                f"   {json.dumps(case)}: {json.dumps(row)}" for case, row in sorted(table[name][arch].items())
+            ) + "\n  }"
+            for arch in ARCHS if arch in table[name]
+        ]
+        blocks.append(f' "{name}": {{\n' + ",\n".join(archs) + "\n }")
+    part = path.with_suffix(".part")
+    part.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+    os.replace(part, path)
+
+
+def row_of(case: Case, report: Report) -> dict[str, Any]:
+    """A report with its key, without what is empty."""
+    return {"key": key_of(case)} | {name: value for name, value in asdict(report).items() if value}
+
+
+def report_of(row: Mapping[str, Any]) -> Report:
+    """The report that `row_of` has written."""
+    widths = {name: {int(width): count for width, count in row.get(name, {}).items()} for name in ("loads", "stores")}
+    return Report(**{name: value for name, value in row.items() if name != "key"} | widths)
+
+
+def stale(rows: Rows, cases: Sequence[tuple[str, Case]]) -> list[tuple[str, Case]]:
+    """The (architecture, case) that the rows do not hold, or hold for other source, types or tiles."""
+    return [(arch, case) for arch, case in cases if rows.get(arch, {}).get(case.name, {}).get("key") != key_of(case)]
+
+
+def left_over(rows: Rows, cases: Sequence[tuple[str, Case]]) -> list[str]:
+    """Rows of cases that there are no more."""
+    known = {(arch, case.name) for arch, case in cases}
+    return [f"{name} on {arch}" for arch, named in rows.items() for name in named if (arch, name) not in known]

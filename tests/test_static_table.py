@@ -1,0 +1,198 @@
+"""The table of the compiler's results: what makes a row stale, and what `--check` and `--sample` refuse."""
+
+import importlib.util
+import os
+import sys
+from dataclasses import replace
+
+import pytest
+
+if sys.platform != "linux" or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("Triton compiles on Linux, and not in its interpreter", allow_module_level=True)
+
+
+from phi1.bench import static_report, static_table
+from phi1.bench.static_case import Case
+from phi1.bench.static_gate import ARCHS, Report
+from phi1.bench.static_key import key_of
+
+SOURCE = '''
+import triton
+import triton.language as tl
+SCALE = tl.constexpr(2.0)
+
+@triton.jit
+def double(x):
+    return x * SCALE
+
+@triton.jit
+def copy_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    """Copies."""
+    offs = tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs, double(tl.load(x_ptr + offs)))
+'''
+REPORT = Report(registers=32, shared=1024, warps=4, loads={16: 2, 4: 1}, stores={16: 2})
+
+
+def copy_case(folder, source=SOURCE, **changes):
+    """A case of the kernel in `source`, which has to lie in a file."""
+    path = folder / f"kernel{len(list(folder.iterdir()))}.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location("kernel_under_test", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    case = Case("copy", module.copy_kernel, {"x_ptr": "*fp16", "y_ptr": "*fp16"}, {"BLOCK": 256}, narrow_loads=1)
+    return replace(case, **changes)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"""Copies."""', '"""Copies all."""'), ("    offs =", "    # all of them\n\n    offs ="),
+     ("@triton.jit\ndef double", "# moved\n\n\n@triton.jit\ndef double")],
+    ids=["docstring", "comment", "line"],
+)
+def test_what_changes_no_code_changes_no_key(tmp_path, old, new):
+    assert key_of(copy_case(tmp_path)) == key_of(copy_case(tmp_path, SOURCE.replace(old, new)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("y_ptr + offs", "y_ptr + offs + 1"), ("x * SCALE", "x + SCALE"), ("constexpr(2.0)", "constexpr(3.0)")],
+    ids=["kernel", "callee", "constant"],
+)
+def test_what_changes_the_code_changes_the_key(tmp_path, old, new):
+    assert key_of(copy_case(tmp_path)) != key_of(copy_case(tmp_path, SOURCE.replace(old, new)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_warps": 8}, {"num_stages": 2}, {"constexprs": {"BLOCK": 512}}, {"unaligned": ("x_ptr",)},
+     {"types": {"x_ptr": "*bf16", "y_ptr": "*bf16"}}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_another_specialisation_has_another_key(tmp_path, changes):
+    assert key_of(copy_case(tmp_path)) != key_of(copy_case(tmp_path, **changes))
+
+
+def test_rules_of_the_gate_are_no_part_of_the_key(tmp_path):
+    assert key_of(copy_case(tmp_path)) == key_of(copy_case(tmp_path, narrow_loads=9, spill_bytes=8, name="other"))
+
+
+def test_rows_come_back_as_they_were_written_and_other_versions_stay(tmp_path):
+    case, path = copy_case(tmp_path), tmp_path / "table.json"
+    static_table.save("3.9.0", {"sm_90": {"copy": static_table.row_of(case, REPORT)}}, path)
+    static_table.save("3.6.0", {"sm_80": {"copy": static_table.row_of(case, Report(error="no"))}}, path)
+    assert static_table.report_of(static_table.load("3.9.0", path)["sm_90"]["copy"]) == REPORT
+    assert static_table.report_of(static_table.load("3.6.0", path)["sm_80"]["copy"]) == Report(error="no")
+    assert static_table.load("3.8.0", path) == {}
+    assert len([line for line in path.read_text().splitlines() if '"key"' in line]) == 2
+
+
+@pytest.fixture
+def checked(tmp_path, monkeypatch, capsys):
+    """`phi1 bench static --check` over a table of its own, which starts fresh and without complaints."""
+    case = copy_case(tmp_path)
+    path = tmp_path / "table.json"
+    rows = {arch: {"copy": static_table.row_of(case, REPORT)} for arch in ARCHS}
+    monkeypatch.setattr(static_report, "cases_of", lambda arch: [case])
+    monkeypatch.setattr(static_report, "load", lambda version: static_table.load(version, path))
+
+    def check(change=None, versions=static_table.VERSIONS, *more):
+        for version in versions:
+            changed = {arch: {name: dict(row) for name, row in named.items()} for arch, named in rows.items()}
+            if change:
+                change(changed)
+            static_table.save(version, changed, path)
+        code = static_report.main(["--check", "--arch", "sm_90", *more])
+        return code, capsys.readouterr().out
+
+    return check
+
+
+def test_a_fresh_table_passes_without_compiling(checked, monkeypatch):
+    monkeypatch.setattr(static_report, "compile_all", None)
+    code, out = checked()
+    assert code == 0
+    assert out.splitlines()[-1] == "static gate, Triton 3.9.0 and 3.6.0: all 1 pass"
+
+
+def test_a_stale_key_fails_and_says_how_to_mend_it(checked):
+    code, out = checked(lambda rows: rows["sm_90"]["copy"].update(key="0" * 12))
+    assert code == 1
+    assert out.count("copy on sm_90 is stale") == 2
+    assert "phi1 bench static --update" in out
+
+
+def test_a_version_that_is_not_in_the_table_is_stale(checked):
+    code, out = checked(versions=["3.9.0"])
+    assert code == 1
+    assert "Triton 3.6.0: copy on sm_90 is stale" in out
+    assert "Triton 3.9.0: copy" not in out
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [({"stack": 8}, "spills 8 bytes a thread"), ({"shared": 232_449}, "shared memory, over 232448"),
+     ({"loads": {"16": 2, "4": 2}}, "2 global loads under 16 bytes, 1 allowed"), ({"error": "no"}, "does not compile")],
+    ids=["spill", "shared", "narrow", "error"],
+)
+def test_a_refused_kernel_in_the_table_fails(checked, values, complaint):
+    code, out = checked(lambda rows: rows["sm_90"]["copy"].update(values))
+    assert code == 1
+    assert complaint in out
+
+
+def test_a_case_that_is_gone_is_reported(tmp_path):
+    case = copy_case(tmp_path)
+    rows = {"sm_90": {"copy": static_table.row_of(case, REPORT), "gone": static_table.row_of(case, REPORT)}}
+    assert static_table.left_over(rows, [("sm_90", case)]) == ["gone on sm_90"]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_sample_is_held_against_the_table(checked, monkeypatch, same):
+    monkeypatch.setattr(static_report.triton, "__version__", "3.9.0")
+    report = REPORT if same else replace(REPORT, registers=40)
+    monkeypatch.setattr(static_report, "compile_all", lambda jobs, processes: [(job, report) for job in jobs])
+    monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "0")
+    code, out = checked(None, static_table.VERSIONS, "--sample", "3")
+    assert code == (0 if same else 1)
+    assert ("as in the table" if same else "it is now Report(registers=40") in out
+
+
+def test_the_sample_of_another_day_is_another(monkeypatch):
+    seen = []
+    cases = [("sm_90", Case(f"case {i}", None, {})) for i in range(50)]
+    monkeypatch.setattr(static_report, "load", lambda version: {})
+    monkeypatch.setattr(static_report, "stale", lambda rows, chosen: [])
+    monkeypatch.setattr(static_report, "compile_all", lambda jobs, processes: seen.append(jobs) or [])
+    monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "0")
+
+    class Clock:
+        day = "2030-01-01"
+
+        @classmethod
+        def now(cls, zone):
+            return cls
+
+        @classmethod
+        def date(cls):
+            return cls
+
+        @classmethod
+        def isoformat(cls):
+            return cls.day
+
+    monkeypatch.setattr(static_report, "datetime", Clock)
+    options = static_report._parse(["--sample", "5"])
+    for day in ("2030-01-01", "2030-01-01", "2030-01-02"):
+        Clock.day = day
+        static_report._check_sample(cases, options)
+    assert len(seen[0]) == 5
+    assert seen[0] == seen[1] != seen[2]
+
+
+def test_the_whole_table_is_of_both_versions():
+    for version in static_table.VERSIONS:
+        assert set(static_table.load(version)) == set(ARCHS), f"{version} of the committed table"
+
+
