@@ -11,15 +11,14 @@ import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
-from phi1.bench.case import BOTH, Case, Function, Inputs, Provider
-
+from phi1.bench.case import Case, Function, Inputs, Provider
 
 VERSIONS = {
     "transformers": "5.23.0",
     "liger-kernel": "0.8.5",
-    "flash-attn": "2.8.3",
-    "flash-attn-4": "4.0.0",
-    "quack-kernels": "0.2.4",
+    "flash-attn": "2.8.3.post2",
+    "flash-attn-4": "4.0.0b36",
+    "quack-kernels": "0.6.5",
     "cut-cross-entropy": "25.1.1",
 }
 """Distribution -> the version that is named where it is not installed."""

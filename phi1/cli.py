@@ -253,9 +253,16 @@ def _doctor(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
+def _bench(argv: list[str]) -> int:
+    from phi1.bench.command import main as bench
+
+    return bench(argv, Parser)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "generate": (_generate, "complete a prompt"),
     "prepare": (_prepare, "turn source files into a corpus to train on"),
     "convert": (_convert, "write a model in the current Hugging Face layout"),
+    "bench": (_bench, "measure the operations and units beside their peers"),
     "doctor": (_doctor, "check this machine and installation"),
 }

@@ -1,0 +1,125 @@
+"""`phi1 bench`: run cases and print their tables; report, compare, trace and static are commands of their own."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MakeParser = Callable[[str, str], Any]
+"""Makes the command line's parser from a program's name and description."""
+
+COMMANDS = {
+    "report": ("phi1.bench.report", "README tables and plots from results files"),
+    "compare": ("phi1.bench.compare", "what got faster or slower between two results files"),
+    "trace": ("phi1.bench.trace", "a Chrome trace and a table of time by operation of one unit"),
+    "static": ("phi1.bench.static_report", "what the compiler makes of every kernel, without a GPU"),
+}
+DESCRIPTION = "Measure phi1's operations and units beside their peers; a time counts once its result is right."
+
+
+def main(argv: list[str], make_parser: MakeParser) -> int:
+    """Run `phi1 bench ARGV`; the exit code. 1 if phi1 itself failed or computed something wrong."""
+    if argv and argv[0] in COMMANDS:
+        return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:], make_parser)
+    args = parse(argv, make_parser)
+    if args.list:
+        return list_cases(args)
+    return run(args)
+
+
+def parse(argv: list[str], make_parser: MakeParser) -> argparse.Namespace:
+    parser = make_parser("phi1 bench", DESCRIPTION)
+    lines = "\n".join(f"  {name:<9} {what}" for name, (_, what) in COMMANDS.items())
+    parser.epilog = f"commands:\n{lines}\n\n`phi1 bench COMMAND --help` says what each takes."
+    parser.usage = "phi1 bench [COMMAND] [OPTIONS]"
+    parser.add_argument("--op", nargs="+", default=[], metavar="OP", help="only these operations or units of work")
+    parser.add_argument("--unit", nargs="+", default=[], choices=("kernel", "block", "model", "host"),
+                        help="only these kinds of case: kernel, block, model, host")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains this")
+    parser.add_argument("--peers", nargs="*", metavar="PEER",
+                        help="only these peers beside phi1, none if none is named; without it all that suit the device")
+    parser.add_argument("--quick", action="store_true", help="one shape an operation, and less time for each")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="without it cuda where there is a device")
+    parser.add_argument("--seconds", type=float, help="time for the rounds of a case (4; 1 with --quick)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file, case by case")
+    parser.add_argument("--save", action="store_true", help="write the results to bench/results/<machine>/")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and of their providers")
+    args = parser.parse_args(argv)
+    if args.seconds is not None and args.seconds <= 0:
+        parser.error(f"argument --seconds: must be more than 0; got {args.seconds}")
+    if args.json and args.save:
+        parser.error("give the results' place in one way: --json FILE or --save")
+    return args
+
+
+def chosen_cases(args: argparse.Namespace) -> list[Any]:
+    from phi1.bench.cases import select
+
+    cases = select(args.device, args.op, args.unit, args.case, args.quick)
+    known = sorted({provider.name for case in cases for provider in case.providers[1:]})
+    unknown = [name for name in args.peers or [] if name not in known]
+    if unknown:
+        raise ValueError(f"--peers: no case has a peer {unknown[0]!r}; they have {', '.join(known)}")
+    return cases
+
+
+def choose_device(args: argparse.Namespace) -> None:
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no CUDA device on this machine; cpu would do")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def list_cases(args: argparse.Namespace) -> int:
+    """Print the selection; the cases of a GPU can be listed without one."""
+    args.device = args.device or "cuda"
+    for case in chosen_cases(args):
+        print(f"{case.unit:<6}  {case.name}  [{', '.join(p.name for p in case.providers if args.device in p.devices)}]")
+    return 0
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from phi1.bench import table
+    from phi1.bench.environment import environment
+    from phi1.bench.results import ResultsFile, standard_path
+    from phi1.bench.runner import DeviceLostError, Runner
+
+    choose_device(args)
+    cases = chosen_cases(args)
+    facts = environment(args.device)
+    seconds = args.seconds or (1.0 if args.quick else 4.0)
+    settings = {"quick": args.quick, "seconds": seconds, "peers": args.peers}
+    file = ResultsFile(standard_path(facts) if args.save else args.json, facts, settings)
+    runner = Runner(torch.device(args.device), args.peers, seconds, args.quick)
+    print(about(facts))
+    unit, failed = "", 0
+    for case in cases:
+        try:
+            record = runner.run(case)
+        except DeviceLostError as error:
+            raise ValueError(f"{case.name}: {error}; {len(file.content['cases'])} cases are done") from error
+        file.add(record)
+        if case.unit != unit:
+            unit = case.unit
+            print(table.heading(unit))
+        print(table.block(record), flush=True)
+        failed += record["providers"][0]["status"] != "ok"
+    if file.path:
+        print(f"phi1 bench: results written to {file.path}", file=sys.stderr)
+    if failed:
+        print(f"phi1 bench: phi1 failed in {failed} of {len(cases)} cases", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def about(facts: dict[str, Any]) -> str:
+    """One line on the machine."""
+    where = f"{facts['gpu']}, driver {facts['driver']}" if facts["device"] == "cuda" else \
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads"
+    return f"{where}; torch {facts['torch']}, Triton {facts['triton']}, commit {facts['commit']}"
