@@ -25,6 +25,11 @@ from phi1.kernels._tuned import tile
 # a thread are resident at once on 132 SMs, with no second wave.
 MAX_PARTIALS = 512
 SUM_BLOCK_P, SUM_BLOCK_D = 64, 16
+CANDIDATES = {
+    "forward": [{"rows": rows, "num_warps": warps} for rows in (1, 2, 4, 8) for warps in (4, 8)],
+    "backward": [{"rows": rows, "num_warps": warps} for rows in (1, 2, 4) for warps in (4, 8)],
+}
+"""Tiles that `phi1 tune` tries at phi-1's width."""
 # Said at every launch, since the default changes with Triton 3.10, and bits with it.
 FP_FUSION = True
 

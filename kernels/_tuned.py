@@ -7,13 +7,17 @@ whose tiles need at most 64 KiB of shared memory. A GPU that is none of these ta
 least the shared memory of its family's architecture: see `architecture`. These tiles were chosen from compiled
 register counts.
 
-`tuned/gpus/<name>.json` holds what was measured on one GPU, by operation and kernel, and goes before them.
+`tuned/gpus/<name>.json` holds what was measured on one GPU, by operation and kernel, and goes before them. `phi1 tune`
+writes it, by means of `recorded` and `forced`.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
@@ -21,20 +25,61 @@ from typing import Any
 import torch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+Value = int | str | bool
 
 
-def tile(op: str, kernel: str, device: torch.device, **shape: int | str | bool) -> dict[str, int]:
+@dataclass(frozen=True)
+class Lookup:
+    """A question to the tables."""
+
+    op: str
+    kernel: str
+    shape: tuple[tuple[str, Value], ...]
+
+
+_forced: dict[tuple[str, str], dict[str, int]] = {}
+_record: list[Lookup] | None = None
+
+
+def tile(op: str, kernel: str, device: torch.device, **shape: Value) -> dict[str, int]:
     """The tile of one kernel for a shape on a device, for example {"rows": 4, "num_warps": 4}.
 
     Raises:
         NotImplementedError: no row of the table holds this shape.
     """
-    return _first_fit(op, kernel, _gpu_name(device), architecture(device), tuple(sorted(shape.items())))
+    if _record is not None:
+        _record.append(Lookup(op, kernel, tuple(sorted(shape.items()))))
+    if _forced and (op, kernel) in _forced:
+        return _forced[op, kernel]
+    return first_fit(op, kernel, gpu_name(device), architecture(device), tuple(sorted(shape.items())))["tile"]
 
 
-def tile_for(op: str, kernel: str, arch: str, **shape: int | str | bool) -> dict[str, int]:
+def tile_for(op: str, kernel: str, arch: str, **shape: Value) -> dict[str, int]:
     """As `tile`, for a GPU of an architecture that this machine need not have and that nobody has measured."""
-    return _first_fit(op, kernel, "", arch, tuple(sorted(shape.items())))
+    return first_fit(op, kernel, "", arch, tuple(sorted(shape.items())))["tile"]
+
+
+@contextmanager
+def forced(op: str, kernel: str, tile: Mapping[str, int]) -> Iterator[None]:
+    """Inside the block one kernel takes this tile whatever the shape, in this process."""
+    before = dict(_forced)
+    _forced[op, kernel] = dict(tile)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Lookup]]:
+    """Every lookup inside the block, in order."""
+    global _record
+    before, _record = _record, []
+    try:
+        yield _record
+    finally:
+        _record = before
 
 
 @lru_cache
@@ -71,22 +116,26 @@ def measured(gpu: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
 
 
 @lru_cache
-def _gpu_name(device: torch.device) -> str:
+def gpu_name(device: torch.device) -> str:
+    """The GPU's name as its driver gives it, "" for a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 @lru_cache(maxsize=1024)
-def _first_fit(
-    op: str, kernel: str, gpu: str, arch: str, shape: tuple[tuple[str, int | str | bool], ...]
-) -> dict[str, int]:
+def first_fit(op: str, kernel: str, gpu: str, arch: str, shape: tuple[tuple[str, Value], ...]) -> dict[str, Any]:
+    """The row that a GPU of this name and architecture takes for a shape.
+
+    Raises:
+        NotImplementedError: there is none.
+    """
     rows = measured(gpu).get(op, {}).get(kernel, [])
     rows = rows + [row for row in table(op)[kernel] if row["gpu"] in (arch, "any")]
     for row in rows:
         if all(_fits(dict(shape)[name], rule) for name, rule in row["when"].items()):
-            return row["tile"]
+            return row
     what = ", ".join(f"{name} {value}" for name, value in shape)
     raise NotImplementedError(f"{op}: no tile for the {kernel} kernel at {what}; see kernels/tuned/{op}.json")
 
 
-def _fits(value: int | str | bool, rule: Any) -> bool:
+def _fits(value: Value, rule: Any) -> bool:
     return rule[0] <= value <= rule[1] if isinstance(rule, list) else value == rule

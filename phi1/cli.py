@@ -242,6 +242,12 @@ def _prepare(argv: list[str]) -> int:
     return prepare(argv) or 0
 
 
+def _tune(argv: list[str]) -> int:
+    from phi1.bench.tune import main as tune
+
+    return tune(argv)
+
+
 def _doctor(argv: list[str]) -> int:
     Parser("phi1 doctor", "Check this machine and installation; exit code 1 if something is broken.").parse_args(argv)
     from phi1._doctor import examine
@@ -264,5 +270,6 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "prepare": (_prepare, "turn source files into a corpus to train on"),
     "convert": (_convert, "write a model in the current Hugging Face layout"),
     "bench": (_bench, "measure the operations and units beside their peers"),
+    "tune": (_tune, "search the kernels' tile shapes on this GPU"),
     "doctor": (_doctor, "check this machine and installation"),
 }

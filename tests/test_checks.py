@@ -108,10 +108,10 @@ def test_what_was_measured_goes_first_then_the_first_row_that_fits(monkeypatch):
     measured = {"op": {"forward": [{"when": {"width": 2048, "dtype": "float16"}, "tile": {"rows": 9}}]}}
     monkeypatch.setattr(_tuned, "table", lambda op: {"forward": rows})
     monkeypatch.setattr(_tuned, "measured", lambda gpu: measured if gpu == "NVIDIA H100 80GB HBM3" else {})
-    _tuned._first_fit.cache_clear()
+    _tuned.first_fit.cache_clear()
 
     def rows_of(width, gpu, arch, dtype="float16"):
-        monkeypatch.setattr(_tuned, "_gpu_name", lambda device: gpu)
+        monkeypatch.setattr(_tuned, "gpu_name", lambda device: gpu)
         monkeypatch.setattr(_tuned, "architecture", lambda device: arch)
         return _tuned.tile("op", "forward", torch.device("cuda"), width=width, dtype=dtype)["rows"]
 
@@ -124,7 +124,7 @@ def test_what_was_measured_goes_first_then_the_first_row_that_fits(monkeypatch):
     assert _tuned.tile_for("op", "forward", "sm_90", width=75, dtype="float16")["rows"] == 4
     with pytest.raises(NotImplementedError, match=r"op: no tile for the forward kernel at dtype float16, width 5000"):
         rows_of(5000, "NVIDIA A10", "any")
-    _tuned._first_fit.cache_clear()
+    _tuned.first_fit.cache_clear()
 
 
 def test_a_device_takes_the_rows_of_its_architecture(monkeypatch):

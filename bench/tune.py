@@ -1,0 +1,277 @@
+"""Search the kernels' tile shapes on the GPU at hand, and write what wins to kernels/tuned/gpus/.
+
+Each operation of the benchmarks' registry runs at phi-1's shapes, forward and backward, and what its kernels look up in
+the tables is noted. Then each candidate tile of each of these kernels is forced in turn: what the operation computes is
+held against the reference in float64, and it is timed. The fastest tile that is right goes into the GPU's table at
+once, so that a search that is stopped has lost nothing; the same command goes on with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import phi1.kernels
+from phi1.bench import check
+from phi1.bench.case import Case, Inputs
+from phi1.bench.cases import operations, select
+from phi1.bench.runner import bind, one_line, release
+from phi1.bench.timing import Call, CudaClock, quantile
+from phi1.bench.tune_store import Store, Tile, trial_key, when_of
+from phi1.kernels import _tuned
+from phi1.kernels._tuned import Lookup
+
+TABLES = Path(phi1.kernels.__path__[0]) / "tuned" / "gpus"
+DIRECTIONS = ("forward", "backward")
+WORTH = 0.99  # a tile must take under 99 % of the table's time to replace it: less is noise
+ROUNDS = 7
+COMPILE_SHARE = 0.4  # of the time budget, at most, for compiling all candidates at once
+Timer = Callable[[Call], float]
+
+
+def all_candidates() -> dict[str, dict[str, list[Tile]]]:
+    """Module -> kernel -> tiles: the CANDIDATES of every file of kernels."""
+    names = [module.name for module in pkgutil.iter_modules(phi1.kernels.__path__) if module.name.endswith("_triton")]
+    modules = {name: importlib.import_module(f"phi1.kernels.{name}") for name in names}
+    return {name: module.CANDIDATES for name, module in modules.items() if hasattr(module, "CANDIDATES")}
+
+
+def candidates_of(lookup: Lookup) -> list[Tile]:
+    """The tiles to try for a kernel, from the file whose name has most in common with the operation and the kernel."""
+    words = set(f"{lookup.op}_{lookup.kernel}".split("_"))
+    found = [(len(words & set(name.split("_"))), tiles[lookup.kernel])
+             for name, tiles in all_candidates().items() if lookup.kernel in tiles]
+    shared, tiles = max(found, key=lambda item: item[0], default=(0, []))
+    return tiles if shared else []
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kernel at one shape, as one case looks it up."""
+
+    case: Case
+    lookup: Lookup
+    row: dict[str, Any]
+    tiles: tuple[Tile, ...]
+    """The table's own tile first."""
+
+    def __str__(self) -> str:
+        shape = " ".join(f"{name}={value}" for name, value in self.lookup.shape)
+        return f"{self.lookup.op} {self.lookup.kernel} {shape}".rstrip()
+
+
+class Tuner:
+    """Tries tiles.
+
+    Args:
+        device: where.
+        store: what is known already, and where the winners go.
+        timer: milliseconds of a call; injected in tests.
+        deadline: time.monotonic() after which no trial starts.
+        say: called with a line at each result.
+    """
+
+    def __init__(self, device: torch.device, store: Store, timer: Timer, deadline: float,
+                 say: Callable[[str], None] = print) -> None:
+        self.device, self.store, self.timer, self.deadline, self.say = device, store, timer, deadline, say
+        self.versions = f"torch {torch.__version__} triton {importlib.import_module('triton').__version__}"
+
+    def tasks(self, cases: Sequence[Case]) -> list[Task]:
+        """Every lookup that the cases make, once, with more than one tile to choose from."""
+        found: dict[Lookup, Task] = {}
+        for case in cases:
+            call = bind(case, case.providers[0].prepare(case, self.device), [self._inputs(case)])
+            with _tuned.recorded() as lookups:
+                call(0)
+            for lookup in lookups:
+                row = _tuned.first_fit(lookup.op, lookup.kernel, "", _tuned.architecture(self.device), lookup.shape)
+                own = row["tile"]
+                tiles = [own, *(tile for tile in candidates_of(lookup) if tile != own)]
+                if len(tiles) > 1 and lookup not in found:
+                    found[lookup] = Task(case, lookup, row, tuple(tiles))
+            del call
+            release(self.device)
+        return list(found.values())
+
+    def run(self, tasks: Sequence[Task]) -> bool:
+        """Search; returns whether all tasks were finished before the deadline."""
+        finished = [self._search(task) for task in tasks]
+        return all(finished)
+
+    def _search(self, task: Task) -> bool:
+        keys = [trial_key(task.lookup, tile, task.case.name, self.versions) for tile in task.tiles]
+        trials = [self.store.trial(key) for key in keys]
+        if not all(trials):
+            inputs = self._inputs(task.case)
+            judge = _judge(task.case, inputs)
+            for i, (key, tile) in enumerate(zip(keys, task.tiles, strict=True)):
+                if not trials[i] and time.monotonic() < self.deadline:
+                    trials[i] = self._try(task, key, tile, inputs, judge)
+            release(self.device)
+        finished = [(trial, tile) for trial, tile in zip(trials, task.tiles, strict=True) if trial]
+        self._conclude(task, [(trial["ms"], tile) for trial, tile in finished if "ms" in trial],
+                       sum("error" in trial for trial, _ in finished), len(finished))
+        return len(finished) == len(task.tiles)
+
+    def _try(self, task: Task, key: str, tile: Tile, inputs: Inputs, judge: Callable[[], str]) -> dict[str, Any]:
+        facts = {"op": task.lookup.op, "kernel": task.lookup.kernel, "shape": dict(task.lookup.shape),
+                 "tile": dict(tile), "case": task.case.name}
+        self.store.note(key, **facts)
+        with _tuned.forced(task.lookup.op, task.lookup.kernel, tile):
+            try:
+                complaint = judge()
+                if complaint:
+                    return self.store.note(key, **facts, error=f"wrong: {complaint}")
+                function = task.case.providers[0].prepare(task.case, self.device)
+                ms = self.timer(bind(task.case, function, [inputs]))
+            except Exception as error:  # out of shared memory, registers or patience: the next tile may do
+                return self.store.note(key, **facts, error=one_line(error))
+        return self.store.note(key, **facts, ms=float(f"{ms:.4g}"))
+
+    def _conclude(self, task: Task, timed: list[tuple[float, Tile]], failed: int, finished: int) -> None:
+        """Write the winner of what was tried, if the table's own tile is among it."""
+        own = next((ms for ms, tile in timed if tile == task.tiles[0]), None)
+        if own is None:
+            self.say(f"{task}: the table's own tile was not timed, nothing is written")
+            return
+        ms, best = min(timed, key=lambda item: item[0])
+        if ms > WORTH * own:
+            ms, best = own, task.tiles[0]
+        self.store.write_winner(task.lookup, when_of(task.lookup, task.row), best)
+        left = f", {len(task.tiles) - finished} not tried" if finished < len(task.tiles) else ""
+        self.say(f"{task}: {dict(best)} {ms:.4g} ms, the table's {own:.4g} ms ({own / ms:.2f}x); "
+                 f"{finished} tiles, {failed} of them failed{left}")
+
+    def _inputs(self, case: Case) -> Inputs:
+        return case.inputs(self.device, torch.Generator(self.device).manual_seed(1))
+
+
+def _judge(case: Case, inputs: Inputs) -> Callable[[], str]:
+    """What is wrong with the results that the forced tile gives; "" if nothing. Against float64 where that fits into
+    memory, and else against the table's own tile, which the tests have checked."""
+    function = case.providers[0].prepare(case, next(x.device for x in inputs.values() if hasattr(x, "device")))
+    try:
+        exact = check.Exact(case, inputs)
+        return lambda: exact.judge(function, ours=True).complaint
+    except torch.OutOfMemoryError:
+        release(inputs[case.leaves[0]].device)
+    expected = check.results(case, function, inputs, None)
+
+    def compare() -> str:
+        for name, out in check.results(case, function, inputs, None).items():
+            allowed = 4 * torch.finfo(out.dtype).eps * expected[name].abs().max()
+            if not (out - expected[name]).abs().max() <= allowed:
+                return f"{name} is not what the table's tile gives"
+        return ""
+
+    return compare
+
+
+def cuda_timer(call: Call) -> float:
+    """Median of CUDA events, the host's time hidden."""
+    clock = CudaClock(hide_host=True)
+    clock.prepare(call)
+    return quantile([ms for turn in range(ROUNDS) for ms in clock.sample(call, turn)], 0.5)
+
+
+def chosen_cases(kind: str, ops: Sequence[str], dtype: str) -> list[Case]:
+    """The registry's kernel cases that are tuned, the short selection first."""
+    cases = [case for case in select(kind, ops, ("kernel",)) if case.direction in DIRECTIONS and case.dtype == dtype]
+    return sorted(cases, key=lambda case: not case.quick)
+
+
+def _compile_ahead(options: argparse.Namespace, seconds: float) -> None:
+    """Let several processes run every candidate once, so that the search finds all of them compiled."""
+    command = [sys.executable, __file__, "--dtype", options.dtype, "--minutes", str(seconds / 60)]
+    command += [word for op in options.op for word in ("--op", op)]
+    workers = [subprocess.Popen([*command, "--compile-share", f"{i}/{options.compilers}"], stdout=subprocess.DEVNULL,
+                                stderr=subprocess.DEVNULL) for i in range(options.compilers)]
+    end = time.monotonic() + seconds + 30
+    for worker in workers:
+        try:
+            worker.wait(max(1.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+
+
+def _compile_share(options: argparse.Namespace, tuner: Tuner) -> int:
+    share, of = map(int, options.compile_share.split("/"))
+    tasks = tuner.tasks(chosen_cases(tuner.device.type, options.op, options.dtype))
+    trials = [(task, tile) for task in tasks for tile in task.tiles]
+    for task, tile in trials[share::of]:
+        if time.monotonic() > tuner.deadline:
+            break
+        with _tuned.forced(task.lookup.op, task.lookup.kernel, tile):
+            try:
+                function = task.case.providers[0].prepare(task.case, tuner.device)
+                bind(task.case, function, [tuner._inputs(task.case)])(0)
+            except Exception as error:  # the search meets it again and notes it
+                print(f"{task}: {one_line(error)}")
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="phi1 tune", description=(__doc__ or "").partition("\n")[0],
+                                     allow_abbrev=False)
+    parser.add_argument("--op", action="append", default=[], choices=operations(), metavar="OP",
+                        help=f"tune this one alone; may be repeated: {', '.join(operations())}")
+    parser.add_argument("--minutes", type=float, default=30.0, help="start no trial after this long (%(default)s)")
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"), help="(%(default)s)")
+    parser.add_argument("--out", type=Path, default=TABLES, help="folder of the tables (%(default)s)")
+    parser.add_argument("--compilers", type=int, default=4, help="processes that compile ahead (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be tried; needs no GPU")
+    parser.add_argument("--compile-share", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if not options.minutes > 0 or options.compilers < 0:
+        parser.error("--minutes must be over 0, and --compilers at least 0")
+    return options
+
+
+def _dry_run(options: argparse.Namespace) -> int:
+    cases = chosen_cases("cuda", options.op, options.dtype)
+    for case in cases:
+        print(f"case  {case.name}")
+    tiles = 0
+    for module, kernels in all_candidates().items():
+        for kernel, candidates in kernels.items():
+            print(f"tiles {module} {kernel}: {len(candidates)}")
+            tiles += len(candidates)
+    print(f"phi1 tune: {len(cases)} cases, {tiles} tiles; nothing was run")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parse(sys.argv[1:] if argv is None else argv)
+    if options.dry_run:
+        return _dry_run(options)
+    if not torch.cuda.is_available():
+        print("phi1 tune: error: tiles are timed on a GPU, and there is none; --dry-run lists what would be tried",
+              file=sys.stderr)
+        return 2
+    device, start = torch.device("cuda"), time.monotonic()
+    gpu = torch.cuda.get_device_name()
+    tuner = Tuner(device, Store(options.out, gpu), cuda_timer, start + 60 * options.minutes,
+                  lambda line: print(line, flush=True))
+    if options.compile_share:
+        return _compile_share(options, tuner)
+    if options.compilers:
+        _compile_ahead(options, COMPILE_SHARE * 60 * options.minutes)
+    tasks = tuner.tasks(chosen_cases("cuda", options.op, options.dtype))
+    done = tuner.run(tasks)
+    print(f"phi1 tune: {gpu}, {len(tasks)} kernels and shapes, {'all tried' if done else 'time is up'}; "
+          f"{tuner.store.table}" + ("" if done else "; the same command goes on"), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""What the tuner keeps: every trial in a log, so that it can go on where it was stopped, and the winners in a table.
+
+`<gpu>.trials.jsonl` has a line when a trial starts and one when it ends: a trial without an end took the process with
+it and is not tried again. `<gpu>.json` is what `phi1.kernels._tuned` reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import phi1.kernels
+from phi1.kernels._tuned import Lookup, gpu_file
+
+Tile = Mapping[str, int]
+CRASHED = "it took the process with it"
+
+
+@lru_cache
+def sources_hash() -> str:
+    """Of all kernels: a trial says nothing about other code."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(phi1.kernels.__path__[0]).glob("*_triton.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def trial_key(lookup: Lookup, tile: Tile, case: str, versions: str) -> str:
+    """Names a trial: what was looked up, the tile, the case that was timed, the kernels and the versions."""
+    parts = [lookup.op, lookup.kernel, lookup.shape, sorted(tile.items()), case, sources_hash(), versions]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+class Store:
+    """The files of one GPU in a folder.
+
+    Args:
+        folder: made if it is not there.
+        gpu: the GPU's name.
+    """
+
+    def __init__(self, folder: Path, gpu: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.table = folder / gpu_file(gpu)
+        self.log = self.table.with_suffix(".trials.jsonl")
+        self._trials: dict[str, dict[str, Any]] = {}
+        for line in self.log.read_text().splitlines() if self.log.is_file() else []:
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the end of a line that was being written when the machine went away
+                continue
+            self._trials[entry["key"]] = entry
+
+    def trial(self, key: str) -> dict[str, Any] | None:
+        """What came of a trial: its "ms", or its "error". None if it has not been tried."""
+        entry = self._trials.get(key)
+        return {**entry, "error": CRASHED} if entry and not {"ms", "error"} & set(entry) else entry
+
+    def note(self, key: str, **facts: Any) -> dict[str, Any]:
+        """Write a line about a trial; without "ms" or "error" it says that the trial starts."""
+        self._trials[key] = {"key": key, **facts}
+        with self.log.open("a") as file:
+            file.write(json.dumps(self._trials[key]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return self._trials[key]
+
+    def write_winner(self, lookup: Lookup, when: Mapping[str, Any], tile: Tile) -> None:
+        """Put a row into the table, in place of one with the same "when"."""
+        table = json.loads(self.table.read_text()) if self.table.is_file() else {}
+        rows = table.setdefault(lookup.op, {}).setdefault(lookup.kernel, [])
+        rows[:] = [{"when": dict(when), "tile": dict(tile)}] + [row for row in rows if row["when"] != when]
+        part = self.table.with_suffix(".part")
+        part.write_text(_dumps(table))
+        os.replace(part, self.table)
+
+
+def _dumps(table: Mapping[str, Mapping[str, list[dict[str, Any]]]]) -> str:
+    ops = []
+    for op, kernels in sorted(table.items()):
+        blocks = [f'  "{kernel}": [\n   ' + ",\n   ".join(json.dumps(row) for row in rows) + "\n  ]"
+                  for kernel, rows in sorted(kernels.items())]
+        ops.append(f' "{op}": {{\n' + ",\n".join(blocks) + "\n }")
+    return "{\n" + ",\n".join(ops) + "\n}\n"
+
+
+def when_of(lookup: Lookup, row: Mapping[str, Any]) -> dict[str, Any]:
+    """For which shapes a tile that was measured at one is taken: the range of the table's row where that has one (its
+    author has drawn the borders), and else the value itself."""
+    rules = row["when"]
+    return {name: rules[name] if isinstance(rules.get(name), list) else value for name, value in lookup.shape}

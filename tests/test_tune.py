@@ -1,0 +1,125 @@
+"""What the tuner keeps and writes, and what its command line refuses; test_tune_kernels.py runs a search."""
+
+import json
+
+import pytest
+import torch
+
+from phi1 import cli
+from phi1.bench import tune
+from phi1.bench.tune_store import CRASHED, Store, trial_key, when_of
+from phi1.kernels import _tuned
+from phi1.kernels._tuned import Lookup
+
+LOOKUP = Lookup("layer_norm", "forward", (("dtype", "float16"), ("rows", 16384), ("width", 2048)))
+GPU = "NVIDIA H100 80GB HBM3"
+
+
+def test_a_row_keeps_the_borders_of_the_table_and_is_exact_elsewhere():
+    row = {"when": {"width": [1025, 2048]}, "tile": {"rows": 4}}
+    assert when_of(LOOKUP, row) == {"width": [1025, 2048], "dtype": "float16", "rows": 16384}
+
+
+def test_what_was_tried_is_known_to_the_next_process(tmp_path):
+    store = Store(tmp_path, GPU)
+    assert store.trial("a") is None
+    store.note("a", op="x", ms=0.5)
+    store.note("b", op="x", error="out of shared memory")
+    store.note("c", op="x")
+    with store.log.open("a") as file:
+        file.write('{"key": "d", "m')  # cut off by a lost machine
+    again = Store(tmp_path, GPU)
+    assert again.trial("a")["ms"] == 0.5
+    assert again.trial("b")["error"] == "out of shared memory"
+    assert again.trial("c")["error"] == CRASHED
+    assert again.trial("d") is None
+
+
+def test_a_trial_belongs_to_its_tile_case_and_versions():
+    keys = {trial_key(LOOKUP, {"rows": rows}, case, versions)
+            for rows in (1, 2) for case in ("one", "other") for versions in ("triton 3.6", "triton 3.9")}
+    assert len(keys) == 8
+    assert trial_key(LOOKUP, {"a": 1, "b": 2}, "", "") == trial_key(LOOKUP, {"b": 2, "a": 1}, "", "")
+
+
+def test_winners_are_what_the_operations_read(tmp_path, monkeypatch):
+    store = Store(tmp_path, GPU)
+    when = {"width": [1025, 2048], "dtype": "float16"}
+    store.write_winner(LOOKUP, when, {"rows": 2, "num_warps": 4})
+    store.write_winner(LOOKUP, when | {"dtype": "float32"}, {"rows": 3, "num_warps": 4})
+    store.write_winner(LOOKUP, when, {"rows": 8, "num_warps": 8})
+    assert store.table.name == _tuned.gpu_file(GPU)
+    assert len(json.loads(store.table.read_text())["layer_norm"]["forward"]) == 2
+    table = json.loads(store.table.read_text())
+    monkeypatch.setattr(_tuned, "measured", lambda gpu: table)
+    monkeypatch.setattr(_tuned, "gpu_name", lambda device: GPU)
+    monkeypatch.setattr(_tuned, "architecture", lambda device: "sm_90")
+    _tuned.first_fit.cache_clear()
+    device = torch.device("cuda")
+    assert _tuned.tile("layer_norm", "forward", device, width=2048, dtype="float16") == {"rows": 8, "num_warps": 8}
+    assert _tuned.tile("layer_norm", "forward", device, width=2048, dtype="float32")["rows"] == 3
+    assert _tuned.tile("layer_norm", "forward", device, width=1024, dtype="float16")["rows"] == 4  # the shipped table's
+    _tuned.first_fit.cache_clear()
+
+
+def test_a_forced_tile_holds_inside_the_block_for_that_kernel_alone():
+    device = torch.device("cpu")
+    before = _tuned.tile("layer_norm", "forward", device, width=2048)
+    with _tuned.forced("layer_norm", "forward", {"rows": 77}):
+        assert _tuned.tile("layer_norm", "forward", device, width=5) == {"rows": 77}
+        assert _tuned.tile("layer_norm", "backward", device, width=2048) != {"rows": 77}
+        with _tuned.forced("layer_norm", "forward", {"rows": 78}):
+            assert _tuned.tile("layer_norm", "forward", device, width=5) == {"rows": 78}
+        assert _tuned.tile("layer_norm", "forward", device, width=5) == {"rows": 77}
+    assert _tuned.tile("layer_norm", "forward", device, width=2048) == before
+
+
+def test_lookups_are_recorded_inside_the_block_alone():
+    device = torch.device("cpu")
+    with _tuned.recorded() as lookups:
+        _tuned.tile("layer_norm", "forward", device, width=2048)
+    _tuned.tile("layer_norm", "forward", device, width=1024)
+    assert lookups == [Lookup("layer_norm", "forward", (("width", 2048),))]
+
+
+def test_each_kernel_with_candidates_finds_its_own(monkeypatch):
+    tiles = {"_attention_triton": {"forward": ["a"], "dq": ["b"]}, "_layer_norm_triton": {"forward": ["c"]},
+             "_cross_entropy_triton": {"rows": ["d"]}}
+    monkeypatch.setattr(tune, "all_candidates", lambda: tiles)
+    wanted = {("attention", "forward"): ["a"], ("attention", "dq"): ["b"], ("layer_norm", "forward"): ["c"],
+              ("linear_cross_entropy", "rows"): ["d"], ("gelu", "forward"): [], ("gelu", "other"): []}
+    assert {key: tune.candidates_of(Lookup(*key, ())) for key in wanted} == wanted
+
+
+def test_every_shipped_table_has_candidates_of_its_own_form():
+    names = [path.stem for path in (tune.TABLES.parent).glob("*.json")]
+    assert "layer_norm" in names
+    for op in names:
+        for kernel, rows in _tuned.table(op).items():
+            for tile in tune.candidates_of(Lookup(op, kernel, ())):
+                assert set(tile) == set(rows[0]["tile"]), f"a candidate of {op} {kernel} has other keys than the table"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_ends_in_one_line(capsys):
+    assert cli.main(["tune", "--op", "layer_norm"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        "phi1 tune: error: tiles are timed on a GPU, and there is none; --dry-run lists what would be tried"]
+
+
+def test_a_dry_run_lists_cases_and_tiles(capsys):
+    assert cli.main(["tune", "--op", "layer_norm", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "case  layer_norm N=16384 D=2048 float16 forward" in out
+    assert "tiles _layer_norm_triton forward: 8" in out
+
+
+@pytest.mark.parametrize(("arguments", "message"), [(["--op", "norm"], "invalid choice: 'norm'"),
+                                                    (["--minutes", "0"], "--minutes must be over 0")])
+def test_bad_usage_is_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["tune", *arguments])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
