@@ -8,11 +8,12 @@ An operation `op` is up to three files, so that importing this package imports n
 
 An operation's file imports no other's; what two of them share is in a `_*.py`. `block.py` alone is above the others.
 `_backend.py` decides which implementation runs, `_checks.py` has the argument checks, `_philox.py` specifies the
-dropout masks, and `_tuned.py` finds tile shapes.
+dropout masks, `_memory.py` keeps memory, and `_tuned.py` finds tile shapes.
 """
 
 from phi1.kernels._backend import backend
 from phi1.kernels._checks import check_values
+from phi1.kernels._memory import empty
 from phi1.kernels._philox import Dropout
 from phi1.kernels.attention import attention
 from phi1.kernels.attention_qkv import attention_qkv
@@ -33,6 +34,7 @@ __all__ = [
     "backend",
     "check_values",
     "dropout_add",
+    "empty",
     "gelu",
     "layer_norm",
     "linear",

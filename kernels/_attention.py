@@ -22,9 +22,9 @@ from itertools import pairwise
 
 import torch
 
+from phi1.kernels._memory import empty
 from phi1.kernels._philox import Dropout, attention_keep, dropout_scale
 from phi1.kernels._rotary import rotate_
-from phi1.kernels._scratch import scratch
 
 LOG2E = math.log2(math.e)
 # Measured on a CPU with 1 MiB of L2 a core, T = 256 to 2048, K = 64: the scores of a tile and the products that read
@@ -130,9 +130,9 @@ def _forward(q, k, v, out, lse, scheme: Scheme) -> None:
     low = _product_dtype(q)
     for samples, heads, step in _tiles(q, k):
         tables = scheme.tables(q.shape[0], samples, slice(None))
-        q_tile = _wide("q_wide", q[samples, :, heads], tables).mul_(scheme.scale * LOG2E)  # [G, Tq, K]
-        k_tile = _wide("k_wide", k[samples, :, heads], tables)
-        v_tile = _heads_first("v", v[samples, :, heads]).to(low)
+        q_tile = _wide(q[samples, :, heads], tables).mul_(scheme.scale * LOG2E)  # [G, Tq, K]
+        k_tile = _wide(k[samples, :, heads], tables)
+        v_tile = _heads_first(v[samples, :, heads]).to(low)
         out_tile, lse_tile = out[samples, :, heads].transpose(1, 2), lse[samples, heads]
         for first in range(0, n_queries, step):
             last = min(first + step, n_queries)
@@ -146,7 +146,7 @@ def _forward(q, k, v, out, lse, scheme: Scheme) -> None:
             p.mul_(total.reciprocal_())
             if scheme.dropout is not None:
                 p.mul_(_kept(scheme, samples, heads, first, last, n_queries, n_keys, end))
-            p_low = scratch("p_low", p.shape, low, p).copy_(p)
+            p_low = _copy(p, low)
             rows.copy_(torch.bmm(p_low, v_tile[:, :end]).to(out.dtype).view(rows.shape))
 
 
@@ -159,11 +159,11 @@ def _backward(
     low = _product_dtype(q)
     for samples, heads, step in _tiles(q, k):
         tables = scheme.tables(batch, samples, slice(None))
-        dout_low = _heads_first("dout", dout[samples, :, heads]).to(low)
-        v_low = _heads_first("v", v[samples, :, heads]).to(low)
-        q_wide, k_wide = _wide("q_wide", q[samples, :, heads], tables), _wide("k_wide", k[samples, :, heads], tables)
-        q_low = scratch("q_low", q_wide.shape, low, q).copy_(q_wide)
-        k_low = k_wide if low == torch.float32 else scratch("k_low", k_wide.shape, low, k).copy_(k_wide)
+        dout_low = _heads_first(dout[samples, :, heads]).to(low)
+        v_low = _heads_first(v[samples, :, heads]).to(low)
+        q_wide, k_wide = _wide(q[samples, :, heads], tables), _wide(k[samples, :, heads], tables)
+        q_low = _copy(q_wide, low)
+        k_low = k_wide if low == torch.float32 else _copy(k_wide, low)
         q_scaled = q_wide.mul_(scheme.scale * LOG2E)
         lse_tile = (lse[samples, heads] * LOG2E).flatten(0, 1)[..., None]  # [G, Tq, 1]
         dk_sum = dv_sum = None
@@ -171,11 +171,11 @@ def _backward(
             last = min(first + step, n_queries)
             s, end = _scores(q_scaled, k_wide, first, last, n_queries, scheme, samples)
             p = s.sub_(lse_tile[:, first:last]).exp2_()
-            dp_low = scratch("dp_low", s.shape, low, s)
+            dp_low = empty(s.shape, dtype=low, device=s.device)
             torch.bmm(dout_low[:, first:last], v_low[:, :end].transpose(1, 2), out=dp_low)
-            dp = scratch("dp", s.shape, torch.float32, s).copy_(dp_low)
+            dp = _copy(dp_low, torch.float32)
             if scheme.dropout is None:
-                dropped = scratch("p_low", s.shape, low, s).copy_(p)
+                dropped = _copy(p, low)
             else:
                 kept = _kept(scheme, samples, heads, first, last, n_queries, n_keys, end)
                 dropped = (p * kept).to(low)
@@ -197,7 +197,7 @@ def _scores(
     n_keys = k_tile.shape[1]
     end = n_keys - n_queries + last if scheme.causal else n_keys
     size = last - first
-    s = scratch("scores", (q_tile.shape[0], size, end), torch.float32, q_tile)
+    s = empty((q_tile.shape[0], size, end), dtype=torch.float32, device=q_tile.device)
     torch.bmm(q_tile[:, first:last], k_tile[:, :end].transpose(1, 2), out=s)
     if scheme.causal and size > 1:
         # The last keys are the tile's own queries. Adding is 8 times as fast as masked_fill_ on a CPU.
@@ -259,16 +259,19 @@ def _accumulate(total: torch.Tensor | None, part: torch.Tensor, more_follow: boo
     return total
 
 
-def _heads_first(name: str, x: torch.Tensor) -> torch.Tensor:
+def _heads_first(x: torch.Tensor) -> torch.Tensor:
     """[B, T, H, K] -> [G, T, K], a contiguous copy: the batched products are a fifth slower on strided operands."""
-    heads = x.transpose(1, 2)
-    return scratch(name, heads.shape, x.dtype, x).copy_(heads).flatten(0, 1)
+    return _copy(x.transpose(1, 2), x.dtype).flatten(0, 1)
 
 
-def _wide(name: str, x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+def _copy(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous copy."""
+    return empty(x.shape, dtype=dtype, device=x.device).copy_(x)
+
+
+def _wide(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
     """[B, T, H, K] -> [G, T, K] in float32, rotated if there are tables; a copy."""
-    wide = _heads_first("low", x)  # in two steps: PyTorch converts only contiguous elements fast
-    wide = scratch(name, wide.shape, torch.float32, x).copy_(wide)
+    wide = _copy(_heads_first(x), torch.float32)  # in two steps: PyTorch converts only contiguous elements fast
     if tables is not None:
         rotate_(wide.unflatten(0, (x.shape[0], x.shape[2])), *tables)
     return wide

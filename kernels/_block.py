@@ -11,9 +11,9 @@ import torch
 
 from phi1.kernels._attention import Scheme, attention_backward, attention_forward
 from phi1.kernels._gelu import gelu_backward, gelu_forward
+from phi1.kernels._memory import empty
 from phi1.kernels._philox import Dropout
 from phi1.kernels._residual import dropped
-from phi1.kernels._scratch import scratch
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ def branches_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x', proj [N, 3D+F], att [N, D], lse [H, N]) of the normalised h and the residual x, both [N, D]."""
     width = h.shape[1]
-    proj = torch.addmm(in_bias, h, in_weight.t())
+    proj = empty((h.shape[0], in_weight.shape[0]), dtype=h.dtype, device=h.device)
+    torch.addmm(in_bias, h, in_weight.t(), out=proj)
     qkv, pre = _parts(proj, width, layout.n_heads)
     att, lse = attention_forward(*_by_sample(qkv, layout.batch), layout.scheme, layout.cu_seqlens)
     att = att.view(h.shape)
@@ -68,13 +69,13 @@ def branches_backward(
     """Gradients of h, in_weight, in_bias, out_weight and out_bias; the residual's is dy."""
     width = h.shape[1]
     qkv, pre = _parts(proj, width, layout.n_heads)
-    dproj = scratch("dproj", proj.shape, proj.dtype, proj)
+    dproj = empty(proj.shape, dtype=proj.dtype, device=proj.device)
     dqkv, dpre = _parts(dproj, width, layout.n_heads)
     datt, dw_out, db_out = _output_backward(dy, att, pre, out_weight, layout, dpre)
     q, k, v = _by_sample(qkv, layout.batch)
     attention_backward(datt.unflatten(1, (layout.n_heads, -1)).unflatten(0, q.shape[:2]), q, k, v, lse,
                        _by_sample(dqkv, layout.batch), layout.scheme, layout.cu_seqlens)
-    return torch.mm(dproj, in_weight), torch.mm(dproj.t(), h), dproj.sum(0), dw_out, db_out
+    return _mm(dproj, in_weight), _mm(dproj.t(), h), dproj.sum(0), dw_out, db_out
 
 
 def _output_backward(
@@ -85,10 +86,10 @@ def _output_backward(
     joined = _room_for_both(att, pre)
     act = joined[:, sizes[0] :]
     if layout.dense_dropout is None and layout.fc2_dropout is None:
-        djoined = torch.mm(dy, out_weight, out=scratch("djoined", joined.shape, dy.dtype, dy))
+        djoined = _mm(dy, out_weight)
         datt, dact = djoined.split_with_sizes(sizes, dim=1)
         gelu_backward(dact, pre, dpre, act)
-        return datt, torch.mm(dy.t(), joined), dy.sum(0).expand(2, -1).contiguous()
+        return datt, _mm(dy.t(), joined), dy.sum(0).expand(2, -1).contiguous()
     dy1 = dropped(dy, layout.dense_dropout, layout.cu_seqlens)
     dy2 = dropped(dy, layout.fc2_dropout, layout.cu_seqlens)
     dense_weight, fc2_weight = out_weight.split_with_sizes(sizes, dim=1)
@@ -110,6 +111,10 @@ def _by_sample(qkv: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
 def _room_for_both(att: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
     """[att | unset] [N, D+F]."""
     width = att.shape[1]
-    joined = scratch("joined", (att.shape[0], width + pre.shape[1]), att.dtype, att)
+    joined = empty((att.shape[0], width + pre.shape[1]), dtype=att.dtype, device=att.device)
     joined[:, :width] = att
     return joined
+
+
+def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.mm(a, b, out=empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device))

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import torch
 
-from phi1.kernels._scratch import scratch
+from phi1.kernels._memory import empty
 
 LINEAR = 2 * math.sqrt(2 / math.pi)
 CUBIC = LINEAR * 0.044715
@@ -74,7 +74,8 @@ def _strips(x: torch.Tensor) -> Iterator[tuple[slice, list[torch.Tensor]]]:
     """(rows, four float32 strips and one in x's dtype) for as many rows of x [N, F] at a time as the caches hold."""
     n_rows, width = x.shape
     step = min(max(1, STRIP_ELEMENTS // max(1, width)), max(1, n_rows))
-    strips = [*scratch("gelu", (4, step, width), torch.float32, x), scratch("gelu_low", (step, width), x.dtype, x)]
+    strips = [*empty((4, step, width), dtype=torch.float32, device=x.device),
+              empty((step, width), dtype=x.dtype, device=x.device)]
     for first in range(0, n_rows, step):
         rows = slice(first, min(first + step, n_rows))
         yield rows, [strip[: rows.stop - first] for strip in strips]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from phi1 import Phi1, Phi1Config
+from phi1.kernels import empty
 from phi1.train.launch import Place, RunError
 
 if TYPE_CHECKING:
@@ -104,8 +106,40 @@ def build_model(config: Phi1Config, engine: Engine, seed: int) -> Phi1:
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    if engine.device.type == "cpu":
+        for module in _sharded_modules(model):
+            module.set_custom_all_gather(_AllGather())  # type: ignore[arg-type]  # PyTorch does not export its class
+            module.set_custom_reduce_scatter(_ReduceScatter())  # type: ignore[arg-type]
     register_fsdp_forward_method(model, "loss")
     return model
+
+
+class _AllGather:
+    """FSDP's default, in memory that stays with the process: on a CPU the pages would be taken anew each step."""
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return empty([int(n) for n in size], dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class _ReduceScatter:
+    """As `_AllGather`."""
+
+    allocate = _AllGather.allocate
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, op: Any,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+
+
+def _sharded_modules(model: Phi1) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def set_last_micro_step(model: Phi1, last: bool) -> None:
@@ -126,9 +160,8 @@ def sharded(model: Phi1) -> FSDPModule:
 
 def reshard(model: Phi1) -> None:
     """Give up gathered parameters after forward passes that had no backward."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in _sharded_modules(model):
+        module.reshard()
 
 
 def all_sum(*values: float) -> list[float]:

@@ -1,0 +1,73 @@
+"""Memory that stays with the process: never in two hands at once, and back when nobody holds it."""
+
+import gc
+
+import pytest
+import torch
+
+from phi1.kernels import _memory
+from phi1.kernels._memory import SMALL_BYTES, empty
+
+CPU = torch.device("cpu")
+
+
+def of_bytes(n, dtype=torch.uint8):
+    return empty((n // dtype.itemsize,), dtype=dtype, device=CPU)
+
+
+@pytest.fixture(autouse=True)
+def nothing_waits(monkeypatch):
+    monkeypatch.setattr(_memory, "_waiting", type(_memory._waiting)(list))
+    monkeypatch.setattr(_memory, "_waiting_bytes", 0)
+
+
+def test_a_block_is_taken_again_when_its_tensor_has_gone():
+    first = of_bytes(1 << 20)
+    address = first.data_ptr()
+    second = of_bytes(1 << 20)
+    assert second.data_ptr() != address
+    del first
+    assert of_bytes(1 << 20, torch.float32).data_ptr() == address
+
+
+@pytest.mark.parametrize("hold", [lambda x: x[5:9], lambda x: x.view(16, -1).t(), lambda x: x.detach(),
+                                  lambda x: x.untyped_storage(), lambda x: x.numpy()])
+def test_a_view_holds_the_block(hold):
+    tensor = of_bytes(1 << 20)
+    address = tensor.data_ptr()
+    held = hold(tensor)
+    del tensor
+    assert of_bytes(1 << 20).data_ptr() != address
+    del held
+    gc.collect()
+    assert address in {of.data_ptr() for of in [of_bytes(1 << 20), of_bytes(1 << 20)]}
+
+
+def test_what_waits_is_bounded_and_counted(monkeypatch):
+    monkeypatch.setattr(_memory, "KEEP_BYTES", 3 << 20)
+    tensors = [of_bytes(1 << 20) for _ in range(5)]
+    assert _memory._waiting_bytes == 0
+    del tensors
+    assert _memory._waiting_bytes == 3 << 20
+    assert [len(blocks) for blocks in _memory._waiting.values()] == [3]
+    of_bytes(1 << 20)
+    assert _memory._waiting_bytes == 3 << 20
+
+
+def test_tensors_are_as_torch_empty_makes_them():
+    large, odd = ((SMALL_BYTES,), torch.int64), ((300, 999), torch.bfloat16)
+    for shape, dtype in (large, odd, ((3, 0), torch.float32), ((), torch.float32)):
+        tensor, torchs = empty(shape, dtype=dtype, device=CPU), torch.empty(shape, dtype=dtype)
+        for what in ("shape", "dtype", "device", "requires_grad", "is_leaf", "_base"):
+            assert getattr(tensor, what) == getattr(torchs, what), what
+        assert tensor.stride() == torchs.stride()
+        assert tensor.data_ptr() % 64 == 0
+
+
+def test_memory_of_inference_serves_training_later():
+    with torch.inference_mode():
+        address = of_bytes(1 << 20, torch.float32).fill_(1).data_ptr()
+    tensor = of_bytes(1 << 20, torch.float32).fill_(2).requires_grad_()
+    assert tensor.data_ptr() == address
+    tensor.square().sum().backward()
+    assert tensor.grad is not None
