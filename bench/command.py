@@ -21,6 +21,11 @@ COMMANDS = {
 DESCRIPTION = "Measure phi1's operations and units beside their peers; a time counts once its result is right."
 
 
+def plain_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """Makes the parser where a file is run and not the `phi1` command."""
+    return argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+
+
 def main(argv: list[str], make_parser: MakeParser) -> int:
     """Run `phi1 bench ARGV`; the exit code. 1 if phi1 itself failed or computed something wrong."""
     if argv and argv[0] in COMMANDS:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import triton
 
+from phi1.bench.command import MakeParser, plain_parser
 from phi1.bench.static_case import Case
 from phi1.bench.static_cases import cases as cases_of
 from phi1.bench.static_compile import compile_all
@@ -29,9 +30,8 @@ Chosen = list[tuple[str, Case]]
 UPDATE = "`phi1 bench static --update` under each Triton version mends it"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    options = _parse(argv)
+def main(argv: Sequence[str], make_parser: MakeParser = plain_parser) -> int:
+    options = _parse(argv, make_parser)
     chosen = [(arch, case) for arch in options.arch or ARCHS for case in cases_of(arch) if options.only in case.name]
     if not chosen:
         return _refuse(f"--only {options.only!r}: no case has this in its name")
@@ -47,9 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _under_others(argv, options.triton, 1 if failures else 0)
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="phi1 bench static", description=(__doc__ or "").partition("\n")[0],
-                                     allow_abbrev=False)
+def _parse(argv: Sequence[str], make_parser: MakeParser = plain_parser) -> argparse.Namespace:
+    parser = make_parser("phi1 bench static", (__doc__ or "").partition("\n")[0])
     parser.add_argument("--arch", action="append", choices=list(ARCHS), help="for this one alone; may be repeated")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--check", action="store_true",

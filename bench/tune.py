@@ -25,6 +25,7 @@ import phi1.kernels
 from phi1.bench import check
 from phi1.bench.case import Case, Inputs
 from phi1.bench.cases import operations, select
+from phi1.bench.command import MakeParser, plain_parser
 from phi1.bench.runner import bind, one_line, release
 from phi1.bench.timing import Call, CudaClock, quantile
 from phi1.bench.tune_store import Store, Tile, trial_key, when_of
@@ -220,9 +221,8 @@ def _compile_share(options: argparse.Namespace, tuner: Tuner) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="phi1 tune", description=(__doc__ or "").partition("\n")[0],
-                                     allow_abbrev=False)
+def _parse(argv: Sequence[str], make_parser: MakeParser) -> argparse.Namespace:
+    parser = make_parser("phi1 tune", (__doc__ or "").partition("\n")[0])
     parser.add_argument("--op", action="append", default=[], choices=operations(), metavar="OP",
                         help=f"tune this one alone; may be repeated: {', '.join(operations())}")
     parser.add_argument("--minutes", type=float, default=30.0, help="start no trial after this long (%(default)s)")
@@ -250,8 +250,8 @@ def _dry_run(options: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = _parse(sys.argv[1:] if argv is None else argv)
+def main(argv: Sequence[str], make_parser: MakeParser = plain_parser) -> int:
+    options = _parse(argv, make_parser)
     if options.dry_run:
         return _dry_run(options)
     if not torch.cuda.is_available():
@@ -274,4 +274,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -245,7 +245,7 @@ def _prepare(argv: list[str]) -> int:
 def _tune(argv: list[str]) -> int:
     from phi1.bench.tune import main as tune
 
-    return tune(argv)
+    return tune(argv, Parser)
 
 
 def _doctor(argv: list[str]) -> int:
