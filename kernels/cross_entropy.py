@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from phi1.kernels._backend import operator, reference_forced, require_no_triton
+from phi1.kernels._backend import operator, reference_forced
 from phi1.kernels._checks import (
     check_alike,
     check_device,
@@ -23,7 +23,7 @@ from phi1.kernels._checks import (
     check_tensors,
     require,
 )
-from phi1.kernels._cross_entropy import LossRule, Needs, gradient_dtype, losses_and_gradients, scale_of
+from phi1.kernels._cross_entropy import LossRule, Needs, gradient_dtype, losses_and_gradients, scale_of, scaled
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -80,7 +80,7 @@ def _linear_cross_entropy_backward_op(
     factor = dloss / scale_of(like.dtype)
     if reduction == "mean":
         factor = factor / (targets != ignore_index).sum().clamp(min=1)  # no target, no gradient
-    return _scaled(dx, factor, like), _scaled(dw, factor, like), _scaled(db, factor, like)
+    return scaled(dx, factor, like.dtype), scaled(dw, factor, like.dtype), scaled(db, factor, like.dtype)
 
 
 @_linear_cross_entropy_backward_op.register_fake
@@ -110,7 +110,7 @@ def _rows_backward_op(
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))
     _, _, *gradients = losses_and_gradients(x, weight, bias, targets, rule, Needs(need_x, need_weight, need_bias),
                                             dloss / largest)
-    dx, dw, db = (_scaled(gradient, largest / scale_of(x.dtype), x) for gradient in gradients)
+    dx, dw, db = (scaled(gradient, largest / scale_of(x.dtype), x.dtype) for gradient in gradients)
     return dx, dw, db
 
 
@@ -119,14 +119,6 @@ def _(dloss, x, weight, bias, targets, ignore_index, label_smoothing, z_loss, va
       need_x, need_weight, need_bias):
     dx, dw = x.new_empty(x.shape if need_x else (0,)), weight.new_empty(weight.shape if need_weight else (0,))
     return dx, dw, x.new_empty((weight.shape[0] if need_bias else 0,))
-
-
-def _scaled(gradient: torch.Tensor, factor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """gradient * factor, multiplied in float32, in the dtype of `like`."""
-    if gradient.is_cpu and gradient.dtype == like.dtype:
-        # The CPU kernel multiplies 16-bit elements by a scalar in float32.
-        return gradient * factor.item()
-    return (gradient.float() * factor).to(like.dtype)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -208,7 +200,6 @@ def linear_cross_entropy(
         return linear_cross_entropy_reference(x, weight, bias, targets, reduction=reduction, ignore_index=ignore_index,
                                               label_smoothing=label_smoothing, z_loss=z_loss, valid_vocab=vocab,
                                               return_lse=return_lse)
-    require_no_triton("linear_cross_entropy")
     in_forward = torch.is_grad_enabled() and reduction != "none"
     needs = (in_forward and tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
     loss, lse, *_ = torch.ops.phi1.linear_cross_entropy(
