@@ -112,7 +112,7 @@ def test_escapes_in_stop_strings(folder, capsys, monkeypatch):
 
 
 MISTAKES = {
-    "no command": ([], r"phi1: error: give a command: generate, prepare, convert, doctor"),
+    "no command": ([], r"phi1: error: give a command: generate, prepare, convert, "),
     "misspelt command": (["genrate"], r"phi1: error: there is no command 'genrate'; did you mean generate?"),
     "strange command": (["fly"], r"phi1: error: there is no command 'fly'; there are generate, prepare"),
     "misspelt option": (["generate", "--model", "m", "--prompt", "x", "--temprature=1"],
