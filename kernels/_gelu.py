@@ -29,11 +29,11 @@ def gelu_forward(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tens
     out = x.new_empty(x.shape) if out is None else out
     if not x.is_cpu or x.dim() != 2:
         return torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
-    for rows, (wide, e, _, _, low) in _strips(x):
-        _load(wide, x[rows], low)
+    for rows, (wide, e, _, _) in _strips(x):
+        wide.copy_(x[rows])
         torch.mul(wide, wide, out=e)
         _exponential(wide, e, out=e)
-        _store(out[rows], wide.div_(e.add_(1)), low)
+        out[rows].copy_(wide.div_(e.add_(1)))
     return out
 
 
@@ -46,17 +46,17 @@ def gelu_backward(
         if y is not None:
             torch.ops.aten.gelu.out(x, approximate="tanh", out=y)
         return torch.ops.aten.gelu_backward.grad_input(dy, x, approximate="tanh", grad_input=dx)
-    for rows, (wide, slope, s, rest, low) in _strips(x):
-        _load(wide, x[rows], low)
+    for rows, (wide, slope, s, rest) in _strips(x):
+        wide.copy_(x[rows])
         torch.mul(wide, wide, out=slope)
         _exponential(wide, slope, out=s).add_(1).reciprocal_()
         wide.mul_(s)
         if y is not None:
-            _store(y[rows], wide, low)
+            y[rows].copy_(wide)
         _line(LINEAR, 3 * CUBIC, slope, out=slope).mul_(wide)  # y u'
         s.addcmul_(slope, _line(1.0, -1.0, s, out=rest))
-        _load(slope, dy[rows], low)
-        _store(dx[rows], s.mul_(slope), low)
+        slope.copy_(dy[rows])
+        dx[rows].copy_(s.mul_(slope))
     return dx
 
 
@@ -71,24 +71,13 @@ def _line(constant: float, slope: float, x: torch.Tensor, out: torch.Tensor) -> 
 
 
 def _strips(x: torch.Tensor) -> Iterator[tuple[slice, list[torch.Tensor]]]:
-    """(rows, four float32 strips and one in x's dtype) for as many rows of x [N, F] at a time as the caches hold."""
+    """(rows, four float32 strips) for as many rows of x [N, F] at a time as the caches hold."""
     n_rows, width = x.shape
     step = min(max(1, STRIP_ELEMENTS // max(1, width)), max(1, n_rows))
-    strips = [*empty((4, step, width), dtype=torch.float32, device=x.device),
-              empty((step, width), dtype=x.dtype, device=x.device)]
+    strips = empty((4, step, width), dtype=torch.float32, device=x.device)
     for first in range(0, n_rows, step):
         rows = slice(first, min(first + step, n_rows))
         yield rows, [strip[: rows.stop - first] for strip in strips]
-
-
-def _load(wide: torch.Tensor, x: torch.Tensor, low: torch.Tensor) -> None:
-    """wide = x. In two steps, as in `_store`: PyTorch converts only contiguous elements fast."""
-    wide.copy_(x if x.is_contiguous() or x.dtype == wide.dtype else low.copy_(x))
-
-
-def _store(x: torch.Tensor, wide: torch.Tensor, low: torch.Tensor) -> None:
-    """x = wide."""
-    x.copy_(wide if x.is_contiguous() or x.dtype == wide.dtype else low.copy_(wide))
 
 
 def gelu_new(x: torch.Tensor) -> torch.Tensor:
