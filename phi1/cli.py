@@ -248,6 +248,12 @@ def _tune(argv: list[str]) -> int:
     return tune(argv, Parser)
 
 
+def _plan(argv: list[str]) -> int:
+    from phi1.train.plan import main as plan
+
+    return plan(argv, Parser)
+
+
 def _doctor(argv: list[str]) -> int:
     Parser("phi1 doctor", "Check this machine and installation; exit code 1 if something is broken.").parse_args(argv)
     from phi1._doctor import examine
@@ -271,5 +277,6 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "convert": (_convert, "write a model in the current Hugging Face layout"),
     "bench": (_bench, "measure the operations and units beside their peers"),
     "tune": (_tune, "search the kernels' tile shapes on this GPU"),
+    "plan": (_plan, "say what a run needs: memory of each GPU, time, cost"),
     "doctor": (_doctor, "check this machine and installation"),
 }

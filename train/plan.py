@@ -1,0 +1,265 @@
+"""What a run will need, before any GPU is rented: memory a GPU by component, time, collectives, cost.
+
+The states (parameters, gradients, optimizer) are exact for FSDP2 as `engine.py` sets it up: parameters stay gathered
+within a step and gradients of several micro-steps add up unsharded, in float32. Activations follow from what the
+operations save. Time is arithmetic over the GPU's peak times an MFU, which is an assumption until a run on that GPU has
+measured it, and the plan says so.
+
+P parameters, W GPUs, L layers, D width, F MLP, V vocabulary, H heads, T tokens of a sequence, b sequences of a
+micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from phi1.config import Phi1Config
+from phi1.gpus import GPUS, Gpu
+from phi1.train.batches import divisors
+from phi1.train.launch import RunError
+from phi1.train.recipe import Recipe
+
+GIB = 1 << 30
+ELEMENT_BYTES = {"auto": 2, "fp16": 2, "bf16": 2, "fp32": 4}
+WORKSPACE_BYTES = 256 << 20  # linear_cross_entropy's default
+CONTEXT_BYTES = 1.5 * GIB  # CUDA's context, cuBLAS' workspaces and NCCL's buffers: an assumption
+FRAGMENTATION = 0.04  # of the GPU's memory, kept free: an assumption
+ASSUMED_MFU = 0.40  # phi-1's card comes to 0.38 on A100, published runs of this size to 0.42-0.60
+NODE_LINK_GB_PER_S = 25.0  # of each GPU to other nodes: a 200 Gbit/s card, an assumption
+LINK_EFFICIENCY = 0.75  # of the data sheet's, in a large all-gather: an assumption
+CARD_TOKENS, CARD_DAYS, CARD_GPUS = 54e9, 6.0, 8
+PAPER_TOKENS, PAPER_GPU_HOURS = 51e9, 770.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """W GPUs of one kind on some nodes, and what one costs an hour."""
+
+    gpu: Gpu
+    gpus: int
+    nodes: int = 1
+    price: float | None = None
+    mfu: float | None = None
+
+
+def flops_per_token(config: Phi1Config, seq_len: int, causal: bool = False) -> float:
+    """Of training, recomputation apart: 6 a parameter without the input embedding, and attention's 12 L D T.
+
+    With `causal`, half of that attention, what a causal kernel computes. PaLM, arXiv 2204.02311, appendix B.
+    """
+    n = config.num_parameters - config.vocab_size * config.hidden_size
+    attention = 12 * config.num_hidden_layers * config.hidden_size * seq_len
+    return 6 * n + attention / (2 if causal else 1)
+
+
+def states(config: Phi1Config, gpus: int, element: int, micro_steps: int) -> dict[str, float]:
+    """Bytes a GPU that are there at the end of a step's last backward, whatever the micro-batch."""
+    p = config.num_parameters
+    return {
+        "parameters, fp32, sharded": 4 * p / gpus,
+        "gradients, fp32, sharded": 4 * p / gpus,
+        "AdamW's two moments, fp32, sharded": 8 * p / gpus,
+        f"parameters, gathered, {8 * element} bits": element * p,
+        "gradients of the micro-steps, fp32": 4 * p if micro_steps > 1 else 0,
+    }
+
+
+def activations(config: Phi1Config, seq_len: int, element: int) -> float:
+    """Bytes that the blocks keep for the backward, one sequence: x, q, k, v, att, pre, mean, rstd, lse."""
+    d, f = config.hidden_size, config.intermediate_size
+    per_token = element * (5 * d + f) + 4 * (2 + config.num_attention_heads)
+    return seq_len * (config.num_hidden_layers * per_token + 2 * element * d)
+
+
+def transients(config: Phi1Config, seq_len: int, element: int, micro_batch: int, gpus: int) -> dict[str, float]:
+    """Bytes of what lives for a part of the step; the largest two do not meet, and the larger counts."""
+    d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
+    tokens = micro_batch * seq_len
+    block = tokens * element * ((3 * d + f) + 2 * (d + f) + 3 * d)
+    loss = WORKSPACE_BYTES + (4 + element) * v * d + 2 * element * tokens * d
+    largest_group = v * d * 2 + v + 2 * d
+    reduction = largest_group * (element + 4 + 4 / gpus)
+    return {"backward of one block": block, "loss and its weight gradient": loss,
+            "reduction of the largest group": reduction}
+
+
+def memory(recipe: Recipe, cluster: Cluster, micro_batch: int) -> dict[str, float]:
+    """Bytes a GPU by component."""
+    config, seq_len = recipe.phi1_config(), recipe.data.seq_len
+    element = ELEMENT_BYTES[recipe.train.precision]
+    micro_steps = recipe.train.batch_size // (cluster.gpus * micro_batch)
+    passing = transients(config, seq_len, element, micro_batch, cluster.gpus)
+    largest = max(passing, key=lambda name: passing[name])
+    return {
+        **states(config, cluster.gpus, element, micro_steps),
+        f"activations of {micro_batch} sequences": micro_batch * activations(config, seq_len, element),
+        f"for a moment: {largest}": passing[largest],
+        "CUDA, cuBLAS and NCCL (assumed)": CONTEXT_BYTES,
+        "fragmentation (assumed)": FRAGMENTATION * cluster.gpu.memory_gib * GIB,
+    }
+
+
+def largest_micro_batch(recipe: Recipe, cluster: Cluster) -> int:
+    """The largest divisor of a GPU's share of the batch that fits; 0 if none does.
+
+    Raises:
+        RunError: the batch does not divide over the GPUs.
+    """
+    if recipe.train.batch_size % cluster.gpus:
+        fitting = ", ".join(map(str, divisors(recipe.train.batch_size)))
+        raise RunError(f"--gpus must divide train.batch_size, {recipe.train.batch_size}; got {cluster.gpus}; "
+                       f"{fitting} would do")
+    share = recipe.train.batch_size // cluster.gpus
+    fits = [b for b in divisors(share)
+            if sum(memory(recipe, cluster, b).values()) <= cluster.gpu.memory_gib * GIB]
+    return max(fits, default=0)
+
+
+@dataclass(frozen=True)
+class Duration:
+    """Time of one step, in seconds: arithmetic, and the collectives were they not overlapped."""
+
+    arithmetic: float
+    collectives: float
+
+    @property
+    def step(self) -> float:
+        """Collectives overlap the first and the last micro-step's arithmetic: the longer of the two."""
+        return max(self.arithmetic, self.collectives)
+
+
+def duration(recipe: Recipe, cluster: Cluster) -> Duration:
+    """One all-gather of the parameters and one float32 reduce-scatter of the gradients a step."""
+    config, seq_len, w = recipe.phi1_config(), recipe.data.seq_len, cluster.gpus
+    tokens = recipe.train.batch_size * seq_len
+    peak = cluster.gpu.float_tflops if recipe.train.precision == "fp32" else cluster.gpu.half_tflops
+    mfu = ASSUMED_MFU if cluster.mfu is None else cluster.mfu
+    link = cluster.gpu.link_gb_per_s if cluster.nodes == 1 else NODE_LINK_GB_PER_S
+    n_bytes = config.num_parameters * (ELEMENT_BYTES[recipe.train.precision] + 4) * (w - 1) / w
+    return Duration(tokens * flops_per_token(config, seq_len) / (w * peak * 1e12 * mfu),
+                    n_bytes / (link * LINK_EFFICIENCY * 1e9))
+
+
+def report(recipe: Recipe, cluster: Cluster) -> list[str]:
+    """The plan, line by line.
+
+    Raises:
+        RunError: the recipe and the cluster do not go together.
+    """
+    best = largest_micro_batch(recipe, cluster)
+    share = recipe.train.batch_size // cluster.gpus
+    chosen = recipe.train.micro_batch_size or best or 1
+    if share % chosen:
+        raise RunError(f"train.micro_batch_size must divide {recipe.train.batch_size} / {cluster.gpus} = {share}; got "
+                       f"{chosen}; {', '.join(map(str, divisors(share)))} would do")
+    return [_title(recipe, cluster, chosen, share), "", *_memory_lines(recipe, cluster, chosen, best), "",
+            *_time_lines(recipe, cluster), *_reconciliation(recipe)]
+
+
+def _title(recipe: Recipe, cluster: Cluster, micro_batch: int, share: int) -> str:
+    config, nodes = recipe.phi1_config(), f"{cluster.nodes} node" + "s" * (cluster.nodes > 1)
+    return (f"{recipe.model.preset}, {config.num_parameters:,} parameters, on {cluster.gpus} x {cluster.gpu.name} "
+            f"({nodes}), {recipe.train.precision}: {share // micro_batch} micro-steps of {micro_batch} x "
+            f"{recipe.data.seq_len} tokens on each GPU")
+
+
+def _memory_lines(recipe: Recipe, cluster: Cluster, micro_batch: int, best: int) -> list[str]:
+    parts = memory(recipe, cluster, micro_batch)
+    need, have = sum(parts.values()) / GIB, cluster.gpu.memory_gib
+    lines = ["memory of a GPU, GiB", *(f"  {name:<46}{n_bytes / GIB:8.2f}" for name, n_bytes in parts.items()),
+             f"  {'in all':<46}{need:8.2f}  of {have:.1f}: {'fits' if need <= have else 'DOES NOT FIT'}"]
+    if best == 0:
+        lines.append("no micro-batch fits: take more GPUs, or GPUs with more memory")
+    elif need > have:
+        lines.append(f"set train.micro_batch_size to {best}, the largest that fits")
+    elif best > micro_batch:
+        lines.append(f"train.micro_batch_size up to {best} fits")
+    return lines
+
+
+def _time_lines(recipe: Recipe, cluster: Cluster) -> list[str]:
+    config, train, seq_len = recipe.phi1_config(), recipe.train, recipe.data.seq_len
+    took, tokens = duration(recipe, cluster), train.batch_size * seq_len
+    seconds = took.step * train.steps
+    gpu_hours = seconds / 3600 * cluster.gpus
+    source = "assumed" if cluster.mfu is None else "given"
+    return [
+        f"a token        {flops_per_token(config, seq_len) / 1e9:.3f} GFLOP, "
+        f"{flops_per_token(config, seq_len, causal=True) / 1e9:.3f} with causal attention halved",
+        f"a step         {tokens:,} tokens, {took.arithmetic:.2f} s of arithmetic at MFU "
+        f"{ASSUMED_MFU if cluster.mfu is None else cluster.mfu:.2f} ({source}); collectives {took.collectives:.2f} s",
+        f"speed          {tokens / took.step:,.0f} tokens/s, {tokens / took.step / cluster.gpus:,.0f} a GPU",
+        f"the run        {train.steps:,} steps, {train.steps * tokens / 1e9:.2f} B tokens, {seconds / 86400:.2f} days, "
+        f"{gpu_hours:,.0f} GPU-hours" + ("" if cluster.price is None else f", {gpu_hours * cluster.price:,.0f} at "
+                                         f"{cluster.price:g} a GPU-hour"),
+    ]
+
+
+def _reconciliation(recipe: Recipe) -> list[str]:
+    """How the run's tokens meet the published figures, where it is phi-1's."""
+    tokens = recipe.train.steps * recipe.train.batch_size * recipe.data.seq_len
+    if recipe.model.preset != "phi1" or tokens < 1e9:
+        return []
+    finetune = 6000 * 256 * 2048
+    speed = CARD_TOKENS / (CARD_DAYS * 86400 * CARD_GPUS)
+    paper = PAPER_TOKENS / (PAPER_GPU_HOURS * 3600)
+    return [
+        f"the card       54 B tokens: 24,000 x 1,024 x 2,048 = 50.33 B, and of finetuning 6,000 x 256 x 2,048 = "
+        f"{finetune / 1e9:.2f} B, 53.48 B in all",
+        f"               its 6 days on 8 A100 are {speed:,.0f} tokens/s a GPU; the paper's 770 GPU-hours for 51 B are "
+        f"{paper:,.0f}",
+    ]
+
+
+def main(argv: list[str], parser_class: type) -> int:
+    """`phi1 plan`."""
+    from phi1.train.pretrain import parse
+
+    parser = parser_class("phi1 plan", "What a run needs: memory of each GPU, time, cost. Nothing is run.\n\n"
+                          "Any key of the recipe may follow as --section.key value, as for train/pretrain.py.")
+    parser.add_argument("--config", type=Path, default=Path(__file__).parent / "configs" / "phi1-base.toml",
+                        help="the run's recipe; without it phi-1-base's")
+    parser.add_argument("--gpu", default="a100-80", choices=list(GPUS), help="%(choices)s (%(default)s)")
+    parser.add_argument("--gpus", type=_count, default=8, help="over all nodes (%(default)s)")
+    parser.add_argument("--nodes", type=_count, default=1, help="(%(default)s)")
+    parser.add_argument("--price", type=_positive, help="of one GPU-hour, in any currency")
+    parser.add_argument("--mfu", type=_share, help=f"model flops utilisation, 0 to 1 (assumed: {ASSUMED_MFU})")
+    options, rest = parser.parse_known_args(argv)
+    if options.gpus % options.nodes:
+        parser.error(f"--nodes must divide --gpus, {options.gpus}; got {options.nodes}")
+    stray = [word for word in rest if word.startswith("--") and "." not in word]
+    if stray:
+        parser.error(f"unrecognized arguments: {stray[0]}")
+    try:
+        recipe = parse(["--config", str(options.config), *rest])
+        assert recipe is not None
+        lines = report(recipe, Cluster(GPUS[options.gpu], options.gpus, options.nodes, options.price, options.mfu))
+    except RunError as error:
+        parser.error(str(error))
+    print("\n".join(lines))
+    return 0
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
+def _share(text: str) -> float:
+    value = _positive(text)
+    if value > 1:
+        raise ValueError
+    return value
+
+
+_count.__name__, _positive.__name__, _share.__name__ = "count", "number above 0", "share of 1"
