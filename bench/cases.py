@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-from phi1.bench import cases_attention, cases_block, cases_linear, cases_loss, cases_norm
+from phi1.bench import cases_attention, cases_block, cases_host, cases_linear, cases_loss, cases_model, cases_norm
 from phi1.bench.case import UNITS, Case
 
-FAMILIES = (cases_norm, cases_attention, cases_linear, cases_loss, cases_block)
+FAMILIES = (cases_norm, cases_attention, cases_linear, cases_loss, cases_block, cases_model, cases_host)
 
 
 @cache

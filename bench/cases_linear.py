@@ -42,7 +42,8 @@ def cases() -> list[Case]:
 
 def _linear(rows: int, columns: int, outputs: int, dtype: str, device: str = "cuda", *, activation: str | None = None,
             residual: bool = False, p: float = 0.0, quick: bool = False) -> list[Case]:
-    shape = {"N": rows, "K": columns, "M": outputs, "A": int(activation is not None), "U": int(residual)}
+    shape: dict[str, Any] = {"N": rows, "K": columns, "M": outputs, "A": int(activation is not None),
+                             "U": int(residual)}
     shape |= {"dropout": p} if p else {}
 
     def inputs(on: torch.device, generator: torch.Generator) -> Inputs:

@@ -116,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
             print(table.heading(unit))
         print(table.block(record), flush=True)
         failed += record["providers"][0]["status"] != "ok"
+    if torch.distributed.is_initialized():  # by a training step
+        torch.distributed.destroy_process_group()
     if file.path:
         print(f"phi1 bench: results written to {file.path}", file=sys.stderr)
     if failed:

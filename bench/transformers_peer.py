@@ -25,6 +25,13 @@ def phi_config(config: Phi1Config, dropout: float = 0.0) -> Any:
     )
 
 
+def quiet() -> None:
+    """No progress bars between the lines of the tables."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def decoder_layer(case: Case, batch: int, heads: int, dropout: float) -> Function:
     """PhiDecoderLayer, called with views of the merged parameters, so that gradients come back in our layout."""
     from transformers.models.phi.modeling_phi import PhiDecoderLayer
@@ -55,3 +62,23 @@ def layer_parameters(inputs: Inputs, width: int) -> dict[str, torch.Tensor]:
     for name, begin, end in zip(names, ends, ends[1:], strict=False):
         found |= {f"{name}.weight": inputs["in_weight"][begin:end], f"{name}.bias": inputs["in_bias"][begin:end]}
     return found
+
+
+def causal_model(model: torch.nn.Module, config: Phi1Config, dropout: float = 0.0) -> Any:
+    """PhiForCausalLM with the weights of one of ours, on its device and in its dtype."""
+    from transformers import PhiForCausalLM
+
+    from phi1._layouts import LAYOUTS, WRITTEN, places
+
+    state = model.state_dict()
+    with torch.device("meta"):
+        theirs: Any = PhiForCausalLM(phi_config(config, dropout))
+    device, dtype = state["embed.weight"].device, state["embed.weight"].dtype
+    theirs = theirs.to_empty(device=device).to(dtype)
+    # Not in the state dict, and left without values by to_empty.
+    rotary = theirs.model.rotary_emb
+    half = torch.arange(config.rotary_dim // 2, device=device, dtype=torch.float32)
+    rotary.inv_freq = config.rope_theta ** (-2 * half / config.rotary_dim)
+    places_of = places(LAYOUTS[WRITTEN], config)
+    theirs.load_state_dict({name: state[place.parameter][place.index] for name, place in places_of.items()})
+    return theirs

@@ -1,0 +1,207 @@
+"""What the host does around the model: batches of a corpus, tokenisation, checkpoints. The same on every machine."""
+
+from __future__ import annotations
+
+import sysconfig
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phi1.bench.case import BOTH, Case, Function, Inputs, Provider, named
+from phi1.bench.cases_model import build
+from phi1.bench.providers import ours, peer
+from phi1.config import Phi1Config, preset
+
+SMALL = preset("nano")
+SEQ_LEN, BATCH = 512, 64
+
+
+def cases() -> list[Case]:
+    """Every case of the host's work."""
+    found = [_batches(), _tokenise()]
+    for device, name, config in (("cpu", "nano", SMALL), ("cuda", "phi1", preset("phi1"))):
+        found += [_load(device, name, config), _save(device, name, config)]
+    return found
+
+
+@cache
+def _temporary() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="phi1-bench-")
+
+
+def _scratch() -> Path:
+    """A folder that lives as long as the process."""
+    return Path(_temporary().name)
+
+
+def _case(op: str, shape: dict[str, Any], dtype: str, devices: tuple[str, ...] = BOTH, **fields: Any) -> Case:
+    label = {letter: value for letter, value in shape.items() if letter not in ("P", "C")}
+    return Case(name=named(op, label, dtype, "call"), op=op, unit="host", direction="call", shape=shape, dtype=dtype,
+                devices=devices, flops="0", **fields)
+
+
+def _batches() -> Case:
+    """Rows of a memory-mapped corpus in a random order, as a step of training reads them."""
+    @cache
+    def corpus() -> Any:
+        from phi1.train.data import open_corpus
+        from phi1.train.prepare import prepare
+
+        source = Path(sysconfig.get_path("stdlib"), "asyncio")
+        prepare([str(source)], _scratch() / "corpus", val_fraction=0.05, workers=1)
+        return open_corpus(_scratch() / "corpus")
+
+    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
+        n_samples = corpus().n_samples(SEQ_LEN)
+        return {"samples": torch.randint(n_samples, (BATCH,), generator=generator, device=on).cpu()}
+
+    def theirs(case: Case) -> Function:
+        """PyTorch's own loader over the same memory map, in this process."""
+        stream = _Stream(corpus())
+
+        def run(inputs: Inputs) -> torch.Tensor:
+            loader = torch.utils.data.DataLoader(stream, batch_size=BATCH, sampler=inputs["samples"].tolist())
+            return next(iter(loader))
+
+        return run
+
+    def exact(inputs: Inputs) -> torch.Tensor:
+        whole = torch.cat([torch.from_numpy(shard.astype("int64")) for shard in corpus().shards])
+        return torch.stack([whole[i * SEQ_LEN : (i + 1) * SEQ_LEN + 1] for i in inputs["samples"].tolist()])
+
+    # Read two bytes a token, write eight.
+    return _case("data-loader", {"B": BATCH, "T": SEQ_LEN}, "uint16", bytes="10*B*(T + 1)", inputs=inputs, quick=True,
+                 providers=(ours(lambda inputs: torch.from_numpy(corpus().rows(inputs["samples"].numpy(), SEQ_LEN))),
+                            peer("DataLoader", "torch", theirs, BOTH)), reference=exact)
+
+
+class _Stream(torch.utils.data.Dataset):
+    """The corpus as a map-style dataset."""
+
+    def __init__(self, corpus: Any) -> None:
+        self.shard, self.count = corpus.shards[0], corpus.n_samples(SEQ_LEN)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(self.shard[index * SEQ_LEN : (index + 1) * SEQ_LEN + 1].astype("int64"))
+
+
+def _tokenise() -> Case:
+    """Source files to ids, one process, many texts at once."""
+    @cache
+    def texts() -> tuple[str, ...]:
+        folder = Path(sysconfig.get_path("stdlib"), "asyncio")
+        return tuple(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py")))
+
+    @cache
+    def tokenizer() -> Any:
+        from phi1.tokenizer import load_tokenizer
+
+        return load_tokenizer()
+
+    def theirs(case: Case) -> Function:
+        from transformers import AutoTokenizer
+
+        folder = _scratch() / "tokenizer"
+        tokenizer().save(folder)
+        fast = AutoTokenizer.from_pretrained(folder)
+        return lambda inputs: _joined(fast(list(inputs["texts"]))["input_ids"])
+
+    return _case("tokenise", {"source": "asyncio", "C": sum(len(text.encode()) for text in texts())}, "text",
+                 bytes="C", inputs=lambda on, generator: {"texts": texts()}, quick=True,
+                 providers=(ours(lambda inputs: _joined(tokenizer().encode_batch(list(inputs["texts"])))),
+                            peer("transformers", "transformers", theirs, BOTH)),
+                 reference=lambda inputs: theirs(None)(inputs))  # type: ignore[arg-type]
+
+
+def _joined(rows: list[list[int]]) -> torch.Tensor:
+    return torch.tensor([token for row in rows for token in row])
+
+
+def _model(config: Phi1Config) -> Any:
+    return build(config, torch.device("cpu"), torch.float16)
+
+
+@cache
+def _saved(config: Phi1Config) -> Path:
+    from phi1.weights import save
+
+    folder = _scratch() / f"saved-{config.hidden_size}"
+    save(_model(config), folder)
+    return folder
+
+
+def _load(device: str, name: str, config: Phi1Config) -> Case:
+    """From the page cache to the device, ready to run."""
+    def run(inputs: Inputs) -> torch.Tensor:
+        from phi1.weights import load
+
+        return _first(load(_saved(config), device=device))
+
+    def theirs(case: Case) -> Function:
+        from transformers import PhiForCausalLM
+
+        from phi1.bench.transformers_peer import quiet
+
+        quiet()
+        loader: Any = PhiForCausalLM
+        return lambda inputs: _first(loader.from_pretrained(_saved(config), dtype=torch.float16).to(device))
+
+    return _case("load", {"model": name, "P": config.num_parameters}, "float16", (device,), bytes="2*P*e", quick=True,
+                 inputs=lambda on, generator: {}, reference=None,
+                 providers=(ours(run), peer("transformers", "transformers", theirs, BOTH)))
+
+
+def _first(model: Any) -> torch.Tensor:
+    """An element of the last parameter, so that a lazy loader has loaded it."""
+    return list(model.parameters())[-1].flatten()[:1].float()
+
+
+def _save(device: str, name: str, config: Phi1Config) -> Case:
+    """To a file, replaced each time."""
+    def prepare(case: Case, on: torch.device) -> Function:
+        from phi1.weights import save
+
+        model, folder = _model(config).to(on), _scratch() / f"{name}-ours"
+
+        def run(inputs: Inputs) -> torch.Tensor:
+            save(model, folder)
+            return _size(folder)
+
+        return run
+
+    def theirs(case: Case) -> Function:
+        from phi1.bench.transformers_peer import causal_model, quiet
+
+        quiet()
+        model, folder = causal_model(_model(config), config).to(device), _scratch() / f"{name}-theirs"
+
+        def run(inputs: Inputs) -> torch.Tensor:
+            model.save_pretrained(folder)
+            return _size(folder)
+
+        return run
+
+    def torch_save(case: Case) -> Function:
+        model, path = _model(config).to(device), _scratch() / f"{name}.pt"
+
+        def run(inputs: Inputs) -> torch.Tensor:
+            torch.save(model.state_dict(), path)
+            return torch.tensor(path.stat().st_size)
+
+        return run
+
+    return _case("save", {"model": name, "P": config.num_parameters}, "float16", (device,), bytes="2*P*e", quick=True,
+                 inputs=lambda on, generator: {}, exclusive=device == "cuda",
+                 providers=(Provider("phi1", prepare, package="phi1"),
+                            peer("transformers", "transformers", theirs, BOTH),
+                            peer("torch.save", "torch", torch_save, BOTH)))
+
+
+def _size(folder: Path) -> torch.Tensor:
+    return torch.tensor(sum(path.stat().st_size for path in folder.iterdir()))
