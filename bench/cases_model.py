@@ -44,7 +44,8 @@ def cases() -> list[Case]:
     found += [_decode(phi1, batch, tokens, "float16", "cuda", quick=tokens == 512 and batch == 1)
               for batch, tokens in ((1, 512), (1, 2016), (8, 512))]
     return [*found, _prefill(TINY, 1, 64, "float32", "cpu", quick=True),
-            _decode(TINY, 1, 64, "float32", "cpu", quick=True)]
+            _decode(TINY, 1, 64, "float32", "cpu", quick=True),
+            _decode(preset("phi1-small"), 1, 64, "float16", "cpu")]
 
 
 def _cpu_plan(vocab_size: int) -> Plan:

@@ -15,7 +15,7 @@ MakeParser = Callable[[str, str], Any]
 COMMANDS = {
     "report": ("phi1.bench.report", "README tables and plots from results files"),
     "compare": ("phi1.bench.compare", "what got faster or slower between two results files"),
-    "trace": ("phi1.bench.trace", "a Chrome trace and a table of time by operation of one unit"),
+    "trace": ("phi1.bench.chrome_trace", "a Chrome trace and a table of time by operation of one unit"),
     "static": ("phi1.bench.static_report", "what the compiler makes of every kernel, without a GPU"),
 }
 DESCRIPTION = "Measure phi1's operations and units beside their peers; a time counts once its result is right."
