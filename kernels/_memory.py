@@ -1,35 +1,27 @@
 """Memory on CPUs that stays with the process, as a GPU's caching allocator keeps it.
 
 PyTorch returns every large CPU block to the system when it is freed, and takes it back page by page on first use: a
-fifth of a training step of nano, which needs 200 MB a step. Here a block that nobody holds any more waits for the next
-request of its size.
+tenth of a training step of nano, which needs 200 MB a step. Here a block that no tensor holds any more is lent again to
+the next request of its size.
 """
 
 from __future__ import annotations
 
 import math
+import sys
+import threading
 from collections import defaultdict
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 SMALL_BYTES = 128 << 10  # the C library keeps smaller blocks itself
-KEEP_BYTES = 2 << 30  # what may wait, in all
+KEEP_BYTES = 2 << 30  # in all, lent and not
 
-_waiting: dict[int, list[np.ndarray]] = defaultdict(list)
-_waiting_bytes = 0
-
-
-class _Lent(np.ndarray):
-    """A block while a tensor holds it. When the tensor's storage goes, this goes, and the block waits again."""
-
-    def __del__(self) -> None:
-        global _waiting_bytes
-        block = self.base
-        if isinstance(block, np.ndarray) and _waiting_bytes + block.nbytes <= KEEP_BYTES:
-            _waiting_bytes += block.nbytes
-            _waiting[block.nbytes].append(block)
+# How many hold a storage; PyTorch's own CUDA graphs ask it. Without it nothing is kept.
+_holders = getattr(torch._C, "_storage_Use_Count", None)
+_lock = threading.Lock()
+_blocks: dict[int, list[torch.UntypedStorage]] = defaultdict(list)
 
 
 def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -41,27 +33,41 @@ def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> 
         device: any; on another device than a CPU this is torch.empty.
 
     Returns:
-        An uninitialised tensor, aligned to 64 bytes. On a CPU its storage cannot be resized.
+        An uninitialised tensor, aligned to 64 bytes. Its storage may be an eighth larger than it.
     """
     n_bytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or n_bytes < SMALL_BYTES:
+    if device.type != "cpu" or n_bytes < SMALL_BYTES or _holders is None:
         return torch.empty(shape, dtype=dtype, device=device)
-    with torch.inference_mode(False):  # memory of an inference tensor could not be used in training later
-        storage = torch.from_numpy(_block(n_bytes).view(_Lent)).untyped_storage()
+    with _lock, torch.inference_mode(False):  # memory of an inference tensor could not be used in training later
         # Not a view of the bytes: an operator's output has no base.
-        tensor = torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape)  # type: ignore[call-overload]
+        tensor = torch.empty(0, dtype=dtype, device="cpu").set_(_block(n_bytes), 0, shape)  # type: ignore[call-overload]
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     if fills and torch.are_deterministic_algorithms_enabled() and dtype.is_floating_point:
         tensor.fill_(torch.nan)  # as PyTorch does with memory of its own
     return tensor
 
 
-def _block(n_bytes: int) -> np.ndarray:
-    """At least n_bytes, aligned as PyTorch aligns."""
-    global _waiting_bytes
+def _block(n_bytes: int) -> torch.UntypedStorage:
+    """At least n_bytes that nobody holds."""
     step = 1 << max(12, n_bytes.bit_length() - 4)  # at most an eighth more than asked for, so that near sizes share
     size = -(-n_bytes // step) * step
-    if blocks := _waiting[size]:
-        _waiting_bytes -= size
-        return blocks.pop()
-    return torch.empty(size, dtype=torch.uint8).numpy()
+    for block in reversed(_blocks[size]):  # the newest is the likeliest to be in a cache
+        if _is_free(block):
+            return block
+    if _kept_bytes() + size > KEEP_BYTES:
+        for blocks in _blocks.values():
+            blocks[:] = [block for block in blocks if not _is_free(block)]
+    block = torch.empty(size, dtype=torch.uint8, device="cpu").untyped_storage()
+    if _kept_bytes() + size <= KEEP_BYTES:
+        _blocks[size].append(block)
+    return block
+
+
+def _is_free(block: torch.UntypedStorage) -> bool:
+    """True where no tensor and no Python variable holds the block; the list, the caller and the calls here do."""
+    assert _holders is not None
+    return _holders(block._cdata) == 1 and sys.getrefcount(block) <= 4
+
+
+def _kept_bytes() -> int:
+    return sum(size * len(blocks) for size, blocks in _blocks.items())

@@ -1,6 +1,7 @@
 """Memory that stays with the process: never in two hands at once, and back when nobody holds it."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,9 +17,8 @@ def of_bytes(n, dtype=torch.uint8):
 
 
 @pytest.fixture(autouse=True)
-def nothing_waits(monkeypatch):
-    monkeypatch.setattr(_memory, "_waiting", type(_memory._waiting)(list))
-    monkeypatch.setattr(_memory, "_waiting_bytes", 0)
+def nothing_is_kept(monkeypatch):
+    monkeypatch.setattr(_memory, "_blocks", type(_memory._blocks)(list))
 
 
 def test_a_block_is_taken_again_when_its_tensor_has_gone():
@@ -43,15 +43,29 @@ def test_a_view_holds_the_block(hold):
     assert address in {of.data_ptr() for of in [of_bytes(1 << 20), of_bytes(1 << 20)]}
 
 
-def test_what_waits_is_bounded_and_counted(monkeypatch):
+def test_what_is_kept_is_bounded_and_unused_sizes_make_room(monkeypatch):
     monkeypatch.setattr(_memory, "KEEP_BYTES", 3 << 20)
     tensors = [of_bytes(1 << 20) for _ in range(5)]
-    assert _memory._waiting_bytes == 0
-    del tensors
-    assert _memory._waiting_bytes == 3 << 20
-    assert [len(blocks) for blocks in _memory._waiting.values()] == [3]
-    of_bytes(1 << 20)
-    assert _memory._waiting_bytes == 3 << 20
+    assert len({tensor.data_ptr() for tensor in tensors}) == 5
+    assert _memory._kept_bytes() == 3 << 20
+    del tensors[0]
+    larger = of_bytes(3 << 19)
+    assert _memory._kept_bytes() == (2 << 20)  # the free block went, and the larger one would be too much
+    del tensors, larger
+    of_bytes(3 << 19)
+    assert _memory._kept_bytes() == 3 << 19
+
+
+def test_threads_never_get_the_same_block():
+    def work(number):
+        for _ in range(300):
+            tensor = of_bytes(1 << 18).fill_(number)
+            if not bool((tensor == number).all()):
+                return "shared"
+        return "own"
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(work, range(4))) == {"own"}
 
 
 def test_tensors_are_as_torch_empty_makes_them():

@@ -24,7 +24,7 @@ from phi1.train.launch import Place, RunError
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-GROUP_BYTES = 16 << 20  # below this a group's own calls cost more than its overlap gains: 2 % of a step of nano on a CPU
+GROUP_BYTES = 16 << 20  # below this a group costs more in calls than overlap gains: 2 % of a step of nano on a CPU
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -109,36 +109,26 @@ def build_model(config: Phi1Config, engine: Engine, seed: int) -> Phi1:
             continue  # a part of the model's own group
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    if engine.device.type == "cpu":
+    if engine.device.type == "cpu" and engine.world_size == 1:
         for module in _sharded_modules(model):
-            module.set_custom_all_gather(_AllGather())  # type: ignore[arg-type]  # PyTorch does not export its class
-            module.set_custom_reduce_scatter(_ReduceScatter())  # type: ignore[arg-type]
+            module.set_custom_all_gather(_OneProcess())  # type: ignore[arg-type]  # PyTorch does not export its class
+            module.set_custom_reduce_scatter(_OneProcess())  # type: ignore[arg-type]
     register_fsdp_forward_method(model, "loss")
     return model
 
 
-class _AllGather:
-    """FSDP's default, in memory that stays with the process: on a CPU the pages would be taken anew each step."""
+class _OneProcess:
+    """FSDP's collectives where there is nobody to talk to, in memory that stays with the process.
+
+    On a CPU, PyTorch would take the pages of these buffers anew in each step.
+    """
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return empty([int(n) for n in size], dtype=dtype, device=device)
 
-    def __call__(
-        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
-    ) -> dist.Work | None:
-        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
-
-
-class _ReduceScatter:
-    """As `_AllGather`."""
-
-    allocate = _AllGather.allocate
-
-    def __call__(
-        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, op: Any,
-        async_op: bool = False,
-    ) -> dist.Work | None:
-        return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+    def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, **_: Any) -> None:
+        if output_tensor.data_ptr() != input_tensor.data_ptr():  # FSDP gathers into a part of the output
+            output_tensor.copy_(input_tensor)
 
 
 def _sharded_modules(model: Phi1) -> list[FSDPModule]:
