@@ -1,4 +1,5 @@
-"""The PyTorch path of causal and full attention, forward and backward, shared by the operations that attend.
+"""Causal and full attention, forward and backward, shared by the operations that attend: the Triton kernels' launches,
+or the PyTorch code below.
 
     S = scale q k^T + mask        P = softmax(S)        out = drop(P) v        lse = log sum exp S
     dP = drop(dout v^T)           dS = P (dP - rowsum(P dP))
@@ -6,9 +7,9 @@
 
 S, P and lse are float32, in base 2 with the scale folded into q in float32, so that float16 q and k of 300 stay finite.
 P and dS are rounded to bfloat16 for their products where the inputs are bfloat16. Scores are held for one tile of
-samples, heads and queries at a time, and keys that no query of the tile may see are never multiplied. A tile has whole
-rows, so the backward needs lse alone, and not out: rowsum(P dP) cancels the rounding of dP where rowsum(dout out) would
-not.
+samples, heads and queries at a time, and keys that no query of the tile may see are never multiplied. Here a tile has
+whole rows, so that rowsum(P dP) is at hand, which cancels the rounding of dP; the kernels have parts of rows and take
+rowsum(dout out) for it.
 
 B batch, Tq queries, Tk keys, H heads, K head size, N = B * Tq rows; G samples times heads of one tile.
 """
@@ -22,9 +23,10 @@ from itertools import pairwise
 
 import torch
 
+from phi1.kernels._backend import use_triton
 from phi1.kernels._memory import empty
 from phi1.kernels._philox import Dropout, attention_keep, dropout_scale
-from phi1.kernels._rotary import rotate_
+from phi1.kernels._rotary import rotate_, rows_of_tables
 
 LOG2E = math.log2(math.e)
 # Measured on a CPU with 1 MiB of L2 a core, T = 256 to 2048, K = 64: the scores of a tile and the products that read
@@ -37,27 +39,34 @@ DEVICE_TILE_QUERIES, DEVICE_TILE_BYTES = 1024, 256 << 20
 class Scheme:
     """How queries meet keys: which keys they see, their rotation, and which probabilities are dropped.
 
-    seq_starts [B] hides the keys before it. rotary is (cos, sin) of each row by `rows_of_tables`, [N, R], where q and k
-    are to be rotated first. `sample` numbers the first sample for the dropout masks.
+    seq_starts [B] hides the keys before it. rotary is (cos [T, R/2], sin [T, R/2], positions [N]) where q and k are to
+    be rotated first; with rotary_applied they have been, and their gradients alone are rotated, back. `sample` numbers
+    the first sample for the dropout masks. rows is rotary by `rows_of_tables`, two [N, R].
     """
 
     causal: bool
     scale: float
     seq_starts: torch.Tensor | None = None
-    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    rotary: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     dropout: Dropout | None = None
+    rotary_applied: bool = False
     sample: int = 0
+    rows: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def of_document(self, number: int, rows: slice) -> Scheme:
         """The scheme of one packed document, alone in its batch."""
-        rotary = None if self.rotary is None else (self.rotary[0][rows], self.rotary[1][rows])
-        return replace(self, sample=number, rotary=rotary)
+        own = None if self.rows is None else (self.rows[0][rows], self.rows[1][rows])
+        return replace(self, sample=number, rows=own)
+
+    def with_rows(self) -> Scheme:
+        """The scheme with its rotation row by row."""
+        return self if self.rotary is None else replace(self, rows=rows_of_tables(*self.rotary))
 
     def tables(self, batch: int, samples: slice, rows: slice) -> tuple[torch.Tensor, torch.Tensor] | None:
         """cos and sin of some samples' rows, [B, 1, T, R]: they broadcast over heads."""
-        if self.rotary is None:
+        if self.rows is None:
             return None
-        cos, sin = (table.unflatten(0, (batch, -1))[samples, None, rows] for table in self.rotary)
+        cos, sin = (table.unflatten(0, (batch, -1))[samples, None, rows] for table in self.rows)
         return cos, sin
 
 
@@ -68,6 +77,11 @@ def attention_forward(
 
     With cu_seqlens the N rows are packed documents: each attends to itself alone, and reads no other's rows.
     """
+    if use_triton(q):
+        from phi1.kernels._attention_triton import launch_forward
+
+        return launch_forward(q, k, v, scheme, cu_seqlens)
+    scheme = scheme.with_rows()
     batch, n_queries, n_heads, _ = q.shape
     lse = q.new_empty((n_heads, batch * n_queries), dtype=torch.float32)
     if cu_seqlens is None and _decodes(q, k, v, scheme):
@@ -89,12 +103,22 @@ def attention_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    out: torch.Tensor,
     lse: torch.Tensor,
     grads: Sequence[torch.Tensor],
     scheme: Scheme,
     cu_seqlens: torch.Tensor | None = None,
 ) -> None:
-    """Write the gradients of q, k and v into `grads`, three tensors of their shapes and any strides."""
+    """Write the gradients of q, k and v into `grads`, three tensors of their shapes and any strides.
+
+    out and lse are the forward's; the PyTorch code does not read out.
+    """
+    if use_triton(q):
+        from phi1.kernels._attention_triton import launch_backward
+
+        launch_backward(dout, q, k, v, out, lse, grads, scheme, cu_seqlens)
+        return
+    scheme = scheme.with_rows()
     batch, n_queries = q.shape[:2]
     if cu_seqlens is None:
         _backward((dout, q, k, v), lse.unflatten(1, (batch, n_queries)).transpose(0, 1), grads, scheme)
@@ -129,7 +153,7 @@ def _forward(q, k, v, out, lse, scheme: Scheme) -> None:
     n_queries, n_keys = q.shape[1], k.shape[1]
     low = _product_dtype(q)
     for samples, heads, step in _tiles(q, k):
-        tables = scheme.tables(q.shape[0], samples, slice(None))
+        tables = None if scheme.rotary_applied else scheme.tables(q.shape[0], samples, slice(None))
         q_tile = _wide(q[samples, :, heads], tables).mul_(scheme.scale * LOG2E)  # [G, Tq, K]
         k_tile = _wide(k[samples, :, heads], tables)
         v_tile = _heads_first(v[samples, :, heads]).to(low)
@@ -159,9 +183,10 @@ def _backward(
     low = _product_dtype(q)
     for samples, heads, step in _tiles(q, k):
         tables = scheme.tables(batch, samples, slice(None))
+        read = None if scheme.rotary_applied else tables
         dout_low = _heads_first(dout[samples, :, heads]).to(low)
         v_low = _heads_first(v[samples, :, heads]).to(low)
-        q_wide, k_wide = _wide(q[samples, :, heads], tables), _wide(k[samples, :, heads], tables)
+        q_wide, k_wide = _wide(q[samples, :, heads], read), _wide(k[samples, :, heads], read)
         q_low = _copy(q_wide, low)
         k_low = k_wide if low == torch.float32 else _copy(k_wide, low)
         q_scaled = q_wide.mul_(scheme.scale * LOG2E)
@@ -271,7 +296,7 @@ def _copy(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _wide(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
     """[B, T, H, K] -> [G, T, K] in float32, rotated if there are tables; a copy."""
-    wide = _copy(_heads_first(x), torch.float32)  # in two steps: PyTorch converts only contiguous elements fast
+    wide = _copy(x.transpose(1, 2), torch.float32).flatten(0, 1)
     if tables is not None:
         rotate_(wide.unflatten(0, (x.shape[0], x.shape[2])), *tables)
     return wide
@@ -288,7 +313,7 @@ def _store(
     if tables is not None:
         grad = grad.float()
         rotate_(grad.view(heads.shape), *tables, inverse=True)
-    heads.copy_(grad.to(target.dtype).view(heads.shape))
+    heads.copy_(grad.view(heads.shape))
 
 
 def _product_dtype(x: torch.Tensor) -> torch.dtype:

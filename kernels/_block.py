@@ -1,4 +1,4 @@
-"""The parallel block behind its norm, on plain tensors: two merged projections around attention; see `block.py`.
+"""The parallel block behind its norm, on plain tensors: the Triton kernels, or PyTorch; formulas in `block.py`.
 
 N rows, D width, H heads, K head size, F MLP width, B batch, R rotary dimension.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from phi1.kernels._attention import Scheme, attention_backward, attention_forward
+from phi1.kernels._backend import use_triton
 from phi1.kernels._gelu import gelu_backward, gelu_forward
 from phi1.kernels._memory import empty
 from phi1.kernels._philox import Dropout
@@ -27,6 +28,17 @@ class Layout:
     dense_dropout: Dropout | None
     fc2_dropout: Dropout | None
 
+    @property
+    def drops(self) -> bool:
+        """Whether a branch drops anything."""
+        return self.dense_dropout is not None or self.fc2_dropout is not None
+
+    def by_sample(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[N, 3D] -> q, k, v [B, T, H, K], views."""
+        n_rows, columns = qkv.shape
+        shape = (self.batch, n_rows // self.batch, 3, self.n_heads, columns // (3 * self.n_heads))
+        return qkv.unflatten(1, shape[2:]).unflatten(0, shape[:2]).unbind(2)
+
 
 def branches_forward(
     h: torch.Tensor,
@@ -36,24 +48,30 @@ def branches_forward(
     out_weight: torch.Tensor,
     out_bias: torch.Tensor,
     layout: Layout,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(x', proj [N, 3D+F], att [N, D], lse [H, N]) of the normalised h and the residual x, both [N, D]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x', qkv [N, 3D], pre [N, F], att [N, D], lse [H, N]) of the normalised h and the residual x, both [N, D].
+
+    Whether q and k are saved rotated is between this and `branches_backward`.
+    """
+    if use_triton(h):
+        from phi1.kernels._block_triton import launch_forward
+
+        return launch_forward(h, x, in_weight, in_bias, out_weight, out_bias, layout)
     width = h.shape[1]
-    proj = empty((h.shape[0], in_weight.shape[0]), dtype=h.dtype, device=h.device)
-    torch.addmm(in_bias, h, in_weight.t(), out=proj)
-    qkv, pre = _parts(proj, width, layout.n_heads)
-    att, lse = attention_forward(*_by_sample(qkv, layout.batch), layout.scheme, layout.cu_seqlens)
+    qkv = _addmm(in_bias[: 3 * width], h, in_weight[: 3 * width].t())
+    pre = _addmm(in_bias[3 * width :], h, in_weight[3 * width :].t())
+    att, lse = attention_forward(*layout.by_sample(qkv), layout.scheme, layout.cu_seqlens)
     att = att.view(h.shape)
-    if layout.dense_dropout is None and layout.fc2_dropout is None:
+    if not layout.drops:
         # One product and one rounding: copying att beside act costs less than a second product.
         joined = _room_for_both(att, pre)
         gelu_forward(pre, out=joined[:, width:])
-        return torch.addmm(x + out_bias.sum(0), joined, out_weight.t()), proj, att, lse
+        return torch.addmm(x + out_bias.sum(0), joined, out_weight.t()), qkv, pre, att, lse
     dense_weight, fc2_weight = out_weight.t().split_with_sizes([width, pre.shape[1]])
     y = dropped(torch.addmm(out_bias[0], att, dense_weight), layout.dense_dropout, layout.cu_seqlens)
     y += x  # into y, which is contiguous whatever x is
     y += dropped(torch.addmm(out_bias[1], gelu_forward(pre), fc2_weight), layout.fc2_dropout, layout.cu_seqlens)
-    return y, proj, att, lse
+    return y, qkv, pre, att, lse
 
 
 def branches_backward(
@@ -61,20 +79,23 @@ def branches_backward(
     h: torch.Tensor,
     in_weight: torch.Tensor,
     out_weight: torch.Tensor,
-    proj: torch.Tensor,
+    qkv: torch.Tensor,
+    pre: torch.Tensor,
     att: torch.Tensor,
     lse: torch.Tensor,
     layout: Layout,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of h, in_weight, in_bias, out_weight and out_bias; the residual's is dy."""
-    width = h.shape[1]
-    qkv, pre = _parts(proj, width, layout.n_heads)
-    dproj = empty(proj.shape, dtype=proj.dtype, device=proj.device)
-    dqkv, dpre = _parts(dproj, width, layout.n_heads)
-    datt, dw_out, db_out = _output_backward(dy, att, pre, out_weight, layout, dpre)
-    q, k, v = _by_sample(qkv, layout.batch)
-    attention_backward(datt.unflatten(1, (layout.n_heads, -1)).unflatten(0, q.shape[:2]), q, k, v, lse,
-                       _by_sample(dqkv, layout.batch), layout.scheme, layout.cu_seqlens)
+    if use_triton(h):
+        from phi1.kernels._block_triton import launch_backward
+
+        return launch_backward(dy, h, in_weight, out_weight, qkv, pre, att, lse, layout)
+    n_qkv = qkv.shape[1]
+    dproj = empty((h.shape[0], in_weight.shape[0]), dtype=h.dtype, device=h.device)
+    datt, dw_out, db_out = _output_backward(dy, att, pre, out_weight, layout, dproj[:, n_qkv:])
+    q, k, v = layout.by_sample(qkv)
+    attention_backward(datt.unflatten(1, (layout.n_heads, -1)).unflatten(0, q.shape[:2]), q, k, v, att.view(q.shape),
+                       lse, layout.by_sample(dproj[:, :n_qkv]), layout.scheme, layout.cu_seqlens)
     return _mm(dproj, in_weight), _mm(dproj.t(), h), dproj.sum(0), dw_out, db_out
 
 
@@ -85,7 +106,7 @@ def _output_backward(
     sizes = [att.shape[1], pre.shape[1]]
     joined = _room_for_both(att, pre)
     act = joined[:, sizes[0] :]
-    if layout.dense_dropout is None and layout.fc2_dropout is None:
+    if not layout.drops:
         djoined = _mm(dy, out_weight)
         datt, dact = djoined.split_with_sizes(sizes, dim=1)
         gelu_backward(dact, pre, dpre, act)
@@ -98,22 +119,16 @@ def _output_backward(
     return torch.mm(dy1, dense_weight), dw_out, torch.stack((dy1.sum(0), dy2.sum(0)))
 
 
-def _parts(proj: torch.Tensor, width: int, n_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of proj [N, 3D+F]: qkv [N, 3, H, K] and pre [N, F]."""
-    return proj[:, : 3 * width].unflatten(1, (3, n_heads, width // n_heads)), proj[:, 3 * width :]
-
-
-def _by_sample(qkv: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
-    """[N, 3, H, K] -> q, k, v [B, T, H, K], views."""
-    return qkv.unflatten(0, (batch, qkv.shape[0] // batch)).unbind(2)
-
-
 def _room_for_both(att: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
     """[att | unset] [N, D+F]."""
     width = att.shape[1]
     joined = empty((att.shape[0], width + pre.shape[1]), dtype=att.dtype, device=att.device)
     joined[:, :width] = att
     return joined
+
+
+def _addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.addmm(bias, a, b, out=empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device))
 
 
 def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Scaled dot-product attention (Vaswani et al., arXiv 1706.03762) in tiles; formulas and precision in `_attention.py`.
 
-Saved for the backward: q, k, v and lse, float32 [H, N]. Deterministic.
+Saved for the backward: q, k, v, out and lse, float32 [H, N]. Deterministic.
 
 B batch, Tq queries, Tk keys, H heads, K head size, N = B * Tq rows.
 """
@@ -11,7 +11,7 @@ import torch
 
 from phi1.kernels._attention import Scheme, attention_backward, attention_forward
 from phi1.kernels._attention_rules import attend_reference, check_packing, check_scale
-from phi1.kernels._backend import operator, reference_forced, require_no_triton
+from phi1.kernels._backend import operator, reference_forced
 from phi1.kernels._checks import (
     check_alike,
     check_dropout,
@@ -55,6 +55,7 @@ def _attention_backward_op(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    out: torch.Tensor,
     lse: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     seq_starts: torch.Tensor | None,
@@ -68,7 +69,7 @@ def _attention_backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     scheme = Scheme(causal, scale, seq_starts, dropout=dropout_from_fields(p, rng, sample_ids, layer, kind))
     grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
-    attention_backward(dout, q, k, v, lse, grads, scheme, cu_seqlens)
+    attention_backward(dout, q, k, v, out, lse, grads, scheme, cu_seqlens)
     return grads
 
 
@@ -79,10 +80,10 @@ def _(dout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_):
 
 def _setup(ctx, inputs, output) -> None:
     q, k, v, cu_seqlens, seq_starts, causal, scale, p, rng, sample_ids, layer, kind = inputs
-    _, lse = output
+    out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)  # or autograd fills zeros for the statistics
-    ctx.save_for_backward(q, k, v, lse, cu_seqlens, seq_starts, rng, sample_ids)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, seq_starts, rng, sample_ids)
     ctx.constants = causal, scale, p, layer, kind
 
 
@@ -136,7 +137,6 @@ def attention(
     if reference_forced():
         return attention_reference(q, k, v, causal=causal, scale=scale, cu_seqlens=cu_seqlens, seq_starts=seq_starts,
                                    dropout=dropout)
-    require_no_triton("attention")
     return torch.ops.phi1.attention(q, k, v, cu_seqlens, seq_starts, causal, scale, *dropout_fields(dropout))[0]
 
 

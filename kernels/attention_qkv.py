@@ -1,7 +1,7 @@
 """Attention on packed q, k and v, with the rotary embedding inside; formulas in `_attention.py` and `_rotary.py`.
 
 q and k are rotated in float32 as a tile of them is read, and their gradients rotated back as they are written. Saved
-for the backward: qkv as given and lse, float32 [H, N]. Deterministic.
+for the backward: qkv as given, out and lse, float32 [H, N]. Deterministic.
 
 B batch, T tokens, N = B * T rows, H heads, K head size, R rotary dimension.
 """
@@ -12,7 +12,7 @@ import torch
 
 from phi1.kernels._attention import Scheme, attention_backward, attention_forward
 from phi1.kernels._attention_rules import attend_reference, check_packing, check_scale
-from phi1.kernels._backend import operator, reference_forced, require_no_triton
+from phi1.kernels._backend import operator, reference_forced
 from phi1.kernels._checks import check_dropout, check_float, check_rank, check_tensors, require
 from phi1.kernels._philox import Dropout, dropout_fields, dropout_from_fields
 from phi1.kernels._rotary import (
@@ -20,7 +20,6 @@ from phi1.kernels._rotary import (
     check_tables,
     default_positions,
     rotate_reference,
-    rows_of_tables,
 )
 
 
@@ -40,14 +39,16 @@ def _attention_qkv_op(
     batch: int,
     causal: bool,
     scale: float,
+    rotary_applied: bool,
     p: float,
     rng: torch.Tensor | None,
     sample_ids: torch.Tensor | None,
     layer: int,
     kind: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rotary = None if cos is None else rows_of_tables(cos, sin, positions)
-    scheme = Scheme(causal, scale, seq_starts, rotary, dropout_from_fields(p, rng, sample_ids, layer, kind))
+    rotary = None if cos is None else (cos, sin, positions)
+    dropout = dropout_from_fields(p, rng, sample_ids, layer, kind)
+    scheme = Scheme(causal, scale, seq_starts, rotary, dropout, rotary_applied)
     out, lse = attention_forward(*_by_sample(qkv, batch), scheme, cu_seqlens)
     return out.view(qkv.shape[0], qkv.shape[2] * qkv.shape[3]), lse
 
@@ -62,6 +63,7 @@ def _(qkv: torch.Tensor, *_):
 def _attention_qkv_backward_op(
     dout: torch.Tensor,
     qkv: torch.Tensor,
+    out: torch.Tensor,
     lse: torch.Tensor,
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
@@ -71,17 +73,20 @@ def _attention_qkv_backward_op(
     batch: int,
     causal: bool,
     scale: float,
+    rotary_applied: bool,
     p: float,
     rng: torch.Tensor | None,
     sample_ids: torch.Tensor | None,
     layer: int,
     kind: int,
 ) -> torch.Tensor:
-    rotary = None if cos is None else rows_of_tables(cos, sin, positions)
-    scheme = Scheme(causal, scale, seq_starts, rotary, dropout_from_fields(p, rng, sample_ids, layer, kind))
+    rotary = None if cos is None else (cos, sin, positions)
+    dropout = dropout_from_fields(p, rng, sample_ids, layer, kind)
+    scheme = Scheme(causal, scale, seq_starts, rotary, dropout, rotary_applied)
     dqkv = qkv.new_empty(qkv.shape)
     q, k, v = _by_sample(qkv, batch)
-    attention_backward(dout.reshape(q.shape), q, k, v, lse, _by_sample(dqkv, batch), scheme, cu_seqlens)
+    grads = _by_sample(dqkv, batch)
+    attention_backward(dout.reshape(q.shape), q, k, v, out.view(q.shape), lse, grads, scheme, cu_seqlens)
     return dqkv
 
 
@@ -92,20 +97,20 @@ def _(dout, qkv: torch.Tensor, *_):
 
 def _setup(ctx, inputs, output) -> None:
     qkv, cos, sin, positions, cu_seqlens, seq_starts, *constants, p, rng, sample_ids, layer, kind = inputs
-    _, lse = output
+    out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)  # or autograd fills zeros for the statistics
-    ctx.save_for_backward(qkv, lse, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids)
+    ctx.save_for_backward(qkv, out, lse, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids)
     ctx.constants = *constants, p, layer, kind
 
 
 def _autograd(ctx, dout, _):
     if dout is None:
-        return (None,) * 14
+        return (None,) * 15
     *tensors, rng, sample_ids = ctx.saved_tensors
     *constants, layer, kind = ctx.constants
     dqkv = torch.ops.phi1.attention_qkv_backward(dout, *tensors, *constants, rng, sample_ids, layer, kind)
-    return dqkv, *[None] * 13
+    return dqkv, *[None] * 14
 
 
 _attention_qkv_op.register_autograd(_autograd, setup_context=_setup)
@@ -118,6 +123,7 @@ def attention_qkv(
     cu_seqlens: torch.Tensor | None = None,
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     positions: torch.Tensor | None = None,
+    rotary_applied: bool = False,
     causal: bool = True,
     scale: float | None = None,
     seq_starts: torch.Tensor | None = None,
@@ -132,6 +138,8 @@ def attention_qkv(
         rotary: None, or (cos, sin) tables [T, R/2] float32, constants: q and k are rotated first.
         positions: int32 or int64 [N], for rotary; by default each row's index in its document, or in its sequence from
             seq_starts on, at least 0.
+        rotary_applied: q and k were rotated by these tables where they were made, and only the gradient is rotated: it
+            is that of qkv before its rotation.
         causal, scale, seq_starts, dropout: as for `attention`.
 
     Returns:
@@ -145,14 +153,14 @@ def attention_qkv(
     Source: as for `attention` and `rotary`.
     """
     batch, scale = _check(qkv, batch, cu_seqlens, scale, seq_starts, dropout)
-    positions = _positions(qkv, batch, rotary, positions, cu_seqlens, seq_starts)
+    positions = _positions(qkv, batch, rotary, rotary_applied, positions, cu_seqlens, seq_starts)
     if reference_forced():
         return attention_qkv_reference(qkv, batch=batch, cu_seqlens=cu_seqlens, rotary=rotary, positions=positions,
-                                       causal=causal, scale=scale, seq_starts=seq_starts, dropout=dropout)
-    require_no_triton("attention_qkv")
+                                       rotary_applied=rotary_applied, causal=causal, scale=scale,
+                                       seq_starts=seq_starts, dropout=dropout)
     cos, sin = (None, None) if rotary is None else rotary
     return torch.ops.phi1.attention_qkv(qkv, cos, sin, positions, cu_seqlens, seq_starts, batch, causal, scale,
-                                        *dropout_fields(dropout))[0]
+                                        rotary_applied, *dropout_fields(dropout))[0]
 
 
 def _check(qkv, batch, cu_seqlens, scale, seq_starts, dropout) -> tuple[int, float]:
@@ -171,9 +179,10 @@ def _check(qkv, batch, cu_seqlens, scale, seq_starts, dropout) -> tuple[int, flo
     return batch, check_scale(op, scale, head_size)
 
 
-def _positions(qkv, batch, rotary, positions, cu_seqlens, seq_starts) -> torch.Tensor | None:
+def _positions(qkv, batch, rotary, rotary_applied, positions, cu_seqlens, seq_starts) -> torch.Tensor | None:
     op = "attention_qkv"
     if rotary is None:
+        require(not rotary_applied, op, "rotary_applied needs rotary, to rotate the gradient back by", "no rotary")
         require(positions is None, op, "positions may be given only with rotary", "no rotary")
         return None
     check_tensors(op, cos=rotary[0], sin=rotary[1])
@@ -192,6 +201,7 @@ def attention_qkv_reference(
     cu_seqlens: torch.Tensor | None = None,
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     positions: torch.Tensor | None = None,
+    rotary_applied: bool = False,
     causal: bool = True,
     scale: float | None = None,
     seq_starts: torch.Tensor | None = None,
@@ -203,7 +213,9 @@ def attention_qkv_reference(
         cos, sin = (table.detach() for table in rotary)
         if positions is None:
             positions = default_positions(qkv.shape[0], batch, cu_seqlens, seq_starts, qkv.device)
-        qkv = torch.cat((rotate_reference(qkv[:, :2], cos, sin, positions), qkv[:, 2:]), dim=1)
+        rotated = torch.cat((rotate_reference(qkv[:, :2], cos, sin, positions), qkv[:, 2:]), dim=1)
+        # With rotary_applied: the values given, under the derivative of the rotation.
+        qkv = qkv.detach() + (rotated - rotated.detach()) if rotary_applied else rotated
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = _by_sample(qkv, batch)
     out = attend_reference(q, k, v, causal=causal, scale=scale, cu_seqlens=cu_seqlens, seq_starts=seq_starts,

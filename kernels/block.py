@@ -7,8 +7,8 @@
 
 Without dropout on the branches [att | act] W_out^T is one product with one accumulator over D + F. In the backward,
 dx = layer_norm'([dqkv | dpre] W_in) + dx' is one product over 3D + F, and dW_in, dW_out one each; with dropout on a
-branch the two branches have their own. Saved: x, mean, rstd, proj = [q | k | v | pre], att, lse. h and act are
-computed again. Statistics, softmax and lse are float32. Deterministic.
+branch the two branches have their own. Saved: x, mean, rstd, qkv, pre, att, lse. h and act are computed again.
+Statistics, softmax and lse are float32. Deterministic. What runs is in `_block.py`.
 
 N rows, D width, H heads, K head size, F MLP width, B batch, T positions, R rotary dimension.
 """
@@ -21,7 +21,7 @@ import torch
 
 from phi1.kernels._attention import Scheme
 from phi1.kernels._attention_rules import check_packing
-from phi1.kernels._backend import operator, reference_forced, require_no_triton
+from phi1.kernels._backend import operator, reference_forced
 from phi1.kernels._block import Layout, branches_backward, branches_forward
 from phi1.kernels._checks import (
     check_alike,
@@ -35,7 +35,7 @@ from phi1.kernels._checks import (
 from phi1.kernels._gelu import gelu_new
 from phi1.kernels._philox import Dropout, dropout_from_fields, is_active
 from phi1.kernels._residual import dropped
-from phi1.kernels._rotary import check_positions, check_tables, default_positions, rows_of_tables
+from phi1.kernels._rotary import check_positions, check_tables, default_positions
 from phi1.kernels.attention_qkv import attention_qkv_reference
 from phi1.kernels.layer_norm import layer_norm_backward, layer_norm_forward, layer_norm_reference
 
@@ -51,7 +51,7 @@ def _layout(
         dropout_from_fields(p, rng if p else None, sample_ids, layer, kind)
         for p, layer, kind in zip(ps, layers, kinds, strict=True)
     )
-    scheme = Scheme(True, (x.shape[1] // n_heads) ** -0.5, seq_starts, rows_of_tables(cos, sin, positions), attention)
+    scheme = Scheme(True, (x.shape[1] // n_heads) ** -0.5, seq_starts, (cos, sin, positions), attention)
     return Layout(n_heads, batch, cu_seqlens, scheme, dense, fc2)
 
 
@@ -77,21 +77,21 @@ def _parallel_block_op(
     layers: Sequence[int],
     kinds: Sequence[int],
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     layout = _layout(x, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids, n_heads, batch, ps, layers, kinds)
     h, mean, rstd = layer_norm_forward(x, norm_weight, norm_bias, eps)
-    y, proj, att, lse = branches_forward(h, x, in_weight, in_bias, out_weight, out_bias, layout)
-    return y, mean, rstd, proj, att, lse
+    y, *saved = branches_forward(h, x, in_weight, in_bias, out_weight, out_bias, layout)
+    return y, mean, rstd, *saved
 
 
 @_parallel_block_op.register_fake
 def _(x: torch.Tensor, norm_weight, norm_bias, in_weight: torch.Tensor, in_bias, out_weight, out_bias, cos, sin,
       positions, cu_seqlens, seq_starts, rng, sample_ids, n_heads: int, *_):
-    n_rows = x.shape[0]
+    n_rows, width = x.shape
     mean = x.new_empty((n_rows,), dtype=torch.float32)
     lse = x.new_empty((n_heads, n_rows), dtype=torch.float32)
-    proj = x.new_empty((n_rows, in_weight.shape[0]))
-    return x.new_empty(x.shape), mean, torch.empty_like(mean), proj, x.new_empty(x.shape), lse
+    qkv, pre = x.new_empty((n_rows, 3 * width)), x.new_empty((n_rows, in_weight.shape[0] - 3 * width))
+    return x.new_empty(x.shape), mean, torch.empty_like(mean), qkv, pre, x.new_empty(x.shape), lse
 
 
 @operator("phi1::parallel_block_backward")
@@ -104,7 +104,8 @@ def _parallel_block_backward_op(
     out_weight: torch.Tensor,
     mean: torch.Tensor,
     rstd: torch.Tensor,
-    proj: torch.Tensor,
+    qkv: torch.Tensor,
+    pre: torch.Tensor,
     att: torch.Tensor,
     lse: torch.Tensor,
     cos: torch.Tensor,
@@ -124,7 +125,7 @@ def _parallel_block_backward_op(
     layout = _layout(x, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids, n_heads, batch, ps, layers, kinds)
     dy = dy.contiguous()
     h = layer_norm_forward(x, norm_weight, norm_bias, eps)[0]
-    dh, *others = branches_backward(dy, h, in_weight, out_weight, proj, att, lse, layout)
+    dh, *others = branches_backward(dy, h, in_weight, out_weight, qkv, pre, att, lse, layout)
     return *layer_norm_backward(dh, x, norm_weight, mean, rstd, dy), *others
 
 
@@ -211,7 +212,6 @@ def parallel_block(
     if reference_forced():
         return parallel_block_reference(x, *parameters, cos, sin, n_heads=n_heads, batch=batch, cu_seqlens=cu_seqlens,
                                         seq_starts=seq_starts, positions=positions, eps=eps, dropouts=dropouts)
-    require_no_triton(op)
     active = [d if is_active(d) else None for d in dropouts]
     ps, layers, kinds = zip(*((d.p, d.layer, d.kind) if d else (0.0, 0, 0) for d in active), strict=True)
     rng, sample_ids = next(((d.rng, d.sample_ids) for d in active if d), (None, None))

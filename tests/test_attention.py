@@ -264,7 +264,7 @@ def test_operator_is_sound():
     for packing, constants in cases:
         testing.assert_operator_is_sound("attention", (q, k, v, *packing, *constants))
         out, lse = torch.ops.phi1.attention(q, k, v, *packing, *constants)
-        saved = (torch.randn_like(out), q, k, v, lse)
+        saved = (torch.randn_like(out), q, k, v, out, lse)
         testing.assert_operator_is_sound("attention_backward", (*(x.detach() for x in saved), *packing, *constants))
 
 

@@ -77,6 +77,20 @@ def test_it_is_rotary_and_attention():
                                composed(qkv, 1, restarted, cos_sin, cu_seqlens=cuts))
 
 
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_rotary_applied_rotates_the_gradient_alone(dtype):
+    shape, cos_sin = (3, 17, 2, 16, 8), tables(8)
+    check(make(shape, dtype), batch=3, rotary=cos_sin, rotary_applied=True)
+    qkv = make(shape)["qkv"].requires_grad_()
+    rotated = torch.cat((rotary(qkv[:, :2], *cos_sin, torch.arange(17).repeat(3)), qkv[:, 2:]), 1).detach()
+    inside = attention_qkv(qkv, batch=3, rotary=cos_sin)
+    gradient = torch.autograd.grad(inside.square().sum(), qkv)[0]
+    applied = attention_qkv(rotated.requires_grad_(), batch=3, rotary=cos_sin, rotary_applied=True)
+    torch.testing.assert_close(applied, inside)
+    torch.testing.assert_close(torch.autograd.grad(applied.square().sum(), rotated)[0], gradient)
+    assert torch.equal(applied, attention_qkv(rotated, batch=3))
+
+
 def test_packed_documents_equal_separate_calls():
     qkv, cos_sin = make((1, 51, 2, 16, 8))["qkv"], tables(8)
     out = attention_qkv(qkv, cu_seqlens=ints(0, 20, 51), rotary=cos_sin)
@@ -129,6 +143,7 @@ def bad(**changes):
     (bad(batch=2, seq_starts=ints(0, 7)), ValueError, "seq_starts must be at least 0 and less than 7"),
     (bad(scale=-1.0), ValueError, "scale must be a finite number greater than 0"),
     (bad(positions=torch.arange(12)), ValueError, "positions may be given only with rotary"),
+    (bad(rotary_applied=True), ValueError, "rotary_applied needs rotary, .*; got no rotary"),
     (bad(rotary=tables(18)), ValueError, "cos must have between 1 and 8 columns"),
     (bad(rotary=tables(8), positions=torch.arange(11)), ValueError, r"positions.shape must be \(12,\)"),
     (bad(rotary=tables(8, 12), positions=torch.arange(1, 13)), ValueError, "positions must be .* less than 12"),
@@ -152,14 +167,14 @@ def test_operator_is_sound():
     qkv = make((2, 6, 2, 16, 8))["qkv"].requires_grad_()
     positions = torch.arange(12)
     cases = (
-        (*tables(8), positions, None, None, 2, True, 0.25, 0.0, None, None, 0, 0),
-        (None, None, None, ints(0, 5, 12), None, 1, False, 0.25, 0.0, None, None, 0, 0),
-        (*tables(8), positions, None, ints(0, 2), 2, True, 0.25, 0.5, RNG, torch.tensor([3, 4]), 1, 0),
+        (*tables(8), positions, None, None, 2, True, 0.25, False, 0.0, None, None, 0, 0),
+        (None, None, None, ints(0, 5, 12), None, 1, False, 0.25, False, 0.0, None, None, 0, 0),
+        (*tables(8), positions, None, ints(0, 2), 2, True, 0.25, True, 0.5, RNG, torch.tensor([3, 4]), 1, 0),
     )
     for constants in cases:
         testing.assert_operator_is_sound("attention_qkv", (qkv, *constants))
         out, lse = torch.ops.phi1.attention_qkv(qkv, *constants)
-        saved = (torch.randn_like(out), qkv.detach(), lse.detach())
+        saved = (torch.randn_like(out), qkv.detach(), out.detach(), lse.detach())
         testing.assert_operator_is_sound("attention_qkv_backward", (*saved, *constants))
 
 

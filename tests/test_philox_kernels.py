@@ -13,7 +13,7 @@ if testing.kernel_device() is None:
 import triton
 import triton.language as tl
 
-from phi1.kernels._philox_triton import keep_mask, philox, philox_key
+from phi1.kernels._philox_triton import keep_mask, keep_mask_transposed, philox, philox_key
 
 DEVICE = testing.kernel_device()
 FULL = 0xFFFFFFFF
@@ -76,6 +76,26 @@ def test_keep_mask_is_attention_keep(block_n, first_column, layer):
                               keys=range(first_column, first_column + block_n))[0, 0]
     assert torch.equal(got, expected)
     assert 0.8 < got.float().mean() < 1
+
+
+@triton.jit
+def transposed_kernel(rng_ptr, out_ptr, first_row, first_column, sample, stream, t, BLOCK_M: tl.constexpr,
+                      BLOCK_N: tl.constexpr):
+    """The mask of one tile, columns first."""
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    keep = keep_mask_transposed(philox_key(rng_ptr), first_row + offs_m, first_column, sample, stream, t, BLOCK_N)
+    tl.store(out_ptr + offs_n[:, None] * BLOCK_M + offs_m[None, :], keep)
+
+
+@pytest.mark.parametrize(("block_n", "first_column"), [(32, 0), (32, 2016), (64, 1984), (128, 128)])
+def test_keep_mask_transposed_is_attention_keep(block_n, first_column):
+    dropout = Dropout(0.1, torch.tensor([0xDEADBEEF, 5], device=DEVICE), torch.tensor([9], device=DEVICE), 3, 2)
+    got = torch.zeros(block_n, 16, dtype=torch.bool, device=DEVICE)
+    transposed_kernel[(1,)](dropout.rng, got, 2040, first_column, 9, 3 << 16 | 2 << 12 | 31, threshold(0.1), BLOCK_M=16,
+                            BLOCK_N=block_n)
+    expected = attention_keep(dropout, samples=range(1), heads=range(31, 32), queries=range(2040, 2056),
+                              keys=range(first_column, first_column + block_n))[0, 0]
+    assert torch.equal(got.t(), expected)
 
 
 @pytest.mark.parametrize("p", [1 / 65536, 0.5, 65535 / 65536])

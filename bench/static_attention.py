@@ -1,0 +1,118 @@
+"""Compile cases of attention's kernels: phi-1's and phi-2's heads in each dtype, with what changes the main loops.
+
+Strides are those of a packed [N, 3, H, K]. The backward of phi-1's heads rotates the gradients back, as in the block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+
+from phi1.bench.static_case import Case
+from phi1.kernels import _attention_backward_triton as backward
+from phi1.kernels import _attention_forward_triton as forward
+from phi1.kernels import _attention_rows_triton as rows
+from phi1.kernels._attention_triton import ROTATED_ROWS
+from phi1.kernels._tuned import tile_for
+
+N_HEADS, TOKENS, ROTARY = 32, 2048, 32
+KERNELS = {
+    "forward": forward.attention_forward_kernel,
+    "backward_dq": backward.attention_backward_dq_kernel,
+    "backward_dkdv": backward.attention_backward_dkdv_kernel,
+}
+COUNTS = ("n_queries", "n_keys", "n_rows", "n_blocks", "n_samples", "n_positions", "stream", "threshold")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What changes the code of a kernel besides its tile. rotary: "", "inside" or "applied"."""
+
+    dtype: str = "fp16"
+    head_size: int = 64
+    rotary: str = "applied"
+    dropout: bool = False
+    packed: bool = False
+    padded: bool = False
+    causal: bool = True
+
+    def __str__(self) -> str:
+        flags = [name for name in ("dropout", "packed", "padded") if getattr(self, name)]
+        flags += [f"rotary {self.rotary}"] if self.rotary else []
+        return " ".join([self.dtype, f"K={self.head_size}", *flags, *([] if self.causal else ["full"])])
+
+
+VARIANTS = (
+    *(Variant(dtype, dropout=dropout) for dtype in ("fp16", "bf16") for dropout in (False, True)),
+    Variant(rotary="inside"),
+    Variant(rotary="", causal=False),
+    Variant(rotary="", packed=True),
+    Variant(rotary="", padded=True),
+    Variant(head_size=80, rotary="inside", dropout=True),
+    *(Variant(head_size=128, rotary="", dropout=dropout) for dropout in (False, True)),
+    *(Variant("fp32", head_size) for head_size in (64, 128)),
+)
+
+
+def cases(arch: str) -> list[Case]:
+    """Every specialisation of the kernels that the table can pick on an architecture."""
+    made = [_case(arch, kernel, variant) for variant in VARIANTS for kernel in KERNELS]
+    return [*made, _rotate_rows_case()]
+
+
+def _case(arch: str, kernel: str, variant: Variant) -> Case:
+    v, inside = variant, variant.rotary == "inside"
+    t = tile_for("attention", kernel, arch, bits=32 if v.dtype == "fp32" else 16, head_size=v.head_size,
+                 causal=v.causal, dropout=v.dropout, rotates=inside)
+    on_load = inside and bool(t["rotate_on_load"])
+    names = KERNELS[kernel].arg_names
+    optional = {"cu_seqlens_ptr": ("*i32", v.packed), "seq_starts_ptr": ("*i32", v.padded),
+                "rng_ptr": ("*i64", v.dropout), "sample_ids_ptr": ("*i64", v.dropout)}
+    rotary_read = bool(v.rotary) and (inside or kernel != "forward")
+    optional |= {"cos_ptr": ("*fp32", rotary_read), "sin_ptr": ("*fp32", rotary_read),
+                 "positions_ptr": ("*i64", rotary_read)}
+    types = {name: f"*{v.dtype}" for name in names if name.endswith("_ptr") and name not in optional}
+    types |= {name: "*fp32" for name in ("lse_ptr", "delta_ptr") if name in names}
+    types |= {name: type_ for name, (type_, given) in optional.items() if given}
+    types |= dict.fromkeys(COUNTS, "i32") | {"scale_log2" if kernel == "forward" else "scale": "fp32"}
+    constexprs: dict[str, Any] = {name: None for name, (_, given) in optional.items() if not given}
+    constexprs |= _strides(names, v.head_size) | {"n_heads": N_HEADS}
+    return Case(
+        name=f"attention_{kernel} {v}",
+        kernel=KERNELS[kernel],
+        types=types,
+        constexprs=constexprs | {
+            "IS_CAUSAL": v.causal, "HALF": ROTARY // 2 if rotary_read else 0, "HEAD_DIM": v.head_size,
+            "ROTATE_Q": (inside and kernel != "backward_dkdv") or on_load,
+            "ROTATE_K": (inside and kernel == "backward_dkdv") or on_load,
+            "BLOCK_D": triton.next_power_of_2(v.head_size), "BLOCK_M": t["block_m"], "BLOCK_N": t["block_n"],
+        },
+        num_warps=t["num_warps"],
+        num_stages=t["num_stages"],
+        tensor_core=v.dtype != "fp32",
+        narrow_loads=200,
+        narrow_stores=200,
+    )
+
+
+def _strides(names: list[str], head_size: int) -> dict[str, int]:
+    token = 3 * N_HEADS * head_size
+    by_axis = {"b": TOKENS * token, "t": token, "h": head_size}
+    return {name: by_axis[name[-1]] for name in names if name.startswith("stride_")}
+
+
+def _rotate_rows_case() -> Case:
+    names = rows.rotate_rows_kernel.arg_names
+    return Case(
+        name="attention_rotate_rows fp16 K=64",
+        kernel=rows.rotate_rows_kernel,
+        types={"x_ptr": "*fp16", "y_ptr": "*fp16", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "positions_ptr": "*i64",
+               "n_tokens": "i32", "n_positions": "i32"},
+        constexprs=_strides(names, 64) | {"n_heads": N_HEADS, "HALF": ROTARY // 2, "HEAD_DIM": 64, "BLOCK_D": 64,
+                                          "BLOCK_T": ROTATED_ROWS},
+        num_warps=4,
+        narrow_loads=200,
+        narrow_stores=0,
+    )

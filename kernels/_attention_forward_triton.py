@@ -1,0 +1,147 @@
+"""The Triton kernel of attention's forward pass (FlashAttention-2, arXiv 2307.08691); formulas in `_attention.py`.
+
+q, k, v and out are loaded and stored in their own dtype, which is also that of the operands of both products; sums,
+maxima and exponentials are float32. The softmax is in base 2 and the scale is folded into its exponent, so that scores
+of float16 q and k of 300 stay finite. Tiles that every query of the program sees whole come first and need no mask.
+
+N rows, H heads, K head size, R rotary dimension, B samples.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from phi1.kernels._attention_rows_triton import (
+    LOG2E,
+    LOWEST,
+    first_token,
+    load_rows,
+    mask_key,
+    mask_scale,
+    program_rows,
+    rotate,
+    sample_of_mask,
+    sees,
+    store_rows,
+)
+from phi1.kernels._philox_triton import keep_mask
+
+
+@triton.jit(do_not_specialize=["n_queries", "n_keys", "n_blocks", "n_samples", "n_positions", "stream", "threshold"])
+def attention_forward_kernel(
+    q_ptr,  # [B, Tq, H, K]
+    k_ptr,  # [B, Tk, H, K]
+    v_ptr,  # [B, Tk, H, K]
+    out_ptr,  # [N, H, K] contiguous
+    lse_ptr,  # [H, N] float32
+    cu_seqlens_ptr,  # int32 [B + 3] of packed documents, or None
+    seq_starts_ptr,  # [B], or None
+    cos_ptr,  # [T, R/2] float32, or None for no rotation
+    sin_ptr,  # [T, R/2]
+    positions_ptr,  # [N]
+    rng_ptr,  # [2] int64, or None for no dropout
+    sample_ids_ptr,  # [B] int64, or None
+    n_queries,
+    n_keys,
+    n_rows,
+    n_heads,
+    n_blocks,
+    n_samples,
+    n_positions,
+    stride_q_b,  # of packed documents: stride_q_t
+    stride_q_t,
+    stride_q_h,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
+    scale_log2,
+    stream,
+    threshold,
+    IS_CAUSAL: tl.constexpr,
+    ROTATE_Q: tl.constexpr,
+    ROTATE_K: tl.constexpr,
+    HALF: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program per BLOCK_M queries of one head."""
+    HAS_STARTS: tl.constexpr = seq_starts_ptr is not None
+    head, block, sample, origin, n_queries, n_keys = program_rows(
+        cu_seqlens_ptr, n_queries, n_keys, n_heads, n_blocks, n_samples, BLOCK_M, True)
+    first = block * BLOCK_M
+    if first >= n_queries:
+        return
+    row = origin if cu_seqlens_ptr is not None else origin * n_queries
+    if positions_ptr is not None:
+        positions_ptr += row
+    q = load_rows(q_ptr + origin * stride_q_b + head * stride_q_h, first, 0, n_queries, stride_q_t, BLOCK_M, HEAD_DIM,
+                  BLOCK_D, True)
+    if ROTATE_Q:
+        q = rotate(q, cos_ptr, sin_ptr, positions_ptr, first, n_queries, n_positions, 1, HALF).to(q.dtype)
+    start = first_token(seq_starts_ptr, sample, n_keys)
+    query = first + n_keys - n_queries + tl.arange(0, BLOCK_M)  # [BLOCK_M], positions in the sample
+    end = tl.minimum(n_keys, first + BLOCK_M + n_keys - n_queries) if IS_CAUSAL else n_keys
+    whole = tl.minimum(n_keys, first + 1 + n_keys - n_queries) if IS_CAUSAL else n_keys
+    begin, middle = start // BLOCK_N * BLOCK_N, whole // BLOCK_N * BLOCK_N
+    number, key = sample_of_mask(sample_ids_ptr, sample, n_samples), mask_key(rng_ptr)
+    m = tl.full([BLOCK_M], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    k_ptr += origin * stride_k_b + head * stride_k_h
+    v_ptr += origin * stride_v_b + head * stride_v_h
+    stream += head.to(tl.int32)
+    if not HAS_STARTS:
+        acc, m, total = attend(
+            acc, m, total, q, query, k_ptr, v_ptr, begin, middle, n_keys, start, cos_ptr, sin_ptr, positions_ptr,
+            n_positions, key, number, stream, threshold, stride_k_t, stride_v_t, scale_log2, IS_CAUSAL, HAS_STARTS,
+            rng_ptr is not None, ROTATE_K, HALF, HEAD_DIM, BLOCK_D, BLOCK_N, False)
+        begin = middle
+    acc, m, total = attend(
+        acc, m, total, q, query, k_ptr, v_ptr, begin, end, n_keys, start, cos_ptr, sin_ptr, positions_ptr,
+        n_positions, key, number, stream, threshold, stride_k_t, stride_v_t, scale_log2, IS_CAUSAL, HAS_STARTS,
+        rng_ptr is not None, ROTATE_K, HALF, HEAD_DIM, BLOCK_D, BLOCK_N, True)
+
+    total = tl.where(total == 0, 1.0, total)
+    if cu_seqlens_ptr is not None:  # rows of no document
+        total = tl.where((sample < 0) | (sample >= n_samples), float("nan"), total)
+    acc *= (mask_scale(rng_ptr, threshold) / total)[:, None]
+    store_rows(out_ptr + (row * n_heads + head) * HEAD_DIM, acc, first, n_queries,
+               n_heads * HEAD_DIM, BLOCK_M, HEAD_DIM, BLOCK_D)
+    offs_m = first + tl.arange(0, BLOCK_M)
+    lse = (m + tl.log2(total)) / LOG2E
+    tl.store(lse_ptr + head * n_rows + row + offs_m, lse, mask=offs_m < n_queries)
+
+
+@triton.jit
+def attend(
+    acc, m, total, q, query, k_ptr, v_ptr, first, last, n_keys, start, cos_ptr, sin_ptr, positions_ptr, n_positions,
+    key, number, stream, threshold, stride_k_t, stride_v_t, scale_log2, IS_CAUSAL: tl.constexpr,
+    HAS_STARTS: tl.constexpr, DROPOUT: tl.constexpr, ROTATE_K: tl.constexpr, HALF: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):
+    """Add the keys first..last to acc [BLOCK_M, BLOCK_D], the maximum m and the total [BLOCK_M] of exponentials."""
+    offs_n = tl.arange(0, BLOCK_N)
+    for n in range(first, last, BLOCK_N):
+        k = load_rows(k_ptr, n, start, n_keys, stride_k_t, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+        if ROTATE_K:
+            k = rotate(k, cos_ptr, sin_ptr, positions_ptr, n, n_keys, n_positions, 1, HALF).to(k.dtype)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if MASKED:
+            seen = sees(query[:, None], (n + offs_n)[None, :], n_keys, start, IS_CAUSAL, HAS_STARTS)
+            s = tl.where(seen, s, float("-inf"))
+        highest = tl.maximum(m, tl.max(s, 1) * scale_log2)
+        p = tl.exp2(s * scale_log2 - highest[:, None])
+        fade = tl.exp2(m - highest)
+        total = total * fade + tl.sum(p, 1)
+        if DROPOUT:
+            p = tl.where(keep_mask(key, query, n, number, stream, threshold, BLOCK_N), p, 0.0)
+        v = load_rows(v_ptr, n, start, n_keys, stride_v_t, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        m = highest
+    return acc, m, total

@@ -1,0 +1,165 @@
+"""Launches of attention's Triton kernels, and the tiles that a tuner may try.
+
+B batch, Tq queries, Tk keys, H heads, K head size, N = B * Tq rows, R rotary dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+
+from phi1.kernels._attention_backward_triton import attention_backward_dkdv_kernel, attention_backward_dq_kernel
+from phi1.kernels._attention_forward_triton import attention_forward_kernel
+from phi1.kernels._attention_rows_triton import rotate_rows_kernel
+from phi1.kernels._philox import threshold
+from phi1.kernels._tuned import tile
+
+if TYPE_CHECKING:
+    from phi1.kernels._attention import Scheme
+
+MAX_HEAD_SIZE = 128
+ROTATED_ROWS = 64  # a program of rotate_rows_kernel
+# Said at every launch, since the default changes with Triton 3.10, and bits with it.
+FP_FUSION = True
+
+
+def launch_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scheme: Scheme, cu_seqlens: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [B, Tq, H, K] contiguous, lse [H, N] float32) of q [B, Tq, H, K] and k, v [B, Tk, H, K], any strides."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = q.new_empty((q.shape[2], q.shape[0] * q.shape[1]), dtype=torch.float32)
+    call = _Call(q, k, v, scheme, cu_seqlens)
+    if not out.numel():
+        return out, lse
+    t = call.tile("forward")
+    on_load = call.rotates and bool(t["rotate_on_load"])
+    q, k, v = call.readable(q), call.readable(k), call.readable(v)
+    if call.rotates and not on_load:
+        k = call.rotated(k)
+    attention_forward_kernel[call.grid(call.n_queries, t["block_m"])](
+        q, k, v, out, lse, scale_log2=scheme.scale * math.log2(math.e), ROTATE_Q=call.rotates, ROTATE_K=on_load,
+        **call.arguments(call.n_queries, t["block_m"], t), **call.strides(q=q, k=k, v=v),
+    )
+    return out, lse
+
+
+def launch_backward(
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    grads: Sequence[torch.Tensor], scheme: Scheme, cu_seqlens: torch.Tensor | None,
+) -> None:
+    """Write the gradients of q, k and v into `grads`, three tensors of their shapes and any strides."""
+    call = _Call(q, k, v, scheme, cu_seqlens)
+    dq, dk, dv = grads
+    assert dk.stride() == dv.stride(), f"dk and dv differ in strides: {dk.stride()}, {dv.stride()}"
+    if not q.numel():
+        for grad in grads:
+            grad.zero_()
+        return
+    q, k, v = call.readable(q), call.readable(k), call.readable(v)
+    dout, out, delta = dout.contiguous(), out.contiguous(), torch.empty_like(lse)
+    t = call.tile("backward_dq")
+    on_load = call.rotates and bool(t["rotate_on_load"])
+    k_read = call.rotated(k) if call.rotates and not on_load else k
+    attention_backward_dq_kernel[call.grid(call.n_queries, t["block_m"])](
+        dout, q, k_read, v, out, lse, delta, dq, scale=scheme.scale, ROTATE_Q=call.rotates, ROTATE_K=on_load,
+        **call.arguments(call.n_queries, t["block_m"], t), **call.strides(q=q, k=k_read, v=v, dq=dq),
+    )
+    t = call.tile("backward_dkdv")
+    on_load = call.rotates and bool(t["rotate_on_load"])
+    q_read = call.rotated(q) if call.rotates and not on_load else q
+    attention_backward_dkdv_kernel[call.grid(call.n_keys, t["block_n"])](
+        dout, q_read, k, v, lse, delta, dk, dv, scale=scheme.scale, ROTATE_Q=on_load, ROTATE_K=call.rotates,
+        **call.arguments(call.n_keys, t["block_n"], t), **call.strides(q=q_read, k=k, v=v, dk=dk),
+    )
+
+
+class _Call:
+    """What the launches of one call share."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scheme: Scheme,
+                 cu_seqlens: torch.Tensor | None) -> None:
+        self.batch, self.n_queries, self.n_heads, self.head_size = q.shape
+        self.n_keys, self.n_rows, self.scheme = k.shape[1], q.shape[0] * q.shape[1], scheme
+        self.dtype, self.device = q.dtype, q.device
+        self.rotary = scheme.rotary or (None, None, None)
+        self.rotates = scheme.rotary is not None and not scheme.rotary_applied
+        self.half = 0 if scheme.rotary is None else scheme.rotary[0].shape[1]
+        self.cuts, self.n_samples = None, self.batch
+        if cu_seqlens is not None:
+            self.cuts, self.n_samples = _cuts(cu_seqlens, self.n_rows), cu_seqlens.shape[0] - 1
+        if self.head_size > MAX_HEAD_SIZE:
+            raise NotImplementedError(f"attention: the Triton kernels take a head size of at most {MAX_HEAD_SIZE}; got "
+                                      f"{self.head_size}; backend('reference') takes any size")
+        if self.half & (self.half - 1):
+            raise NotImplementedError("attention_qkv: the Triton kernels rotate a power of two of dimensions; got "
+                                      f"{2 * self.half}; backend('reference') takes any number")
+
+    def tile(self, kernel: str) -> dict[str, int]:
+        return tile("attention", kernel, self.device, head_size=self.head_size, bits=8 * self.dtype.itemsize,
+                    causal=self.scheme.causal, dropout=self.scheme.dropout is not None, rotates=self.rotates)
+
+    def readable(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, T, H, K] with elements of a head side by side, and, of packed documents, with all rows equally far."""
+        even = self.cuts is None or x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+        return x if x.stride(3) == 1 and even else x.contiguous()
+
+    def rotated(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, T, H, K] rotated, in memory of its own."""
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        cos, sin, positions = self.rotary
+        assert cos is not None
+        rotate_rows_kernel[(triton.cdiv(x.shape[1], ROTATED_ROWS) * self.n_heads * self.batch,)](
+            x, y, cos, sin, positions, n_tokens=x.shape[1], n_heads=self.n_heads, n_positions=cos.shape[0],
+            stride_x_b=x.stride(0), stride_x_t=x.stride(1), stride_x_h=x.stride(2), HALF=self.half,
+            HEAD_DIM=self.head_size, BLOCK_D=self.block_d, BLOCK_T=ROTATED_ROWS, num_warps=4,
+            enable_fp_fusion=FP_FUSION,
+        )
+        return y
+
+    @property
+    def block_d(self) -> int:
+        return max(16, triton.next_power_of_2(self.head_size))
+
+    def blocks(self, n_tokens: int, block: int) -> int:
+        """Blocks of a sample; of packed documents, slots for the blocks of all documents and of the rows of none."""
+        return triton.cdiv(n_tokens, block) if self.cuts is None else self.n_rows // block + self.n_samples + 2
+
+    def grid(self, n_tokens: int, block: int) -> tuple[int]:
+        return (self.blocks(n_tokens, block) * self.n_heads * (self.batch if self.cuts is None else 1),)
+
+    def arguments(self, n_tokens: int, block: int, t: dict[str, int]) -> dict[str, Any]:
+        dropout, (cos, sin, positions) = self.scheme.dropout, self.rotary
+        stream = 0 if dropout is None else dropout.layer << 16 | dropout.kind << 12
+        return {
+            "cu_seqlens_ptr": self.cuts, "seq_starts_ptr": self.scheme.seq_starts,
+            "cos_ptr": cos, "sin_ptr": sin, "positions_ptr": positions,
+            "rng_ptr": None if dropout is None else dropout.rng,
+            "sample_ids_ptr": None if dropout is None else dropout.sample_ids,
+            "n_queries": self.n_queries, "n_keys": self.n_keys, "n_rows": self.n_rows, "n_heads": self.n_heads,
+            "n_blocks": self.blocks(n_tokens, block), "n_samples": self.n_samples,
+            "n_positions": 0 if cos is None else cos.shape[0],
+            "stream": stream - (1 << 32) if stream >> 31 else stream,
+            "threshold": 0 if dropout is None else threshold(dropout.p),
+            "IS_CAUSAL": self.scheme.causal, "HALF": self.half, "HEAD_DIM": self.head_size, "BLOCK_D": self.block_d,
+            "BLOCK_M": t["block_m"], "BLOCK_N": t["block_n"], "num_warps": t["num_warps"],
+            "num_stages": t["num_stages"], "enable_fp_fusion": FP_FUSION,
+        }
+
+    def strides(self, **tensors: torch.Tensor) -> dict[str, int]:
+        """Strides by sample (of packed documents, by row), token and head of each tensor [B, T, H, K]."""
+        found = {}
+        for name, x in tensors.items():
+            found[f"stride_{name}_b"] = x.stride(0) if self.cuts is None else x.stride(1)
+            found[f"stride_{name}_t"], found[f"stride_{name}_h"] = x.stride(1), x.stride(2)
+        return found
+
+
+def _cuts(cu_seqlens: torch.Tensor, n_rows: int) -> torch.Tensor:
+    """[0, *cu_seqlens, N] as int32, made to ascend, on the device: whatever it holds, no kernel leaves the N rows."""
+    ends = torch.nn.functional.pad(cu_seqlens.clamp(0, n_rows), (1, 0))
+    return torch.nn.functional.pad(ends, (0, 1), value=n_rows).cummax(0).values.to(torch.int32)

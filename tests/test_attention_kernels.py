@@ -1,0 +1,349 @@
+"""The Triton kernels of attention: on a GPU, or on CPU tensors in Triton's interpreter (run by test_interpreter.py).
+
+The interpreter multiplies bfloat16 wrongly, so that bfloat16 is tested on a GPU alone. Tiles are small here, so that
+short inputs have several; a GPU is also given the tiles of the table.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phi1 import testing
+from phi1.kernels import Dropout, attention, attention_qkv, backend, check_values
+from phi1.kernels._philox import attention_keep
+from phi1.kernels._tuned import table
+from phi1.kernels.attention import attention_reference
+from phi1.kernels.attention_qkv import attention_qkv_reference
+
+DEVICE = testing.kernel_device()
+if DEVICE is None:
+    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
+
+DTYPES = testing.DTYPES if DEVICE == "cuda" else testing.DTYPES[:2]
+SHAPES = [  # B, Tq, Tk, H, K
+    (1, 3, 3, 1, 16),  # the smallest whose gradients are not differences of equal numbers
+    (2, 17, 17, 2, 32),
+    (1, 31, 31, 1, 64),  # one row less than a block
+    (1, 33, 33, 2, 64),  # one more
+    (1, 100, 100, 1, 16),  # several blocks of both sizes
+    (2, 1, 33, 2, 64),  # decoding
+    (2, 5, 40, 2, 80),  # several tokens after a cache; a head padded to 128
+    (1, 20, 21, 1, 96),
+    (1, 34, 40, 1, 128),
+    (2, 9, 9, 1, 24),  # no power of two
+]
+TILE = (32, 64)
+TILES = [(16, 32), (32, 32), (64, 32), (32, 128)]
+RNG = torch.tensor([5, 7], device=DEVICE)
+
+
+def use_tile(monkeypatch, block_m=TILE[0], block_n=TILE[1], rotate_on_load=0):
+    small = {"block_m": block_m, "block_n": block_n, "rotate_on_load": rotate_on_load, "num_warps": 4, "num_stages": 2}
+    monkeypatch.setattr("phi1.kernels._attention_triton.tile", lambda *_, **__: small)
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    use_tile(monkeypatch)
+
+
+def make(shape, dtype=torch.float32):
+    batch, n_queries, n_keys, n_heads, head_size = shape
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(batch, tokens, n_heads, head_size, generator=generator).to(DEVICE, dtype)
+            for name, tokens in (("q", n_queries), ("k", n_keys), ("v", n_keys))}
+
+
+def make_qkv(n_rows, n_heads=2, head_size=16, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return {"qkv": torch.randn(n_rows, 3, n_heads, head_size, generator=generator).to(DEVICE, dtype)}
+
+
+def tables(rotary_size, n_positions=150):
+    angle = torch.outer(torch.arange(n_positions).double(), 10000 ** (-torch.arange(0, rotary_size, 2) / rotary_size))
+    return angle.cos().float().to(DEVICE), angle.sin().float().to(DEVICE)
+
+
+def ints(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+
+# The scale and log2(e) are folded into the exponent: one more rounding of every score. dP - delta is a difference of
+# two sums of K products in different orders: of a query that sees one key it should be 0 and is 3 roundings of dP.
+ROUNDINGS = 8
+
+
+def check(tensors, **options):
+    with backend("triton"):
+        testing.assert_matches_reference(attention, attention_reference, tensors, roundings=ROUNDINGS, **options)
+
+
+def check_qkv(tensors, **options):
+    with backend("triton"):
+        testing.assert_matches_reference(attention_qkv, attention_qkv_reference, tensors, roundings=ROUNDINGS,
+                                         **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_causal_attention_matches_reference(shape, dtype):
+    check(make(shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES[1:5], (1, 40, 20, 1, 16)], ids=str)  # full: more queries than keys too
+def test_full_attention_matches_reference(shape, dtype):
+    check(make(shape, dtype), causal=False, scale=0.3)
+
+
+if DEVICE == "cuda":  # the interpreter needs minutes for tiles of this size
+
+    @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+    @pytest.mark.parametrize("head_size", [16, 64, 80, 128])
+    @pytest.mark.parametrize("p", [0.0, 0.2])
+    def test_the_tables_tiles_match_reference(monkeypatch, head_size, dtype, p):
+        monkeypatch.undo()
+        check(make((2, 300, 300, 2, head_size), dtype), dropout=Dropout(p, RNG))
+        check_qkv(make_qkv(600, 2, head_size, dtype), batch=2, rotary=tables(16, 300), dropout=Dropout(p, RNG))
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_the_tile_is_not_seen(monkeypatch, tile):
+    use_tile(monkeypatch, *tile)
+    check(make((1, 70, 75, 1, 16)))
+    check(make((1, 70, 75, 1, 16)), dropout=Dropout(0.3, RNG))
+    check(make((1, 70, 70, 1, 16), torch.float16), cu_seqlens=ints(0, 1, 1, 34, 70))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_documents_match_reference(causal, dtype):
+    cuts = ints(0, 1, 1, 20, 53, 54, 75)  # documents of 1 and of no rows
+    check(make((1, 75, 75, 2, 16), dtype), causal=causal, cu_seqlens=cuts)
+    check(make((3, 25, 25, 1, 16), dtype), causal=causal, cu_seqlens=cuts.long(),
+          dropout=Dropout(0.2, RNG, ints(9, 8, 7, 6, 5, 4, dtype=torch.int64)[: cuts.shape[0] - 1]))
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.booleans())
+def test_any_documents_match_reference(lengths, causal):
+    cuts = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE)
+    n_rows = sum(lengths)
+    if n_rows > 1:  # of one row alone, dq and dk are differences of equal numbers
+        check_qkv(make_qkv(n_rows, 1), cu_seqlens=cuts, causal=causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[5], (2, 40, 70, 1, 16)], ids=str)
+def test_left_padding_matches_reference(shape, causal, dtype):
+    check(make(shape, dtype), causal=causal, seq_starts=ints(0, 12))
+    check(make(shape, dtype), causal=causal, seq_starts=ints(3, shape[2], dtype=torch.int64))  # a row of padding alone
+
+
+PACKINGS = {
+    "batch": {"batch": 3},
+    "full": {"batch": 3, "causal": False},
+    "packed": {"cu_seqlens": ints(0, 1, 1, 36, 51)},
+    "left-padded": {"batch": 3, "seq_starts": ints(0, 5, 16)},
+    "dropout": {"batch": 3, "dropout": Dropout(0.3, RNG, ints(8, 2, 3, dtype=torch.int64), layer=0xFFFF, kind=9)},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("mode", ["none", "inside", "on load", "applied"])
+def test_rotary_modes_match_reference(monkeypatch, mode, packing, dtype):
+    use_tile(monkeypatch, rotate_on_load=int(mode == "on load"))
+    options = {} if mode == "none" else {"rotary": tables(8), "rotary_applied": mode == "applied"}
+    check_qkv(make_qkv(51, 1, 16, dtype), **PACKINGS[packing], **options)
+
+
+@pytest.mark.parametrize("rotary_size", [2, 64])
+def test_rotary_sizes_and_positions(rotary_size):
+    positions = torch.randint(150, (34,), device=DEVICE)
+    check_qkv(make_qkv(34, 1, 80), rotary=tables(rotary_size), positions=positions)
+    check_qkv(make_qkv(34, 1, 64), rotary=tables(rotary_size), positions=positions.int(), rotary_applied=True)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_dropout_is_the_mask_of_the_specification(monkeypatch, tile):
+    use_tile(monkeypatch, *tile)
+    dropout = Dropout(0.4, RNG, ints(4, 1 << 40 | 77, dtype=torch.int64), layer=3, kind=1)
+    v = torch.eye(70, device=DEVICE)[None, :, None].expand(2, -1, 3, -1)  # shows the probabilities; all scores are 0
+    with backend("triton"):
+        p = attention(torch.zeros_like(v), torch.zeros_like(v), v, causal=False, dropout=dropout).transpose(1, 2)
+    keep = attention_keep(dropout, samples=range(2), heads=range(3), queries=range(70), keys=range(70))
+    assert torch.equal(p != 0, keep)
+    torch.testing.assert_close(p[keep], torch.full_like(p[keep], 65536 / (65536 - round(0.4 * 65536)) / 70))
+
+
+def test_dropout_counts_decoded_queries_and_negative_positions():
+    tensors, dropout = make((2, 40, 40, 2, 16)), Dropout(0.3, RNG)
+    with backend("triton"):
+        whole = attention(**tensors, dropout=dropout)
+        last = attention(tensors["q"][:, -3:], tensors["k"], tensors["v"], dropout=dropout)
+    torch.testing.assert_close(last, whole[:, -3:])
+    check(make((1, 40, 20, 1, 16)), causal=False, dropout=dropout)  # the first query is at -20
+
+
+def test_causal_means_no_look_ahead():
+    tensors = make((2, 80, 80, 2, 16))
+    with backend("triton"):
+        before = attention(**tensors)
+        for name in ("k", "v"):
+            tensors[name][:, 37:] += 1
+        after = attention(**tensors)
+    assert torch.equal(before[:, :37], after[:, :37])
+    assert not torch.allclose(before[:, 37:], after[:, 37:])
+
+
+def test_nan_in_another_document_or_in_padding_stays_there():
+    tensors = make((1, 60, 60, 2, 16))
+    for x in tensors.values():
+        x[:, 21:40] = math.nan
+    with backend("triton"):
+        got = testing.outputs_and_gradients(attention, tensors, cu_seqlens=ints(0, 21, 40, 60))
+    for name, x in got.items():
+        assert x[:, :21].isfinite().all(), name
+        assert x[:, 40:].isfinite().all(), name
+        assert x[:, 21:40].isnan().all(), name
+    tensors = make((2, 60, 60, 2, 16))
+    for name in ("k", "v"):
+        tensors[name][1, :35] = math.nan
+    with backend("triton"):
+        got = testing.outputs_and_gradients(attention, tensors, seq_starts=ints(0, 35))
+    assert all(x.isfinite().all() for x in got.values())
+
+
+def test_large_scores_stay_finite():
+    tensors = {name: x * (300 if name != "v" else 1) for name, x in make((1, 70, 70, 2, 64), torch.float16).items()}
+    with backend("triton"):
+        got = testing.outputs_and_gradients(attention, tensors, causal=False)
+    assert all(x.isfinite().all() for x in got.values())
+    exact = attention_reference(**{name: x.double() for name, x in tensors.items()}, causal=False)
+    testing.assert_within_bound(got["out0"], attention_reference(**tensors, causal=False), exact, roundings=4)
+
+
+def test_rows_of_no_document_are_nan():
+    tensors = make((1, 80, 80, 2, 16))
+    with backend("triton"), check_values(False), testing.empty_is_nan():
+        got = testing.outputs_and_gradients(attention, tensors, cu_seqlens=ints(5, 36, 60))
+    with backend("reference"):
+        alone = {name: x[:, 5:36] for name, x in tensors.items()}
+        expected = attention(**alone)
+    torch.testing.assert_close(got["out0"][:, 5:36], expected)
+    for name, x in got.items():
+        assert x[:, 5:60].isfinite().all(), name
+        assert x[:, :5].isnan().all(), name
+        assert x[:, 60:].isnan().all(), name
+
+
+@pytest.mark.parametrize("cuts", [(0, 50, 20, 70), (-4, 30, 99), (0,), (99, 0)], ids=str)
+def test_wild_cu_seqlens_stay_inside(cuts):
+    tensors = make((1, 70, 70, 1, 16))
+    guarded = {name: torch.nn.functional.pad(x, (0, 0, 0, 0, 9, 9), value=math.nan)[:, 9:-9]
+               for name, x in tensors.items()}
+    with backend("triton"), check_values(False):
+        got = testing.outputs_and_gradients(attention, guarded, cu_seqlens=ints(*cuts))
+    assert got["out0"].shape == (1, 70, 1, 16)
+    seen = max(0, min(70, max(cuts)) - max(0, cuts[0]))
+    assert got["out0"][0, :, 0, 0].isfinite().sum() == seen
+
+
+def test_wild_positions_give_nan():
+    positions = torch.arange(34, device=DEVICE)
+    positions[20], positions[30] = 34, -1
+    with backend("triton"), check_values(False):
+        out = attention_qkv(**make_qkv(34), rotary=tables(8, 34), positions=positions)
+    assert out[:20].isfinite().all()
+    assert out[20].isnan().all()
+
+
+def test_non_contiguous_inputs():
+    generator = torch.Generator().manual_seed(0)
+    cache = torch.randn(2, 64, 2, 16, generator=generator).to(DEVICE)
+    q = torch.randn(2, 2, 4, 16, generator=generator).to(DEVICE).transpose(1, 2)
+    check({"q": q, "k": cache[:, :20], "v": cache[:, 20:40].flip(3)})
+    check({"q": cache[:, :9], "k": cache[:, 20:29], "v": cache[:, 40:49]}, cu_seqlens=ints(0, 11, 18))
+    merged = torch.randn(34, 200, generator=generator).to(DEVICE)
+    qkv = merged[:, 4:100].unflatten(1, (3, 2, 16))
+    before = merged.clone()
+    check_qkv({"qkv": qkv}, batch=2, rotary=tables(8))
+    check_qkv({"qkv": qkv}, cu_seqlens=ints(0, 11, 34))
+    assert torch.equal(merged, before)
+
+
+def test_empty_input():
+    for shape in ((0, 3, 3, 2, 16), (2, 0, 0, 2, 16), (2, 0, 5, 2, 16)):
+        check(make(shape))
+    check(make((2, 0, 0, 2, 16)), cu_seqlens=ints(0))
+    check_qkv(make_qkv(0), rotary=tables(8))
+
+
+def test_backward_is_bitwise_repeatable():
+    tensors, options = make((1, 70, 70, 2, 16), torch.float16), {"dropout": Dropout(0.2, RNG)}
+    with backend("triton"):
+        first, second = (testing.outputs_and_gradients(attention, tensors, **options) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_the_kernels_ran_and_not_pytorch(monkeypatch):
+    from phi1.kernels import _attention_triton
+
+    launched = []
+    for name in ("launch_forward", "launch_backward"):
+        launch = getattr(_attention_triton, name)
+        monkeypatch.setattr(
+            _attention_triton, name, lambda *a, launch=launch, name=name: launched.append(name) or launch(*a)
+        )
+    with backend("triton"):
+        testing.outputs_and_gradients(attention, make((1, 4, 4, 1, 16)))
+        testing.outputs_and_gradients(attention_qkv, make_qkv(4))
+    assert launched == ["launch_forward", "launch_backward"] * 2
+
+
+def test_what_the_kernels_do_not_take_raises():
+    with backend("triton"):
+        with pytest.raises(NotImplementedError, match=r"a head size of at most 128; got 129; backend\('reference'\)"):
+            attention(**make((1, 3, 3, 1, 129)))
+        with pytest.raises(NotImplementedError, match="rotate a power of two of dimensions; got 12"):
+            attention_qkv(**make_qkv(4), rotary=tables(12))
+
+
+def test_operators_are_sound_and_compile_whole():
+    q, k, v = (x.requires_grad_() for x in make((2, 9, 9, 2, 16)).values())
+    qkv = make_qkv(12)["qkv"].requires_grad_()
+    positions = torch.arange(12, device=DEVICE)
+    with backend("triton"):
+        testing.assert_operator_is_sound("attention", (q, k, v, None, ints(0, 2), True, 0.25, 0.5, RNG, None, 1, 0))
+        testing.assert_operator_is_sound(
+            "attention_qkv",
+            (qkv, *tables(8), positions, ints(0, 5, 12), None, 1, True, 0.25, True, 0.5, RNG, None, 1, 0),
+        )
+        testing.assert_compiles_whole(attention_qkv, make_qkv(12), batch=2, rotary=tables(8))
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    from torch.utils.checkpoint import checkpoint
+
+    options = {"batch": 2, "rotary": tables(8), "dropout": Dropout(0.2, RNG)}
+    with backend("triton"):
+        plain = testing.outputs_and_gradients(attention_qkv, make_qkv(34), **options)
+        again = testing.outputs_and_gradients(
+            lambda qkv: checkpoint(attention_qkv, qkv, use_reentrant=False, **options), make_qkv(34))
+    assert all(torch.equal(x, again[name]) for name, x in plain.items())
+
+
+def test_every_tile_of_the_table_can_hold_a_dropout_mask():
+    for kernel, rows in table("attention").items():
+        assert rows[-1]["gpu"] == "any", kernel
+        assert rows[-1]["when"] == {}, kernel
+        for row in rows:
+            block_m, block_n = row["tile"]["block_m"], row["tile"]["block_n"]
+            assert block_m >= 16, (kernel, row)
+            assert block_n == 32 or block_n % 64 == 0 or row["when"].get("dropout") is False, (kernel, row)
