@@ -1,0 +1,205 @@
+"""The stages of bench/gpu.sh: which commands each runs, for how long, and the short table at the end.
+
+    python bench/gpu_stages.py STAGE --out DIR [--rehearse]
+    python bench/gpu_stages.py --needs STAGE ...       names of packages that are missing, one a line
+
+A stage ends within nine minutes: each command has a limit of its own, and none starts when the stage's time is up. What
+a command prints goes to DIR/STAGE/NAME.log as it comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BENCH = Path(__file__).resolve().parent
+ROOT = BENCH.parent
+STAGE_SECONDS = 530
+SHOWN_LINES = 12
+PYTEST = ("-m", "pytest", "-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib")
+
+NEEDS = {
+    "check": ("pytest", "pytest_benchmark", "hypothesis", "transformers", "phi1.weights", "phi1.train.run",
+              "phi1.train.prepare", "datasets", "setuptools"),
+    "kernels": ("phi1.bench.runner",), "block": ("phi1.bench.runner", "transformers"),
+    "train": ("phi1.train.run", "phi1.train.prepare", "datasets"),
+    "decode": ("phi1.generation", "transformers"), "tune": ("phi1.bench.runner",),
+    "profile": ("phi1.bench.runner",),
+}
+"""Stage -> modules that must import."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a stage.
+
+    Args:
+        name: of its log and its row.
+        words: the command; Python's where it starts with a script or an option.
+        seconds: its limit.
+        program: skipped, and said so, where this program is not on the PATH.
+        environment: added to the stage's.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    seconds: int = STAGE_SECONDS
+    program: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def commands(stage: str, out: Path, rehearse: bool) -> list[Command]:
+    """The commands of a stage; a rehearsal runs the same scripts on a CPU, with little work."""
+    script = {name: str(BENCH / f"gpu_{name}.py") for name in ("train", "profile", "sanitize")}
+    tiny = ("--rehearse",) if rehearse else ()
+    if stage == "check":
+        return _rehearsed_check(script["sanitize"]) if rehearse else _check(script["sanitize"])
+    if stage in ("kernels", "block", "decode"):
+        return _bench(stage, out, rehearse)
+    if stage == "train":
+        minutes = ("--minutes", "2.5"), ("--minutes", "4.5")
+        return [Command(part, (script["train"], part, "--out", str(out), *limit, *tiny), seconds)
+                for part, limit, seconds in zip(("search", "run"), minutes, (230, 330), strict=True)]
+    if stage == "tune":
+        tune = (str(BENCH / "tune.py"), "--out", str(out / "tuned"))
+        search = Command("search", (*tune, "--minutes", "8", "--compilers", "6"))
+        dry = Command("list", (*tune, "--dry-run"), 60)
+        return [dry, *([] if rehearse else [search])]
+    return [Command("trace", (script["profile"], "trace", "--out", str(out), *tiny), 200),
+            Command("counters", (script["profile"], "counters", "--out", str(out), *tiny), 300)]
+
+
+def _check(sanitize: str) -> list[Command]:
+    tests = sorted((ROOT / "tests").glob("test_*.py"))
+    kernels = [str(path) for path in tests if path.name.endswith("_kernels.py")]
+    # The interpreter's tests say nothing here, nor do those of packaging; the rest is what users run.
+    rest = [str(path) for path in tests if str(path) not in kernels
+            and path.name not in ("test_interpreter.py", "test_packaging.py", "test_gpu_rehearsal.py")]
+    return [
+        Command("kernels", (*PYTEST, *kernels), 240),
+        Command("sanitizer", ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable,
+                              sanitize), 100, program="compute-sanitizer"),
+        Command("suite", (*PYTEST, *rest), 250),
+    ]
+
+
+def _rehearsed_check(sanitize: str) -> list[Command]:
+    tests = ROOT / "tests"
+    return [
+        Command("kernels", (*PYTEST, str(tests / "test_layer_norm_kernels.py"), "-k", "widest or empty"), 100,
+                environment={"TRITON_INTERPRET": "1"}),
+        Command("sanitizer", (sanitize, "--rehearse"), 60),
+        Command("suite", (*PYTEST, str(tests / "test_config.py"), str(tests / "test_philox.py")), 100),
+    ]
+
+
+def _bench(stage: str, out: Path, rehearse: bool) -> list[Command]:
+    """The benchmarks of a stage: the short selection first, then all of it as far as the time goes."""
+    start = ("-c", "import sys; from phi1.cli import main; sys.exit(main())", "bench")
+    chosen = {"kernels": ("--unit", "kernel"), "block": ("--unit", "block"),
+              "decode": ("--op", "decode", "prefill")}[stage]
+    model = ("--op", "micro-step", "--quick")
+    if rehearse:
+        little = ("--device", "cpu", "--seconds", "0.01", "--peers")
+        quick = Command("quick", (*start, *chosen, "--quick", "--json", str(out / "quick.json"), *little), 150)
+        return [quick, *([Command("model", (*start, *model, *little), 60)] if stage == "block" else [])]
+    # The whole model beside its peers belongs to the block: it is what the block is for.
+    beside = [Command("model", (*start, *model, "--json", str(out / "model.json")), 200)] if stage == "block" else []
+    return [Command("quick", (*start, *chosen, "--quick", "--json", str(out / "quick.json")), 260), *beside,
+            Command("all", (*start, *chosen, "--seconds", "1", "--json", str(out / "all.json")))]
+
+
+@dataclass
+class Row:
+    """What came of a command."""
+
+    name: str
+    outcome: str
+    seconds: float
+    last: list[str]
+
+
+def run(command: Command, folder: Path, seconds: float) -> Row:
+    """Run one command within its limit; its whole process group ends with it."""
+    if command.program and shutil.which(command.program) is None:
+        return Row(command.name, "skipped", 0.0, [f"{command.program} is not installed"])
+    if seconds < 10:
+        return Row(command.name, "no time", 0.0, [])
+    words = command.words if command.program else (sys.executable, *command.words)
+    log, begin = folder / f"{command.name}.log", time.monotonic()
+    with log.open("w") as file:
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True,
+                                   env=os.environ | command.environment)
+        try:
+            code = process.wait(min(seconds, command.seconds))
+            outcome = "ok" if code == 0 else f"exit {code}"
+        except subprocess.TimeoutExpired:
+            outcome = "time out"
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and left nothing behind
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    text = log.read_text(errors="replace").strip().splitlines()
+    return Row(command.name, outcome, time.monotonic() - begin, text[-SHOWN_LINES:])
+
+
+def run_stage(stage: str, out: Path, rehearse: bool) -> int:
+    """Run a stage and print its table; 1 if a command failed or found no time."""
+    folder = (out / stage).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + STAGE_SECONDS
+    rows = []
+    for command in commands(stage, folder, rehearse):
+        rows.append(run(command, folder, end - time.monotonic()))
+        print(f"-- {stage} {rows[-1].name}: {rows[-1].outcome}, {rows[-1].seconds:.0f} s", flush=True)
+        for line in rows[-1].last:
+            print(f"   {line[:160]}")
+    print(f"\n{stage:10} {'outcome':10} {'s':>4}  last line")
+    for row in rows:
+        print(f"{row.name:10} {row.outcome:10} {row.seconds:4.0f}  {(row.last or [''])[-1][:110]}")
+    print(f"results in {folder}", flush=True)
+    # The long selection ends with the stage's time as a rule; what it has done is in its file.
+    bad = [row for row in rows if row.outcome not in ("ok", "skipped") and not
+           (row.name == "all" and row.outcome in ("time out", "no time"))]
+    return 1 if bad else 0
+
+
+def missing(stages: Sequence[str]) -> list[str]:
+    """Packages without which the stages cannot run, as they are named at installation."""
+    names = {}
+    for module in dict.fromkeys(module for stage in stages for module in NEEDS[stage]):
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("phi1"):
+                raise
+            names[error.name.partition(".")[0].replace("_", "-")] = module
+    return sorted(names)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="gpu.sh", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("stages", nargs="+", choices=list(NEEDS), metavar="STAGE", help=", ".join(NEEDS))
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--needs", action="store_true")
+    options = parser.parse_args()
+    if options.needs:
+        for name in missing(options.stages):
+            print(name)
+        return 0
+    return max([run_stage(stage, options.out, options.rehearse) for stage in options.stages])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""Train the full phi-1 in fp16 with the trainer's own step: the largest micro-batch, then tokens/s, MFU and the loss.
+
+    python bench/gpu_train.py search --out DIR      micro-batches of growing size until the memory is full
+    python bench/gpu_train.py run --out DIR         50 or more steps at the fastest of them
+
+Two processes, for one that has run out of memory is not used again. The text is this Python's standard library. Each
+size and each step is a line in DIR as soon as it is done; --rehearse takes a tiny model on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phi1 import Phi1, Phi1Config, preset
+from phi1.bench.environment import environment
+from phi1.bench.rooflines import gpu_named, training_flops
+from phi1.train import engine
+from phi1.train.batches import Layout
+from phi1.train.data import Corpus, open_corpus
+from phi1.train.launch import Place, connect
+from phi1.train.prepare import prepare
+from phi1.train.recipe import Train
+from phi1.train.step import Trainer
+
+SEARCHED, RUN, RESULT = "micro_batches.jsonl", "steps.jsonl", "train.json"
+STEP_SECONDS = 2.5  # of one optimizer step: the micro-batches of a step are as many as fit
+DROPOUT_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained."""
+
+    config: Phi1Config
+    tokens: int
+    micro_batches: tuple[int, ...]
+    steps: int
+    source: str
+    tokenizer: str
+    device: str
+
+
+FULL = Size(preset("phi1"), 2048, (1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32), 60, "stdlib", "microsoft/phi-1",
+            "cuda")
+TINY = Size(preset("nano", vocab_size=512, hidden_size=64, intermediate_size=256, num_attention_heads=1,
+                   num_hidden_layers=2), 32, (1, 2), 8, str(Path(json.__file__).parent), "train", "cpu")
+
+
+class Training:
+    """The model, its trainer and the text. Micro-batch and batch may change from step to step.
+
+    Args:
+        size: what is trained.
+        out: the prepared text is kept here.
+    """
+
+    def __init__(self, size: Size, out: Path) -> None:
+        place = Place()
+        self.size = size
+        self.machine = engine.start(place, size.device, "fp16", 0)
+        engine.connect_processes(self.machine, place, connect(place))
+        prepare(size.source, out / "corpus", tokenizer=size.tokenizer, vocab_size=512,
+                report=lambda line: print(line, flush=True))
+        self.corpus: Corpus = open_corpus(out / "corpus", "train")
+        self.model: Phi1 = engine.build_model(size.config, self.machine, seed=1)
+        # A batch is far smaller than phi-1's 1024 sequences, and so is the rate.
+        train = replace(Train(), batch_size=1, lr=3e-4, warmup_steps=size.steps // 3, steps=size.steps,
+                        loss_scale_window=200)
+        self.trainer = Trainer(self.model, train, size.tokens, self.corpus, Layout.of(1, 1, 0, 1), self.machine)
+
+    def set_batch(self, micro_batch: int, micro_steps: int) -> None:
+        """From the next step on."""
+        batch = micro_batch * micro_steps
+        self.trainer.train = replace(self.trainer.train, batch_size=batch)
+        self.trainer.layout = Layout.of(batch, micro_batch, 0, 1)
+
+    def set_dropout(self, p: float) -> None:
+        """From the next step on."""
+        config = replace(self.size.config, attention_dropout=p, residual_dropout=p)
+        for block in self.model.blocks:
+            block.config = config  # type: ignore[assignment]
+
+    def step(self) -> dict[str, Any]:
+        """One optimizer step and its time."""
+        begin = time.perf_counter()
+        outcome = self.trainer.run_step()
+        if self.machine.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+        tokens = self.trainer.train.batch_size * self.size.tokens
+        return {"step": outcome.step, "loss": outcome.loss, "norm": outcome.norm, "scale": outcome.scale,
+                "skipped": outcome.skipped, "seconds": round(seconds, 4), "tokens_per_s": round(tokens / seconds)}
+
+    def peak_gib(self) -> float:
+        """Most memory that tensors have held since the last call, GiB; 0 on a CPU."""
+        if self.machine.device.type != "cuda":
+            return 0.0
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+        return round(peak, 2)
+
+
+def search(size: Size, out: Path, end: float) -> int:
+    """Time micro-batches one after another, until one does not fit or the time is up."""
+    training = Training(size, out)
+    for micro_batch in size.micro_batches:
+        if time.monotonic() > end:
+            break
+        training.set_batch(micro_batch, 1)
+        try:
+            training.step()
+            training.peak_gib()
+            steps = [training.step() for _ in range(3)]
+        except torch.OutOfMemoryError:
+            _append(out / SEARCHED, {"micro_batch": micro_batch, "error": "out of memory"})
+            print(f"micro-batch {micro_batch:3}: out of memory", flush=True)
+            break
+        seconds = statistics.median(step["seconds"] for step in steps)
+        line = {"micro_batch": micro_batch, "seconds": seconds, "peak_gib": training.peak_gib(),
+                "tokens_per_s": round(micro_batch * size.tokens / seconds)}
+        _append(out / SEARCHED, line)
+        print(f"micro-batch {micro_batch:3}: {line['tokens_per_s']:,} tokens/s with an optimizer step each, "
+              f"{line['peak_gib']} GiB", flush=True)
+    return 0
+
+
+def run(size: Size, out: Path, end: float) -> int:
+    """Steps at the fastest micro-batch, then a few with phi-1's dropout. 1 if the loss has not fallen."""
+    timed = [line for line in _lines(out / SEARCHED) if "seconds" in line]
+    if not timed:
+        print("gpu_train: error: no micro-batch was timed; run `search` first", file=sys.stderr)
+        return 2
+    best = max(timed, key=lambda line: line["tokens_per_s"])
+    micro_steps = max(1, min(64, int(STEP_SECONDS / best["seconds"]))) if size is FULL else 2
+    training = Training(size, out)
+    training.set_batch(best["micro_batch"], micro_steps)
+    (out / RUN).unlink(missing_ok=True)
+    steps: list[dict[str, Any]] = []
+    while len(steps) < size.steps and time.monotonic() < end:
+        steps.append(training.step())
+        _append(out / RUN, steps[-1])
+        if len(steps) == 2:
+            training.peak_gib()  # of what follows the first allocations
+        if len(steps) % 5 == 0:
+            _write(size, out, best, micro_steps, steps, training.peak_gib(), None)
+            last = steps[-1]
+            print(f"step {len(steps)}: loss {last['loss']:.3f}, {last['tokens_per_s']:,} tokens/s", flush=True)
+    peak = json.loads((out / RESULT).read_text())["peak_gib"]
+    training.set_dropout(0.1)
+    dropped = [training.step() for _ in range(DROPOUT_STEPS)]
+    result = _write(size, out, best, micro_steps, steps, peak, dropped)
+    _print(result)
+    return 0 if result["loss_last"] < result["loss_first"] else 1
+
+
+def _write(size: Size, out: Path, best: dict[str, Any], micro_steps: int, steps: list[dict[str, Any]], peak: float,
+           dropped: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """The result so far."""
+    facts = environment(size.device)
+    # The first steps compile kernels and fill the allocator.
+    speed = statistics.median(step["tokens_per_s"] for step in (steps[2:] or steps))
+    gpu = gpu_named(facts.get("gpu", ""))
+    flops = training_flops(size.config, size.tokens)
+    ends = max(1, len(steps) // 8)
+    result = {
+        "environment": facts, "tokens": size.tokens, "micro_batch": best["micro_batch"], "micro_steps": micro_steps,
+        "steps": len(steps), "skipped": sum(step["skipped"] for step in steps), "peak_gib": peak,
+        "tokens_per_s": speed, "flops_per_token": flops,
+        "mfu": {name: round(speed * n / gpu.half_tflops / 1e12, 4) for name, n in flops.items()} if gpu else None,
+        "loss_first": statistics.mean(step["loss"] for step in steps[:ends]),
+        "loss_last": statistics.mean(step["loss"] for step in steps[-ends:]),
+    }
+    if dropped:
+        result["tokens_per_s_dropout_0.1"] = max(step["tokens_per_s"] for step in dropped)
+    (out / RESULT).write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _print(result: dict[str, Any]) -> None:
+    mfu = result["mfu"] or {}
+    print(f"""micro-batch      {result['micro_batch']} x {result['tokens']} tokens, {result['micro_steps']} a step
+tokens/s         {result['tokens_per_s']:,.0f} (median of {result['steps']} steps, {result['skipped']} skipped); \
+with dropout 0.1 {result['tokens_per_s_dropout_0.1']:,.0f}""")
+    for name, share in mfu.items():
+        print(f"MFU {name:18} {100 * share:.1f} %")
+    if not mfu:
+        print("MFU              unknown: the peak of this device is not listed in rooflines.py")
+    print(f"peak memory      {result['peak_gib']} GiB\nloss             {result['loss_first']:.3f} -> "
+          f"{result['loss_last']:.3f}", flush=True)
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.is_file():
+        yield from map(json.loads, path.read_text().splitlines())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("part", choices=("search", "run"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=5.0, help="begin no step after this long (%(default)s)")
+    parser.add_argument("--rehearse", action="store_true", help="a tiny model on the CPU")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * options.minutes
+    size = TINY if options.rehearse else FULL
+    if size.device == "cuda" and not torch.cuda.is_available():
+        print("gpu_train: error: there is no CUDA device; --rehearse trains a tiny model on the CPU", file=sys.stderr)
+        return 2
+    if options.part == "search":
+        (options.out / SEARCHED).unlink(missing_ok=True)
+    code = {"search": search, "run": run}[options.part](size, options.out, end)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
