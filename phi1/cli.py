@@ -248,6 +248,12 @@ def _tune(argv: list[str]) -> int:
     return tune(argv, Parser)
 
 
+def _verify(argv: list[str]) -> int:
+    from phi1.train.verify import main as verify
+
+    return verify(argv, Parser)
+
+
 def _plan(argv: list[str]) -> int:
     from phi1.train.plan import main as plan
 
@@ -277,6 +283,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "convert": (_convert, "write a model in the current Hugging Face layout"),
     "bench": (_bench, "measure the operations and units beside their peers"),
     "tune": (_tune, "search the kernels' tile shapes on this GPU"),
+    "verify": (_verify, "compare checkpoints, runs and corpora with their hashes"),
     "plan": (_plan, "say what a run needs: memory of each GPU, time, cost"),
     "doctor": (_doctor, "check this machine and installation"),
 }

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -13,7 +14,7 @@ from phi1.config import preset
 from phi1.train import checkpoint as checkpoint_module
 from phi1.train.batches import Layout
 from phi1.train.checkpoint import gather_weights, load_checkpoint, save_checkpoint
-from phi1.train.checkpoint_files import checkpoints, choose, find_damage, remove_after
+from phi1.train.checkpoint_files import checkpoints, choose, find_damage, prune, remove_after
 from phi1.train.data import open_corpus
 from phi1.train.engine import build_model, connect_processes, start
 from phi1.train.launch import Place, RunError
@@ -211,15 +212,29 @@ def test_a_damaged_or_missing_checkpoint_is_one_line_with_the_way_out(two_saved,
         choose(folder, "step-9")
     (folder / "step-3" / "__0_0.distcp").write_bytes(b"short")
     with pytest.raises(RunError, match=r"step-3 is damaged: __0_0\.distcp has 5 bytes where \d+ were written; go on "
-                                       r"from an older one with --checkpoint\.resume step-2"):
-        choose(folder, "auto")
-    assert remove_after(folder, choose(folder, "step-2")) == ["step-3"]
-    assert choose(folder, "auto") == folder / "step-2"
+                                       r"from the newest that is whole with --checkpoint\.resume auto"):
+        choose(folder, "step-3")
+    lines = []
+    assert choose(folder, "auto", lines.append) == folder / "step-2"
+    assert re.fullmatch(rf"warning: checkpoint {folder}/step-3 is damaged: __0_0\.distcp has 5 bytes where \d+ were "
+                        r"written; it is now damaged-step-3, and the run goes on from step-2", *lines)
+    assert (folder / "damaged-step-3" / "__0_0.distcp").read_bytes() == b"short"
+    assert remove_after(folder, folder / "step-2") == []
     (folder / "step-2" / "manifest.json").unlink()
     with pytest.raises(RunError) as error:
         choose(folder, "auto")
-    assert str(error.value).endswith(f"there is no other: give another --run.folder, or remove {folder / 'step-2'} and "
-                                     f"{tmp_path / 'ledger.jsonl'} to start over")
+    assert str(error.value).endswith("step-2 is damaged: manifest.json is missing; there is no other: give another "
+                                     f"--run.folder, or remove {folder} and {tmp_path / 'ledger.jsonl'} to start over")
+    assert (folder / "step-2").is_dir()
+
+
+def test_every_mth_checkpoint_outlives_the_newest(tmp_path):
+    for step in range(1, 10):
+        (tmp_path / f"step-{step}").mkdir()
+    prune(tmp_path, keep=2, keep_every=4)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-4", "step-8", "step-9"]
+    prune(tmp_path, keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-9"]
 
 
 def test_an_unfinished_save_is_never_taken_for_a_checkpoint(two_saved, tmp_path):

@@ -284,9 +284,9 @@ def test_mistakes_about_an_existing_run_are_one_line(place, undisturbed):
         fcntl.flock(file, fcntl.LOCK_EX)
         assert re.search(r"run.folder old is in use by process \d+: wait", refused())
     (newest / "trainer.json").unlink()
-    assert "step-60 is damaged: trainer.json is missing; go on from an older one with --checkpoint.resume step-40" \
-        in refused()
-    train(place, "old", checkpoint__resume="step-40")
+    assert "step-60 is damaged: trainer.json is missing; go on from the newest that is whole" \
+        in refused(checkpoint__resume="step-60")
+    assert "step-60 is damaged: trainer.json is missing; it is now damaged-step-60" in train(place, "old")
     assert steps(place, "old") == steps(place, "whole")
     assert weights(place, "old") == weights(place, "whole")
 

@@ -44,14 +44,16 @@ T = TypeVar("T")
 MARGIN = 1 << 20
 
 
-def save_checkpoint(trainer: Trainer, folder: Path, facts: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(trainer: Trainer, folder: Path, facts: dict[str, Any], keep: int,
+                    keep_every: int = 0) -> Path:
     """Collective: write `folder`/step-N and then remove all but the newest `keep` checkpoints.
 
     Args:
         trainer: at rest between two steps.
         folder: the run's checkpoints/, on a disk that all processes share.
         facts: JSON values to keep beside the tensors.
-        keep: checkpoints to keep.
+        keep: newest checkpoints to keep.
+        keep_every: also keep those whose step is a multiple of this; 0 for none.
 
     Returns:
         The new checkpoint's folder.
@@ -70,7 +72,7 @@ def save_checkpoint(trainer: Trainer, folder: Path, facts: dict[str, Any], keep:
         _together(lambda: dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary)))
         parts = _together(lambda: _describe_own(temporary, notes))
         files = {name: description for part in parts for name, description in part.items()}
-        _together(lambda: _finish(temporary, final, files, keep) if first else None)
+        _together(lambda: _finish(temporary, final, files, keep, keep_every) if first else None)
     except _Failed as error:
         reason = _shortage(folder, int(needed)) or str(error)
         if first:
@@ -177,7 +179,7 @@ def _describe_own(temporary: Path, notes: dict[str, Any]) -> dict[str, list[int 
     return {path.name: describe(path) for path in own}
 
 
-def _finish(temporary: Path, final: Path, files: dict[str, list[int | str]], keep: int) -> None:
+def _finish(temporary: Path, final: Path, files: dict[str, list[int | str]], keep: int, keep_every: int) -> None:
     write_manifest(temporary, files)
     commit(temporary, final)
-    prune(final.parent, keep)
+    prune(final.parent, keep, keep_every)

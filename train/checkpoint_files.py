@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,43 +27,63 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says."""
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match, f"{checkpoint} is not a checkpoint's name"
+    return int(match[1])
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest step first. Unfinished ones have other names."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
 
 
-def choose(folder: Path, resume: str) -> Path | None:
+def choose(folder: Path, resume: str, report: Callable[[str], None] = print) -> Path | None:
     """The checkpoint to go on from, whole and verified; None to start from the beginning.
 
     Args:
         folder: the run's checkpoints/.
-        resume: "auto" for the newest, or a checkpoint's name.
+        resume: "auto" for the newest that is whole, or a checkpoint's name. Newer ones that are damaged are put aside.
+        report: called with a line for each that is put aside.
 
     Raises:
-        RunError: no such checkpoint, or it is damaged; one line says which file and what to do.
+        RunError: no such checkpoint, or it is damaged, or all are; one line says which file and what to do.
     """
     found = checkpoints(folder)
     if resume == "auto":
-        if not found:
-            return None
-        chosen = found[-1]
-    else:
-        by_name = {path.name: path for path in found}
-        if resume not in by_name:
-            there = ", ".join(by_name) or "none"
-            raise RunError(f"checkpoint.resume: there is no {resume} in {folder}; there: {there}")
-        chosen = by_name[resume]
-    damage = find_damage(chosen)
-    if damage:
-        others = [path.name for path in found if path != chosen]
-        fix = f"go on from an older one with --checkpoint.resume {others[-1]}" if others else \
-            f"there is no other: give another --run.folder, or remove {chosen} and {folder.parent / LEDGER} to "\
-            "start over"
-        raise RunError(f"checkpoint {chosen} is damaged: {damage}; {fix}")
-    return chosen
+        return _newest_whole(folder, found, report)
+    by_name = {path.name: path for path in found}
+    if resume not in by_name:
+        there = ", ".join(by_name) or "none"
+        raise RunError(f"checkpoint.resume: there is no {resume} in {folder}; there: {there}")
+    if damage := find_damage(by_name[resume]):
+        raise RunError(f"checkpoint {by_name[resume]} is damaged: {damage}; go on from the newest that is whole with "
+                       "--checkpoint.resume auto")
+    return by_name[resume]
+
+
+def _newest_whole(folder: Path, found: list[Path], report: Callable[[str], None]) -> Path | None:
+    damaged: dict[Path, str] = {}
+    for path in reversed(found):
+        damage = find_damage(path)
+        if not damage:
+            for wrong, what in damaged.items():
+                aside = wrong.with_name(f"damaged-{wrong.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                wrong.rename(aside)
+                report(f"warning: checkpoint {wrong} is damaged: {what}; it is now {aside.name}, and the run goes on "
+                       f"from {path.name}")
+            return path
+        damaged[path] = damage
+    if damaged:
+        newest, damage = next(iter(damaged.items()))
+        others = f", and so are {', '.join(path.name for path in list(damaged)[1:])}" if len(damaged) > 1 else ""
+        raise RunError(f"checkpoint {newest} is damaged: {damage}{others}; there is no other: give another "
+                       f"--run.folder, or remove {folder} and {folder.parent / LEDGER} to start over")
+    return None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -133,10 +154,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
+def prune(folder: Path, keep: int, keep_every: int = 0) -> None:
+    """Remove all but the newest `keep` checkpoints, and those of every `keep_every`-th step, if that is not 0."""
     for path in checkpoints(folder)[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+        if not (keep_every and step_of(path) % keep_every == 0):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_after(folder: Path, chosen: Path | None) -> list[str]:

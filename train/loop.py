@@ -70,7 +70,8 @@ class Loop:
     def save(self) -> Path:
         """Collective: a checkpoint of this step, unless it is there."""
         if self.saved is None or self.saved.name != checkpoint_name(self.trainer.finished):
-            self.saved = save_checkpoint(self.trainer, self.folder.checkpoints, self.facts, self.recipe.checkpoint.keep)
+            rule = self.recipe.checkpoint
+            self.saved = save_checkpoint(self.trainer, self.folder.checkpoints, self.facts, rule.keep, rule.keep_every)
             self._note(lambda ledger: ledger.saved(self.trainer.finished))
         return self.saved
 

@@ -95,8 +95,9 @@ class Checkpoint:
 
     every: Annotated[CountOrZero, doc("steps between checkpoints (0: at the end only)")] = 500
     keep: Annotated[Count, doc("newest checkpoints to keep")] = 2
-    resume: Annotated[str, doc("auto (the newest), or a checkpoint's name such as step-500; later ones are removed")] \
-        = "auto"
+    keep_every: Annotated[CountOrZero, doc("also keep checkpoints whose step is a multiple of this (0: none)")] = 0
+    resume: Annotated[str, doc("auto (the newest that is whole), or a checkpoint's name such as step-500; later ones "
+                               "are removed")] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
