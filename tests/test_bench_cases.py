@@ -1,0 +1,120 @@
+"""The registry of benchmark cases: complete, well formed, and right about its formulas."""
+
+import pytest
+import torch
+
+from phi1 import kernels
+from phi1.bench import check
+from phi1.bench.case import ELEMENT_BYTES, Case
+from phi1.bench.cases import all_cases, operations, select
+from phi1.bench.cases_attention import document_lengths
+from phi1.bench.providers import VERSIONS, ours, plain
+
+CPU = torch.device("cpu")
+NOT_OPERATIONS = {"Dropout", "backend", "check_values", "empty"}
+SMALL = [case for case in select("cpu", quick=True) if case.unit in ("kernel", "block")]
+
+
+def draw(case):
+    return case.inputs(CPU, torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("op", sorted(set(kernels.__all__) - NOT_OPERATIONS))
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_public_operation_has_cases_both_ways(op, device):
+    """A new public operation without a case fails here."""
+    directions = {case.direction for case in select(device, [op], quick=True)}
+    assert {"forward", "forward+backward"} <= directions
+
+
+@pytest.mark.parametrize("unit", ["parallel_block", "model-loss", "micro-step", "train-step", "prefill", "decode",
+                                  "data-loader", "tokenise", "load", "save"])
+def test_every_unit_of_work_has_cases(unit):
+    assert select("cpu", [unit])
+    assert select("cuda", [unit])
+
+
+def test_the_lengths_head_sizes_and_variants_of_attention():
+    cases = select("cuda", ["attention"])
+    assert {512, 1024, 2048, 4096, 8192, 16384} <= {case.shape["T"] for case in cases}
+    assert {case.shape["K"] for case in cases} == {64, 80, 128}
+    assert {case.shape["causal"] for case in cases} == {True, False}
+    assert any(case.shape.get("dropout") == 0.1 for case in cases)
+    assert any("documents" in case.shape for case in select("cuda", ["attention_qkv"]))
+    peers = {provider.name for case in cases for provider in case.providers}
+    assert {"sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flex", "flash-attn", "flash-attn-4"} <= peers
+
+
+@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
+def test_cases_are_well_formed(case):
+    assert case.n_bytes > 0
+    assert case.n_flops > 0 or case.unit == "host"
+    assert len({provider.name for provider in case.providers}) == len(case.providers)
+    assert len(case.providers) > 1, "a time alone says little"
+    for provider in case.providers:
+        assert provider.package in {"torch", "phi1", *VERSIONS}
+        assert set(provider.by_default) <= set(provider.devices)
+    if case.direction in check.GRADIENTS:
+        assert case.leaves
+
+
+@pytest.mark.parametrize("case", [case for case in SMALL if case.direction == "forward"], ids=lambda case: case.name)
+def test_a_forward_moves_at_least_its_inputs_and_outputs(case):
+    """The formula of the bytes is not less than what the tensors hold, and not much more."""
+    inputs = draw(case)
+    moved = [x for name, x in inputs.items() if isinstance(x, torch.Tensor) and name in case.leaves]
+    moved += check.as_tuple(case.reference(inputs))
+    size = sum(x.numel() for x in moved) * ELEMENT_BYTES[case.dtype]
+    assert 0.75 * size <= case.n_bytes <= 1.25 * size
+
+
+@pytest.mark.parametrize("case", [case for case in SMALL if case.direction == "forward+backward"],
+                         ids=lambda case: case.name)
+def test_flops_of_products_are_what_pytorch_counts(case):
+    """For the operations that multiply matrices: attention counts the causal half, which PyTorch does not skip."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    if case.n_flops < 20 * case.n_bytes:
+        pytest.skip("memory bounds it")
+    inputs = check.leaves_of(case, draw(case))
+    with FlopCounterMode(display=False) as counter:
+        outputs = check.as_tuple(case.reference(inputs))
+        check.gradients(case, inputs, outputs, check.upstream_of(outputs, 0))
+    counted = counter.get_total_flops()
+    # The reference multiplies all of the scores forward and backward, four products of six in all.
+    scores = {"attention": 12 / 7, "attention_qkv": 12 / 7}.get(case.op, 1.0)
+    assert case.n_flops * scores == pytest.approx(counted, rel=0.1)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_inputs_are_a_function_of_the_generator(case):
+    first, again = draw(case), draw(case)
+    other = case.inputs(CPU, torch.Generator().manual_seed(2))
+    assert all(torch.equal(first[name], again[name]) for name in case.leaves if first[name] is not None)
+    assert not torch.equal(first[case.leaves[0]], other[case.leaves[0]])
+
+
+def test_documents_fill_the_rows():
+    lengths = document_lengths(16384)
+    assert sum(lengths) == 16384
+    assert 1 <= min(lengths) <= max(lengths) <= 2048
+    assert lengths == document_lengths(16384)
+
+
+def test_selections():
+    quick = select("cuda", quick=True)
+    assert {case.op for case in quick} == set(operations()), "the short selection covers everything"
+    assert len(quick) < len(select("cuda"))
+    assert all("T=512" in case.name for case in select("cuda", ["attention"], text="T=512 "))
+    assert {case.unit for case in select("cpu", units=["host"])} == {"host"}
+    with pytest.raises(ValueError, match="--op: there is no case of 'layernorm'; there are layer_norm, "):
+        select("cpu", ["layernorm"])
+    with pytest.raises(ValueError, match="no case for the cpu has this operation, unit and name"):
+        select("cpu", ["layer_norm"], text="no such words")
+
+
+def test_formulas_see_the_sizes_and_the_element():
+    case = Case(name="n", op="o", unit="kernel", direction="forward", shape={"N": 3, "p": 0.1}, dtype="float16",
+                devices=("cpu",), bytes="2*N*e", flops="N*N", inputs=lambda on, generator: {},
+                providers=(ours(abs), plain("torch", abs)))
+    assert (case.n_bytes, case.n_flops) == (12, 9)

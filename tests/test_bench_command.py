@@ -1,0 +1,175 @@
+"""`phi1 bench` as a user types it: tables, results, traces, and one line for every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from phi1.bench import cases_norm
+from phi1.bench.cases import all_cases
+from phi1.bench.chrome_trace import Line, as_table, kind_of, our_kernels, summarise
+from phi1.bench.results import FORMAT, read
+from phi1.bench.table import block, rate
+from phi1.cli import main
+from phi1.kernels._backend import reference_forced
+
+FAST = ["--device", "cpu", "--seconds", "0.02", "--quick"]
+
+
+def run(*argv):
+    try:
+        return main(["bench", *map(str, argv)])
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_one_operation_prints_its_table_and_writes_its_results(tmp_path, capsys):
+    path = tmp_path / "out" / "r.json"
+    assert run("--op", "rotary", *FAST, "--json", path) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].endswith(f"commit {read(path)['environment']['commit']}")
+    assert "OPERATIONS" in lines
+    assert sum(line.startswith("  phi1 ") for line in lines) == 2 == sum(line.startswith("  torch ") for line in lines)
+    assert str(path) in err
+    content = read(path)
+    assert content["format"] == FORMAT
+    assert [case["direction"] for case in content["cases"]] == ["forward", "forward+backward"]
+    assert path.stat().st_size < 4000, "small"
+
+
+def test_a_wrong_operation_is_exit_code_1(monkeypatch, capsys):
+    def wrong(*arguments):  # the operation, not its reference
+        return rotary(*arguments) + (0 if reference_forced() else 1e-3)
+
+    rotary = cases_norm.rotary
+    monkeypatch.setattr(cases_norm, "rotary", wrong)
+    all_cases.cache_clear()
+    try:
+        assert run("--op", "rotary", *FAST) == 1
+    finally:
+        all_cases.cache_clear()
+    out, err = capsys.readouterr()
+    assert "  phi1                   wrong: out0 is off by" in out
+    assert "phi1 failed in 2 of 2 cases" in err
+
+
+def test_the_list_of_a_gpus_cases_needs_no_gpu(capsys):
+    assert run("--list", "--op", "attention", "--device", "cuda") == 0
+    out = capsys.readouterr().out
+    assert "attention B=1 T=16384 H=32 K=64 causal=True float16 forward  [phi1, torch, sdpa-flash," in out
+
+
+MISTAKES = {
+    "operation": (["--op", "atention"], "--op: there is no case of 'atention'; there are layer_norm, "),
+    "unit": (["--unit", "kernels"], "argument --unit: invalid choice: 'kernels'"),
+    "peer": (["--op", "gelu", "--peers", "tourch", "--device", "cpu"], "--peers: no case has a peer 'tourch'; they "),
+    "time": (["--seconds", "0"], "argument --seconds: must be more than 0; got 0.0"),
+    "two places": (["--save", "--json", "x"], "give the results' place in one way"),
+    "option": (["--qick"], "unrecognized arguments: --qick; did you mean --quick?"),
+    "compare one": (["compare", "a.json"], "the following arguments are required: B"),
+    "compare none": (["compare", "/nowhere/a.json", "/nowhere/b.json"], "/nowhere/a.json: No such file or directory"),
+    "report none": (["report", "/nowhere/a.json", "--no-plots"], "/nowhere/a.json: No such file or directory"),
+    "trace unit": (["trace", "--unit", "train_step"], "argument --unit: there is no 'train_step'; there are"),
+    "trace nothing": (["trace"], "the following arguments are required: --unit"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_gives_one_line_and_exit_code_2(name, capsys):
+    argv, message = MISTAKES[name]
+    assert run(*argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_one_line(capsys):
+    assert run("--device", "cuda") == 2
+    assert "--device cuda: there is no CUDA device on this machine" in capsys.readouterr().err
+
+
+def test_help_names_the_commands(capsys):
+    assert run("--help") == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name}" in out for name in ("report", "compare", "trace", "static"))
+
+
+def test_a_trace_names_our_operations_and_products(tmp_path, capsys):
+    path = tmp_path / "t.json"
+    assert run("trace", "--unit", "parallel_block", "--device", "cpu", "--out", path) == 0
+    out = capsys.readouterr().out
+    assert "phi1::parallel_block_backward" in out
+    assert any(line.endswith("  product") for line in out.splitlines())
+    events = json.loads(path.read_text())["traceEvents"]
+    assert any(event.get("name") == "phi1::parallel_block" for event in events)
+
+
+def test_kernels_of_ours_are_known_by_their_names():
+    assert {"layer_norm_forward_kernel", "layer_norm_backward_kernel"} <= our_kernels()
+    expected = {
+        "layer_norm_forward_kernel": "phi1", "phi1::attention": "phi1",
+        "nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT": "product", "ampere_fp16_s16816gemm_fp16_128x128_tn": "product",
+        "sm90_xmma_gemm_f16f16_f16f32_f32_tn": "product", "Cijk_Ailk_Bljk_HHS_BH_MT128x128": "product",
+        "aten::addmm": "product", "ncclDevKernel_AllReduce_Sum_f32": "communication", "Memcpy DtoD": "copy",
+        "void at::native::vectorized_elementwise_kernel<4, at::native::AddFunctor>": "other",
+    }
+    assert {name: kind_of(name) for name in expected} == expected
+
+
+class Event:
+    def __init__(self, name, device_type, us, annotation=False):
+        self.name, self.device_type, self.is_user_annotation = name, device_type, annotation
+        self.self_cpu_time_total, self.us = us, us
+        self.time_range = self
+
+    def elapsed_us(self):
+        return self.us
+
+
+def test_a_gpus_table_counts_its_own_events():
+    from torch.autograd import DeviceType
+
+    events = [Event("layer_norm_forward_kernel", DeviceType.CUDA, 100.0) for _ in range(4)]
+    events += [Event("nvjet_x", DeviceType.CUDA, 1000.0), Event("aten::mm", DeviceType.CPU, 9e9),
+               Event("ProfilerStep#1", DeviceType.CUDA, 9e9, annotation=True)]
+    lines = summarise(events, "cuda", steps=2)
+    assert lines == [Line("nvjet_x", "product", 0.5, 0), Line("layer_norm_forward_kernel", "phi1", 0.2, 2)]
+    assert "71.4%" in as_table(lines)
+
+
+def test_lines_of_every_status():
+    roof = {"gb_per_s": 1.0, "tflop_per_s": 1.0, "ms": 1.0, "bound": "compute"}
+    providers = [{"provider": "phi1", "status": "ok", "ms": [2.0, 1.9, 2.2], "roof_share": 0.5, "ratio": [1, 1, 1]},
+                 {"provider": "liger", "status": "not installed", "reason": "liger-kernel 0.8.5 is not installed"}]
+    record = {"case": "c", "bytes": 1500, "flops": 2_000_000_000, "roof": roof, "note": "unchecked: no room",
+              "providers": providers}
+    text = block(record)
+    assert "c: 1.5 kB, 2 GFLOP, roof 1 ms (compute)" in text
+    assert "unchecked: no room" in text
+    assert "liger                  not installed: liger-kernel 0.8.5 is not installed" in text
+    assert "2 [1.9-2.2]" in text
+    assert rate(record, 2.0) == "1 TFLOP/s"
+    assert rate(record, 20.0) == "100 GFLOP/s"
+    assert rate(record | {"roof": roof | {"bound": "memory"}}, 1e-3) == "1.5 GB/s"
+
+
+def test_pytest_benchmark_writes_what_the_numbers_depend_on(tmp_path):
+    path = tmp_path / "b.json"
+    command = [sys.executable, "-m", "pytest", "--benchmark", "-q", "-p", "no:cacheprovider", "bench/bench_cases.py",
+               "-k", "gelu and forward and not backward", f"--benchmark-json={path}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(os.path.dirname(__file__)),
+                          timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:]
+    written = json.loads(path.read_text())
+    facts = written["machine_info"]["phi1"]
+    assert {"torch", "triton", "commit", "peers"} <= set(facts)
+    assert written["commit_info"]["phi1"] == facts["commit"]
+    assert {test["extra_info"]["bytes"] for test in written["benchmarks"]} == {256 * 1024 * 2 * 4}
+    if torch.cuda.is_available():
+        assert {"gpu", "driver"} <= set(facts)
