@@ -1,0 +1,258 @@
+"""Results files, what is made of them, and that the README has no number that is not in one."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phi1.bench import compare, environment, report, results
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def entry(provider, ms, ratio=None, status="ok", **more):
+    found = {"provider": provider, "version": "1", "status": status}
+    if status == "ok":
+        found |= {"ms": [ms, 0.98 * ms, 1.03 * ms], "roof_share": 0.5}
+    if ratio:
+        found["ratio"] = [ratio, 0.99 * ratio, 1.02 * ratio]
+    return found | more
+
+
+def record(case="layer_norm N=16384 D=2048 float16 forward", ms=0.05, bound="memory", **fields):
+    return {"case": case, "op": "layer_norm", "unit": "kernel", "direction": "forward", "shape": {"N": 16384},
+            "dtype": "float16", "bytes": 134225920, "flops": 268435456, "quick": True, "input_copies": 2,
+            "roof": {"gb_per_s": 3000.0, "tflop_per_s": 700.0, "ms": 0.0447, "bound": bound},
+            "providers": [entry("phi1", ms, 1.0), entry("torch", 1.5 * ms, 1.5), entry("liger", 1.2 * ms, 1.2),
+                          entry("quack", 0, status="not installed", reason="quack-kernels 0.6.5 is not installed")],
+            } | fields
+
+
+def content(*records, device="cuda", **facts):
+    found = {"device": device, "gpu": "NVIDIA H100 80GB HBM3", "cpu": "AMD EPYC", "cores": 2, "driver": "550.1",
+             "torch": "2.11.0", "triton": "3.6.0", "commit": "abc1234"} | facts
+    return {"format": results.FORMAT, "date": "2026-11-23", "environment": found, "settings": {},
+            "cases": list(records)}
+
+
+def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(results.as_text(value))
+    return path
+
+
+def test_a_file_is_read_as_it_was_written(tmp_path):
+    value = content(record(), record(case="other", ms=1))
+    assert results.read(write(tmp_path / "r.json", value)) == value
+
+
+def test_a_file_has_a_line_for_each_provider(tmp_path):
+    text = results.as_text(content(record()))
+    assert sum('"provider": "' in line for line in text.splitlines()) == 4
+    assert len(text.splitlines()) < 20
+
+
+def test_every_case_is_on_the_disk_before_the_next(tmp_path):
+    path = tmp_path / "deep" / "r.json"
+    file = results.ResultsFile(path, {"gpu": "x"}, {})
+    assert results.read(path)["cases"] == []
+    file.add(record())
+    assert [case["op"] for case in results.read(path)["cases"]] == ["layer_norm"]
+    assert [p.name for p in path.parent.iterdir()] == ["r.json"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"benchmark": "cpu_training"}', '{"format": "phi1 bench 99"}'])
+def test_other_files_are_refused(tmp_path, text):
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="is not a results file"):
+        results.read(path)
+
+
+def test_the_place_of_a_machines_results():
+    facts = content()["environment"]
+    assert results.standard_path(facts).parent == ROOT / "bench/results/nvidia-h100-80gb-hbm3"
+    assert results.standard_path(facts).name.endswith("-abc1234.json")
+    assert environment.machine_name(facts | {"device": "cpu"}) == "cpu-amd-epyc-2c"
+
+
+def test_the_commit_comes_from_the_variable_or_git_or_is_unknown(monkeypatch, tmp_path):
+    monkeypatch.setenv(environment.COMMIT_VARIABLE, "1234abc")
+    assert environment.commit() == "1234abc"
+    monkeypatch.delenv(environment.COMMIT_VARIABLE)
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    assert environment.commit() == "unknown"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment.commit() == "unknown", "no git on this machine"
+
+
+def test_the_environment_says_what_numbers_depend_on():
+    facts = environment.environment("cpu")
+    assert {"device", "cpu", "cores", "threads", "torch", "triton", "commit", "python", "peers"} <= set(facts)
+    assert all(version for version in facts["peers"].values())
+
+
+def test_compare_finds_what_moved_beyond_noise():
+    a = content(record(ms=1.0), record(case="same", ms=1.0), record(case="worse", ms=1.0), record(case="gone"))
+    b = content(record(ms=0.8), record(case="same", ms=1.05), record(case="worse", ms=1.2), record(case="new"))
+    found = {change.case: change.verdict for change in compare.changes(a, b)}
+    # Each has p80 3 % above its median: 3 % + 3 % + the floor of 1 %.
+    assert found == {record()["case"]: "faster", "same": "", "worse": "slower"}
+
+
+def test_compare_takes_the_ratio_to_a_peer_on_a_cpu():
+    """The machine was twice as slow the second time, and phi1 beside its peer the same."""
+    a, b = content(record(ms=1.0), device="cpu"), content(record(ms=2.0), device="cpu")
+    (change,) = compare.changes(a, b)
+    assert (change.unit, change.verdict) == ("x torch", "")
+    assert change.before == pytest.approx(1 / 1.5)
+    b["cases"][0]["providers"][1] = entry("torch", 2.0, 1.0)  # we take as long as the peer now
+    (change,) = compare.changes(a, b)
+    assert change.verdict == "slower"
+
+
+def test_compare_without_a_peer_takes_the_roof_of_the_same_rounds():
+    a, b = content(record(ms=1.0), device="cpu"), content(record(ms=2.0), device="cpu")
+    for each in (a, b):
+        del each["cases"][0]["providers"][1:]
+    b["cases"][0]["roof"]["ms"] *= 2
+    (change,) = compare.changes(a, b)
+    assert (change.unit, change.verdict) == ("x roof", "")
+
+
+@pytest.mark.parametrize(
+    ("other", "complaint"),
+    [
+        (content(record(), gpu="NVIDIA A100"), "different devices say nothing"),
+        (content(record(case="else")), "no case in common"),
+    ],
+)
+def test_compare_refuses_what_does_not_compare(other, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        compare.changes(content(record()), other)
+
+
+def test_wrong_results_do_not_compare():
+    a, b = content(record()), content(record())
+    b["cases"][0]["providers"][0]["status"] = "wrong"
+    assert compare.changes(a, b) == []
+
+
+def test_the_report_goes_between_the_markers_and_names_its_file(tmp_path):
+    path = write(tmp_path / "bench/results/h100/2026-11-23-abc1234.json",
+                 content(record(), record(case="x", quick=False)))
+    text = report.section([path], tmp_path)
+    assert "(bench/results/h100/2026-11-23-abc1234.json)" in text
+    assert f"| {record()['case']} | 0.05 [0.049-0.0515] | 2685 GB/s | 50 % | liger | 1.20 [1.19-1.22] |" in text
+    assert "| x |" not in text
+    readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    assert report.put(readme, text) == f"before\n{report.BEGIN}\n{text}\n{report.END}\nafter\n"
+    with pytest.raises(ValueError, match="has no lines"):
+        report.put("no markers", text)
+
+
+def test_the_report_shows_what_failed():
+    broken = record()
+    broken["providers"][0] = entry("phi1", 0, status="wrong", reason="dx is off")
+    assert report.row(broken) == f"| {broken['case']} | wrong | - | - | - | - |"
+
+
+def test_plots_are_drawn_where_matplotlib_is_and_refused_in_one_line_elsewhere(tmp_path):
+    """In a process that cannot import it: the README stays as it was."""
+    path = write(tmp_path / "r.json", content(record()))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    command = (f"import sys; sys.modules['matplotlib'] = None; from phi1.cli import main; "
+               f"sys.exit(main(['bench', 'report', {str(path)!r}, '--readme', {str(readme)!r}]))")
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == ("phi1 bench: error: plots need matplotlib: pip install 'phi1[bench]', or --no-plots for the "
+                           "tables alone\n")
+    assert readme.read_text() == f"{report.BEGIN}\n{report.END}\n"
+
+
+def test_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    from phi1.bench.plots import draw, require_matplotlib
+
+    require_matplotlib()
+    attention = [record(case=f"attention {tokens}", op="attention", bound="compute",
+                        shape={"T": tokens, "K": 64, "causal": True}) for tokens in (512, 1024)]
+    images = draw(write(tmp_path / "r.json", content(record(), *attention)))
+    assert [image.name for image in images] == ["r-roofline.png", "r-speedup.png", "r-length.png"]
+    assert all(image.read_bytes().startswith(b"\x89PNG") for image in images)
+
+
+def numbers_of(value):
+    """Every number in a results file; shares also as per cent, amounts over times as rates."""
+    if isinstance(value, bool | str) or value is None:
+        return []
+    if isinstance(value, int | float):
+        return [value, 100 * value]
+    found = [number for item in (value.values() if isinstance(value, dict) else value) for number in numbers_of(item)]
+    if isinstance(value, dict) and "bytes" in value:
+        for one in value["providers"]:
+            ms = one.get("ms", [0])[0]
+            found += [value[amount] / ms / 10**power for amount in ("bytes", "flops") for power in (3, 6, 9) if ms]
+    return found
+
+
+def unsupported(table, value):
+    """The numbers in a README table's cells that no number of the results rounds to."""
+    cells = "\n".join(line for line in table.splitlines() if line.startswith("|"))
+    cells = re.sub(r"[A-Za-z_][\w.=-]*|\d+-bit", " ", cells)  # names of cases and of sizes in them
+    printed = set(re.findall(r"\d[\d,]*(?:\.\d+)?", cells))
+    numbers = numbers_of(value)
+
+    def found(text):
+        plain = text.replace(",", "")
+        places = len(plain.partition(".")[2])
+        return any(f"{number:.{places}f}" == plain or f"{number:.4g}" == plain for number in numbers)
+
+    return sorted(text for text in printed if not found(text))
+
+
+def measured_tables(readme):
+    """(results file, the table that follows the paragraph that names it) for each in a README."""
+    pattern = r"\((bench/results/[\w./+-]+\.json)\)[^\n]*\n\n((?:\|[^\n]*\n?)+)"
+    return re.findall(pattern, readme)
+
+
+@pytest.mark.parametrize(("path", "table"), measured_tables(README), ids=lambda value: value[:60])
+def test_every_number_of_the_readmes_tables_is_in_its_results_file(path, table):
+    assert unsupported(table, json.loads((ROOT / path).read_text())) == []
+
+
+def test_every_table_of_speeds_in_the_readme_names_a_results_file():
+    """A table with times or rates that no results file backs is found by its units."""
+    assert measured_tables(README)
+    backed = "".join(table for _, table in measured_tables(README))
+    for line in README.splitlines():
+        if line.startswith("|") and re.search(r"\d ?(ms|us|GB/s|TFLOP/s|tokens/s|%)", line):
+            assert line in backed, line
+
+
+def test_the_check_of_the_readme_can_fail():
+    value = {"rows": [{"ratio_median": 1.546, "phi1_tokens_per_s": 2133}]}
+    assert unsupported("| a | 2,133 | 1.55 |\n", value) == []
+    assert unsupported("| a | 2,134 | 1.56 |\n", value) == ["1.56", "2,134"]
+
+
+def test_the_generated_part_of_the_readme_is_what_the_report_writes():
+    begin, end = README.index(report.BEGIN), README.index(report.END)
+    generated = README[begin + len(report.BEGIN) : end]
+    paths = [ROOT / path for path in dict.fromkeys(re.findall(r"\((bench/results/[^)]+\.json)\)", generated))]
+    assert report.section(paths) == generated.strip("\n")
+
+
+def test_a_changed_number_is_noticed(tmp_path):
+    path = write(tmp_path / "r.json", content(record()))
+    text = report.section([path], tmp_path)
+    changed = copy.deepcopy(content(record(ms=0.06)))
+    write(path, changed)
+    assert report.section([path], tmp_path) != text
