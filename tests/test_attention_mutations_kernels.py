@@ -1,0 +1,141 @@
+"""Attention's kernels broken on purpose, one line at a time: the checks of the kernels must notice each break.
+
+A mutant is the kernels' source with one text replaced, imported under another name.
+"""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from phi1 import testing
+from phi1.kernels import Dropout, attention, attention_qkv, backend
+from phi1.kernels.attention import attention_reference
+from phi1.kernels.attention_qkv import attention_qkv_reference
+
+DEVICE = testing.kernel_device()
+if DEVICE is None:
+    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
+
+launches = importlib.import_module("phi1.kernels._attention_triton")
+FOLDER = Path(launches.__file__).parent
+FILES = ("_attention_rows_triton", "_attention_forward_triton", "_attention_backward_triton")
+KERNELS = ("attention_forward_kernel", "attention_backward_dq_kernel", "attention_backward_dkdv_kernel")
+SMALL = {"block_m": 32, "block_n": 32, "rotate_on_load": 0, "num_warps": 4, "num_stages": 2}
+RNG = torch.tensor([5, 7], device=DEVICE)
+
+MUTATIONS = {  # name: (file, text, its replacement, how often it occurs, the check that notices)
+    "causal mask": ("rows", "seen & (key <= query)", "seen & (key <= query + 1)", 1, "causal"),
+    "causal mask is strict": ("rows", "seen & (key <= query)", "seen & (key < query)", 1, "causal"),
+    "no end of the keys": ("rows", "seen = key < n_keys", "seen = key < n_keys + 1", 1, "full"),
+    "padding is seen": ("rows", "seen & (key >= start) & (query >= start)", "seen & (query >= start)", 1, "padded"),
+    "padding attends": ("rows", "seen & (key >= start) & (query >= start)", "seen & (key >= start)", 1, "padded"),
+    "document begins early": ("rows", "origin = first.to(tl.int64)", "origin = (first - (first > 0)).to(tl.int64)",
+                              1, "packed"),
+    "next document is seen": ("rows", "seen = key < n_keys", "seen = key < n_keys + 1", 1, "packed full"),
+    "document found too early": ("rows", "+ middle <= slot", "+ middle < slot", 1, "packed"),
+    "document's number": ("rows", "sample = document - 1", "sample = document", 1, "packed"),
+    "rotation's sign": ("rows", "other=0.0) * SIGN", "other=0.0)", 1, "rotated"),
+    "rotated the other way": ("rows", "a * c - b * s, b * c + a * s", "a * c + b * s, b * c - a * s", 1, "rotated"),
+    "dq rotated twice": ("backward", "n_queries, n_positions, -1", "n_queries, n_positions, 1", 1, "rotated"),
+    "dk rotated twice": ("backward", "n_keys, n_positions, -1", "n_keys, n_positions, 1", 1, "rotated"),
+    "forward's scale": ("forward", "exp2(s * scale_log2", "exp2(s", 1, "causal"),
+    "sum not faded": ("forward", "total = total * fade", "total = total", 1, "causal"),
+    "output not faded": ("forward", "acc * fade[:, None]", "acc", 1, "causal"),
+    "lse without the maximum": ("forward", "(m + tl.log2(total))", "tl.log2(total)", 1, "causal"),
+    "lse in base 2": ("forward", "tl.log2(total)) / LOG2E", "tl.log2(total))", 1, "causal"),
+    "first tile of keys too late": ("forward", "begin, middle = start // BLOCK_N * BLOCK_N,",
+                                    "begin, middle = start // BLOCK_N * BLOCK_N + BLOCK_N,", 1, "padded"),
+    "whole tiles reach the diagonal": ("forward", "whole = tl.minimum(n_keys, first + 1", "whole = tl.minimum(n_keys, "
+                                       "first + BLOCK_N", 1, "causal"),
+    "forward's dropout column": ("forward", "keep_mask(key, query, n,", "keep_mask(key, query, 0,", 1, "dropped"),
+    "dropout's head": ("forward", "stream += head.to(tl.int32)", "stream += 0", 1, "dropped"),
+    "dropout's scale": ("rows", "65536.0 / (65536 - threshold)", "1.0 + threshold * 0", 1, "dropped"),
+    "dq's scale": ("backward", "BLOCK_N, True) * scale", "BLOCK_N, True)", 1, "causal"),
+    "dk's scale": ("backward", "dk *= scale", "dk *= 1", 1, "causal"),
+    "delta left out of dq": ("backward", "dp - delta[:, None]", "dp", 1, "causal"),
+    "delta left out of dk": ("backward", "dp - delta[None, :]", "dp", 1, "causal"),
+    "P left out of dS": ("backward", "ds = p * (dp - delta[None, :])", "ds = dp - delta[None, :]", 1, "causal"),
+    "dv of undropped P": ("backward", "dropped = tl.where(keep, p, 0.0)", "dropped = p", 1, "dropped"),
+    "dP of dq not dropped": ("backward", "dp = tl.where(keep, dp * mask_scale(key, threshold), 0.0)\n        ds = p * "
+                             "(dp - delta[:, None])", "ds = p * (dp - delta[:, None])", 1, "dropped"),
+    "first queries left out of dk": ("backward", "begin = tl.maximum(first - (n_keys - n_queries), 0)",
+                                     "begin = tl.maximum(first + BLOCK_M - (n_keys - n_queries), 0)", 1, "causal"),
+    "dk without the cache's offset": ("backward", "query = m + offs_m + (n_keys - n_queries)", "query = m + offs_m", 1,
+                                      "cached"),
+}
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def tables():
+    angle = torch.outer(torch.arange(50.0), torch.tensor([1.0, 0.3, 0.1, 0.03]))
+    return angle.cos().to(DEVICE), angle.sin().to(DEVICE)
+
+
+def inputs(n_queries, n_keys, batch=1, n_heads=1):
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(batch, tokens, n_heads, 16, generator=generator).to(DEVICE)
+            for name, tokens in (("q", n_queries), ("k", n_keys), ("v", n_keys))}
+
+
+def check(name):
+    """One comparison with the reference, outputs and gradients."""
+    cases = {
+        "causal": (inputs(70, 70), {}),
+        "full": (inputs(33, 37), {"causal": False}),
+        "cached": (inputs(34, 70), {}),
+        "padded": (inputs(40, 40, batch=2), {"causal": False, "seq_starts": ints(0, 9)}),
+        "packed": (inputs(70, 70), {"cu_seqlens": ints(0, 1, 33, 70), "dropout": Dropout(0.2, RNG)}),
+        "packed full": (inputs(70, 70), {"cu_seqlens": ints(0, 1, 33, 70), "causal": False}),
+        "dropped": (inputs(40, 70, n_heads=2), {"dropout": Dropout(0.3, RNG)}),
+    }
+    operation, reference = attention, attention_reference
+    if name == "rotated":
+        generator = torch.Generator().manual_seed(0)
+        tensors, options = {"qkv": torch.randn(40, 3, 1, 16, generator=generator).to(DEVICE)}, {"rotary": tables()}
+        operation, reference = attention_qkv, attention_qkv_reference
+    else:
+        tensors, options = cases[name]
+    with backend("triton"):
+        testing.assert_matches_reference(operation, reference, tensors, roundings=8, **options)
+
+
+def load(folder, monkeypatch, file="", text="", replacement="", times=0):
+    """The three files of kernels as modules of their own, one text of one of them replaced; the launches take them."""
+    for name in FILES:
+        source = (FOLDER / f"{name}.py").read_text()
+        for other in FILES:
+            source = source.replace(f"phi1.kernels.{other}", f"mutant{other}")
+        if name == f"_attention_{file}_triton":
+            assert source.count(text) == times, f"{name} has {text!r} {source.count(text)} times: mend the mutation"
+            source = source.replace(text, replacement)
+        path = folder / f"mutant{name}.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, path.stem, module)
+        spec.loader.exec_module(module)
+        for kernel in KERNELS:
+            if hasattr(module, kernel):
+                monkeypatch.setattr(launches, kernel, getattr(module, kernel))
+    monkeypatch.setattr(launches, "tile", lambda *_, **__: SMALL)
+
+
+def test_without_a_mutation_every_check_passes(tmp_path, monkeypatch):
+    load(tmp_path, monkeypatch)
+    for name in sorted({mutation[-1] for mutation in MUTATIONS.values()}):
+        check(name)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mutation_is_noticed(tmp_path, monkeypatch, mutation):
+    *change, name = MUTATIONS[mutation]
+    load(tmp_path, monkeypatch, *change)
+    with pytest.raises(AssertionError, match=r"max\|out - exact\|"):
+        check(name)
