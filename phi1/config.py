@@ -70,6 +70,17 @@ class Phi1Config:
         return v * d + self.num_hidden_layers * block + norm + v * (d + 1)
 
 
+    def flops_per_token(self, seq_len: int, *, causal: bool = False) -> float:
+        """Floating-point operations of training on one token of sequences of `seq_len`; recomputation does not count.
+
+        6 a parameter without the input embedding, and 12 L D T for attention, the convention of published tables
+        (PaLM, arXiv 2204.02311, appendix B). With `causal`, half of that attention: what a causal kernel computes.
+        """
+        parameters = self.num_parameters - self.vocab_size * self.hidden_size
+        attention = 12 * self.num_hidden_layers * self.hidden_size * seq_len
+        return 6 * parameters + attention / (2 if causal else 1)
+
+
 PRESETS: dict[str, Phi1Config] = {
     "phi1": Phi1Config(),
     "phi1-small": Phi1Config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=20, num_attention_heads=16),

@@ -15,7 +15,6 @@ from phi1.train.plan import (
     Cluster,
     activations,
     duration,
-    flops_per_token,
     largest_micro_batch,
     memory,
     report,
@@ -80,8 +79,8 @@ def test_states_are_within_3_percent_of_what_the_trainer_holds(tmp_path, process
 
 def test_arithmetic_of_phi1():
     config = preset("phi1")
-    assert flops_per_token(config, 2048) == pytest.approx(9.088e9, rel=1e-4)
-    assert flops_per_token(config, 2048, causal=True) == pytest.approx(8.484e9, rel=1e-4)
+    assert config.flops_per_token(2048) == pytest.approx(9.088e9, rel=1e-4)
+    assert config.flops_per_token(2048, causal=True) == pytest.approx(8.484e9, rel=1e-4)
     assert activations(config, 2048, 2) / 2**30 <= 1.75
     # 20.5k tokens/s a GPU at 59.9 %, as the fastest published run of this size.
     fast = replace(A100S, mfu=0.599)

@@ -209,6 +209,29 @@ def test_two_processes_stop_together_resume_exactly_and_give_the_losses_of_one(p
     assert max(abs(a["norm"] / b["norm"] - 1) for a, b in zip(one, two, strict=True)) <= 1e-3
 
 
+def test_steps_that_stay_not_finite_stop_the_run(place):
+    line = error_line(run(place, "diverging", train__lr="1e30", train__clip=0, train__warmup_steps=0,
+                          train__max_skips=4))
+    assert re.search(r"the gradients of the last 4 steps, up to step \d+, were not finite \(loss nan, loss scale 1; "
+                     r"train.max_skips\): the newest checkpoint is none", line), line
+    assert [step["skipped"] for step in steps(place, "diverging")][-4:] == [True] * 4
+
+
+def test_the_ledger_says_what_made_the_run_and_what_changed(place, undisturbed):
+    shutil.copytree(place / "whole", place / "longer")
+    train(place, "longer", train__steps=62, checkpoint__every=0)
+    first, second = (line["start"] for line in read_ledger(place / "longer" / "ledger.jsonl") if "start" in line)
+    assert first["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert first["config"]["train"]["steps"] == STEPS
+    assert first["changed"] == {}
+    assert second["changed"]["train.steps"] == [STEPS, 62]
+    assert set(second["changed"]) == {"train.steps", "checkpoint.every", "run.folder"}
+    heartbeat = json.loads((place / "longer" / "heartbeat.json").read_text())
+    assert set(heartbeat) == {"time", "pid", "doing", "for_seconds"}
+    measured = [line["measured"] for line in read_ledger(place / "longer" / "ledger.jsonl") if "measured" in line]
+    assert all(0.05 < entry["memory_gib"] < 20 for entry in measured)
+
+
 def test_workers_save_and_end_when_torchrun_is_killed(place):
     process = start(place, "orphans", 1, train__steps=100_000, train__schedule_steps=60)
     wait_for(place / "orphans" / "checkpoints" / "step-20", process)

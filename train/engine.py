@@ -135,6 +135,18 @@ def _sharded_modules(model: Phi1) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def peak_memory_gib(engine: Engine) -> float:
+    """The most that this process has held: tensors on a GPU, else its resident set."""
+    if engine.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(engine.device) / 2**30
+    # Not ru_maxrss: that starts at the size of the process that forked. What is no Linux has no such file.
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 2**20
+    except (OSError, StopIteration):
+        return 0.0
+
+
 def set_last_micro_step(model: Phi1, last: bool) -> None:
     """Before each micro-step: gradients are reduced, and parameters resharded, at the last one of a step alone.
 

@@ -1,8 +1,9 @@
 """ledger.jsonl: one line a step, so that a run can be checked and compared long after it ended.
 
 A line holds what a replay reproduces bit for bit (step, loss, lr, norm, scale, skipped, hash of the sample ids) and,
-apart from it under "measured", what depends on the day. A line {"start": ...} is written each time the run starts or
-resumes, {"eval": ...} after each evaluation, {"saved": step} after each checkpoint.
+apart from it under "measured", what depends on the day (tokens/s, memory, and MFU where the GPU is known). A line
+{"start": ...} is written each time the run starts or resumes, with versions, commit, the recipe and what changed in it;
+{"eval": ...} after each evaluation, {"saved": step} after each checkpoint.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi1.train.launch import RunError
+from phi1.train.provenance import changed, commit, versions
 
 if TYPE_CHECKING:
     from phi1.train.step import Outcome
@@ -44,9 +46,11 @@ class Ledger:
         except OSError as error:
             raise self._failure(error) from None
 
-    def start(self, facts: dict[str, Any]) -> None:
-        """Note what the run starts or resumes with."""
-        self._write({"start": facts})
+    def start(self, facts: dict[str, Any], config: dict[str, Any]) -> None:
+        """Note what the run starts or resumes with: facts, versions, commit, the recipe and what changed in it."""
+        before = last_config(self.path)
+        self._write({"start": facts | {"versions": versions(), "commit": commit(), "config": config,
+                                       "changed": changed(before, config) if before else {}}})
 
     def step(self, outcome: Outcome, measured: dict[str, float]) -> None:
         """Note a step."""
@@ -119,6 +123,16 @@ def has_saved(path: Path) -> bool:
         return False
     with open(path, "rb") as file:
         return any(raw.startswith(b'{"saved"') for raw in file)
+
+
+def last_config(path: Path) -> dict[str, Any] | None:
+    """The recipe of the newest start; None in a ledger without one."""
+    found = None
+    with open(path, "rb") as file:
+        for raw in file:
+            if raw.startswith(b'{"start"'):
+                found = json.loads(raw)["start"].get("config")
+    return found
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:

@@ -11,13 +11,16 @@ from typing import Any
 from phi1.train.checkpoint import save_checkpoint
 from phi1.train.checkpoint_files import checkpoint_name
 from phi1.train.control import Control
+from phi1.train.engine import peak_memory_gib
 from phi1.train.launch import RunError
 from phi1.train.ledger import Ledger
 from phi1.train.progress import Progress
 from phi1.train.recipe import Recipe
 from phi1.train.runfolder import RunFolder
 from phi1.train.step import Trainer
+from phi1.train.utilisation import Utilisation
 from phi1.train.validation import Figures, HeldOut
+from phi1.train.watch import Watch
 
 
 @dataclass
@@ -34,6 +37,8 @@ class Loop:
         ledger: rank 0's; None on the others.
         rank: this process's.
         facts: JSON values that go into each checkpoint.
+        utilisation: turns speed into MFU.
+        watch: told what begins.
         saved: the checkpoint that the trainer was loaded from, then the newest one.
     """
 
@@ -46,13 +51,18 @@ class Loop:
     ledger: Ledger | None
     rank: int
     facts: dict[str, Any]
+    utilisation: Utilisation
+    watch: Watch
     saved: Path | None = None
+    skips: int = 0
+    """Steps in a row that were skipped."""
 
     def run(self) -> bool:
         """Collective: train to the last step. Returns False if it was stopped before.
 
         Raises:
-            RunError: a process has failed, or the checkpoint at the end cannot be written.
+            RunError: a process has failed, too many steps in a row were skipped, or the checkpoint at the end cannot be
+                written.
         """
         last = self.recipe.train.steps
         while self.trainer.finished < last:
@@ -70,6 +80,7 @@ class Loop:
     def save(self) -> Path:
         """Collective: a checkpoint of this step, unless it is there."""
         if self.saved is None or self.saved.name != checkpoint_name(self.trainer.finished):
+            self.watch.report(f"the checkpoint of step {self.trainer.finished}")
             rule = self.recipe.checkpoint
             self.saved = save_checkpoint(self.trainer, self.folder.checkpoints, self.facts, rule.keep, rule.keep_every)
             self._note(lambda ledger: ledger.saved(self.trainer.finished))
@@ -78,8 +89,12 @@ class Loop:
     def evaluate(self) -> Figures | None:
         """Collective: figures on the held-out text; None if a stop was asked for meanwhile."""
         trainer = self.trainer
-        figures = self.held_out.evaluate(trainer.model, trainer.engine, self.rank, trainer.layout.micro_batch,
-                                         self.control.agreed_to_stop)
+
+        def stop() -> bool:
+            self.watch.report(f"the evaluation after step {trainer.finished}")
+            return self.control.agreed_to_stop()
+
+        figures = self.held_out.evaluate(trainer.model, trainer.engine, self.rank, trainer.layout.micro_batch, stop)
         if figures:
             self._note(lambda ledger: ledger.evaluation(trainer.finished, figures.as_dict()))
             self.progress.say(f"step {trainer.finished:,}: validation loss {figures.loss:.4f}, "
@@ -92,15 +107,24 @@ class Loop:
         return every > 0 and finished % every == 0 and finished < self.recipe.train.steps
 
     def _step(self) -> None:
+        self.watch.report(f"step {self.trainer.finished + 1}")
         started = time.perf_counter()
         outcome = self.trainer.run_step()
         seconds = time.perf_counter() - started
-        measured = {"tokens_per_s": self.progress.tokens / seconds, "seconds": seconds}
+        speed = self.progress.tokens / seconds
+        measured = {"tokens_per_s": speed, "seconds": seconds, "memory_gib": peak_memory_gib(self.trainer.engine),
+                    **self.utilisation.of(speed)}
         self.progress.step(outcome.step, outcome.loss, seconds)
         self._note(lambda ledger: ledger.step(outcome, measured))
         if outcome.skipped:
             self.progress.say(f"step {outcome.step:,}: skipped, since its gradient is not finite (loss "
                               f"{outcome.loss:.4g}, loss scale {outcome.scale:g})")
+        self.skips = self.skips + 1 if outcome.skipped else 0
+        if self.skips >= self.recipe.train.max_skips:  # every process comes to the same answer
+            raise RunError(f"the gradients of the last {self.skips} steps, up to step {outcome.step}, were not finite "
+                           f"(loss {outcome.loss:.4g}, loss scale {outcome.scale:g}; train.max_skips): the newest "
+                           f"checkpoint is {self.saved.name if self.saved else 'none'}; a lower train.lr, or another "
+                           "train.precision, may help")
 
     def _try_to_save(self) -> None:
         """A checkpoint on the way: a full disk is reported, and the run goes on."""

@@ -43,16 +43,6 @@ class Cluster:
     mfu: float | None = None
 
 
-def flops_per_token(config: Phi1Config, seq_len: int, causal: bool = False) -> float:
-    """Of training, recomputation apart: 6 a parameter without the input embedding, and attention's 12 L D T.
-
-    With `causal`, half of that attention, what a causal kernel computes. PaLM, arXiv 2204.02311, appendix B.
-    """
-    n = config.num_parameters - config.vocab_size * config.hidden_size
-    attention = 12 * config.num_hidden_layers * config.hidden_size * seq_len
-    return 6 * n + attention / (2 if causal else 1)
-
-
 def states(config: Phi1Config, gpus: int, element: int, micro_steps: int) -> dict[str, float]:
     """Bytes a GPU that are there at the end of a step's last backward, whatever the micro-batch."""
     p = config.num_parameters
@@ -137,7 +127,7 @@ def duration(recipe: Recipe, cluster: Cluster) -> Duration:
     mfu = ASSUMED_MFU if cluster.mfu is None else cluster.mfu
     link = cluster.gpu.link_gb_per_s if cluster.nodes == 1 else NODE_LINK_GB_PER_S
     n_bytes = config.num_parameters * (ELEMENT_BYTES[recipe.train.precision] + 4) * (w - 1) / w
-    return Duration(tokens * flops_per_token(config, seq_len) / (w * peak * 1e12 * mfu),
+    return Duration(tokens * config.flops_per_token(seq_len) / (w * peak * 1e12 * mfu),
                     n_bytes / (link * LINK_EFFICIENCY * 1e9))
 
 
@@ -185,8 +175,8 @@ def _time_lines(recipe: Recipe, cluster: Cluster) -> list[str]:
     gpu_hours = seconds / 3600 * cluster.gpus
     source = "assumed" if cluster.mfu is None else "given"
     return [
-        f"a token        {flops_per_token(config, seq_len) / 1e9:.3f} GFLOP, "
-        f"{flops_per_token(config, seq_len, causal=True) / 1e9:.3f} with causal attention halved",
+        f"a token        {config.flops_per_token(seq_len) / 1e9:.3f} GFLOP, "
+        f"{config.flops_per_token(seq_len, causal=True) / 1e9:.3f} with causal attention halved",
         f"a step         {tokens:,} tokens, {took.arithmetic:.2f} s of arithmetic at MFU "
         f"{ASSUMED_MFU if cluster.mfu is None else cluster.mfu:.2f} ({source}); collectives {took.collectives:.2f} s",
         f"speed          {tokens / took.step:,.0f} tokens/s, {tokens / took.step / cluster.gpus:,.0f} a GPU",

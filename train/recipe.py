@@ -85,6 +85,7 @@ class Train:
                              "where the processor has it, else fp32")] = "auto"
     loss_scale: Annotated[Positive, doc("fp16: first loss scale")] = 65536.0
     loss_scale_window: Annotated[Count, doc("fp16: steps without overflow before the scale doubles")] = 2000
+    max_skips: Annotated[Count, doc("steps in a row whose gradient is not finite, after which the run stops")] = 20
     seed: Annotated[int, Field(ge=0, lt=2**32), doc("of initial weights, sample order and dropout")] = 1
     threads: Annotated[CountOrZero, doc("CPU threads of each process (0: cores / processes of this machine)")] = 0
 
@@ -115,6 +116,8 @@ class Run:
 
     folder: Annotated[Folder, doc("the run's folder")] = "runs/nano"
     device: Annotated[Literal["auto", "cpu", "cuda"], doc("auto: cuda where there is one")] = "auto"
+    watchdog: Annotated[NotNegative, doc("seconds that a step, a save or a batch of an evaluation may take before its "
+                                         "process ends with its stack (0: any)")] = 1800.0
     tensorboard: Annotated[bool, doc("also write TensorBoard's files, if it is installed")] = True
 
 
@@ -138,12 +141,15 @@ class Recipe:
         except ValueError as error:
             raise RunError(f"[model] {error}") from None
 
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """section -> key -> value, as JSON and TOML have them; keys that are unset are left out."""
+        return {name: {key: list(value) if isinstance(value, tuple) else value
+                       for key, value in section.items() if value is not None}
+                for name, section in asdict(self).items()}
+
     def to_toml(self) -> str:
-        """The same recipe as a file; keys that are unset are left out."""
-        sections = {name: {key: list(value) if isinstance(value, tuple) else value
-                           for key, value in section.items() if value is not None}
-                    for name, section in asdict(self).items()}
-        return tomli_w.dumps(sections)
+        """The same recipe as a file."""
+        return tomli_w.dumps(self.as_dict())
 
 
 def _section_fields() -> dict[str, Any]:

@@ -26,7 +26,9 @@ from phi1.train.report import Reached, export, function_headers, show_completion
 from phi1.train.runfolder import RunFolder, defining, notes
 from phi1.train.schedule import schedule_end
 from phi1.train.step import Trainer
+from phi1.train.utilisation import Utilisation
 from phi1.train.validation import HeldOut, xz_bits_per_byte
+from phi1.train.watch import Watch
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -62,8 +64,11 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
         ledger = _ledger(folder, recipe, trainer, control) if place.rank == 0 else None
         facts = {"defining": defining(recipe), "schedule": schedule_end(recipe.train), "data": corpus.fingerprint,
                  "environment": engine.environment()}
-        loop = Loop(recipe, folder, trainer, held_out, control, progress, ledger, place.rank, facts, checkpoint)
-        figures = loop.evaluate() if loop.run() else None
+        watch = Watch(place.rank, recipe.run.watchdog, folder.heartbeat if place.rank == 0 else None)
+        loop = Loop(recipe, folder, trainer, held_out, control, progress, ledger, place.rank, facts,
+                    Utilisation.of_run(recipe, engine), watch, checkpoint)
+        with watch:
+            figures = loop.evaluate() if loop.run() else None
     if ledger:
         ledger.close()
     weights = gather_weights(trainer.model) if figures else {}
@@ -119,7 +124,7 @@ def _ledger(folder: RunFolder, recipe: Recipe, trainer: Trainer, control: Contro
     try:
         ledger = Ledger(folder.ledger, trainer.finished, folder.tensorboard if recipe.run.tensorboard else None)
         ledger.start({"finished": trainer.finished, "environment": trainer.engine.environment(),
-                      "data": trainer.corpus.fingerprint})
+                      "data": trainer.corpus.fingerprint}, recipe.as_dict())
         return ledger
     except RunError as error:
         control.fail(error)

@@ -1,6 +1,6 @@
 """A run's folder: its lock, its stored recipe, and whether a recipe continues what is there.
 
-    config.toml   ledger.jsonl   checkpoints/step-N/   export/   summary.json   tensorboard/
+    config.toml   ledger.jsonl   heartbeat.json   checkpoints/step-N/   export/   summary.json   tensorboard/
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from phi1.train.recipe import Recipe, Train
 from phi1.train.schedule import learning_rate, schedule_end
 
 # These may change when a run goes on. Other keys of [model], [data] and [train] decide every later step.
-_MAY_CHANGE = {"train.steps", "train.schedule_steps", "train.micro_batch_size", "train.threads", "train.precision"}
+_MAY_CHANGE = {"train.steps", "train.schedule_steps", "train.micro_batch_size", "train.threads", "train.precision",
+               "train.max_skips"}
 
 
 class RunFolder:
@@ -34,6 +35,7 @@ class RunFolder:
         self.path = Path(path)
         self.config = self.path / "config.toml"
         self.ledger = self.path / LEDGER
+        self.heartbeat = self.path / "heartbeat.json"
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
         self.summary = self.path / "summary.json"

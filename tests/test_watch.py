@@ -1,0 +1,90 @@
+"""The heartbeat, and the end of what hangs; the run's provenance and its MFU."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from phi1.train.engine import Engine
+from phi1.train.provenance import changed, commit, versions
+from phi1.train.recipe import read_recipe
+from phi1.train.utilisation import Utilisation
+from phi1.train.watch import HUNG, Watch
+
+BASE = read_recipe(Path(__file__).parents[1] / "train" / "configs" / "phi1-base.toml", {})
+
+
+def test_silence_beyond_the_limit_is_reported_with_rank_and_place():
+    said = []
+    with Watch(3, 0.2, end=said.append) as watch:
+        watch.report("step 7")
+        time.sleep(0.6)
+    assert said
+    assert said[0].startswith("rank 3 hangs: 0 s in step 7, where run.watchdog allows 0.2")
+
+
+def test_reports_keep_it_quiet_and_so_does_no_limit():
+    said = []
+    with Watch(0, 0.5, end=said.append) as watch, Watch(0, 0, end=said.append):
+        for step in range(10):
+            watch.report(f"step {step}")
+            time.sleep(0.1)
+    assert said == []
+
+
+def test_the_heartbeat_says_what_the_process_does(tmp_path):
+    path = tmp_path / "heartbeat.json"
+    with Watch(0, 1.0, path) as watch:
+        watch.report("step 12")
+        end = time.monotonic() + 10
+        while not (path.exists() and json.loads(path.read_text())["doing"] == "step 12"):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    assert set(json.loads(path.read_text())) == {"time", "pid", "doing", "for_seconds"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_heartbeat_that_cannot_be_written_does_not_matter(tmp_path):
+    with Watch(0, 0.4, tmp_path / "nosuch" / "heartbeat.json"):
+        time.sleep(0.25)
+
+
+def test_a_process_that_hangs_ends_with_its_stack():
+    code = ("import time\nfrom phi1.train.watch import Watch\ndef wait_for_nothing():\n    time.sleep(60)\n"
+            "with Watch(1, 0.3) as watch:\n    watch.report('step 2')\n    wait_for_nothing()\n")
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert time.monotonic() - began < 30
+    assert done.returncode == HUNG
+    assert done.stderr.startswith("pretrain: error: rank 1 hangs: ")
+    assert "in step 2, where run.watchdog allows 0.3; its threads:" in done.stderr
+    assert "in wait_for_nothing" in done.stderr
+
+
+def test_what_changed_between_two_starts():
+    before = {"train": {"lr": 1e-3, "steps": 10}, "run": {"folder": "a"}}
+    now = {"train": {"lr": 1e-3, "steps": 20, "clip": 1.0}}
+    assert changed(before, now) == {"run.folder": ["a", None], "train.clip": [None, 1.0], "train.steps": [10, 20]}
+    assert changed(now, now) == {}
+
+
+def test_versions_and_commit_are_those_of_this_process():
+    assert versions()["torch"] == torch.__version__
+    head = commit()
+    assert head is None or len(head.removesuffix("+changes")) >= 7
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("fp16", 0.505), ("fp32", 0.505 * 312 / 19.5)])
+def test_mfu_of_a_known_gpu_and_of_none(monkeypatch, precision, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    engine = Engine(torch.device("cuda", 0), precision, 1, 8)
+    found = Utilisation.of_run(BASE, engine).of(8 * 0.505 * 312e12 / 9.0884e9)
+    assert found["mfu"] == pytest.approx(expected, rel=1e-3)
+    assert found["mfu_causal"] == pytest.approx(expected * 8.484 / 9.088, rel=1e-3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    assert Utilisation.of_run(BASE, engine).of(1e5) == {}
+    assert Utilisation.of_run(BASE, Engine(torch.device("cpu"), "fp32", 2, 1)).of(1e5) == {}

@@ -1,0 +1,84 @@
+"""Whether a process still moves: a heartbeat file for whoever looks at the run, and an end for a process that hangs.
+
+A thread looks on, so that the training itself pays nothing. A process that has not reported for `limit` seconds prints
+its rank, what it was doing and the stacks of its threads, and ends; the others, which wait for it in a collective, are
+then ended by torchrun, which starts all again if it was given --max-restarts.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+HUNG = 75  # EX_TEMPFAIL: trying again may help
+HEARTBEAT_SECONDS = 5.0
+
+
+class Watch:
+    """Looks on while its `with` block runs.
+
+    Args:
+        rank: of this process.
+        limit: seconds without a report after which the process ends; 0 for never.
+        heartbeat: file that says every few seconds what the process does; None for none.
+        end: called instead of ending the process, for tests.
+    """
+
+    def __init__(self, rank: int, limit: float, heartbeat: Path | None = None,
+                 end: Callable[[str], None] | None = None) -> None:
+        self.rank, self.limit, self.heartbeat = rank, limit, heartbeat
+        self._doing, self._since = "starting", time.monotonic()
+        self._end = end or _end
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look_on, name="watch", daemon=True)
+
+    def report(self, doing: str) -> None:
+        """Say what begins now, for example "step 7"."""
+        # One assignment, which the thread reads as a whole. The monotonic clock: the other may jump.
+        self._doing, self._since = doing, time.monotonic()
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look_on(self) -> None:
+        pause = min(HEARTBEAT_SECONDS, self.limit / 4) if self.limit else HEARTBEAT_SECONDS
+        while True:
+            doing, silent = self._doing, time.monotonic() - self._since
+            self._beat(doing, silent)
+            if self.limit and silent > self.limit:
+                self._end(f"rank {self.rank} hangs: {silent:.0f} s in {doing}, where run.watchdog allows "
+                          f"{self.limit:g}; its threads:")
+            if self._over.wait(pause):
+                return
+
+    def _beat(self, doing: str, silent: float) -> None:
+        if self.heartbeat is None:
+            return
+        now = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(), "doing": doing,
+               "for_seconds": round(silent, 1)}
+        temporary = self.heartbeat.with_suffix(".tmp")
+        try:
+            temporary.write_text(json.dumps(now) + "\n", encoding="utf-8")
+            temporary.replace(self.heartbeat)
+        except OSError:
+            pass  # a full disk is the checkpoints' and the ledger's to report
+
+
+def _end(message: str) -> NoReturn:
+    print(f"pretrain: error: {message}", file=sys.stderr, flush=True)
+    faulthandler.dump_traceback(sys.stderr, all_threads=True)
+    os._exit(HUNG)
