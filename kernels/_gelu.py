@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import torch
 
+from phi1.kernels._backend import use_triton
 from phi1.kernels._memory import empty
 
 LINEAR = 2 * math.sqrt(2 / math.pi)
@@ -25,8 +26,12 @@ STRIP_ELEMENTS = 1 << 18  # measured: 1 MiB a float32 strip; a quarter of it is 
 
 
 def gelu_forward(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """gelu_new(x), into `out` if that is given. Nothing is checked."""
+    """gelu_new(x) of x [N, F], into `out` if that is given. Nothing is checked."""
     out = x.new_empty(x.shape) if out is None else out
+    if use_triton(x):
+        from phi1.kernels._epilogue_triton import launch_forward
+
+        return launch_forward(x, None, True, None, out)
     if not x.is_cpu or x.dim() != 2:
         return torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
     for rows, (wide, e, _, _) in _strips(x):
@@ -42,6 +47,11 @@ def gelu_backward(
 ) -> torch.Tensor:
     """The gradient of x, into `dx` if that is given; gelu_new(x) into `y` if that is. Nothing is checked."""
     dx = x.new_empty(x.shape) if dx is None else dx
+    if use_triton(x):
+        from phi1.kernels._epilogue_triton import launch_backward
+
+        launch_backward(dy, x, None, dpre=dx, act=y)
+        return dx
     if not x.is_cpu or x.dim() != 2:
         if y is not None:
             torch.ops.aten.gelu.out(x, approximate="tanh", out=y)

@@ -10,7 +10,7 @@ A kernel that ends a product with something of its own is written as
 
 and launched on cdiv(n_rows, BLOCK_M) * cdiv(n_cols, BLOCK_N) programs in one dimension. A second call of `add_product`
 on the same acc adds another pair of operands. Either stride of an operand may be the 1, which is how a transposed
-operand is given: W [n_cols, n_inner] read for x W^T has stride_b_k = 1, and W [n_inner, n_cols] for x W, stride_b_n = 1.
+operand is given: W [n_cols, n_inner] read for x W^T has stride_b_k = 1; W [n_inner, n_cols] read for x W, stride_b_n.
 EVEN_K says that BLOCK_K divides n_inner; then no load has a mask. Rows and columns past the end are read from the front
 again rather than masked, and are the kernel's to leave out of its stores.
 
@@ -20,6 +20,7 @@ sm_100 and to MFMA on AMD. float32 operands are multiplied in float32 (no tensor
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -96,3 +97,8 @@ def column_halves(
 ):
     """The left and the right half of a tile's columns, [BLOCK_M, BLOCK_N / 2] each, without leaving the registers."""
     return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+def one_unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """An operand, copied where neither its rows nor its columns have elements next to each other."""
+    return x if 1 in x.stride() else x.contiguous()

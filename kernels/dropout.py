@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from phi1.kernels._backend import operator, reference_forced, require_no_triton
+from phi1.kernels._backend import operator, reference_forced
 from phi1.kernels._checks import (
     check_alike,
     check_dropout,
@@ -21,7 +21,7 @@ from phi1.kernels._checks import (
     check_tensors,
 )
 from phi1.kernels._philox import Dropout, dropout_fields, dropout_from_fields
-from phi1.kernels._residual import dropped
+from phi1.kernels._residual import dropout_add_forward, dropout_backward, dropped
 
 
 @operator("phi1::dropout_add")
@@ -34,7 +34,7 @@ def _dropout_add_op(
     layer: int,
     kind: int,
 ) -> torch.Tensor:
-    return (residual + dropped(x, dropout_from_fields(p, rng, sample_ids, layer, kind))).contiguous()
+    return dropout_add_forward(x, residual, dropout_from_fields(p, rng, sample_ids, layer, kind))
 
 
 @_dropout_add_op.register_fake
@@ -51,8 +51,7 @@ def _dropout_add_backward_op(
     layer: int,
     kind: int,
 ) -> torch.Tensor:
-    dx = dropped(dout.contiguous(), dropout_from_fields(p, rng, sample_ids, layer, kind))
-    return dx.clone() if rng is None else dx
+    return dropout_backward(dout, dropout_from_fields(p, rng, sample_ids, layer, kind))
 
 
 @_dropout_add_backward_op.register_fake
@@ -100,7 +99,6 @@ def dropout_add(x: torch.Tensor, residual: torch.Tensor, dropout: Dropout | None
     check_dropout("dropout_add", dropout, x)
     if reference_forced():
         return dropout_add_reference(x, residual, dropout)
-    require_no_triton("dropout_add")
     return torch.ops.phi1.dropout_add(x, residual, *dropout_fields(dropout))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from phi1.kernels._backend import operator, reference_forced, require_no_triton
+from phi1.kernels._backend import operator, reference_forced
 from phi1.kernels._checks import (
     check_alike,
     check_dropout,
@@ -22,45 +22,12 @@ from phi1.kernels._checks import (
     check_tensors,
     require,
 )
-from phi1.kernels._gelu import gelu_backward, gelu_forward, gelu_new
+from phi1.kernels._gelu import gelu_new
+from phi1.kernels._linear import linear_backward, linear_forward
 from phi1.kernels._philox import Dropout, dropout_fields, dropout_from_fields
 from phi1.kernels._residual import dropped
 
 GELU_NEW = "gelu_new"
-
-
-def linear_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    gelu: bool,
-    dropout: Dropout | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [N, M], pre [N, M] with gelu, else empty). Nothing is checked."""
-    out = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-    pre = out if gelu else x.new_empty(0)
-    if gelu:
-        out = gelu_forward(pre)
-    out = dropped(out, dropout)
-    return (out if residual is None else out.add_(residual)), pre
-
-
-def linear_backward(
-    dout: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    pre: torch.Tensor,
-    has_bias: bool,
-    gelu: bool,
-    dropout: Dropout | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, weight and bias (empty without one); the residual's is dout. Nothing is checked."""
-    dpre = dropped(dout, dropout)
-    if gelu:
-        dpre = gelu_backward(dpre, pre)
-    db = dpre.sum(0) if has_bias else dpre.new_empty(0)
-    return torch.mm(dpre, weight), torch.mm(dpre.t(), x), db
 
 
 @operator("phi1::linear")
@@ -100,7 +67,7 @@ def _linear_backward_op(
     kind: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dropout = dropout_from_fields(p, rng, sample_ids, layer, kind)
-    return linear_backward(dout.contiguous(), x, weight, pre, has_bias, gelu, dropout)
+    return linear_backward(dout, x, weight, pre, has_bias, gelu, dropout)
 
 
 @_linear_backward_op.register_fake
@@ -159,7 +126,6 @@ def linear(
     _check("linear", x, weight, bias, activation, residual, dropout)
     if reference_forced():
         return linear_reference(x, weight, bias, activation=activation, residual=residual, dropout=dropout)
-    require_no_triton("linear")
     return torch.ops.phi1.linear(x, weight, bias, residual, activation == GELU_NEW, *dropout_fields(dropout))[0]
 
 

@@ -13,26 +13,10 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
-from phi1.kernels._backend import operator, reference_forced, require_no_triton
+from phi1.kernels._backend import operator, reference_forced
 from phi1.kernels._checks import check_alike, check_float, check_rank, check_shape, check_tensors
-from phi1.kernels._gelu import gelu_backward, gelu_forward, gelu_new
-
-
-def mlp_forward(
-    x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [N, D], pre [N, F]). Nothing is checked."""
-    pre = torch.addmm(b1, x, w1.t())
-    return torch.addmm(b2, gelu_forward(pre), w2.t()), pre
-
-
-def mlp_backward(
-    dout: torch.Tensor, x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, pre: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, w1, b1, w2, b2. Nothing is checked."""
-    act = torch.empty_like(pre)
-    dpre = gelu_backward(torch.mm(dout, w2), pre, y=act)
-    return torch.mm(dpre, w1), torch.mm(dpre.t(), x), dpre.sum(0), torch.mm(dout.t(), act), dout.sum(0)
+from phi1.kernels._gelu import gelu_new
+from phi1.kernels._mlp import mlp_backward, mlp_forward
 
 
 @operator("phi1::mlp")
@@ -51,7 +35,7 @@ def _(x: torch.Tensor, w1: torch.Tensor, b1, w2: torch.Tensor, b2):
 def _mlp_backward_op(
     dout: torch.Tensor, x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, pre: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return mlp_backward(dout.contiguous(), x, w1, w2, pre)
+    return mlp_backward(dout, x, w1, w2, pre)
 
 
 @_mlp_backward_op.register_fake
@@ -106,7 +90,6 @@ def mlp(x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b
     check_shape(op, "b2", b2, (width,), f"one per row of w2 {list(w2.shape)}")
     if reference_forced():
         return mlp_reference(x, w1, b1, w2, b2)
-    require_no_triton(op)
     return torch.ops.phi1.mlp(x, w1, b1, w2, b2)[0]
 
 

@@ -1,0 +1,81 @@
+"""Compile cases of linear's and mlp's products: phi-1's layers in each dtype, and once each tile for fewer rows."""
+
+from __future__ import annotations
+
+from phi1.bench.static_case import Case
+from phi1.kernels import _linear_triton as linear
+from phi1.kernels import _mlp_triton as mlp
+from phi1.kernels._tuned import tile_for
+
+D, F, N = 2048, 8192, 16_384
+TRITON_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+BIAS, GELU, RESIDUAL, DROPOUT = ("bias",), ("bias", "pre"), ("bias", "residual"), ("bias", "dropout", "residual")
+# Of GPUs that have no rows of their own: their instructions are those of one of these two.
+ANY = ("sm_80", "gfx942")
+
+
+def cases(arch: str) -> list[Case]:
+    """Every specialisation of the kernels that the table can pick on an architecture."""
+    rows = {"sm_80": (64,), "sm_90": (64, 512)}.get(arch, ())
+    found = [
+        *(_linear_case(arch, dtype, N, k, m, epilogue) for dtype in ("fp16", "bf16")
+          for k, m, epilogue in ((D, F, GELU), (F, D, BIAS), (F, D, RESIDUAL), (F, D, DROPOUT))),
+        *(_linear_case(arch, "fp16", n, k, m, epilogue) for n in rows
+          for k, m, epilogue in ((D, F, GELU), (F, D, DROPOUT))),
+        _linear_case(arch, "fp16", N, 2080, F, GELU),  # inputs that no block divides
+        *(_dgelu_case(arch, dtype) for dtype in ("fp16", "bf16")),
+    ]
+    if arch in ANY:
+        found += [_linear_case(arch, dtype, N, k, m, epilogue, table="any") for dtype in ("fp16", "fp32")
+                  for k, m, epilogue in ((D, F, GELU), (F, D, DROPOUT))]
+        found += [_dgelu_case(arch, dtype, table="any") for dtype in ("fp16", "fp32")]
+    return found
+
+
+def _linear_case(
+    arch: str, dtype: str, n_rows: int, inputs: int, outputs: int, epilogue: tuple[str, ...], table: str = ""
+) -> Case:
+    t = tile_for("linear", "forward", table or arch, dtype=TRITON_NAMES[dtype], rows=n_rows, outputs=outputs,
+                 inputs=inputs, gelu="pre" in epilogue, dropout="dropout" in epilogue)
+    optional = {"bias_ptr": f"*{dtype}", "residual_ptr": f"*{dtype}", "pre_ptr": f"*{dtype}"}
+    given = {name: kind for name, kind in optional.items() if name.removesuffix("_ptr") in epilogue}
+    masks = {"rng_ptr": "*i64", "sample_ids_ptr": "*i64"}
+    given |= masks if "dropout" in epilogue else {}
+    return Case(
+        name=f"linear {dtype} N={n_rows} K={inputs} M={outputs} {'+'.join(epilogue)}{' any' if table else ''}",
+        kernel=linear.linear_forward_kernel,
+        types={"x_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "n_rows": "i32",
+               "rows_per_sample": "i32", "stream": "i32", "threshold": "i32", "scale": "fp32"} | given,
+        constexprs={name: None for name in optional | masks if name not in given}
+        | {"n_outputs": outputs, "n_inputs": inputs, "stride_x_n": inputs, "stride_x_k": 1, "stride_weight_m": inputs,
+           "stride_weight_k": 1, "stride_residual_n": outputs, "EVEN_K": inputs % t["block_k"] == 0,
+           "HALVES": t["halves"]} | _blocks(t),
+        num_warps=t["num_warps"],
+        num_stages=t["num_stages"],
+        tensor_core=dtype != "fp32",
+        # The bias falls to threads two columns at a time, as the accumulator does; and seed, step and sample ids.
+        narrow_loads=40 if "dropout" in epilogue else 32,
+        # AMD's accumulator has four columns a thread, and the compiler stores 16-bit values from there.
+        narrow_stores=32 if arch == "gfx942" else 0,
+    )
+
+
+def _dgelu_case(arch: str, dtype: str, table: str = "") -> Case:
+    t = tile_for("mlp", "dgelu", table or arch, dtype=TRITON_NAMES[dtype], rows=N, width=D, inner=F)
+    pointers = dict.fromkeys(("dout_ptr", "weight_ptr", "pre_ptr", "dpre_ptr", "act_ptr"), f"*{dtype}")
+    return Case(
+        name=f"dgelu {dtype} N={N} D={D} F={F}{' any' if table else ''}",
+        kernel=mlp.dgelu_kernel,
+        types=pointers | {"db_partial_ptr": "*fp32", "n_rows": "i32"},
+        constexprs={"n_cols": F, "n_inner": D, "stride_dout_n": D, "stride_dout_d": 1, "stride_weight_d": F,
+                    "stride_weight_f": 1, "stride_pre_n": F, "stride_dpre_n": F, "stride_act_n": F,
+                    "EVEN_K": D % t["block_k"] == 0} | _blocks(t),
+        num_warps=t["num_warps"],
+        num_stages=t["num_stages"],
+        tensor_core=dtype != "fp32",
+        narrow_stores=8 if arch != "gfx942" else 32,  # a tile's partial sums, one a column
+    )
+
+
+def _blocks(t: dict[str, int]) -> dict[str, int]:
+    return {"BLOCK_M": t["block_m"], "BLOCK_N": t["block_n"], "BLOCK_K": t["block_k"], "GROUP_M": t["group_m"]}

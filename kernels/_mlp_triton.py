@@ -1,0 +1,138 @@
+"""Triton kernel of the way back through an MLP's second layer and its gelu_new, and the launcher.
+
+    dact = dout W2        dpre = dact gelu_new'(pre)        act = gelu_new(pre)        db1 = sum over rows of dpre
+
+dact stays in the float32 accumulator and is never written. act, which the gradient of W2 needs, comes out of the pass
+that reads pre anyway; db1 leaves as one partial row for each row of tiles, and a second kernel adds these in order:
+deterministic. The epilogue works on one half of the columns after the other.
+
+Where the tuned table says "cublas", the product is cuBLAS's and the rest is `_epilogue_triton.py`'s one pass.
+
+N rows, D width, F MLP width, P rows of tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from phi1.kernels._epilogue_triton import column_sum
+from phi1.kernels._epilogue_triton import launch_backward as launch_epilogue_backward
+from phi1.kernels._gelu_triton import gelu_new_and_slope
+from phi1.kernels._gemm_triton import add_product, column_halves, grouped_tile, one_unit_stride, wrapped
+from phi1.kernels._tuned import tile
+
+CANDIDATES = {
+    "dgelu": [
+        {"cublas": 1},
+        *({"block_m": m, "block_n": n, "block_k": k, "group_m": 8, "num_warps": warps, "num_stages": stages}
+          for m, n, k, warps, stages in ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3),
+                                         (128, 256, 32, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 4),
+                                         (128, 128, 32, 4, 4), (64, 128, 64, 4, 4))),
+    ]
+}
+
+
+@triton.jit
+def dgelu_kernel(
+    dout_ptr,  # [N, D]
+    weight_ptr,  # [D, F]
+    pre_ptr,  # [N, F]
+    dpre_ptr,  # [N, F]
+    act_ptr,  # [N, F]
+    db_partial_ptr,  # [P, F] float32
+    n_rows,
+    n_cols,
+    n_inner,
+    stride_dout_n,
+    stride_dout_d,
+    stride_weight_d,
+    stride_weight_f,
+    stride_pre_n,
+    stride_dpre_n,
+    stride_act_n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """One program per tile [BLOCK_M, BLOCK_N] of dpre."""
+    pid_m, pid_n = grouped_tile(tl.program_id(0), n_rows, n_cols, BLOCK_M, BLOCK_N, GROUP_M)
+    dact = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    dact = add_product(dact, dout_ptr, weight_ptr, wrapped(pid_m, BLOCK_M, n_rows), wrapped(pid_n, BLOCK_N, n_cols),
+                       n_inner, stride_dout_n, stride_dout_d, stride_weight_f, stride_weight_d, BLOCK_K, EVEN_K)
+    left, right = column_halves(dact, BLOCK_M, BLOCK_N)
+    QUARTER: tl.constexpr = BLOCK_N // 4
+    for half in tl.static_range(2):
+        if half == 0:
+            first, second = column_halves(left, BLOCK_M, BLOCK_N // 2)
+        else:
+            first, second = column_halves(right, BLOCK_M, BLOCK_N // 2)
+        column = pid_n * BLOCK_N + half * 2 * QUARTER
+        store_dgelu(first, pre_ptr, dpre_ptr, act_ptr, db_partial_ptr, pid_m, column, n_rows, n_cols, stride_pre_n,
+                    stride_dpre_n, stride_act_n)
+        store_dgelu(second, pre_ptr, dpre_ptr, act_ptr, db_partial_ptr, pid_m, column + QUARTER, n_rows, n_cols,
+                    stride_pre_n, stride_dpre_n, stride_act_n)
+
+
+@triton.jit
+def store_dgelu(
+    dact,  # [BLOCK_M, COLUMNS] float32
+    pre_ptr,
+    dpre_ptr,
+    act_ptr,
+    db_partial_ptr,
+    pid_m,
+    first_column,
+    n_rows,
+    n_cols,
+    stride_pre_n,
+    stride_dpre_n,
+    stride_act_n,
+):
+    """The epilogue on half of a tile's columns."""
+    first_row = pid_m.to(tl.int64) * dact.shape[0]
+    offs_n, offs_f = tl.arange(0, dact.shape[0]), first_column + tl.arange(0, dact.shape[1])  # [BLOCK_M], [COLUMNS]
+    mask_n, mask_f = offs_n < n_rows - first_row, offs_f < n_cols
+    mask = mask_n[:, None] & mask_f[None, :]  # [BLOCK_M, COLUMNS]
+    pre_ptrs = pre_ptr + first_row * stride_pre_n + (offs_n[:, None] * stride_pre_n + offs_f[None, :])
+    act, slope = gelu_new_and_slope(tl.load(pre_ptrs, mask=mask, other=0.0).to(tl.float32))
+    act_ptrs = act_ptr + first_row * stride_act_n + (offs_n[:, None] * stride_act_n + offs_f[None, :])
+    tl.store(act_ptrs, act.to(act_ptr.dtype.element_ty), mask=mask)
+    dpre = tl.where(mask_n[:, None], dact * slope, 0.0)  # rows past the end are others, read again
+    dpre_ptrs = dpre_ptr + first_row * stride_dpre_n + (offs_n[:, None] * stride_dpre_n + offs_f[None, :])
+    tl.store(dpre_ptrs, dpre.to(dpre_ptr.dtype.element_ty), mask=mask)
+    tl.store(db_partial_ptr + pid_m.to(tl.int64) * n_cols + offs_f, tl.sum(dpre, axis=0), mask=mask_f)
+
+
+def launch_dgelu(
+    dout: torch.Tensor, weight: torch.Tensor, pre: torch.Tensor, dpre: torch.Tensor, act: torch.Tensor
+) -> torch.Tensor:
+    """Fill dpre and act [N, F], from dout [N, D], weight [D, F] and pre [N, F]; db1 [F] is returned.
+
+    The columns of pre, dpre and act lie next to each other.
+    """
+    n_rows, n_cols = pre.shape
+    t = tile("mlp", "dgelu", pre.device, dtype=str(pre.dtype).removeprefix("torch."), rows=n_rows, width=dout.shape[1],
+             inner=n_cols)
+    if "cublas" in t:
+        db = launch_epilogue_backward(torch.mm(dout, weight), pre, None, dpre=dpre, act=act, bias=True)
+        assert db is not None
+        return db
+    dout, weight = one_unit_stride(dout), one_unit_stride(weight)
+    tiles_m = triton.cdiv(n_rows, t["block_m"])
+    partial = pre.new_empty((tiles_m, n_cols), dtype=torch.float32)
+    if pre.numel():
+        dgelu_kernel[(tiles_m * triton.cdiv(n_cols, t["block_n"]),)](
+            dout, weight, pre, dpre, act, partial, n_rows=n_rows, n_cols=n_cols, n_inner=dout.shape[1],
+            stride_dout_n=dout.stride(0), stride_dout_d=dout.stride(1), stride_weight_d=weight.stride(0),
+            stride_weight_f=weight.stride(1), stride_pre_n=pre.stride(0), stride_dpre_n=dpre.stride(0),
+            stride_act_n=act.stride(0), BLOCK_M=t["block_m"], BLOCK_N=t["block_n"], BLOCK_K=t["block_k"],
+            GROUP_M=t["group_m"], EVEN_K=dout.shape[1] % t["block_k"] == 0, num_warps=t["num_warps"],
+            num_stages=t["num_stages"], enable_fp_fusion=True,
+        )
+    db = pre.new_empty(n_cols)
+    column_sum(partial, db)
+    return db
