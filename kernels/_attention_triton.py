@@ -27,6 +27,27 @@ ROTATED_ROWS = 64  # a program of rotate_rows_kernel
 FP_FUSION = True
 
 
+def _tiles(*tiles: tuple[int, int, int, int, int]) -> list[dict[str, int]]:
+    names = ("block_m", "block_n", "rotate_on_load", "num_warps", "num_stages")
+    return [dict(zip(names, tile, strict=True)) for tile in tiles]
+
+
+# What rotates on load reads half as much as what rotates into scratch first, and rotates each row for each tile.
+CANDIDATES = {
+    "forward": _tiles(
+        (128, 128, 0, 8, 3), (128, 128, 1, 8, 3), (128, 128, 0, 8, 2), (256, 64, 0, 8, 3), (128, 64, 0, 8, 3),
+        (128, 64, 1, 8, 3), (128, 64, 0, 4, 3), (128, 64, 1, 4, 3), (128, 64, 0, 4, 2), (128, 32, 0, 4, 3),
+        (64, 128, 0, 4, 3), (64, 64, 0, 4, 3)),
+    "backward_dq": _tiles(
+        (128, 128, 0, 8, 2), (128, 128, 1, 8, 2), (128, 64, 0, 8, 2), (128, 64, 1, 8, 2), (128, 64, 0, 8, 3),
+        (128, 32, 0, 4, 2), (64, 128, 0, 8, 2), (64, 64, 0, 4, 2), (64, 64, 0, 8, 2), (64, 32, 0, 4, 2)),
+    "backward_dkdv": _tiles(
+        (64, 128, 0, 8, 2), (64, 128, 1, 8, 2), (32, 128, 0, 8, 2), (32, 128, 1, 8, 2), (32, 128, 0, 8, 3),
+        (64, 128, 0, 8, 1), (128, 64, 0, 8, 2), (64, 64, 0, 4, 2), (64, 64, 0, 8, 2), (32, 64, 0, 4, 2),
+        (32, 64, 0, 8, 2), (16, 128, 0, 8, 2)),
+}
+
+
 def launch_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scheme: Scheme, cu_seqlens: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-import phi1.kernels._attention as tiles
+import phi1.kernels._attention_torch as tiles
 from phi1 import testing
 from phi1.kernels import Dropout, attention, backend, check_values
 from phi1.kernels._philox import attention_keep, packed_attention_keep

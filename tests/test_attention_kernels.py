@@ -339,11 +339,12 @@ def test_activation_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(x, again[name]) for name, x in plain.items())
 
 
-def test_every_tile_of_the_table_can_hold_a_dropout_mask():
+def test_every_tile_of_the_table_and_of_the_tuner_can_hold_a_dropout_mask():
+    from phi1.kernels._attention_triton import CANDIDATES
+
     for kernel, rows in table("attention").items():
-        assert rows[-1]["gpu"] == "any", kernel
-        assert rows[-1]["when"] == {}, kernel
-        for row in rows:
-            block_m, block_n = row["tile"]["block_m"], row["tile"]["block_n"]
-            assert block_m >= 16, (kernel, row)
-            assert block_n == 32 or block_n % 64 == 0 or row["when"].get("dropout") is False, (kernel, row)
+        assert (rows[-1]["gpu"], rows[-1]["when"]) == ("any", {}), kernel
+        for tile in [row["tile"] for row in rows] + CANDIDATES[kernel]:
+            assert tile.keys() == CANDIDATES[kernel][0].keys(), (kernel, tile)
+            assert tile["block_m"] >= 16, (kernel, tile)
+            assert tile["block_n"] == 32 or tile["block_n"] % 64 == 0, (kernel, tile)
