@@ -24,6 +24,7 @@ from phi1.bench.static_case import Case
 from phi1.bench.static_cases import cases as cases_of
 from phi1.bench.static_compile import compile_all
 from phi1.bench.static_gate import ARCHS, WIDE, Report, complaints, narrow
+from phi1.bench.static_roof import print_roofs
 from phi1.bench.static_table import VERSIONS, Rows, left_over, load, report_of, row_of, save, stale
 
 Chosen = list[tuple[str, Case]]
@@ -41,6 +42,8 @@ def main(argv: Sequence[str], make_parser: MakeParser = plain_parser) -> int:
         failures = _report(chosen, options)
     if options.sample:
         failures += _check_sample(chosen, options)
+    if not (options.check or options.sample or options.only or options.arch):
+        print_roofs()
     outcome = f"{failures} of {len(chosen)} refused" if failures else f"all {len(chosen)} pass"
     versions = " and ".join(VERSIONS) if options.check else triton.__version__
     print(f"static gate, Triton {versions}: {outcome}", flush=True)

@@ -1,0 +1,89 @@
+"""Launches, bytes and flops are counted as one would by hand, and the sequences of whole units hold together."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+if sys.platform != "linux" or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("counts launches of compiled kernels", allow_module_level=True)
+
+from phi1.bench import op_sequences
+from phi1.bench.op_count import TRITON_FLOPS, Launch, counting
+from phi1.bench.static_cases import cases
+from phi1.config import preset
+from phi1.kernels import layer_norm
+
+TINY = preset("nano", num_hidden_layers=2)
+
+
+def meta(*shape, dtype=torch.float16, **options):
+    return torch.empty(shape, dtype=dtype, device="meta", **options)
+
+
+def counted(function):
+    with counting() as counter:
+        function()
+    return counter.launches
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda: meta(4, 8) @ meta(8, 16), [Launch("mm", 2 * (32 + 128 + 64), 2 * 4 * 8 * 16)]),
+        (lambda: torch.addmm(meta(16), meta(4, 8), meta(8, 16)), [Launch("addmm", 2 * (16 + 32 + 128 + 64), 1024)]),
+        (lambda: meta(4, 8).add_(meta(4, 8)), [Launch("add_", 3 * 64)]),
+        (lambda: meta(4, 8).copy_(meta(4, 8)), [Launch("copy_", 2 * 64)]),
+        (lambda: meta(4, 8).zero_(), [Launch("zero_", 64)]),
+        (lambda: meta(4, 8).t().reshape(8, 4)[:2].unsqueeze(0), []),
+        (lambda: meta(4, 8) + meta(1, 8).expand(4, 8), [Launch("add", 64 + 16 + 64)]),
+        (lambda: torch.nn.functional.embedding(meta(4, dtype=torch.int64), meta(1000, 8)),
+         [Launch("embedding", 4 * 8 + 2 * 64)]),
+        (lambda: torch.mm(meta(4, 8), meta(8, 16), out=meta(4, 16)), [Launch("mm", 2 * (32 + 128 + 64), 1024)]),
+    ],
+    ids=["mm", "addmm", "in place", "copy", "fill", "views", "broadcast", "embedding", "out"],
+)
+def test_operators_are_counted_by_their_reads_and_writes(function, expected):
+    assert counted(function) == expected
+
+
+def test_our_operators_are_opened_and_their_kernels_counted_in_both_directions():
+    x, weight, bias = meta(64, 2048, requires_grad=True), meta(2048), meta(2048)
+    launches = counted(lambda: layer_norm(x, weight, bias).backward(meta(64, 2048)))
+    assert [launch.name for launch in launches if launch.name.endswith("_kernel")] == [
+        "layer_norm_forward_kernel", "layer_norm_backward_kernel", "sum_partials_kernel"]
+    forward = launches[0]
+    # x, y, weight, bias in float16; mean and rstd in float32
+    assert forward.n_bytes == 2 * (2 * 64 * 2048 + 2 * 2048) + 4 * 2 * 64
+
+
+def test_nothing_stays_patched():
+    counted(lambda: None)
+    assert not meta(1).is_cuda
+
+
+def test_every_kernel_that_multiplies_matrices_has_its_flops():
+    multiplying = {case.kernel.fn.__name__ for case in cases("sm_90") if case.tensor_core}
+    assert multiplying - set(TRITON_FLOPS) == set()
+
+
+@pytest.mark.parametrize("provider", op_sequences.PROVIDERS)
+def test_all_providers_do_the_same_matrix_products(provider):
+    pytest.importorskip("transformers")
+    launches = op_sequences.sequence(provider, "layer forward", batch=2, tokens=128, config=TINY)
+    rows, d, f = 2 * 128, TINY.hidden_size, TINY.intermediate_size
+    products = 2 * rows * d * (4 * d + 2 * f)
+    attention = 4 * 2 * 128 * 128 * d / (1 if provider == "transformers" else 2)
+    assert sum(launch.n_flops for launch in launches) == products + attention
+
+
+def test_a_step_is_its_layers_and_more():
+    step, forward, both = (op_sequences.sequence("phi1", unit, batch=2, tokens=128, config=TINY)
+                           for unit in ("training step", "layer forward", "layer forward+backward"))
+    assert len(forward) < len(both) < len(step)
+    assert sum(launch.name == "_fused_adamw_" for launch in step) == 1
+    kernels = [launch.name for launch in both if launch.name.endswith("_kernel")]
+    for name in set(kernels):
+        in_step = sum(launch.name == name for launch in step)
+        assert in_step >= TINY.num_hidden_layers * kernels.count(name), name
