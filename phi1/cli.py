@@ -254,6 +254,12 @@ def _verify(argv: list[str]) -> int:
     return verify(argv, Parser)
 
 
+def _ledger(argv: list[str]) -> int:
+    from phi1.train.ledger_report import main as ledger
+
+    return ledger(argv, Parser)
+
+
 def _plan(argv: list[str]) -> int:
     from phi1.train.plan import main as plan
 
@@ -284,6 +290,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "bench": (_bench, "measure the operations and units beside their peers"),
     "tune": (_tune, "search the kernels' tile shapes on this GPU"),
     "verify": (_verify, "compare checkpoints, runs and corpora with their hashes"),
+    "ledger": (_ledger, "sum up a run's ledger, and draw its curves"),
     "plan": (_plan, "say what a run needs: memory of each GPU, time, cost"),
     "doctor": (_doctor, "check this machine and installation"),
 }

@@ -35,7 +35,11 @@ def imports(tree):
             for alias in node.names:
                 yield alias.name, [], node not in deferred
         elif isinstance(node, ast.ImportFrom):
-            yield "." * node.level + (node.module or ""), [alias.name for alias in node.names], node not in deferred
+            module, names = "." * node.level + (node.module or ""), [alias.name for alias in node.names]
+            if module == "phi1.kernels" and all(name.startswith("_") for name in names):
+                yield from ((f"{module}.{name}", [], node not in deferred) for name in names)  # files of the room
+            else:
+                yield module, names, node not in deferred
 
 
 def room_of(module):
