@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from phi1.kernels import _attention_torch
+from phi1.kernels._attention_torch import torch_backward, torch_forward
 from phi1.kernels._backend import use_triton
 from phi1.kernels._philox import Dropout
 from phi1.kernels._rotary import rows_of_tables
@@ -69,7 +69,7 @@ def attention_forward(
         from phi1.kernels._attention_triton import launch_forward
 
         return launch_forward(q, k, v, scheme, cu_seqlens)
-    return _attention_torch.forward(q, k, v, scheme.with_rows(), cu_seqlens)
+    return torch_forward(q, k, v, scheme.with_rows(), cu_seqlens)
 
 
 def attention_backward(
@@ -92,4 +92,4 @@ def attention_backward(
 
         launch_backward(dout, q, k, v, out, lse, grads, scheme, cu_seqlens)
     else:
-        _attention_torch.backward(dout, q, k, v, lse, grads, scheme.with_rows(), cu_seqlens)
+        torch_backward(dout, q, k, v, lse, grads, scheme.with_rows(), cu_seqlens)

@@ -31,7 +31,7 @@ CPU_TILE_QUERIES, CPU_TILE_BYTES = 128, 4 << 20
 DEVICE_TILE_QUERIES, DEVICE_TILE_BYTES = 1024, 256 << 20
 
 
-def forward(
+def torch_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scheme: Scheme, cu_seqlens: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `attention_forward`."""
@@ -51,7 +51,7 @@ def forward(
     return out, lse
 
 
-def backward(
+def torch_backward(
     dout: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
