@@ -12,7 +12,7 @@ import torch
 
 from phi1.bench.case import Case, Function, Inputs, Provider, named, variants
 from phi1.bench.inputs import Draw
-from phi1.bench.providers import ours, reference_of
+from phi1.bench.providers import ours, part_of_reference
 from phi1.bench.providers_attention import packed_peers, peers
 from phi1.kernels import Dropout, attention, attention_qkv
 
@@ -81,23 +81,27 @@ def _dropout(inputs: Inputs, p: float) -> Dropout | None:
 
 def _by_parts(causal: bool, p: float) -> Function:
     """The reference, in parts that fit: sample by sample, and head by head where the masks do not count heads."""
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rng: Inputs) -> torch.Tensor:
+        return attention(q, k, v, causal=causal, dropout=_dropout(rng, p))
+
+    part = part_of_reference(attend)
+
     def run(inputs: Inputs) -> torch.Tensor:
-        q, k, v = inputs["q"], inputs["k"], inputs["v"]
-        batch, tokens, heads, _ = q.shape
+        batch, tokens, heads, _ = inputs["q"].shape
         at_once = heads if p else max(1, min(heads, CHUNK_BYTES // (8 * tokens * tokens)))
-        rows = [torch.cat([_part(inputs, q, k, v, b, slice(h, h + at_once), causal, p)
-                           for h in range(0, heads, at_once)], dim=2) for b in range(batch)]
+        rows = []
+        for b in range(batch):
+            split = (inputs[name][b : b + 1].split(at_once, dim=2) for name in ("q", "k", "v"))
+            outs = [part(q, k, v, _rng_of(inputs, b, p)) for q, k, v in zip(*split, strict=True)]
+            rows.append(torch.cat(outs, dim=2))
         return torch.cat(rows)
 
-    return reference_of(run)
+    return run
 
 
-def _part(inputs: Inputs, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sample: int, heads: slice, causal: bool,
-          p: float) -> torch.Tensor:
-    dropout = None
-    if p:
-        dropout = Dropout(p, inputs["rng"], inputs["sample_ids"][sample : sample + 1], layer=0, kind=0)
-    return attention(*(x[sample : sample + 1, :, heads] for x in (q, k, v)), causal=causal, dropout=dropout)
+def _rng_of(inputs: Inputs, sample: int, p: float) -> Inputs:
+    """What the dropout of one sample needs."""
+    return {"rng": inputs["rng"], "sample_ids": inputs["sample_ids"][sample : sample + 1]} if p else {}
 
 
 def _packed(batch: int, tokens: int, heads: int, size: int, *, rotary: bool, p: float = 0.0, dtype: str = "float16",
@@ -113,15 +117,13 @@ def _packed(batch: int, tokens: int, heads: int, size: int, *, rotary: bool, p: 
     def run(inputs: Inputs) -> torch.Tensor:
         return attention_qkv(inputs["qkv"], batch=batch, rotary=_angles(inputs), dropout=_dropout(inputs, p))
 
-    def one_sample(inputs: Inputs, sample: int) -> torch.Tensor:
-        part = inputs["qkv"].unflatten(0, (batch, tokens))[sample]
-        dropout = Dropout(p, inputs["rng"], inputs["sample_ids"][sample : sample + 1], layer=0, kind=0) if p else None
-        return attention_qkv(part, batch=1, rotary=_angles(inputs), dropout=dropout)
+    part = part_of_reference(lambda qkv, angles, rng: attention_qkv(qkv, rotary=angles, dropout=_dropout(rng, p)))
 
     def by_sample(inputs: Inputs) -> torch.Tensor:
-        return torch.cat([one_sample(inputs, sample) for sample in range(batch)])
+        return torch.cat([part(qkv, _angles(inputs), _rng_of(inputs, b, p))
+                          for b, qkv in enumerate(inputs["qkv"].split(tokens))])
 
-    return _directions(_packed_case(shape, dtype, device, inputs, run, reference_of(by_sample),
+    return _directions(_packed_case(shape, dtype, device, inputs, run, by_sample,
                                     packed_peers(batch, rotary, p), quick),
                        costs("N*T//2", PACKED_FORWARD_BYTES, PACKED_BACKWARD_BYTES))
 
@@ -167,10 +169,12 @@ def _documents(rows: int, heads: int, size: int, dtype: str, device: str) -> lis
     def run(inputs: Inputs) -> torch.Tensor:
         return attention_qkv(inputs["qkv"], cu_seqlens=inputs["cu_seqlens"], rotary=_angles(inputs))
 
-    def by_document(inputs: Inputs) -> torch.Tensor:
-        return torch.cat([attention_qkv(part, rotary=_angles(inputs)) for part in inputs["qkv"].split(lengths)])
+    document = part_of_reference(lambda qkv, angles: attention_qkv(qkv, rotary=angles))
 
-    return variants(_packed_case(shape, dtype, device, inputs, run, reference_of(by_document),
+    def by_document(inputs: Inputs) -> torch.Tensor:
+        return torch.cat([document(qkv, _angles(inputs)) for qkv in inputs["qkv"].split(lengths)])
+
+    return variants(_packed_case(shape, dtype, device, inputs, run, by_document,
                                  packed_peers(1, True, 0.0, lengths=lengths), quick=True),
                     {name: cost for name, cost in costs("S//2", PACKED_FORWARD_BYTES, PACKED_BACKWARD_BYTES).items()
                      if name != "backward"})

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from phi1.bench.case import Case, Function, Inputs, Provider, variants
 from phi1.bench.cases_norm import torch_rotary
 from phi1.bench.inputs import Draw
-from phi1.bench.providers import ours, peer, plain, reference_of
+from phi1.bench.providers import ours, part_of_reference, peer, plain
 from phi1.bench.providers_attention import BACKENDS, Attend, forced, sdpa
 from phi1.bench.transformers_peer import decoder_layer
 from phi1.kernels import Dropout, parallel_block
@@ -46,14 +46,16 @@ def _block(batch: int, tokens: int, width: int, inner: int, heads: int, *, p: fl
     def run(inputs: Inputs) -> torch.Tensor:
         return _ours(inputs, inputs["x"], batch, heads, _dropouts(inputs, p))
 
+    part = part_of_reference(lambda inputs, x, sample: _ours(inputs, x, 1, heads, _dropouts(inputs, p, sample)))
+
     def by_sample(inputs: Inputs) -> torch.Tensor:
-        return torch.cat([_ours(inputs, x, 1, heads, _dropouts(inputs, p, slice(sample, sample + 1)))
+        return torch.cat([part(inputs, x, slice(sample, sample + 1))
                           for sample, x in enumerate(inputs["x"].split(tokens))])
 
     return variants(Case(
         name="", op="parallel_block", unit="block", direction="forward", shape=shape, dtype=dtype, devices=(device,),
         bytes="0", flops="0", inputs=inputs, leaves=("x", *NAMES), providers=(ours(run), *_peers(batch, heads, p)),
-        reference=reference_of(by_sample), quick=quick,
+        reference=by_sample, quick=quick,
         kernels=("layer_norm_", "sum_partials", "in_proj", "out_proj", "attention", "linear", "parallel_block"),
     ), COSTS)
 

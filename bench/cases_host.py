@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sysconfig
 import tempfile
 from functools import cache
@@ -15,16 +16,14 @@ from phi1.bench.cases_model import build
 from phi1.bench.providers import ours, peer
 from phi1.config import Phi1Config, preset
 
-SMALL = preset("nano")
 SEQ_LEN, BATCH = 512, 64
 
 
 def cases() -> list[Case]:
     """Every case of the host's work."""
-    found = [_batches(), _tokenise()]
-    for device, name, config in (("cpu", "nano", SMALL), ("cuda", "phi1", preset("phi1"))):
-        found += [_load(device, name, config), _save(device, name, config)]
-    return found
+    nano, phi1 = preset("nano"), preset("phi1")
+    return [_batches(), _tokenise(), _load(BOTH, "nano", nano, quick=True), _save(BOTH, "nano", nano, quick=True),
+            _load(("cuda",), "phi1", phi1, quick=False), _save(("cuda",), "phi1", phi1, quick=False)]
 
 
 @cache
@@ -123,7 +122,9 @@ def _joined(rows: list[list[int]]) -> torch.Tensor:
     return torch.tensor([token for row in rows for token in row])
 
 
+@cache
 def _model(config: Phi1Config) -> Any:
+    """On the CPU; a model of phi-1's size takes seconds to draw."""
     return build(config, torch.device("cpu"), torch.float16)
 
 
@@ -136,25 +137,30 @@ def _saved(config: Phi1Config) -> Path:
     return folder
 
 
-def _load(device: str, name: str, config: Phi1Config) -> Case:
+def _on(device: torch.device, config: Phi1Config) -> Any:
+    return _model(config).to(device) if device.type == "cpu" else copy.deepcopy(_model(config)).to(device)
+
+
+def _load(devices: tuple[str, ...], name: str, config: Phi1Config, quick: bool) -> Case:
     """From the page cache to the device, ready to run."""
-    def run(inputs: Inputs) -> torch.Tensor:
+    def prepare(case: Case, on: torch.device) -> Function:
         from phi1.weights import load
 
-        return _first(load(_saved(config), device=device))
+        return lambda inputs: _first(load(_saved(config), device=on))
 
-    def theirs(case: Case) -> Function:
+    def theirs(case: Case, on: torch.device) -> Function:
         from transformers import PhiForCausalLM
 
         from phi1.bench.transformers_peer import quiet
 
         quiet()
         loader: Any = PhiForCausalLM
-        return lambda inputs: _first(loader.from_pretrained(_saved(config), dtype=torch.float16).to(device))
+        return lambda inputs: _first(loader.from_pretrained(_saved(config), dtype=torch.float16).to(on))
 
-    return _case("load", {"model": name, "P": config.num_parameters}, "float16", (device,), bytes="2*P*e", quick=True,
-                 inputs=lambda on, generator: {}, reference=None,
-                 providers=(ours(run), peer("transformers", "transformers", theirs, BOTH)))
+    return _case("load", {"model": name, "P": config.num_parameters}, "float16", devices, bytes="2*P*e", quick=quick,
+                 inputs=lambda on, generator: {},
+                 providers=(Provider("phi1", prepare, package="phi1"),
+                            Provider("transformers", theirs, package="transformers")))
 
 
 def _first(model: Any) -> torch.Tensor:
@@ -162,12 +168,12 @@ def _first(model: Any) -> torch.Tensor:
     return list(model.parameters())[-1].flatten()[:1].float()
 
 
-def _save(device: str, name: str, config: Phi1Config) -> Case:
+def _save(devices: tuple[str, ...], name: str, config: Phi1Config, quick: bool) -> Case:
     """To a file, replaced each time."""
     def prepare(case: Case, on: torch.device) -> Function:
         from phi1.weights import save
 
-        model, folder = _model(config).to(on), _scratch() / f"{name}-ours"
+        model, folder = _on(on, config), _scratch() / f"{name}-ours"
 
         def run(inputs: Inputs) -> torch.Tensor:
             save(model, folder)
@@ -175,11 +181,11 @@ def _save(device: str, name: str, config: Phi1Config) -> Case:
 
         return run
 
-    def theirs(case: Case) -> Function:
+    def theirs(case: Case, on: torch.device) -> Function:
         from phi1.bench.transformers_peer import causal_model, quiet
 
         quiet()
-        model, folder = causal_model(_model(config), config).to(device), _scratch() / f"{name}-theirs"
+        model, folder = causal_model(_model(config), config).to(on), _scratch() / f"{name}-theirs"
 
         def run(inputs: Inputs) -> torch.Tensor:
             model.save_pretrained(folder)
@@ -187,8 +193,8 @@ def _save(device: str, name: str, config: Phi1Config) -> Case:
 
         return run
 
-    def torch_save(case: Case) -> Function:
-        model, path = _model(config).to(device), _scratch() / f"{name}.pt"
+    def torch_save(case: Case, on: torch.device) -> Function:
+        model, path = _on(on, config), _scratch() / f"{name}.pt"
 
         def run(inputs: Inputs) -> torch.Tensor:
             torch.save(model.state_dict(), path)
@@ -196,11 +202,11 @@ def _save(device: str, name: str, config: Phi1Config) -> Case:
 
         return run
 
-    return _case("save", {"model": name, "P": config.num_parameters}, "float16", (device,), bytes="2*P*e", quick=True,
-                 inputs=lambda on, generator: {}, exclusive=device == "cuda",
+    return _case("save", {"model": name, "P": config.num_parameters}, "float16", devices, bytes="2*P*e", quick=quick,
+                 inputs=lambda on, generator: {}, exclusive=not quick,
                  providers=(Provider("phi1", prepare, package="phi1"),
-                            peer("transformers", "transformers", theirs, BOTH),
-                            peer("torch.save", "torch", torch_save, BOTH)))
+                            Provider("transformers", theirs, package="transformers"),
+                            Provider("torch.save", torch_save)))
 
 
 def _size(folder: Path) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from phi1.bench.case import Case, Function, Inputs, variants
 from phi1.bench.inputs import Draw
-from phi1.bench.providers import compiled, ours, peer, plain, reference_of
+from phi1.bench.providers import compiled, ours, part_of_reference, peer, plain
 from phi1.kernels import linear_cross_entropy
 
 # Read x, W and the bias; then write dx, dW and db too. The logits, which need not touch memory, do not count.
@@ -40,9 +40,11 @@ def _loss(rows: int, width: int, vocab: int, dtype: str, device: str, *, workspa
         return linear_cross_entropy(inputs["x"], inputs["weight"], inputs["bias"], inputs["targets"],
                                     workspace_mb=workspace)
 
+    part = part_of_reference(lambda *tensors: linear_cross_entropy(*tensors, reduction="sum"))
+
     def by_rows(inputs: Inputs) -> torch.Tensor:
         chunk = max(1, REFERENCE_BYTES // (8 * vocab))
-        parts = [linear_cross_entropy(x, inputs["weight"], inputs["bias"], targets, reduction="sum")
+        parts = [part(x, inputs["weight"], inputs["bias"], targets)
                  for x, targets in zip(inputs["x"].split(chunk), inputs["targets"].split(chunk), strict=True)]
         return torch.stack(parts).sum() / rows
 
@@ -54,7 +56,7 @@ def _loss(rows: int, width: int, vocab: int, dtype: str, device: str, *, workspa
         providers=(ours(run), plain("torch", _eager), *compiled(_eager),
                    peer("F.linear_cross_entropy", "torch", _torch_fused, ("cpu", "cuda")),
                    peer("liger", "liger-kernel", _liger), *biasless),
-        reference=reference_of(by_rows), kernels=("linear_cross_entropy", "cross_entropy"), quick=quick,
+        reference=by_rows, kernels=("linear_cross_entropy", "cross_entropy"), quick=quick,
     ), COSTS)
 
 

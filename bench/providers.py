@@ -72,3 +72,22 @@ def reference_of(function: Function) -> Function:
             return function(inputs)
 
     return run
+
+
+def part_of_reference(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A part of a reference that is computed piece by piece, as scores and logits in float64 are gigabytes.
+
+    Nothing of the piece is kept for the backward but its arguments: it is computed again there.
+    """
+    def specified(*arguments: Any) -> Any:
+        from phi1.kernels import backend
+
+        with backend("reference"):
+            return function(*arguments)
+
+    def run(*arguments: Any) -> Any:
+        from torch.utils.checkpoint import checkpoint
+
+        return checkpoint(specified, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+    return run

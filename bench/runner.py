@@ -45,6 +45,8 @@ class Row:
     rounds: list[list[float]] = field(default_factory=list)
     """Milliseconds of every call, round by round."""
     host_ms: float | None = None
+    peak_mb: float | None = None
+    """Memory that a call takes on a GPU beyond its inputs."""
 
     @property
     def medians(self) -> list[float]:
@@ -171,7 +173,8 @@ class Runner:
             try:
                 call = bind(case, row.function, copies)
                 seconds += clock.prepare(call)
-                row.host_ms = clock.host_ms(call) if isinstance(clock, CudaClock) else None
+                if isinstance(clock, CudaClock):
+                    row.host_ms, row.peak_mb = clock.host_ms(call), peak_mb(call)
                 calls.append((row, call))
             except Exception as error:
                 row.fail(error)
@@ -257,8 +260,8 @@ def _entry(row: Row, ours: list[float], roof_ms: float) -> dict[str, Any]:
         samples = [ms for samples in row.rounds for ms in samples]
         entry |= {"ms": spread(samples), "samples": len(samples), "rounds": len(row.rounds),
                   "roof_share": _digits(roof_ms / quantile(samples, 0.5))}
-        if row.host_ms is not None:
-            entry["host_ms"] = _digits(row.host_ms)
+        if row.host_ms is not None and row.peak_mb is not None:
+            entry |= {"host_ms": _digits(row.host_ms), "peak_mb": _digits(row.peak_mb)}
         if ours and row.status == "ok":
             pairs = zip(row.medians, ours, strict=False)  # one that failed midway has fewer
             entry["ratio"] = spread([theirs / mine for theirs, mine in pairs])
@@ -267,6 +270,16 @@ def _entry(row: Row, ours: list[float], roof_ms: float) -> dict[str, Any]:
 
 def _digits(value: float) -> float:
     return float(f"{value:.4g}")
+
+
+def peak_mb(call: Call) -> float:
+    """Megabytes that a call on the GPU allocates at most at one time, beyond what was there before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call(0)
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def release(device: torch.device) -> None:

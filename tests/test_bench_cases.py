@@ -8,7 +8,7 @@ from phi1.bench import check
 from phi1.bench.case import ELEMENT_BYTES, Case
 from phi1.bench.cases import all_cases, operations, select
 from phi1.bench.cases_attention import document_lengths
-from phi1.bench.providers import VERSIONS, ours, plain
+from phi1.bench.providers import VERSIONS, ours, plain, reference_of
 
 CPU = torch.device("cpu")
 NOT_OPERATIONS = {"Dropout", "backend", "check_values", "empty"}
@@ -77,8 +77,10 @@ def test_flops_of_products_are_what_pytorch_counts(case):
     if case.n_flops < 20 * case.n_bytes:
         pytest.skip("memory bounds it")
     inputs = check.leaves_of(case, draw(case))
+    # The case's own reference goes by parts, and computes each of them again for the backward.
+    whole = reference_of(case.providers[0].prepare(case, CPU))
     with FlopCounterMode(display=False) as counter:
-        outputs = check.as_tuple(case.reference(inputs))
+        outputs = check.as_tuple(whole(inputs))
         check.gradients(case, inputs, outputs, check.upstream_of(outputs, 0))
     counted = counter.get_total_flops()
     # The reference multiplies all of the scores forward and backward, four products of six in all.
@@ -118,3 +120,15 @@ def test_formulas_see_the_sizes_and_the_element():
                 devices=("cpu",), bytes="2*N*e", flops="N*N", inputs=lambda on, generator: {},
                 providers=(ours(abs), plain("torch", abs)))
     assert (case.n_bytes, case.n_flops) == (12, 9)
+
+
+@pytest.mark.parametrize("case", [case for case in SMALL if case.direction == "forward+backward"],
+                         ids=lambda case: case.name)
+def test_references_by_parts_are_the_reference(case):
+    """With every gradient, in float64: whole and by parts differ by the order of sums alone."""
+    inputs = {name: x.double() if name in case.leaves and x is not None else x for name, x in draw(case).items()}
+    whole = reference_of(case.providers[0].prepare(case, CPU))
+    exact, parts = (check.results(case, function, inputs, None) for function in (whole, case.reference))
+    assert exact.keys() == parts.keys()
+    for name, x in exact.items():
+        assert torch.allclose(x, parts[name], rtol=1e-9, atol=1e-12), name
