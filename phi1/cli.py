@@ -212,12 +212,15 @@ def _write(pieces: Generator[str, None, Completion]) -> Completion:
 
 
 def _convert(argv: list[str]) -> int:
-    parser = Parser("phi1 convert", "Write a model of any published layout in the current Hugging Face one.")
+    parser = Parser("phi1 convert", "Write a model of any published layout, or a training run's checkpoint, in the "
+                    "current Hugging Face layout.")
     _add_model_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write; new or empty")
     args = parser.parse_args(argv)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ValueError(f"--out must be a new or empty folder; {args.out} is not")
+    if (Path(args.model) / "trainer.json").is_file():
+        return _convert_checkpoint(args)
 
     from phi1.tokenizer import load_tokenizer
     from phi1.weights import load, save
@@ -233,6 +236,23 @@ def _convert(argv: list[str]) -> int:
     save(model, args.out, tokenizer=tokenizer)
     print(f"phi1 convert: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{str(model.embed.weight.dtype).removeprefix('torch.')}, written to {args.out}", file=sys.stderr)
+    return 0
+
+
+def _convert_checkpoint(args: argparse.Namespace) -> int:
+    from phi1.train.convert import convert, find_tokenizer
+    from phi1.train.launch import RunError
+
+    checkpoint = Path(args.model)
+    if args.tokenizer is None and find_tokenizer(checkpoint) is None:
+        print(f"phi1 convert: the run's tokenizer is not found, so {args.out} will have none; --tokenizer adds one",
+              file=sys.stderr)
+    try:
+        count = convert(checkpoint, args.out, args.tokenizer, args.dtype)
+    except RunError as error:
+        raise ValueError(str(error)) from error
+    print(f"phi1 convert: {count:,} parameters of {checkpoint}, {args.dtype or 'float32'}, written to {args.out}",
+          file=sys.stderr)
     return 0
 
 

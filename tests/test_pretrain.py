@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from phi1.train.batches import Layout
 from phi1.train.checkpoint_files import checkpoints, find_damage
@@ -207,6 +208,25 @@ def test_two_processes_stop_together_resume_exactly_and_give_the_losses_of_one(p
     assert [step["samples"] for step in one] == [step["samples"] for step in two]
     assert max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(one, two, strict=True)) <= 1e-5
     assert max(abs(a["norm"] / b["norm"] - 1) for a, b in zip(one, two, strict=True)) <= 1e-3
+
+
+def test_any_checkpoint_becomes_a_model(place, undisturbed, monkeypatch, capsys):
+    from phi1 import load, load_tokenizer
+    from phi1.cli import main
+
+    monkeypatch.chdir(place)
+    assert main(["convert", "--model", "whole/checkpoints/step-60", "--out", "converted"]) == 0
+    converted, exported = load("converted"), load("whole/export")
+    for name, tensor in exported.state_dict().items():
+        assert torch.equal(converted.state_dict()[name], tensor), name
+    assert load_tokenizer("converted").fingerprint == load_tokenizer("whole/export").fingerprint
+    assert main(["convert", "--model", "whole/checkpoints/step-40", "--out", "half", "--dtype", "float16"]) == 0
+    assert load("half").embed.weight.dtype == torch.float16
+    shutil.copytree("whole/checkpoints/step-40", "bad/checkpoints/step-40")
+    (place / "bad" / "checkpoints" / "step-40" / ".metadata").write_bytes(b"x")
+    assert main(["convert", "--model", "bad/checkpoints/step-40", "--out", "never"]) == 2
+    assert "step-40 is damaged: .metadata has 1 bytes" in capsys.readouterr().err
+    assert not (place / "never").exists()
 
 
 def test_steps_that_stay_not_finite_stop_the_run(place):

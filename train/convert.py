@@ -1,0 +1,67 @@
+"""A checkpoint of a run as a model in Hugging Face's layout, in one process, whatever wrote it."""
+
+from __future__ import annotations
+
+import tomllib
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from phi1 import Phi1, Phi1Config
+from phi1.train.checkpoint_files import find_damage, read_state
+from phi1.train.launch import RunError
+
+
+def read_weights(checkpoint: Path) -> tuple[dict[str, torch.Tensor], Phi1Config]:
+    """The fp32 parameters and the model's configuration.
+
+    Raises:
+        RunError: the checkpoint is damaged.
+    """
+    if damage := find_damage(checkpoint):
+        raise RunError(f"checkpoint {checkpoint} is damaged: {damage}")
+    shape = {key.removeprefix("model."): value for key, value in read_state(checkpoint)["defining"].items()
+             if key.startswith("model.")}
+    config = Phi1Config(**shape)
+    weights = {name: torch.empty(tensor.shape, dtype=torch.float32)
+               for name, tensor in Phi1(config, device="meta").state_dict().items()}
+    with warnings.catch_warnings(action="ignore"):  # that there is one process, which is the intent
+        dcp.load({"model": weights}, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
+    return weights, config
+
+
+def find_tokenizer(checkpoint: Path) -> Path | None:
+    """The tokenizer of the corpus that the run's config.toml names, or of its export; None if neither is there."""
+    run = checkpoint.resolve().parent.parent
+    places = [run / "export"]
+    try:
+        corpus = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["data"]["folder"]
+        places.insert(0, Path(corpus) / "tokenizer")
+    except (OSError, ValueError, KeyError):
+        pass
+    return next((place for place in places if (place / "tokenizer.json").is_file()), None)
+
+
+def convert(checkpoint: Path, out: Path, tokenizer: str | Path | None, dtype: str | None) -> int:
+    """Write `out`; returns the number of parameters.
+
+    Args:
+        checkpoint: step-N of a run.
+        out: a new or empty folder.
+        tokenizer: a folder or Hub id; by default the run's own, if it is found.
+        dtype: "float16", "bfloat16" or "float32"; by default float32, as the run holds them.
+
+    Raises:
+        RunError: the checkpoint is damaged.
+        ValueError, OSError: as `phi1.save`.
+    """
+    from phi1.tokenizer import load_tokenizer
+    from phi1.weights import save_state_dict
+
+    weights, config = read_weights(checkpoint)
+    tokenizer = tokenizer or find_tokenizer(checkpoint)
+    save_state_dict(weights, config, out, tokenizer=None if tokenizer is None else load_tokenizer(str(tokenizer)),
+                    dtype=dtype)
+    return config.num_parameters
