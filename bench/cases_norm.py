@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from phi1.bench.case import Case, Function, Inputs, Provider, variants
 from phi1.bench.inputs import Draw
 from phi1.bench.providers import compiled, ours, peer, plain, reference_of
-from phi1.kernels import add_layer_norm, layer_norm, rotary
+from phi1.kernels import add_layer_norm, layer_norm, rotary, rotary_
 
 # Read x, write y; weight and bias. Then read x, dy and the statistics, write dx, dw and db.
 NORM_COSTS = {
@@ -29,6 +29,8 @@ ROTARY_COSTS = {
     "forward": ("6*N*H*K*e + 4*N*R + 8*N", "6*N*H*R"),
     "forward+backward": ("12*N*H*K*e + 8*N*R + 16*N", "12*N*H*R"),
 }
+# Only what is rotated of q and k is read and written.
+IN_PLACE_COSTS = {"forward": ("4*N*H*R*e + 4*N*R + 8*N", "6*N*H*R")}
 
 
 def cases() -> list[Case]:
@@ -37,7 +39,8 @@ def cases() -> list[Case]:
             (2048, 2048, "float16", "cuda"), (512, 256, "float32", "cpu")]
     found = [case for shape in norm for case in _layer_norm(*shape)]
     found += [case for shape in (norm[0], norm[1], norm[-1]) for case in _add_layer_norm(*shape)]
-    found += _rotary(16384, 32, 64, 32, "float16", "cuda") + _rotary(256, 4, 64, 32, "float32", "cpu")
+    for shape in ((16384, 32, 64, 32, "float16", "cuda"), (256, 4, 64, 32, "float32", "cpu")):
+        found += _rotary(*shape) + _rotary_in_place(*shape)
     return found
 
 
@@ -121,6 +124,18 @@ def _torch_add_norm(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _rotary(rows: int, heads: int, size: int, rotary_dim: int, dtype: str, device: str) -> list[Case]:
+    ours_function = _from("x", "cos", "sin", "positions", rotary)
+    liger: tuple[Provider, ...] = (peer("liger", "liger-kernel", _liger_rope),)
+    return variants(Case(
+        name="", op="rotary", unit="kernel", direction="forward",
+        shape={"N": rows, "H": heads, "K": size, "R": rotary_dim}, dtype=dtype, devices=(device,), bytes="0", flops="0",
+        inputs=_rotary_inputs(rows, heads, size, rotary_dim, dtype), leaves=("x",),
+        providers=(ours(ours_function), plain("torch", torch_rotary), *compiled(torch_rotary), *liger),
+        reference=reference_of(ours_function), kernels=("rotary",), quick=True,
+    ), ROTARY_COSTS)
+
+
+def _rotary_inputs(rows: int, heads: int, size: int, rotary_dim: int, dtype: str) -> Any:
     def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
         draw = Draw(on, generator, dtype)
         tokens = min(rows, 2048)
@@ -128,15 +143,39 @@ def _rotary(rows: int, heads: int, size: int, rotary_dim: int, dtype: str, devic
         positions = torch.arange(rows, device=on) % tokens
         return {"x": draw.normal(rows, 3, heads, size), "cos": cos, "sin": sin, "positions": positions}
 
-    ours_function = _from("x", "cos", "sin", "positions", rotary)
-    liger: tuple[Provider, ...] = (peer("liger", "liger-kernel", _liger_rope),)
+    return inputs
+
+
+def _rotary_in_place(rows: int, heads: int, size: int, rotary_dim: int, dtype: str, device: str) -> list[Case]:
+    def theirs(inputs: Inputs) -> torch.Tensor:
+        x, half = inputs["x"], inputs["cos"].shape[1]
+        x[:, :2, :, : 2 * half] = torch_rotary({**inputs, "x": x[:, :2, :, : 2 * half]})
+        return x
+
+    in_place = (_on_a_copy(_from("x", "cos", "sin", "positions", rotary_)), _on_a_copy(theirs))
     return variants(Case(
-        name="", op="rotary", unit="kernel", direction="forward",
+        name="", op="rotary_", unit="kernel", direction="forward",
         shape={"N": rows, "H": heads, "K": size, "R": rotary_dim}, dtype=dtype, devices=(device,), bytes="0", flops="0",
-        inputs=inputs, leaves=("x",),
-        providers=(ours(ours_function), plain("torch", torch_rotary), *compiled(torch_rotary), *liger),
-        reference=reference_of(ours_function), kernels=("rotary",), quick=True,
-    ), ROTARY_COSTS)
+        inputs=_rotary_inputs(rows, heads, size, rotary_dim, dtype), leaves=("x",),
+        providers=(Provider("phi1", in_place[0], package="phi1"), Provider("torch", in_place[1])),
+        reference=reference_of(_from("x", "cos", "sin", "positions", rotary)), kernels=("rotary",), quick=True,
+    ), IN_PLACE_COSTS)
+
+
+def _on_a_copy(function: Function) -> Any:
+    """Writes into a copy of x that the provider keeps for each set of inputs: rotated once at first, then further."""
+    def prepare(case: Case, device: torch.device) -> Function:
+        own: dict[int, torch.Tensor] = {}
+
+        def run(inputs: Inputs) -> torch.Tensor:
+            x = inputs["x"]
+            if x.data_ptr() not in own:
+                own[x.data_ptr()] = x.clone()
+            return function({**inputs, "x": own[x.data_ptr()]})
+
+        return run
+
+    return prepare
 
 
 def torch_rotary(inputs: Inputs) -> torch.Tensor:

@@ -24,7 +24,8 @@ def draw(case):
 def test_every_public_operation_has_cases_both_ways(op, device):
     """A new public operation without a case fails here."""
     directions = {case.direction for case in select(device, [op], quick=True)}
-    assert {"forward", "forward+backward"} <= directions
+    # What writes in place has no backward.
+    assert ({"forward"} if op.endswith("_") else {"forward", "forward+backward"}) <= directions
 
 
 @pytest.mark.parametrize("unit", ["parallel_block", "model-loss", "micro-step", "train-step", "prefill", "decode",
@@ -65,17 +66,18 @@ def test_a_forward_moves_at_least_its_inputs_and_outputs(case):
     moved = [x for name, x in inputs.items() if isinstance(x, torch.Tensor) and name in case.leaves]
     moved += check.as_tuple(case.reference(inputs))
     size = sum(x.numel() for x in moved) * ELEMENT_BYTES[case.dtype]
-    assert 0.75 * size <= case.n_bytes <= 1.25 * size
+    # In place a quarter moves: R of K dimensions of q and k, of q, k and v.
+    share = case.n_bytes / size
+    assert 0.75 <= share <= 1.25 or (case.op == "rotary_" and 0.25 <= share <= 0.75)
 
 
-@pytest.mark.parametrize("case", [case for case in SMALL if case.direction == "forward+backward"],
+@pytest.mark.parametrize("case", [case for case in SMALL if case.direction == "forward+backward"
+                                  and case.n_flops > 20 * case.n_bytes and "documents" not in case.shape],
                          ids=lambda case: case.name)
 def test_flops_of_products_are_what_pytorch_counts(case):
     """For the operations that multiply matrices: attention counts the causal half, which PyTorch does not skip."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    if case.n_flops < 20 * case.n_bytes:
-        pytest.skip("memory bounds it")
     inputs = check.leaves_of(case, draw(case))
     # The case's own reference goes by parts, and computes each of them again for the backward.
     whole = reference_of(case.providers[0].prepare(case, CPU))
