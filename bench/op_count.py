@@ -2,8 +2,8 @@
 
 The computation runs on meta tensors, which have shapes and no values. Every PyTorch operator that is no view counts as
 one launch that reads its arguments and writes its results once; every Triton kernel as one launch that touches each
-tensor it is given once. That is the least traffic of this sequence of launches: what caches save between launches is
-not taken off, and what a launch reads twice is not added.
+tensor it is given once, or twice where it writes what it has read. That is the least traffic of this sequence of
+launches: what caches save between launches is not taken off, and what a launch reads twice is not added.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ TRITON_FLOPS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "attention_backward_dkdv_kernel": lambda a: 8.0 * _causal_part(a) * _size(a["q_ptr"]) * a["k_ptr"].shape[1],
 }
 
+# Tensors that a kernel reads and then writes: they move twice.
+TRITON_IN_PLACE = {"loss_rows_kernel": ("logits_ptr",), "column_sums_kernel": ("sums_ptr",)}
+
 
 def _causal_part(arguments: Mapping[str, Any]) -> float:
     return 0.5 if arguments["IS_CAUSAL"] else 1.0
@@ -79,9 +82,9 @@ class Counter(TorchDispatchMode):
             self._note(func, name, args, kwargs, out)
         return out
 
-    def record(self, name: str, tensors: Iterable[torch.Tensor | None], n_flops: float = 0.0) -> None:
-        """A launch of somebody's kernel that touches each of these tensors once."""
-        self.launches.append(Launch(name, sum(n_bytes(x) for x in _distinct(tensors)), n_flops))
+    def record(self, name: str, tensors: Iterable[torch.Tensor | None], n_flops: float = 0.0, again: int = 0) -> None:
+        """A launch of somebody's kernel that touches each of these tensors once, and moves some bytes again."""
+        self.launches.append(Launch(name, sum(n_bytes(x) for x in _distinct(tensors)) + again, n_flops))
 
     def _note(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         read: list[torch.Tensor] = []
@@ -147,10 +150,11 @@ def counting(arch: str = "sm_90") -> Iterator[Counter]:
     def launch(kernel: Any, *args: Any, **options: Any) -> None:
         given = dict(zip(kernel.arg_names, args, strict=False)) | options
         # A tensor descriptor stands for its tensor.
-        arguments = {name: getattr(value, "base", value) for name, value in given.items()}
+        arguments: dict[str, Any] = {name: getattr(value, "base", value) for name, value in given.items()}
         name = kernel.fn.__name__
         flops = TRITON_FLOPS[name](arguments) if name in TRITON_FLOPS else 0.0
-        counter.record(name, tensors_of(list(arguments.values())), flops)
+        counter.record(name, tensors_of(list(arguments.values())), flops,
+                       again=sum(n_bytes(arguments[x]) for x in TRITON_IN_PLACE.get(name, ())))
 
     with ExitStack() as stack:
         for target, name, value in (

@@ -48,12 +48,17 @@ def all_candidates() -> dict[str, dict[str, list[Tile]]]:
 
 
 def candidates_of(lookup: Lookup) -> list[Tile]:
-    """The tiles to try for a kernel, from the file whose name has most in common with the operation and the kernel."""
+    """The tiles to try for a kernel: those of the file that has a kernel of this name, and where several have, of the
+    file whose name has most in common with the operation's and the kernel's."""
     words = set(f"{lookup.op}_{lookup.kernel}".split("_"))
     found = [(len(words & set(name.split("_"))), tiles[lookup.kernel])
              for name, tiles in all_candidates().items() if lookup.kernel in tiles]
     shared, tiles = max(found, key=lambda item: item[0], default=(0, []))
-    return tiles if shared else []
+    return tiles if shared or len(found) == 1 else []
+
+
+def _name(lookup: Lookup) -> str:
+    return " ".join([lookup.op, lookup.kernel, *(f"{name}={value}" for name, value in lookup.shape)])
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,7 @@ class Task:
     """The table's own tile first."""
 
     def __str__(self) -> str:
-        shape = " ".join(f"{name}={value}" for name, value in self.lookup.shape)
-        return f"{self.lookup.op} {self.lookup.kernel} {shape}".rstrip()
+        return _name(self.lookup)
 
 
 class Tuner:
@@ -186,9 +190,27 @@ def cuda_timer(call: Call) -> float:
 
 
 def chosen_cases(kind: str, ops: Sequence[str], dtype: str) -> list[Case]:
-    """The registry's kernel cases that are tuned, the short selection first."""
-    cases = [case for case in select(kind, ops, ("kernel",)) if case.direction in DIRECTIONS and case.dtype == dtype]
-    return sorted(cases, key=lambda case: not case.quick)
+    """The registry's cases that are tuned, the short selection first. The backward of an operation that is not timed by
+    itself is tuned together with its forward."""
+    cases = [case for case in select(kind, ops, ("kernel", "block")) if case.dtype == dtype]
+    alone = {(case.op, str(case.shape)) for case in cases if case.direction == "backward"}
+    tuned = [case for case in cases if case.direction in DIRECTIONS
+             or (case.direction == "forward+backward" and (case.op, str(case.shape)) not in alone)]
+    return sorted(tuned, key=lambda case: not case.quick)
+
+
+def lookups_on_paper(case: Case) -> list[Lookup]:
+    """What a case would look up on a GPU, found without one: on tensors without values."""
+    from phi1.bench.op_count import counting
+
+    device = torch.device("meta")
+    with counting(), _tuned.recorded() as lookups:
+        inputs = check.leaves_of(case, case.inputs(device, torch.Generator()))
+        outputs = check.as_tuple(case.providers[0].prepare(case, device)(inputs))
+        if case.direction in check.GRADIENTS:
+            leaves = [inputs[name] for name in case.leaves if inputs[name] is not None]
+            torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs])
+        return list(dict.fromkeys(lookups))
 
 
 def _compile_ahead(options: argparse.Namespace, seconds: float) -> None:
@@ -238,15 +260,14 @@ def _parse(argv: Sequence[str], make_parser: MakeParser) -> argparse.Namespace:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    cases = chosen_cases("cuda", options.op, options.dtype)
-    for case in cases:
-        print(f"case  {case.name}")
-    tiles = 0
-    for module, kernels in all_candidates().items():
-        for kernel, candidates in kernels.items():
-            print(f"tiles {module} {kernel}: {len(candidates)}")
-            tiles += len(candidates)
-    print(f"phi1 tune: {len(cases)} cases, {tiles} tiles; nothing was run")
+    found: dict[Lookup, str] = {}
+    for case in chosen_cases("cuda", options.op, options.dtype):
+        for lookup in lookups_on_paper(case):
+            found.setdefault(lookup, case.name)
+    tiles = {lookup: len(candidates_of(lookup)) for lookup in found}
+    for lookup, case in found.items():
+        print(f"{_name(lookup)}: {tiles[lookup]} tiles, timed as {case}")
+    print(f"phi1 tune: {len(found)} kernels and shapes, {sum(tiles.values())} tiles; nothing was run")
     return 0
 
 
