@@ -5,10 +5,17 @@ A kernel without a case here is not checked; a new kernel brings a `static_<fami
 
 from __future__ import annotations
 
-from phi1.bench import static_cross_entropy, static_elementwise, static_layer_norm, static_linear
+from phi1.bench import (
+    static_attention,
+    static_block,
+    static_cross_entropy,
+    static_elementwise,
+    static_layer_norm,
+    static_linear,
+)
 from phi1.bench.static_case import Case
 
-FAMILIES = (static_cross_entropy, static_elementwise, static_layer_norm, static_linear)
+FAMILIES = (static_attention, static_block, static_cross_entropy, static_elementwise, static_layer_norm, static_linear)
 
 
 def cases(arch: str) -> list[Case]:

@@ -1,0 +1,59 @@
+"""Compile cases of the parallel block's projections: phi-1's sizes in 16 bits, and smaller ones for the other tiles."""
+
+from __future__ import annotations
+
+from phi1.bench.static_case import Case
+from phi1.kernels import _projections_triton as projections
+from phi1.kernels._tuned import tile_for
+
+SHORT = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+Size = tuple[int, int, int, int]
+PHI1: Size = (2048, 8192, 64, 16)  # D, F, K, R/2
+SMALL: Size = (96, 160, 32, 8)  # divided by no tile
+# Of GPUs that have no rows of their own: their instructions are those of one of these two.
+ANY = ("sm_80", "gfx942")
+
+
+def cases(arch: str) -> list[Case]:
+    """Every specialisation of the kernels that the table can pick on an architecture."""
+    picked = [
+        *((kernel, dtype, rows, PHI1) for kernel in ("in_proj", "out_proj") for dtype in ("fp16", "bf16")
+          for rows in (512, 16384)),
+        *((kernel, "fp16", 512, SMALL) for kernel in ("in_proj", "out_proj")),
+    ]
+    found = {case.name: case for choice in picked for case in _case(arch, *choice)}
+    if arch in ANY:
+        found |= {case.name: case for kernel in ("in_proj", "out_proj") for dtype in ("fp16", "fp32")
+                  for case in _case(arch, kernel, dtype, 16384, PHI1, table="any")}
+    return list(found.values())
+
+
+def _case(arch: str, kernel: str, dtype: str, rows: int, size: Size, table: str = "") -> list[Case]:
+    """The case of one choice of the table; none where it is cuBLAS. The name has the tile: rows share tiles."""
+    width, inner, head_size, half = size
+    t = tile_for("block", kernel, table or arch, dtype=SHORT[dtype], rows=rows, width=width, inner=inner)
+    if "cublas" in t:
+        return []
+    a_type, b_type = (f"tensordesc<{dtype}[{t[block]}, {t['block_k']}]>" if t["tma"] else f"*{dtype}"
+                      for block in ("block_m", "block_n"))
+    types = {"n_rows": "i32", "weight_ptr": b_type, "bias_ptr": f"*{dtype}"}
+    shape: dict[str, int | None] = {"WIDTH": width, "INNER": inner, "TMA": t["tma"]}
+    if kernel == "in_proj":
+        shape |= {"HEAD_DIM": head_size, "HALF": half}
+        types |= {"h_ptr": a_type, "cos_ptr": "*fp32", "sin_ptr": "*fp32", "positions_ptr": "*i64",
+                  "n_positions": "i32"} | dict.fromkeys(("qkv_ptr", "pre_ptr", "act_ptr"), f"*{dtype}")
+    else:
+        types |= {"att_ptr": a_type, "act_ptr": a_type, "x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
+    return [Case(
+        name=f"{kernel} {dtype} D={width} {t['block_m']}x{t['block_n']}x{t['block_k']}{' tma' if t['tma'] else ''}",
+        kernel=getattr(projections, f"{kernel}_kernel"),
+        types=types,
+        constexprs=shape | {"BLOCK_M": t["block_m"], "BLOCK_N": t["block_n"], "BLOCK_K": t["block_k"],
+                            "GROUP_M": t["group_m"], "PARTS": t["parts"]},
+        num_warps=t["num_warps"],
+        num_stages=t["num_stages"],
+        tensor_core=dtype != "fp32",
+        narrow_loads=64,  # biases and angles: an accumulator gives a thread pairs of columns
+        # Four columns a thread on AMD, and the compiler stores the 16-bit values of this tile from there.
+        narrow_stores=8 if arch == "gfx942" and table else 0,
+    )]

@@ -1,0 +1,41 @@
+"""Operands of tiled products by TMA (sm_90 and later): descriptors made on the host, and the loop that loads by them.
+
+A kernel takes each operand as a pointer or as its descriptor, and has a constexpr that says which; the loop that loads
+by pointers is in `_gemm_triton.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@triton.jit
+def add_described_product(
+    acc,  # [BLOCK_M, BLOCK_N] float32
+    a_desc,  # [M, K]
+    b_desc,  # [N, ..] K of its columns, from first_inner on
+    first_row,
+    first_col,
+    first_inner,
+    n_inner,
+    BLOCK_K: tl.constexpr,
+):
+    """acc + A B^T for one tile, by TMA: what lies outside of A or B is 0."""
+    for first in range(0, n_inner, BLOCK_K):
+        a = a_desc.load([first_row, first])
+        b = b_desc.load([first_col, first_inner + first])
+        acc = tl.dot(a, b.T, acc, input_precision="ieee")
+    return acc
+
+
+def describable(t: dict[str, int], *operands: torch.Tensor) -> bool:
+    """Whether a tile is for TMA, and operands are as it wants them: memory and rows start at multiples of 16 bytes."""
+    return bool(t["tma"]) and all(x.stride(0) * x.dtype.itemsize % 16 == 0 and x.data_ptr() % 16 == 0 for x in operands)
+
+
+def operand(x: torch.Tensor, t: dict[str, int], block: str, tma: bool) -> torch.Tensor | TensorDescriptor:
+    """x [M, K] as a kernel takes it that reads blocks [t[block], t["block_k"]]."""
+    return TensorDescriptor.from_tensor(x, [t[block], t["block_k"]]) if tma else x

@@ -1,0 +1,241 @@
+"""The parallel block on its Triton kernels: on a GPU, or in Triton's interpreter (run by test_interpreter.py).
+
+The interpreter multiplies bfloat16 wrongly, so that bfloat16 is tested on a GPU alone.
+"""
+
+import pytest
+import torch
+
+from phi1 import testing
+from phi1.kernels import Dropout, backend, parallel_block
+from phi1.kernels import _projections_triton as projections
+from phi1.kernels._gelu import gelu_new
+from phi1.kernels._rotary import rotate_reference
+from phi1.kernels._tuned import ARCHITECTURES, tile_for
+from phi1.kernels.block import parallel_block_reference
+
+DEVICE = testing.kernel_device()
+if DEVICE is None:
+    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
+
+DTYPES = testing.DTYPES if DEVICE == "cuda" else testing.DTYPES[:2]
+SHAPES = [  # B, T, D, H, F, R
+    (1, 3, 16, 1, 5, 2),  # less than a tile in every direction
+    (2, 17, 32, 2, 48, 8),
+    (1, 70, 64, 1, 200, 32),  # phi-1's head; two tiles of rows, four of fc1
+    (1, 9, 160, 2, 40, 32),  # phi-2's head, no power of two: attention rotates
+]
+PACKED = SHAPES[1]
+RNG = torch.tensor([5, 7], device=DEVICE)
+SMALL = {"block_m": 32, "block_n": 64, "block_k": 32, "group_m": 2, "tma": 0, "num_warps": 4, "num_stages": 2}
+
+
+def tables(rotary_size, n_positions=150):
+    angle = torch.outer(torch.arange(n_positions).double(), 10000 ** (-torch.arange(0, rotary_size, 2) / rotary_size))
+    return {"cos": angle.cos().float().to(DEVICE), "sin": angle.sin().float().to(DEVICE)}
+
+
+def make(shape, dtype=torch.float32):
+    batch, tokens, width, _, inner, _ = shape
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "x": torch.randn(batch * tokens, width, generator=generator),
+        "norm_weight": 1 + 0.1 * torch.randn(width, generator=generator),
+        "norm_bias": 0.1 * torch.randn(width, generator=generator),
+        "in_weight": torch.randn(3 * width + inner, width, generator=generator) / width**0.5,
+        "in_bias": 0.1 * torch.randn(3 * width + inner, generator=generator),
+        "out_weight": torch.randn(width, width + inner, generator=generator) / (width + inner) ** 0.5,
+        "out_bias": 0.1 * torch.randn(2, width, generator=generator),
+    }
+    return {name: x.to(DEVICE, dtype) for name, x in tensors.items()}
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def drops(attention, dense, fc2, sample_ids=None):
+    return tuple(Dropout(p, RNG, sample_ids, layer=3, kind=kind) if p else None
+                 for kind, p in enumerate((attention, dense, fc2)))
+
+
+def check(shape, dtype=torch.float32, **options):
+    with backend("triton"):
+        testing.assert_matches_reference(parallel_block, parallel_block_reference, make(shape, dtype), roundings=8,
+                                         n_heads=shape[3], **tables(shape[-1]), **options)
+
+
+def use_tile(monkeypatch, kernel, **tile):
+    """Give one kernel of the block a tile, the other one its tile of the table."""
+    table = projections.tile
+
+    def chosen(op, name, device, **shape):
+        return tile if name == kernel else table(op, name, device, **shape)
+
+    monkeypatch.setattr(projections, "tile", chosen)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_parallel_block_matches_reference(shape, dtype):
+    check(shape, dtype, batch=shape[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", ["in_proj", "out_proj"])
+def test_products_of_cublas_match_reference(monkeypatch, kernel, dtype):
+    use_tile(monkeypatch, kernel, cublas=1)
+    check(PACKED, dtype, batch=2)
+
+
+@pytest.mark.parametrize("packing", [
+    {"cu_seqlens": ints(0, 1, 1, 20, 34)},
+    {"batch": 2, "seq_starts": ints(0, 5)},
+    {"batch": 2, "positions": torch.arange(34, device=DEVICE).flip(0)},
+], ids=["packed", "left-padded", "positions"])
+def test_packing_matches_reference(packing):
+    check(PACKED, torch.float16, **packing)
+
+
+@pytest.mark.parametrize("rates", [(0.2, 0, 0), (0, 0.2, 0), (0, 0, 0.2), (0.1, 0.2, 0.3)], ids=str)
+def test_each_dropout_matches_reference(rates):
+    check(PACKED, batch=2, dropouts=drops(*rates, torch.tensor([40, 3], device=DEVICE)))
+
+
+def test_dropout_without_sample_ids_matches_reference():
+    check(PACKED, batch=2, dropouts=drops(0.1, 0.2, 0.3))
+
+
+def test_dropout_on_a_branch_of_packed_documents_is_refused():
+    with backend("triton"), pytest.raises(NotImplementedError, match=r"with batch, not with cu_seqlens; backend\('ref"):
+        parallel_block(**make(PACKED), **tables(8), n_heads=2, cu_seqlens=ints(0, 20, 34),
+                       dropouts=drops(0, 0.1, 0))
+
+
+@pytest.mark.parametrize("tma", [0, 1])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(("width", "n_heads", "inner", "half"), [
+    (48, 3, 40, 8),  # no part is a multiple of a tile, and half a tile is past the end of v
+    (64, 2, 64, 4),  # every part is
+    (64, 4, 1, 2),
+])
+def test_in_proj_matches_reference(width, n_heads, inner, half, parts, tma):
+    n_rows, generator = 41, torch.Generator().manual_seed(0)
+    h, weight, bias = (torch.randn(*shape, generator=generator).to(DEVICE)
+                       for shape in ((n_rows, width), (3 * width + inner, width), (3 * width + inner,)))
+    positions = torch.randint(150, (n_rows,), generator=generator).to(DEVICE)
+    rotary = tables(2 * half)["cos"], tables(2 * half)["sin"], positions
+    with testing.empty_is_nan():
+        got = projections.launch_in_proj(h, weight, bias, rotary, n_heads, SMALL | {"parts": parts, "tma": tma})
+    exact = h.double() @ weight.double().t() + bias.double()
+    rotated = rotate_reference(exact[:, : 2 * width].reshape(n_rows, 2, n_heads, -1), *rotary).reshape(n_rows, -1)
+    pre = exact[:, 3 * width :]
+    expected = torch.cat((rotated, exact[:, 2 * width : 3 * width]), 1), pre, gelu_new(pre)
+    for out, want in zip(got, expected, strict=True):
+        torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_position_outside_of_the_tables_gives_nan():
+    h, weight, bias = (torch.randn(*shape, device=DEVICE) for shape in ((3, 16), (50, 16), (50,)))
+    rotary = *tables(8, 10).values(), torch.tensor([9, 10, -1], device=DEVICE)
+    qkv, pre, _ = projections.launch_in_proj(h, weight, bias, rotary, 1, SMALL | {"parts": 1})
+    unknown = torch.tensor([False, True, True], device=DEVICE)
+    assert torch.equal(qkv[:, :32].isnan().any(1), unknown)
+    assert not qkv[:, 32:].isnan().any()
+    assert not pre.isnan().any()
+
+
+@pytest.mark.parametrize("tma", [0, 1])
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize(("width", "inner"), [(48, 40), (64, 96), (128, 1)])  # rows of 129 are not for TMA
+def test_out_proj_matches_reference(monkeypatch, width, inner, parts, tma):
+    use_tile(monkeypatch, "out_proj", **SMALL | {"parts": parts, "tma": tma})
+    generator = torch.Generator().manual_seed(0)
+    shapes = (41, width), (41, inner), (41, width), (width, width + inner), (2, width)
+    att, act, x, weight, bias = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in shapes)
+    with testing.empty_is_nan():
+        y = projections.launch_out_proj(att, act, x, weight, bias)
+    exact = x.double() + torch.cat((att, act), 1).double() @ weight.double().t() + bias.double().sum(0)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rates", [(0, 0, 0), (0.1, 0.1, 0.1)], ids=str)
+def test_backward_is_bitwise_repeatable(rates):
+    tensors, options = make(PACKED, torch.float16), {**tables(8), "n_heads": 2, "batch": 2, "dropouts": drops(*rates)}
+    with backend("triton"):
+        first, second = (testing.outputs_and_gradients(parallel_block, tensors, **options) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_no_look_ahead():
+    tensors, options = make(PACKED), {**tables(8), "n_heads": 2, "batch": 2}
+    with backend("triton"):
+        before = parallel_block(**tensors, **options)
+        tensors["x"][10:17] += 1  # the end of the first sequence
+        after = parallel_block(**tensors, **options)
+    assert torch.equal(before[:10], after[:10])
+    assert torch.equal(before[17:], after[17:])
+    assert not torch.equal(before[10:17], after[10:17])
+
+
+@pytest.mark.parametrize("rates", [(0, 0, 0), (0.1, 0.1, 0.1)], ids=str)
+def test_what_is_kept_for_the_backward(rates):
+    """x, mean, rstd, qkv, pre, att and lse, in storages of just that size; parameters, tables and rng apart."""
+    batch, tokens, width, n_heads, inner, rotary_size = PACKED
+    tensors = {name: x.requires_grad_() for name, x in make(PACKED, torch.float16).items()}
+    rotary = tables(rotary_size)
+    given = {x.untyped_storage().data_ptr() for x in (*tensors.values(), *rotary.values(), RNG)} - {
+        tensors["x"].untyped_storage().data_ptr()}
+    kept = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with backend("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        parallel_block(**tensors, **rotary, n_heads=n_heads, batch=batch, dropouts=drops(*rates))
+    n_rows = batch * tokens
+    positions = 8 * n_rows
+    assert sum(kept.values()) == n_rows * (2 * (5 * width + inner) + 4 * (2 + n_heads)) + positions
+
+
+def test_the_kernels_ran_and_not_pytorch(monkeypatch):
+    from phi1.kernels import _block_triton
+
+    launched = []
+    names = ("launch_in_proj", "launch_attention", "launch_out_proj", "launch_linear", "launch_dgelu",
+             "launch_attention_backward")
+    for name in names:
+        launch = getattr(_block_triton, name)
+        monkeypatch.setattr(_block_triton, name,
+                            lambda *a, launch=launch, name=name: launched.append(name) or launch(*a))
+    tensors, options = make(PACKED), {**tables(8), "n_heads": 2, "batch": 2}
+    with backend("triton"):
+        testing.outputs_and_gradients(parallel_block, tensors, **options)
+        assert launched == [*names[:3], *names[4:]]
+        launched.clear()
+        testing.outputs_and_gradients(parallel_block, tensors, **options, dropouts=drops(0, 0, 0.1))
+        assert launched == [*names[:2], "launch_linear", "launch_linear", *names[4:]]
+
+
+def test_non_contiguous_and_empty_inputs():
+    tensors = {name: x.t().contiguous().t() if x.dim() == 2 else x.repeat_interleave(2)[::2]
+               for name, x in make(PACKED).items()}
+    with backend("triton"):
+        testing.assert_matches_reference(parallel_block, parallel_block_reference, tensors, roundings=8, n_heads=2,
+                                         batch=2, **tables(8))
+        empty = {**make(PACKED), "x": make(PACKED)["x"][:0]}
+        testing.assert_matches_reference(parallel_block, parallel_block_reference, empty, n_heads=2, **tables(8))
+
+
+@pytest.mark.parametrize("kernel", ["in_proj", "out_proj"])
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "any"])
+def test_the_table_has_candidates(kernel, arch):
+    """What the table picks is what a tuner tries, but for the widest GPUs' own tiles and those of any GPU."""
+    t = tile_for("block", kernel, arch, dtype="float16", rows=16384, width=2048, inner=8192)
+    assert t.keys() in ({"cublas"}, {*SMALL, "parts"})
+    if arch in ("sm_80", "sm_90", "sm_100"):
+        assert t in projections.CANDIDATES[kernel]
