@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,12 +52,15 @@ def parse(argv: list[str], make_parser: MakeParser) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one shape an operation, and less time for each")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="without it cuda where there is a device")
     parser.add_argument("--seconds", type=float, help="time for the rounds of a case (4; 1 with --quick)")
+    parser.add_argument("--minutes", type=float, help="start no case after this long; those not reached are named")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file, case by case")
     parser.add_argument("--save", action="store_true", help="write the results to bench/results/<machine>/")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and of their providers")
     args = parser.parse_args(argv)
     if args.seconds is not None and args.seconds <= 0:
         parser.error(f"argument --seconds: must be more than 0; got {args.seconds}")
+    if args.minutes is not None and args.minutes <= 0:
+        parser.error(f"argument --minutes: must be more than 0; got {args.minutes}")
     if args.json and args.save:
         parser.error("give the results' place in one way: --json FILE or --save")
     return args
@@ -91,10 +96,9 @@ def list_cases(args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from phi1.bench import table
     from phi1.bench.environment import environment
     from phi1.bench.results import ResultsFile, standard_path
-    from phi1.bench.runner import DeviceLostError, Runner
+    from phi1.bench.runner import Runner
 
     choose_device(args)
     cases = chosen_cases(args)
@@ -104,25 +108,41 @@ def run(args: argparse.Namespace) -> int:
     file = ResultsFile(standard_path(facts) if args.save else args.json, facts, settings)
     runner = Runner(torch.device(args.device), args.peers, seconds, args.quick)
     print(about(facts))
-    unit, failed = "", 0
-    for case in cases:
+    unreached = [case.name for case in measure(cases, runner, file, args.minutes)]
+    if torch.distributed.is_initialized():  # by a training step
+        torch.distributed.destroy_process_group()
+    if file.path:
+        print(f"phi1 bench: results written to {file.path}", file=sys.stderr)
+    if unreached:
+        print(f"phi1 bench: {len(unreached)} of {len(cases)} cases were not reached in {args.minutes:g} minutes: "
+              f"{'; '.join(unreached)}", file=sys.stderr)
+    done = file.content["cases"]
+    failed = sum(record["providers"][0]["status"] != "ok" for record in done)
+    if failed:
+        print(f"phi1 bench: phi1 failed in {failed} of {len(done)} cases", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def measure(cases: list[Any], runner: Any, file: Any, minutes: float | None) -> list[Any]:
+    """Run, print and write the cases, one after another; those that there was no time for are returned."""
+    from phi1.bench import table
+    from phi1.bench.runner import DeviceLostError
+
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    unit = ""
+    for number, case in enumerate(cases):
+        if time.monotonic() > end:
+            return cases[number:]
         try:
             record = runner.run(case)
         except DeviceLostError as error:
-            raise ValueError(f"{case.name}: {error}; {len(file.content['cases'])} cases are done") from error
+            raise ValueError(f"{case.name}: {error}; {number} cases are done") from error
         file.add(record)
         if case.unit != unit:
             unit = case.unit
             print(table.heading(unit))
         print(table.block(record), flush=True)
-        failed += record["providers"][0]["status"] != "ok"
-    if torch.distributed.is_initialized():  # by a training step
-        torch.distributed.destroy_process_group()
-    if file.path:
-        print(f"phi1 bench: results written to {file.path}", file=sys.stderr)
-    if failed:
-        print(f"phi1 bench: phi1 failed in {failed} of {len(cases)} cases", file=sys.stderr)
-    return 1 if failed else 0
+    return []
 
 
 def about(facts: dict[str, Any]) -> str:

@@ -63,11 +63,18 @@ def test_the_list_of_a_gpus_cases_needs_no_gpu(capsys):
     assert "attention B=1 T=16384 H=32 K=64 causal=True float16 forward  [phi1, torch, sdpa-flash," in out
 
 
+def test_a_time_limit_names_what_was_not_reached(capsys):
+    assert run("--op", "gelu", *FAST, "--minutes", "0.00001") == 0
+    err = capsys.readouterr().err
+    assert "2 of 2 cases were not reached in 1e-05 minutes: gelu N=256 F=1024 float32 forward cpu; gelu" in err
+
+
 MISTAKES = {
     "operation": (["--op", "atention"], "--op: there is no case of 'atention'; there are layer_norm, "),
     "unit": (["--unit", "kernels"], "argument --unit: invalid choice: 'kernels'"),
     "peer": (["--op", "gelu", "--peers", "tourch", "--device", "cpu"], "--peers: no case has a peer 'tourch'; they "),
     "time": (["--seconds", "0"], "argument --seconds: must be more than 0; got 0.0"),
+    "limit": (["--minutes", "-1"], "argument --minutes: must be more than 0; got -1.0"),
     "two places": (["--save", "--json", "x"], "give the results' place in one way"),
     "option": (["--qick"], "unrecognized arguments: --qick; did you mean --quick?"),
     "compare one": (["compare", "a.json"], "the following arguments are required: B"),
