@@ -12,10 +12,19 @@ from phi1.bench import (
     static_elementwise,
     static_layer_norm,
     static_linear,
+    static_rotary,
 )
 from phi1.bench.static_case import Case
 
-FAMILIES = (static_attention, static_block, static_cross_entropy, static_elementwise, static_layer_norm, static_linear)
+FAMILIES = (
+    static_attention,
+    static_block,
+    static_cross_entropy,
+    static_elementwise,
+    static_layer_norm,
+    static_linear,
+    static_rotary,
+)
 
 
 def cases(arch: str) -> list[Case]:

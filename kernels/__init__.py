@@ -24,7 +24,7 @@ from phi1.kernels.gelu import gelu
 from phi1.kernels.layer_norm import add_layer_norm, layer_norm
 from phi1.kernels.linear import linear
 from phi1.kernels.mlp import mlp
-from phi1.kernels.rotary import rotary
+from phi1.kernels.rotary import rotary, rotary_
 
 __all__ = [
     "Dropout",
@@ -42,4 +42,5 @@ __all__ = [
     "mlp",
     "parallel_block",
     "rotary",
+    "rotary_",
 ]

@@ -1,8 +1,8 @@
 """Which implementation an operation runs: the Triton kernel, PyTorch code, or the readable reference.
 
-The device decides: on CUDA devices (NVIDIA and ROCm) an operation that has a Triton kernel runs it; everything else
-runs as PyTorch code with the same signature, the same saved tensors and the same backward. `backend` overrides the
-choice, for comparisons and tests.
+The device decides: on CUDA devices (NVIDIA and ROCm) an operation runs its Triton kernels; on everything else, PyTorch
+code with the same signature, the same saved tensors and the same backward. `backend` overrides the choice, for
+comparisons and tests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: "triton" runs the Triton kernels, also on CPU tensors if TRITON_INTERPRET=1 was set before Triton was
-            imported (Triton's interpreter); an operation that has no kernel raises. "reference" calls the operations'
+            imported (Triton's interpreter). "reference" calls the operations'
             `<op>_reference`, plain differentiable PyTorch, on any device.
 
     Raises:
@@ -45,8 +45,10 @@ def backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def operator(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
-    """Register a function without side effects as the torch.library operator `name`, its schema from its annotations.
+def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
+    """Register a function as the torch.library operator `name`, its schema from its annotations.
+
+    It writes into no argument but those named in `mutates`; an operator that writes into any can have no backward.
 
     Autocast is off inside: the dtypes of the arguments decide, as the fake implementation and the backward say.
     """
@@ -58,8 +60,8 @@ def operator(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomOp
             with torch.autocast(kind, enabled=False):
                 return function(*args)
 
-        schema = torch.library.infer_schema(function, mutates_args=())
-        return torch.library.custom_op(name, run, mutates_args=(), schema=schema)
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
+        return torch.library.custom_op(name, run, mutates_args=mutates, schema=schema)
 
     return register
 
@@ -75,7 +77,7 @@ def reference_forced() -> bool:
 
 
 def use_triton(x: torch.Tensor) -> bool:
-    """True where an operation that has a Triton kernel must run it on `x`.
+    """True where an operation runs its Triton kernels on `x`.
 
     Raises:
         ValueError: inside `backend("triton")`, where the kernels cannot run on x's device.
@@ -84,9 +86,3 @@ def use_triton(x: torch.Tensor) -> bool:
         raise ValueError("backend('triton'): tensors must be on a CUDA device, or TRITON_INTERPRET=1 be set before "
                          f"Triton is imported; got a tensor on {x.device}")
     return x.is_cuda if _forced is None else _forced == "triton"
-
-
-def require_no_triton(op: str) -> None:
-    """Raise inside `backend("triton")`: `op` has no Triton kernel, and no other path is taken quietly."""
-    if _forced == "triton":
-        raise NotImplementedError(f"{op}: there is no Triton kernel for this operation yet; leave backend('triton')")

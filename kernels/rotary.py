@@ -1,6 +1,7 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864) on R dimensions of q and k; formulas in `_rotary.py`.
 
 Computed in float32, rounded once. Saves nothing but the tables and positions: the backward is the inverse rotation.
+`rotary_` works in place and has no backward, for an operator that writes into its input cannot have one.
 
 N rows, T positions, H heads, K head size, R rotary dimension, S = 1 (q), 2 (q, k) or 3 (q, k, v).
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from phi1.kernels._backend import operator, reference_forced, require_no_triton
+from phi1.kernels._backend import operator, reference_forced, use_triton
 from phi1.kernels._checks import check_float, check_rank, check_tensors, require
 from phi1.kernels._rotary import check_positions, check_tables, rotate_, rotate_reference, rows_of_tables
 
@@ -18,10 +19,19 @@ def rotary_forward(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, inverse: bool
 ) -> torch.Tensor:
     """x [N, S, H, K] with q and k rotated, contiguous. Nothing is checked."""
+    if use_triton(x):
+        from phi1.kernels._rotary_triton import launch_rotary
+
+        out = x.new_empty(x.shape)
+        launch_rotary(x, out, cos, sin, positions, inverse)
+        return out
     out = x.clone(memory_format=torch.contiguous_format)
-    tables = (table[:, None, None] for table in rows_of_tables(cos, sin, positions))
-    rotate_(out[:, :2], *tables, inverse)
+    rotate_(out[:, :2], *_broadcast(cos, sin, positions), inverse)
     return out
+
+
+def _broadcast(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
+    return [table[:, None, None] for table in rows_of_tables(cos, sin, positions)]
 
 
 @operator("phi1::rotary")
@@ -48,6 +58,23 @@ def _autograd(ctx, dy):
 _rotary_op.register_autograd(_autograd, setup_context=_setup)
 
 
+@operator("phi1::rotary_", mutates=("x",))
+def _rotary_in_place_op(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, inverse: bool
+) -> None:
+    if use_triton(x):
+        from phi1.kernels._rotary_triton import launch_rotary
+
+        launch_rotary(x, x, cos, sin, positions, inverse)
+    else:
+        rotate_(x[:, :2], *_broadcast(cos, sin, positions), inverse)
+
+
+@_rotary_in_place_op.register_fake
+def _(x, cos, sin, positions, inverse) -> None:
+    return None
+
+
 def rotary(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, *, inverse: bool = False
 ) -> torch.Tensor:
@@ -69,16 +96,46 @@ def rotary(
 
     Source: Su et al., "RoFormer", arXiv 2104.09864; halves paired as in GPT-NeoX.
     """
-    check_tensors("rotary", x=x, cos=cos, sin=sin, positions=positions)
-    check_float("rotary", "x", x)
-    check_rank("rotary", "x", x, "N, S, H, K")
-    require(x.shape[1] in (1, 2, 3), "rotary", "x.shape[1] must be 1, 2 or 3: q, or q and k, or q, k and v", x.shape[1])
-    check_tables("rotary", cos, sin, x, x.shape[3])
-    check_positions("rotary", positions, x.shape[0], cos)
+    _check("rotary", x, cos, sin, positions)
     if reference_forced():
         return rotary_reference(x, cos, sin, positions, inverse=inverse)
-    require_no_triton("rotary")
     return torch.ops.phi1.rotary(x, cos, sin, positions, inverse)
+
+
+def rotary_(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, *, inverse: bool = False
+) -> torch.Tensor:
+    """`rotary` in place, for decoding: it has no backward, and reads and writes nothing but what is rotated.
+
+    Args:
+        x: as for `rotary`; any strides, for example columns of a projection. It must not require a gradient, and no two
+            of its elements may share memory.
+        cos, sin, positions, inverse: as for `rotary`.
+
+    Returns:
+        x.
+
+    Raises:
+        TypeError: as `rotary`.
+        ValueError: as `rotary`; x requires a gradient, or is expanded.
+    """
+    _check("rotary_", x, cos, sin, positions)
+    require(not x.requires_grad, "rotary_", "x must not require a gradient: `rotary` has a backward", "one that does")
+    require(all(size == 1 or stride for size, stride in zip(x.shape, x.stride(), strict=True)), "rotary_",
+            "x must not be expanded, for it is written to", f"strides {x.stride()}")
+    if reference_forced():
+        return x.copy_(rotary_reference(x, cos, sin, positions, inverse=inverse))
+    torch.ops.phi1.rotary_(x, cos, sin, positions, inverse)
+    return x
+
+
+def _check(op: str, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> None:
+    check_tensors(op, x=x, cos=cos, sin=sin, positions=positions)
+    check_float(op, "x", x)
+    check_rank(op, "x", x, "N, S, H, K")
+    require(x.shape[1] in (1, 2, 3), op, "x.shape[1] must be 1, 2 or 3: q, or q and k, or q, k and v", x.shape[1])
+    check_tables(op, cos, sin, x, x.shape[3])
+    check_positions(op, positions, x.shape[0], cos)
 
 
 def rotary_reference(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from phi1 import testing
-from phi1.kernels import backend, check_values, rotary
+from phi1.kernels import backend, check_values, rotary, rotary_
 from phi1.kernels.rotary import rotary_reference
 
 SHAPES = [  # N, S, H, K, R
@@ -87,6 +87,55 @@ def test_input_is_not_written_to():
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_in_place_gives_the_bits_of_rotary(shape, inverse):
+    x, options = make(shape, torch.bfloat16)
+    expected = rotary(x, **options, inverse=inverse)
+    assert rotary_(x, **options, inverse=inverse) is x
+    assert torch.equal(x, expected)
+
+
+def test_in_place_writes_the_rotated_part_of_a_view_alone():
+    _, options = make((20, 3, 4, 16, 8))
+    wide = torch.randn(20, 300)
+    before = wide.clone()
+    x = wide[:, 50:242].unflatten(1, (3, 4, 16))
+    expected = rotary_reference(x.clone(), **options)
+    rotary_(x, **options)
+    torch.testing.assert_close(x, expected)
+    changed = (wide != before).any(0).nonzero().flatten().tolist()
+    assert changed == [50 + 16 * head + d for head in range(8) for d in range(8)]
+
+
+def test_in_place_under_the_reference_backend():
+    x, options = make((5, 2, 3, 16, 8))
+    with backend("reference"):
+        wide = rotary_(x.double(), **options)
+    assert torch.equal(wide, rotary_reference(x.double(), **options))
+
+
+def test_in_place_refuses_what_it_cannot_write_to():
+    x, options = make((5, 2, 3, 16, 8))
+    with pytest.raises(ValueError, match=r"^rotary_: x must not require a gradient: `rotary` has a backward"):
+        rotary_(x.clone().requires_grad_(), **options)
+    with pytest.raises(ValueError, match=r"^rotary_: x must not be expanded, .* got strides \(0, 96, 16, 1\)"):
+        rotary_(torch.zeros(1, 2, 6, 16).expand(5, -1, -1, -1), **options)
+    with pytest.raises(ValueError, match=r"^rotary_: positions.shape must be \(4,\)"):
+        rotary_(x[:4], **options)
+
+
+def test_in_place_compiles_whole():
+    x, options = make((5, 2, 3, 16, 8))
+    expected = rotary(x, **options)
+
+    def decode(x):
+        return rotary_(x * 1, **options) + 0
+
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(decode, fullgraph=True, backend="aot_eager")(x), expected)
+
+
 def test_empty_input():
     x, options = make((0, 3, 2, 16, 8))
     testing.assert_matches_reference(rotary, rotary_reference, {"x": x}, **options)
@@ -132,6 +181,7 @@ def test_backends():
 
 def test_operator_is_sound():
     x, options = make((5, 2, 3, 16, 8))
+    testing.assert_operator_is_sound("rotary_", (x.clone(), *options.values(), False))
     testing.assert_operator_is_sound("rotary", (x.requires_grad_(), *options.values(), False))
 
 
