@@ -104,8 +104,10 @@ def _measure_named(job: Job) -> Report:
         return Report(error=_line(error))
 
 
-def _line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+def _line(error: BaseException) -> str:
+    while error.__cause__ is not None:  # an error in a function that a kernel calls is the cause of one in the kernel
+        error = error.__cause__
+    return (" ".join(str(error).split()) or type(error).__name__)[-300:]  # Triton quotes the source first
 
 
 def _nvidia_usage(cubin: bytes) -> tuple[int, int, int]:
