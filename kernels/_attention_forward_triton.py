@@ -75,7 +75,7 @@ def attention_forward_kernel(
     head, block, sample, origin, n_queries, n_keys = program_rows(
         cu_seqlens_ptr, n_queries, n_keys, n_heads, n_blocks, n_samples, BLOCK_M, True)
     first = block * BLOCK_M
-    if first >= n_queries:
+    if first >= n_queries:  # a slot that its document has no rows for
         return
     row = origin if cu_seqlens_ptr is not None else origin * n_queries
     if positions_ptr is not None:

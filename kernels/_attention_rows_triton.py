@@ -21,7 +21,7 @@ LOWEST = tl.constexpr(-1e30)
 @triton.jit
 def find_document(slot, cu_seqlens_ptr, n_documents, BLOCK: tl.constexpr):
     """(document, block of it) of a slot: document i has the slots from cu_seqlens[i] // BLOCK + i on, enough for it."""
-    low, high = tl.to_tensor(0), n_documents - 1
+    low, high = tl.cast(0, tl.int32), n_documents - 1
     while low < high:
         middle = (low + high + 1) // 2
         before = tl.load(cu_seqlens_ptr + middle) // BLOCK + middle <= slot
@@ -59,7 +59,7 @@ def load_rows(ptr, first, low, high, stride_t, ROWS: tl.constexpr, HEAD_DIM: tl.
               MASKED: tl.constexpr):
     """Rows first.. of a head, [ROWS, BLOCK_D]: 0 outside of low..high (if MASKED) and of HEAD_DIM."""
     offs_r, offs_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    ptrs = ptr + tl.to_tensor(first).to(tl.int64) * stride_t + (offs_r[:, None] * stride_t + offs_d[None, :])
+    ptrs = ptr + tl.cast(first, tl.int64) * stride_t + (offs_r[:, None] * stride_t + offs_d[None, :])
     if MASKED:
         row = first + offs_r
         mask = ((row >= low) & (row < high))[:, None]
@@ -77,7 +77,7 @@ def load_rows(ptr, first, low, high, stride_t, ROWS: tl.constexpr, HEAD_DIM: tl.
 def store_rows(ptr, x, first, n_rows, stride_t, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Write x [ROWS, BLOCK_D] to rows first.. of a head, up to n_rows and HEAD_DIM."""
     offs_r, offs_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    ptrs = ptr + tl.to_tensor(first).to(tl.int64) * stride_t + (offs_r[:, None] * stride_t + offs_d[None, :])
+    ptrs = ptr + tl.cast(first, tl.int64) * stride_t + (offs_r[:, None] * stride_t + offs_d[None, :])
     mask = (first + offs_r < n_rows)[:, None]
     if BLOCK_D > HEAD_DIM:
         mask = mask & (offs_d < HEAD_DIM)[None, :]

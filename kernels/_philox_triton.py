@@ -42,7 +42,7 @@ def keep_mask(key, rows, first_column, sample, stream, threshold, BLOCK_N: tl.co
     BLOCK_M: tl.constexpr = rows.shape[0]
     tl.static_assert(BLOCK_N == 32 or BLOCK_N % 64 == 0, "a tile with dropout has 32 columns or a multiple of 64")
     BLOCKS: tl.constexpr = (BLOCK_N + 63) // 64
-    first_column = tl.to_tensor(first_column)
+    first_column = tl.cast(first_column, tl.int32)
     group = first_column // 64 * 8 + tl.arange(0, BLOCKS * 8)  # [BLOCKS * 8]
     w0, w1, w2, w3 = philox(key, group[None, :], rows[:, None], sample, stream)  # [BLOCK_M, BLOCKS * 8]
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK_M, BLOCKS * 8, 2, 2], word 2 i + j at [i, j]
@@ -62,7 +62,7 @@ def keep_mask_transposed(key, rows, first_column, sample, stream, threshold, BLO
     tl.static_assert(BLOCK_N == 32 or BLOCK_N % 64 == 0, "a tile with dropout has 32 columns or a multiple of 64")
     BLOCKS: tl.constexpr = (BLOCK_N + 63) // 64
     COLUMNS: tl.constexpr = 4 if BLOCK_N == 32 else 8  # of a call
-    first_column = tl.to_tensor(first_column)
+    first_column = tl.cast(first_column, tl.int32)
     group = first_column // 64 * 8 + tl.arange(0, BLOCKS * 8)  # [BLOCKS * 8]
     w0, w1, w2, w3 = philox(key, group[:, None], rows[None, :], sample, stream)  # [BLOCKS * 8, BLOCK_M]
     bits = (_kept_bits(w0, threshold) | (_kept_bits(w1, threshold) << 1)
