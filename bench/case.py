@@ -81,6 +81,7 @@ class Case:
         reference: the specification, at any precision of the inputs; None where there is nothing to compare.
         kernels: beginnings of names of static cases (`static_cases.py`) of the kernels that it launches.
         quick: part of the short selection (`--quick`), which covers every operation once.
+        readme: a row of the README's tables, as every quick case of a GPU is; most of a CPU's shapes are too small.
         exclusive: its providers are too large to be held at the same time.
     """
 
@@ -99,12 +100,18 @@ class Case:
     reference: Function | None = None
     kernels: tuple[str, ...] = ()
     quick: bool = False
+    readme: bool = False
     exclusive: bool = False
 
     def __post_init__(self) -> None:
         assert self.unit in UNITS, self.unit
         assert self.direction in DIRECTIONS, self.direction
         assert self.providers[0].name == "phi1", f"{self.name}: the first provider is {self.providers[0].name}"
+
+    @property
+    def in_readme(self) -> bool:
+        """Whether a README table has it."""
+        return self.readme or (self.quick and "cuda" in self.devices)
 
     @property
     def n_bytes(self) -> int:

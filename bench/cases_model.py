@@ -45,7 +45,7 @@ def cases() -> list[Case]:
               for batch, tokens in ((1, 512), (1, 2016), (8, 512))]
     return [*found, _prefill(TINY, 1, 64, "float32", "cpu", quick=True),
             _decode(TINY, 1, 64, "float32", "cpu", quick=True),
-            _decode(preset("phi1-small"), 1, 64, "float16", "cpu")]
+            _decode(preset("phi1-small"), 1, 64, "float16", "cpu", readme=True)]
 
 
 def _cpu_plan(vocab_size: int) -> Plan:
@@ -204,7 +204,7 @@ def _step(plan: Plan, quick: bool = False) -> Case:
     dtype = "bfloat16" if plan.precision == "bf16" else "float16"
     return _case("train-step", plan.config, plan.batch, plan.tokens, dtype, plan.device, direction="call",
                  # read and write master weights and two states in float32, read the gradient
-                 bytes="28*P", flops=TRAIN_FLOPS, inputs=lambda on, generator: {}, quick=quick,
+                 bytes="28*P", flops=TRAIN_FLOPS, inputs=lambda on, generator: {}, quick=quick, readme=True,
                  providers=(Provider("phi1", steps(phi1_step), package="phi1"), *_transformers(theirs)))
 
 
@@ -232,13 +232,14 @@ def _prefill(config: Phi1Config, batch: int, tokens: int, dtype: str, device: st
                  reference=_reference(config, dtype, lambda model, inputs: model(inputs["ids"], logits_to_keep=1)))
 
 
-def _decode(config: Phi1Config, batch: int, tokens: int, dtype: str, device: str, quick: bool = False) -> Case:
+def _decode(config: Phi1Config, batch: int, tokens: int, dtype: str, device: str, quick: bool = False,
+            readme: bool = False) -> Case:
     """NEW tokens that are given, one at a time, after a prompt; one call takes all of them and forgets them again."""
     from phi1.bench.decoding import dynamic_cache, phi1_cache, static_cache
 
     return _case("decode", config, batch, tokens, dtype, device, direction="forward",
                  bytes=f"{NEW}*(P + 2*L*B*T*D)*e", flops=f"{NEW}*2*B*(P + 2*L*T*D)",
-                 inputs=_tokens(config, batch, tokens + NEW, dtype), leaves=("like",), quick=quick,
+                 inputs=_tokens(config, batch, tokens + NEW, dtype), leaves=("like",), quick=quick, readme=readme,
                  providers=(
                      Provider("phi1", lambda case, on: phi1_cache(_built(case, config, on), tokens), package="phi1"),
                      peer("transformers", "transformers", lambda case: dynamic_cache(

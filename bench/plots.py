@@ -79,8 +79,8 @@ def roofline(axes: Any, content: dict[str, Any]) -> bool:
 
 
 def speedup(axes: Any, content: dict[str, Any]) -> bool:
-    """How many times phi1's time each peer takes, for the quick cases."""
-    bars = [(record, entry) for record in content["cases"] if record["quick"]
+    """How many times phi1's time each peer takes, for the cases that the README has."""
+    bars = [(record, entry) for record in content["cases"] if record["readme"]
             for entry in right(record) if entry["provider"] != "phi1" and "ratio" in entry]
     if not bars:
         return False
@@ -89,12 +89,15 @@ def speedup(axes: Any, content: dict[str, Any]) -> bool:
     medians = [entry["ratio"][0] for _, entry in bars]
     spans = [[entry["ratio"][0] - entry["ratio"][1] for _, entry in bars],
              [entry["ratio"][2] - entry["ratio"][0] for _, entry in bars]]
-    axes.barh(range(len(bars)), medians, xerr=spans, height=0.7, error_kw={"linewidth": 0.8},
-              color=["#2e7d32" if ratio >= 1 else "#b0bec5" for ratio in medians])
+    axes.barh(range(len(bars)), [ratio - 1 for ratio in medians], left=1, xerr=spans, height=0.7,
+              error_kw={"linewidth": 0.8}, color=["#2e7d32" if ratio >= 1 else "#b0bec5" for ratio in medians])
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_yticks(range(len(bars)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel="peer's time / phi1's; right of 1 phi1 is faster", title="Each peer beside phi1")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="both", labelsize=8)
     axes.grid(True, axis="x", which="both", alpha=0.3)
     return True
 

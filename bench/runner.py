@@ -242,7 +242,8 @@ def record(case: Case, rows: list[Row], roof: Roof, copies: int, note: str) -> d
     ours = next((row.medians for row in rows if row.provider.name == "phi1" and row.status == "ok"), [])
     return {
         "case": case.name, "op": case.op, "unit": case.unit, "direction": case.direction, "shape": dict(case.shape),
-        "dtype": case.dtype, "bytes": case.n_bytes, "flops": case.n_flops, "quick": case.quick, "input_copies": copies,
+        "dtype": case.dtype, "bytes": case.n_bytes, "flops": case.n_flops, "readme": case.in_readme,
+        "input_copies": copies,
         "roof": {"gb_per_s": _digits(roof.gb_per_s), "tflop_per_s": _digits(roof.tflop_per_s),
                  "ms": _digits(roof.ms(case)), "bound": "memory" if roof.memory_bound(case) else "compute"},
         **({"note": note} if note else {}),

@@ -26,7 +26,7 @@ def entry(provider, ms, ratio=None, status="ok", **more):
 
 def record(case="layer_norm N=16384 D=2048 float16 forward", ms=0.05, bound="memory", **fields):
     return {"case": case, "op": "layer_norm", "unit": "kernel", "direction": "forward", "shape": {"N": 16384},
-            "dtype": "float16", "bytes": 134225920, "flops": 268435456, "quick": True, "input_copies": 2,
+            "dtype": "float16", "bytes": 134225920, "flops": 268435456, "readme": True, "input_copies": 2,
             "roof": {"gb_per_s": 3000.0, "tflop_per_s": 700.0, "ms": 0.0447, "bound": bound},
             "providers": [entry("phi1", ms, 1.0), entry("torch", 1.5 * ms, 1.5), entry("liger", 1.2 * ms, 1.2),
                           entry("quack", 0, status="not installed", reason="quack-kernels 0.6.5 is not installed")],
@@ -145,7 +145,7 @@ def test_wrong_results_do_not_compare():
 
 def test_the_report_goes_between_the_markers_and_names_its_file(tmp_path):
     path = write(tmp_path / "bench/results/h100/2026-11-23-abc1234.json",
-                 content(record(), record(case="x", quick=False)))
+                 content(record(), record(case="x", readme=False)))
     text = report.section([path], tmp_path)
     assert "(bench/results/h100/2026-11-23-abc1234.json)" in text
     assert f"| {record()['case']} | 0.05 [0.049-0.0515] | 2685 GB/s | 50 % | liger | 1.20 [1.19-1.22] |" in text
