@@ -46,9 +46,11 @@ def _row_cases(arch: str, dtype: str, width: int, residual: bool) -> list[Case]:
             kernel=layer_norm.layer_norm_backward_kernel,
             types=_given(backward, absent) | {"dw_partial_ptr": "*fp32", "db_partial_ptr": "*fp32"}
             | {"n_rows": "i32", "n_partials": "i32"},
-            constexprs=shape | {"ROWS": tiles["backward"]["rows"]} | _named(backward, absent),
+            constexprs=shape | {"ROWS": tiles["backward"]["rows"], "STAGES": tiles["backward"]["stages"]}
+            | _named(backward, absent),
             num_warps=tiles["backward"]["num_warps"],
-            narrow_loads=2 * tiles["backward"]["rows"],
+            # mean and rstd of a row, in the loop and in what fills its pipeline
+            narrow_loads=2 * tiles["backward"]["rows"] * tiles["backward"]["stages"],
             # a partial row of 512 float32 is 128 pieces: fewer than the threads of four AMD waves
             narrow_stores=2 if width <= 512 else 0,
         ),

@@ -7,8 +7,9 @@
 Rows are loaded and stored in their own dtype; arithmetic and sums are float32; mean and rstd are saved as float32. With
 a residual, h is rounded to its dtype before the statistics, so that the backward sees the h that was stored.
 
-The backward is deterministic: each of P programs adds its rows' dweight and dbias in order, in registers, and writes
-one partial row; a second kernel adds the P partials in order. P depends on the shape and the tile, not on the GPU.
+The backward reads rows ahead of those it works on, into shared memory. It is deterministic: each of P programs adds
+its rows' dweight and dbias in order, in registers, and writes one partial row; a second kernel adds the P partials in
+order. P depends on the shape and the tile, not on the GPU.
 
 N rows, D width, P partial sums.
 """
@@ -27,7 +28,8 @@ MAX_PARTIALS = 512
 SUM_BLOCK_P, SUM_BLOCK_D = 64, 16
 CANDIDATES = {
     "forward": [{"rows": rows, "num_warps": warps} for rows in (1, 2, 4, 8) for warps in (4, 8)],
-    "backward": [{"rows": rows, "num_warps": warps} for rows in (1, 2, 4) for warps in (4, 8)],
+    "backward": [{"rows": rows, "stages": stages, "num_warps": warps}
+                 for rows, warps in ((1, 4), (2, 4), (1, 8), (2, 8)) for stages in (1, 2, 3)],
 }
 """Tiles that `phi1 tune` tries at phi-1's width."""
 # Said at every launch, since the default changes with Triton 3.10, and bits with it.
@@ -92,6 +94,7 @@ def layer_norm_backward_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One program per partial row; it takes every P-th group of ROWS rows."""
     pid = tl.program_id(0)
@@ -100,7 +103,8 @@ def layer_norm_backward_kernel(
     weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK_D], dtype=tl.float32)
     db = tl.zeros([BLOCK_D], dtype=tl.float32)
-    for first in range(pid * ROWS, n_rows, n_partials * ROWS):
+    # The next rows are on their way to shared memory while these are worked on.
+    for first in tl.range(pid * ROWS, n_rows, n_partials * ROWS, num_stages=STAGES):
         offs_n = first + tl.arange(0, ROWS)  # [ROWS]
         mask_n = offs_n < n_rows
         offs = offs_n.to(tl.int64)[:, None] * D + offs_d[None, :]  # [ROWS, BLOCK_D]
@@ -185,7 +189,7 @@ def launch_backward(
     layer_norm_backward_kernel[(n_partials,)](
         dy, x, dresidual, weight, mean, rstd, dx, dw_partial, db_partial,
         n_rows=n_rows, n_partials=n_partials, D=width, BLOCK_D=triton.next_power_of_2(width), ROWS=t["rows"],
-        num_warps=t["num_warps"], enable_fp_fusion=FP_FUSION,
+        STAGES=t["stages"], num_warps=t["num_warps"], enable_fp_fusion=FP_FUSION,
     )
     sum_partials_kernel[(triton.cdiv(width, SUM_BLOCK_D),)](
         dw_partial, db_partial, dw, db,

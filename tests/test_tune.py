@@ -115,7 +115,7 @@ def test_a_dry_run_lists_cases_and_tiles(capsys):
     assert cli.main(["tune", "--op", "layer_norm", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "layer_norm forward width=2048: 8 tiles, timed as layer_norm N=16384 D=2048 float16 forward"
-    assert lines[1].startswith("layer_norm backward width=2048: 6 tiles, timed as layer_norm N=16384")
+    assert lines[1].startswith("layer_norm backward width=2048: 12 tiles, timed as layer_norm N=16384")
     assert lines[-1].endswith("nothing was run")
 
 
