@@ -49,6 +49,7 @@ class Provider:
         package: the distribution whose version goes with the numbers; a key of `providers.VERSIONS` or "torch".
         devices: kinds of device that it can run on.
         by_default: kinds on which it runs without being asked for.
+        slow: takes minutes to prepare, so the short selection leaves it out unless it is asked for.
         comparable: False where it draws random numbers of its own, so that its results cannot equal the reference's.
     """
 
@@ -57,6 +58,7 @@ class Provider:
     package: str = "torch"
     devices: tuple[str, ...] = BOTH
     by_default: tuple[str, ...] = BOTH
+    slow: bool = False
     comparable: bool = True
 
 

@@ -90,7 +90,7 @@ def _peers(batch: int, heads: int, p: float) -> tuple[Provider, ...]:
              **same),
         Provider("transformers-compiled", _compiled_layer(batch, heads, p, "default"), package="transformers", **best),
         Provider("transformers-max", _compiled_layer(batch, heads, p, "max-autotune-no-cudagraphs"),
-                 package="transformers", **best),
+                 package="transformers", slow=True, **best),
     )
 
 

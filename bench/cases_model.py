@@ -143,10 +143,10 @@ def _compiled(model: Any, mode: str | None) -> Any:
 
 def _transformers(prepare: Any, mode: str = "max-autotune-no-cudagraphs") -> tuple[Provider, ...]:
     """transformers eager, compiled, and compiled at its best; `prepare(mode)` makes each one's preparation."""
-    compiled = {"package": "transformers", "by_default": ("cuda",)}
+    compiled: dict[str, Any] = {"package": "transformers", "by_default": ("cuda",)}
     return (Provider("transformers", prepare(None), package="transformers"),
             Provider("transformers-compiled", prepare("default"), **compiled),
-            Provider("transformers-max", prepare(mode), **compiled))
+            Provider("transformers-max", prepare(mode), slow=True, **compiled))
 
 
 def _micro_step(config: Phi1Config, batch: int, tokens: int, dtype: str, device: str, quick: bool = False) -> Case:

@@ -49,7 +49,8 @@ def parse(argv: list[str], make_parser: MakeParser) -> argparse.Namespace:
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains this")
     parser.add_argument("--peers", nargs="*", metavar="PEER",
                         help="only these peers beside phi1, none if none is named; without it all that suit the device")
-    parser.add_argument("--quick", action="store_true", help="one shape an operation, and less time for each")
+    parser.add_argument("--quick", action="store_true",
+                        help="one shape an operation, less time for each, no peers tuned for minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="without it cuda where there is a device")
     parser.add_argument("--seconds", type=float, help="time for the rounds of a case (4; 1 with --quick)")
     parser.add_argument("--minutes", type=float, help="start no case after this long; those not reached are named")

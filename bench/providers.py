@@ -47,7 +47,7 @@ def compiled(function: Function, **options: Any) -> tuple[Provider, Provider]:
     options = {"by_default": ("cuda",)} | options
     return (Provider("compile", lambda case, device: _compile(function), **options),
             Provider("max-autotune", lambda case, device: _compile(function, mode="max-autotune-no-cudagraphs"),
-                     **options))
+                     slow=True, **options))
 
 
 def _compile(function: Function, **options: Any) -> Function:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,7 +71,7 @@ class Runner:
         device: of every case.
         peers: names of providers to run beside phi1; None takes those that run by default.
         seconds: time to spend on the rounds of one case.
-        quick: small roof probes.
+        quick: small roof probes, and no peers that take minutes to prepare.
     """
 
     def __init__(self, device: torch.device, peers: Sequence[str] | None = None, seconds: float = 4.0,
@@ -80,7 +81,8 @@ class Runner:
 
     def run(self, case: Case) -> dict[str, Any]:
         """Measure a case; the record for the results file."""
-        torch._dynamo.reset()  # or the compiled functions of earlier cases count against torch's limit of recompiles
+        if "torch._dynamo" in sys.modules:  # its import takes seconds, and is not needed without torch.compile
+            torch._dynamo.reset()  # or what earlier cases compiled counts against torch's limit of recompiles
         copies = self._inputs(case)
         rows = [self._row(case, provider) for provider in self._chosen(case)]
         note, exact = self._exact(case, copies[0])
@@ -109,10 +111,13 @@ class Runner:
         return self._roofs[dtype]
 
     def _chosen(self, case: Case) -> list[Provider]:
-        kind = self.device.type
-        return [p for i, p in enumerate(case.providers)
-                if kind in p.devices and (i == 0 or (kind in p.by_default if self.peers is None
-                                                     else p.name in self.peers))]
+        return [provider for number, provider in enumerate(case.providers)
+                if self.device.type in provider.devices and (number == 0 or self._wanted(provider))]
+
+    def _wanted(self, provider: Provider) -> bool:
+        if self.peers is not None:
+            return provider.name in self.peers
+        return self.device.type in provider.by_default and not (self.quick and provider.slow)
 
     def _row(self, case: Case, provider: Provider) -> Row:
         if provider.package in ("torch", "phi1"):

