@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import threading
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.distributed import HashStore
 from phi1.config import preset
 from phi1.train import checkpoint as checkpoint_module
 from phi1.train.batches import Layout
-from phi1.train.checkpoint import gather_weights, load_checkpoint, save_checkpoint
+from phi1.train.checkpoint import Saver, gather_weights, load_checkpoint, save_checkpoint
 from phi1.train.checkpoint_files import checkpoints, choose, find_damage, prune, remove_after
 from phi1.train.data import open_corpus
 from phi1.train.engine import build_model, connect_processes, start
@@ -257,6 +258,29 @@ def test_a_disk_without_space_is_named_before_anything_is_written(corpus, engine
     with pytest.raises(RunError, match=r"another --run\.folder$"):  # of earlier ones, where there are none, not a word
         save_checkpoint(trainer, tmp_path / "checkpoints", {}, keep=2)
     assert [path.name for path in sorted(two_saved.iterdir())] == ["step-2", "step-3"]
+
+
+def test_training_goes_on_while_a_slow_disk_writes(corpus, engine, tmp_path, monkeypatch):
+    write, go_on = checkpoint_module.describe, threading.Event()
+    monkeypatch.setattr(checkpoint_module, "describe", lambda path: go_on.wait(60) and write(path))
+    trainer = make_trainer(corpus, engine)
+    trainer.run_step()
+    saver = Saver(tmp_path, keep=2)
+    saver.begin(trainer, {})
+    before = weights_of(trainer)
+    outcomes = [trainer.run_step() for _ in range(3)]
+    assert saver.in_flight
+    assert saver.writes()
+    assert checkpoints(tmp_path) == []
+    go_on.set()
+    saved = saver.finish()
+    assert not saver.in_flight
+    assert saved.step == 1
+    assert 0 < saved.stall < saved.seconds
+    loaded = make_trainer(corpus, engine, seed=1)
+    load_checkpoint(loaded, saved.path)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(loaded).items())
+    assert [loaded.run_step() for _ in range(3)] == outcomes
 
 
 def test_a_save_that_fails_midway_leaves_no_trace(corpus, engine, two_saved, monkeypatch):

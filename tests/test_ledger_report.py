@@ -20,7 +20,7 @@ def run(tmp_path):
                               "mfu_causal": 0.46})
         if step % 20 == 0:
             ledger.evaluation(step, {"loss": 3.5 + step / 100, "bits_per_byte": 2.0})
-            ledger.saved(step)
+            ledger.saved(step, {"bytes": 10, "stall_seconds": 0.1, "seconds": 0.5})
     ledger.close()
     again = Ledger(tmp_path / "ledger.jsonl", 40)
     again.start({"finished": 40}, {"train": {"lr": 0.2}})

@@ -121,8 +121,8 @@ def test_a_run_ends_with_a_summary_an_export_and_a_falling_loss(place, undisturb
         assert re.search(pattern, undisturbed), (pattern, undisturbed)
     folder = place / "whole"
     assert [path.name for path in checkpoints(folder / "checkpoints")] == ["step-40", "step-60"]
-    assert {path.name for path in folder.iterdir()} == {".lock", "config.toml", "ledger.jsonl", "checkpoints", "export",
-                                                        "summary.json"}
+    assert {path.name for path in folder.iterdir()} == {".lock", "config.toml", "ledger.jsonl", "heartbeat.json",
+                                                        "checkpoints", "export", "summary.json"}
     assert json.loads((folder / "summary.json").read_text())["steps"] == STEPS
     lines = read_ledger(folder / "ledger.jsonl")
     assert lines[0]["start"]["environment"]["threads"] == 1
@@ -238,17 +238,19 @@ def test_steps_that_stay_not_finite_stop_the_run(place):
 
 
 def test_the_ledger_says_what_made_the_run_and_what_changed(place, undisturbed):
-    shutil.copytree(place / "whole", place / "longer")
-    train(place, "longer", train__steps=62, checkpoint__every=0)
-    first, second = (line["start"] for line in read_ledger(place / "longer" / "ledger.jsonl") if "start" in line)
+    shutil.copytree(place / "whole", place / "described")
+    train(place, "described", train__steps=62, checkpoint__every=0)
+    first, second = (line["start"] for line in read_ledger(place / "described" / "ledger.jsonl") if "start" in line)
     assert first["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert first["config"]["train"]["steps"] == STEPS
     assert first["changed"] == {}
     assert second["changed"]["train.steps"] == [STEPS, 62]
     assert set(second["changed"]) == {"train.steps", "checkpoint.every", "run.folder"}
-    heartbeat = json.loads((place / "longer" / "heartbeat.json").read_text())
+    heartbeat = json.loads((place / "described" / "heartbeat.json").read_text())
     assert set(heartbeat) == {"time", "pid", "doing", "for_seconds"}
-    measured = [line["measured"] for line in read_ledger(place / "longer" / "ledger.jsonl") if "measured" in line]
+    lines = read_ledger(place / "described" / "ledger.jsonl")
+    measured = [line["measured"] for line in lines if "step" in line]
+    assert all(line["measured"]["stall_seconds"] > 0 for line in lines if "saved" in line)
     assert all(0.05 < entry["memory_gib"] < 20 for entry in measured)
 
 

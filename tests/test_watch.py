@@ -44,7 +44,9 @@ def test_the_heartbeat_says_what_the_process_does(tmp_path):
         while not (path.exists() and json.loads(path.read_text())["doing"] == "step 12"):
             assert time.monotonic() < end
             time.sleep(0.02)
-    assert set(json.loads(path.read_text())) == {"time", "pid", "doing", "for_seconds"}
+    last = json.loads(path.read_text())
+    assert set(last) == {"time", "pid", "doing", "for_seconds"}
+    assert last["doing"] == "ended"
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -1,16 +1,21 @@
 """Save and load a trainer: parameters, optimizer, loss scaler and step, by torch.distributed.checkpoint.
 
-Each process writes its shards into `.step-N.tmp`, forces them to the disk and hashes them; rank 0 adds the manifest and
-renames. A process that dies at any moment leaves the earlier checkpoints as they were.
+The state is copied, and the training goes on while each process writes its shards into `.step-N.tmp`, forces them to
+the disk and hashes them; when all have, rank 0 adds the manifest and renames. A process that dies at any moment leaves
+the earlier checkpoints as they were.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import time
+import warnings
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -44,42 +49,129 @@ T = TypeVar("T")
 MARGIN = 1 << 20
 
 
-def save_checkpoint(trainer: Trainer, folder: Path, facts: dict[str, Any], keep: int,
-                    keep_every: int = 0) -> Path:
-    """Collective: write `folder`/step-N and then remove all but the newest `keep` checkpoints.
+class Saver:
+    """Writes checkpoints while the training goes on: one at a time, each committed when all processes have written.
 
     Args:
-        trainer: at rest between two steps.
         folder: the run's checkpoints/, on a disk that all processes share.
-        facts: JSON values to keep beside the tensors.
         keep: newest checkpoints to keep.
         keep_every: also keep those whose step is a multiple of this; 0 for none.
-
-    Returns:
-        The new checkpoint's folder.
-
-    Raises:
-        RunError: on every process, if it could not be written anywhere; earlier checkpoints are intact.
     """
-    final = folder / checkpoint_name(trainer.finished)
-    temporary = folder / f".{final.name}.tmp"
-    state = _state(trainer)
-    (needed,) = all_sum(_local_bytes(state))
-    first = dist.get_rank() == 0
-    notes = {"step": trainer.finished, "skipped": trainer.skipped, "scaler": trainer.scaler.state_dict()} | facts
-    try:
-        _together(lambda: _make_room(temporary, int(needed)) if first else None)
-        _together(lambda: dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary)))
-        parts = _together(lambda: _describe_own(temporary, notes))
-        files = {name: description for part in parts for name, description in part.items()}
-        _together(lambda: _finish(temporary, final, files, keep, keep_every) if first else None)
-    except _Failed as error:
-        reason = _shortage(folder, int(needed)) or str(error)
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        intact = "; earlier checkpoints are intact" if checkpoints(folder) else ""
-        raise RunError(f"checkpoint {final} could not be written: {reason}{intact}") from None
-    return final
+
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        # A group of its own: its collectives run in another thread, beside the training's.
+        self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._flying: _Flying | None = None
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a checkpoint has been begun and neither committed nor given up; the same on every process."""
+        return self._flying is not None
+
+    def writes(self) -> bool:
+        """Whether this process still writes."""
+        return self._flying is not None and not self._flying.job.done()
+
+    def begin(self, trainer: Trainer, facts: dict[str, Any]) -> None:
+        """Collective: copy the state of a trainer that rests between two steps, and begin to write it.
+
+        Args:
+            trainer: it may go on when this returns.
+            facts: JSON values to keep beside the tensors.
+
+        Raises:
+            RunError: on every process, if there is no space, or no folder can be made.
+        """
+        assert not self.in_flight, "one checkpoint at a time"
+        began = time.perf_counter()
+        final = self.folder / checkpoint_name(trainer.finished)
+        temporary = self.folder / f".{final.name}.tmp"
+        state = _state(trainer)
+        (needed,) = all_sum(_local_bytes(state))
+        notes = {"step": trainer.finished, "skipped": trainer.skipped, "scaler": trainer.scaler.state_dict()} | facts
+        flying = _Flying(trainer.finished, final, temporary, int(needed), began)
+        try:
+            _together(lambda: _make_room(temporary, flying.needed) if dist.get_rank() == 0 else None)
+            written: list[Any] = _together(lambda: self._write(state, temporary), keep=True)
+        except _Failed as error:
+            raise self._given_up(flying, error) from None
+        flying.job = self._pool.submit(_attempt, lambda: _describe_own(written[0].result(), temporary, notes))
+        flying.stall = time.perf_counter() - began
+        self._flying = flying
+
+    def finish(self) -> Saved:
+        """Collective: wait until every process has written, and give the checkpoint its name.
+
+        Raises:
+            RunError: on every process, if it could not be written anywhere; earlier checkpoints are intact.
+        """
+        assert self._flying is not None
+        flying, self._flying = self._flying, None
+        began = time.perf_counter()
+        error, files = flying.job.result()
+        try:
+            parts = _together(lambda: _raise(error) if error else files)
+            listed = {name: description for part in parts for name, description in (part or {}).items()}
+            _together(lambda: self._commit(flying, listed) if dist.get_rank() == 0 else None)
+        except _Failed as failure:
+            raise self._given_up(flying, failure) from None
+        now = time.perf_counter()
+        return Saved(flying.final, flying.step, flying.needed, flying.stall + now - began, now - flying.began)
+
+    def _write(self, state: dict[str, Any], temporary: Path) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.distributed.*single process")
+            return dcp.async_save(state, storage_writer=dcp.FileSystemWriter(temporary), process_group=self._group)
+
+    def _commit(self, flying: _Flying, files: dict[str, list[int | str]]) -> None:
+        write_manifest(flying.temporary, files)
+        commit(flying.temporary, flying.final)
+        prune(self.folder, self.keep, self.keep_every)
+
+    def _given_up(self, flying: _Flying, error: _Failed) -> RunError:
+        reason = _shortage(self.folder, flying.needed) or str(error)
+        if dist.get_rank() == 0:
+            shutil.rmtree(flying.temporary, ignore_errors=True)
+        intact = "; earlier checkpoints are intact" if checkpoints(self.folder) else ""
+        return RunError(f"checkpoint {flying.final} could not be written: {reason}{intact}")
+
+
+@dataclass
+class _Flying:
+    """A checkpoint that is being written."""
+
+    step: int
+    final: Path
+    temporary: Path
+    needed: int
+    began: float
+    stall: float = 0.0
+    job: Future[tuple[str | None, dict[str, list[int | str]] | None]] = field(default_factory=Future)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is there, and what it cost."""
+
+    path: Path
+    step: int
+    n_bytes: int
+    stall: float
+    """Seconds in which the training waited."""
+    seconds: float
+    """From its begin to its commit."""
+
+    def measured(self) -> dict[str, float]:
+        return {"bytes": self.n_bytes, "stall_seconds": self.stall, "seconds": self.seconds}
+
+
+def save_checkpoint(trainer: Trainer, folder: Path, facts: dict[str, Any], keep: int, keep_every: int = 0) -> Path:
+    """Collective: write `folder`/step-N and wait for it; arguments and errors as of `Saver`. Returns its path."""
+    saver = Saver(folder, keep, keep_every)
+    saver.begin(trainer, facts)
+    return saver.finish().path
 
 
 def load_checkpoint(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
@@ -115,18 +207,30 @@ class _Failed(Exception):
     """Some process could not do its part; every process raises this with the same text."""
 
 
-def _together(action: Callable[[], T]) -> list[T]:
-    """Do `action` on every process; return all results, or raise on all if one has failed."""
-    try:
-        outcome: tuple[str | None, T | None] = (None, action())
-    except (Exception, CheckpointException) as error:  # the latter derives from BaseException
-        outcome = (_innermost(error), None)
+def _together(action: Callable[[], T], keep: bool = False) -> list[T]:
+    """Do `action` on every process; return all results, or raise on all if one has failed.
+
+    With `keep` a result stays in its process: the list has this one's alone.
+    """
+    error, result = _attempt(action)
     outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome)
+    dist.all_gather_object(outcomes, (error, None if keep else result))
     for message, _ in outcomes:
         if message is not None:
             raise _Failed(message)
-    return [result for _, result in outcomes]
+    return [cast(T, result)] if keep else [own for _, own in outcomes]
+
+
+def _attempt(action: Callable[[], T]) -> tuple[str | None, T | None]:
+    """(None, the result), or (what went wrong, None)."""
+    try:
+        return None, action()
+    except (Exception, CheckpointException) as error:  # the latter derives from BaseException
+        return _innermost(error), None
+
+
+def _raise(message: str) -> NoReturn:
+    raise _Failed(message)
 
 
 def _innermost(error: BaseException) -> str:
@@ -169,7 +273,7 @@ def _shortage(folder: Path, needed: int) -> str:
             f"{(needed - free) / 1e6:.1f} MB more, or give another --run.folder")
 
 
-def _describe_own(temporary: Path, notes: dict[str, Any]) -> dict[str, list[int | str]]:
+def _describe_own(_: object, temporary: Path, notes: dict[str, Any]) -> dict[str, list[int | str]]:
     """Sizes and hashes of the files that this process wrote; rank 0 also writes the notes."""
     rank = dist.get_rank()
     own = list(temporary.glob(f"__{rank}_*.distcp"))
@@ -177,9 +281,3 @@ def _describe_own(temporary: Path, notes: dict[str, Any]) -> dict[str, list[int 
         (temporary / STATE).write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
         own += [temporary / ".metadata", temporary / STATE]
     return {path.name: describe(path) for path in own}
-
-
-def _finish(temporary: Path, final: Path, files: dict[str, list[int | str]], keep: int, keep_every: int) -> None:
-    write_manifest(temporary, files)
-    commit(temporary, final)
-    prune(final.parent, keep, keep_every)

@@ -26,6 +26,8 @@ class Control:
     def __init__(self, place: Place) -> None:
         self.signal_name: str | None = None
         self.failure: RunError | None = None
+        self.any_writes = False
+        """Whether any process, this one included, wrote a checkpoint when all last agreed."""
         self._parent = os.getppid() if place.under_torchrun else None
 
     def listen(self) -> None:
@@ -43,15 +45,19 @@ class Control:
         """Note a failure of this process alone; it is raised here once every process knows."""
         self.failure = self.failure or error
 
-    def agreed_to_stop(self) -> bool:
+    def agreed_to_stop(self, writes: bool = False) -> bool:
         """Collective: whether any process wants to stop.
+
+        Args:
+            writes: whether this process still writes a checkpoint; `any_writes` then says whether any does.
 
         Raises:
             RunError: a process has failed. On the others it says no more than that.
         """
         if self._parent is not None and os.getppid() != self._parent:
             self.signal_name = self.signal_name or "the end of torchrun"
-        wishes, failures = all_sum(self.signal_name is not None, self.failure is not None)
+        wishes, failures, writers = all_sum(self.signal_name is not None, self.failure is not None, writes)
+        self.any_writes = writers > 0
         if failures:
             raise self.failure or RunError("another process has failed")
         return wishes > 0

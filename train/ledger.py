@@ -64,9 +64,9 @@ class Ledger:
         self._write({"eval": {"step": step} | figures})
         self._draw(step, {f"validation/{name}": value for name, value in figures.items()})
 
-    def saved(self, step: int) -> None:
+    def saved(self, step: int, measured: dict[str, float]) -> None:
         """Note that a checkpoint of `step` finished steps is there, and force all lines to the disk."""
-        self._write({"saved": step})
+        self._write({"saved": step, "measured": measured})
         try:
             os.fsync(self._file.fileno())
         except OSError as error:

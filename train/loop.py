@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phi1.train.checkpoint import save_checkpoint
+from phi1.train.checkpoint import Saver
 from phi1.train.checkpoint_files import checkpoint_name
 from phi1.train.control import Control
 from phi1.train.engine import peak_memory_gib
@@ -39,6 +39,7 @@ class Loop:
         facts: JSON values that go into each checkpoint.
         utilisation: turns speed into MFU.
         watch: told what begins.
+        saver: writes checkpoints.
         saved: the checkpoint that the trainer was loaded from, then the newest one.
     """
 
@@ -53,6 +54,7 @@ class Loop:
     facts: dict[str, Any]
     utilisation: Utilisation
     watch: Watch
+    saver: Saver
     saved: Path | None = None
     skips: int = 0
     """Steps in a row that were skipped."""
@@ -66,25 +68,44 @@ class Loop:
         """
         last = self.recipe.train.steps
         while self.trainer.finished < last:
-            if self.control.agreed_to_stop():
+            if self.control.agreed_to_stop(self.saver.writes()):
                 self.save()
                 return False
+            if self.saver.in_flight and not self.control.any_writes:
+                self._try(self._finish_saving)
             self._step()
             if self._due(self.recipe.checkpoint.every):
-                self._try_to_save()
+                self._try(self._begin_saving)
             if self._due(self.recipe.eval.every):
                 self.evaluate()
         self.save()
         return True
 
     def save(self) -> Path:
-        """Collective: a checkpoint of this step, unless it is there."""
+        """Collective: a checkpoint of this step, unless it is there; nothing is being written when this returns.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        if self.saver.in_flight:
+            self._try(self._finish_saving)
         if self.saved is None or self.saved.name != checkpoint_name(self.trainer.finished):
-            self.watch.report(f"the checkpoint of step {self.trainer.finished}")
-            rule = self.recipe.checkpoint
-            self.saved = save_checkpoint(self.trainer, self.folder.checkpoints, self.facts, rule.keep, rule.keep_every)
-            self._note(lambda ledger: ledger.saved(self.trainer.finished))
+            self._begin_saving()
+            self._finish_saving()
+        assert self.saved
         return self.saved
+
+    def _begin_saving(self) -> None:
+        if self.saver.in_flight:  # a disk slower than the checkpoints are frequent
+            self._try(self._finish_saving)
+        self.watch.report(f"the checkpoint of step {self.trainer.finished}")
+        self.saver.begin(self.trainer, self.facts)
+
+    def _finish_saving(self) -> None:
+        self.watch.report("the end of a checkpoint")
+        done = self.saver.finish()
+        self.saved = done.path
+        self._note(lambda ledger: ledger.saved(done.step, done.measured()))
 
     def evaluate(self) -> Figures | None:
         """Collective: figures on the held-out text; None if a stop was asked for meanwhile."""
@@ -126,10 +147,10 @@ class Loop:
                            f"checkpoint is {self.saved.name if self.saved else 'none'}; a lower train.lr, or another "
                            "train.precision, may help")
 
-    def _try_to_save(self) -> None:
-        """A checkpoint on the way: a full disk is reported, and the run goes on."""
+    def _try(self, action: Callable[[], None]) -> None:
+        """A checkpoint on the way: what goes wrong is reported, and the run goes on."""
         try:
-            self.save()
+            action()
         except RunError as error:
             self.progress.say(f"warning: {error}; the run goes on")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from phi1.tokenizer import Tokenizer
 from phi1.train.admission import open_data
 from phi1.train.batches import Layout
-from phi1.train.checkpoint import gather_weights, load_checkpoint
+from phi1.train.checkpoint import Saver, gather_weights, load_checkpoint
 from phi1.train.control import Control
 from phi1.train.data import Corpus
 from phi1.train.engine import Engine, build_model, connect_processes, start
@@ -66,7 +66,8 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
                  "environment": engine.environment()}
         watch = Watch(place.rank, recipe.run.watchdog, folder.heartbeat if place.rank == 0 else None)
         loop = Loop(recipe, folder, trainer, held_out, control, progress, ledger, place.rank, facts,
-                    Utilisation.of_run(recipe, engine), watch, checkpoint)
+                    Utilisation.of_run(recipe, engine), watch,
+                    Saver(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every), checkpoint)
         with watch:
             figures = loop.evaluate() if loop.run() else None
     if ledger:

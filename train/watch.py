@@ -53,6 +53,7 @@ class Watch:
                  trace: TracebackType | None) -> None:
         self._over.set()
         self._thread.join()
+        self._beat("ended" if error is None else f"ended by {error}", 0.0)
 
     def _look_on(self) -> None:
         pause = min(HEARTBEAT_SECONDS, self.limit / 4) if self.limit else HEARTBEAT_SECONDS
