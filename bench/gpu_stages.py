@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -26,7 +27,9 @@ BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 STAGE_SECONDS = 530
 SHOWN_LINES = 12
-PYTEST = ("-m", "pytest", "-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib")
+# A line a test, so that what ran is known where the time was not enough; on several cores where pytest-xdist is there.
+PYTEST = ("-m", "pytest", "-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib",
+          *(("-n", "6") if importlib.util.find_spec("xdist") else ()))
 
 NEEDS = {
     "check": ("pytest", "pytest_benchmark", "hypothesis", "transformers", "phi1.weights", "phi1.train.run",

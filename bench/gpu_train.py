@@ -146,16 +146,16 @@ def run(size: Size, out: Path, end: float) -> int:
     training.set_batch(best["micro_batch"], micro_steps)
     (out / RUN).unlink(missing_ok=True)
     steps: list[dict[str, Any]] = []
+    peak = 0.0
     while len(steps) < size.steps and time.monotonic() < end:
         steps.append(training.step())
         _append(out / RUN, steps[-1])
-        if len(steps) == 2:
-            training.peak_gib()  # of what follows the first allocations
         if len(steps) % 5 == 0:
-            _write(size, out, best, micro_steps, steps, training.peak_gib(), None)
+            peak = max(peak, training.peak_gib())
+            _write(size, out, best, micro_steps, steps, peak, None)
             last = steps[-1]
             print(f"step {len(steps)}: loss {last['loss']:.3f}, {last['tokens_per_s']:,} tokens/s", flush=True)
-    peak = json.loads((out / RESULT).read_text())["peak_gib"]
+    peak = max(peak, training.peak_gib())
     training.set_dropout(0.1)
     dropped = [training.step() for _ in range(DROPOUT_STEPS)]
     result = _write(size, out, best, micro_steps, steps, peak, dropped)
