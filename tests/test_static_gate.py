@@ -167,10 +167,10 @@ def test_every_kernel_of_the_package_has_a_case():
 
 
 def test_the_command_passes_phi1s_kernels_on_one_gpu():
-    command = [sys.executable, GATE, "--all", "--arch", "sm_90", "--only", "fp16 D=2048"]
+    command = [sys.executable, GATE, "--all", "--arch", "sm_90", "--only", "layer_norm_forward fp16 D=2048"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == f"static gate, Triton {triton.__version__}: all 5 pass"
+    assert done.stdout.splitlines()[-1] == f"static gate, Triton {triton.__version__}: all 2 pass"
 
 
 @pytest.mark.parametrize(
