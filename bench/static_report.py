@@ -28,6 +28,7 @@ from phi1.bench.static_roof import print_roofs
 from phi1.bench.static_table import VERSIONS, Rows, left_over, load, report_of, row_of, save, stale
 
 Chosen = list[tuple[str, Case]]
+SHOWN_STALE = 5
 UPDATE = "`phi1 bench static --update` under each Triton version mends it"
 
 
@@ -136,7 +137,7 @@ def _check_table(chosen: Chosen, whole: bool) -> int:
     for version in VERSIONS:
         rows = load(version)
         old = {(arch, case.name) for arch, case in stale(rows, chosen)}
-        lines = [f"{name} on {arch} is stale" for arch, name in sorted(old)]
+        lines: list[str] = []
         for arch, case in chosen:
             if (arch, case.name) not in old:
                 found = complaints(case, arch, report_of(rows[arch][case.name]))
@@ -145,9 +146,12 @@ def _check_table(chosen: Chosen, whole: bool) -> int:
                   if whole]
         for line in lines:
             print(f"Triton {version}: {line}")
-        failures += len(lines)
+        failures += len(lines) + len(old)
         if old:
-            print(f"Triton {version}: {len(old)} of {len(chosen)} are stale; {UPDATE}")
+            names = [f"{name} on {arch}" for arch, name in sorted(old)]
+            more = f" and {len(names) - SHOWN_STALE} more" if len(names) > SHOWN_STALE else ""
+            print(f"Triton {version}: {len(old)} of {len(chosen)} are stale: {', '.join(names[:SHOWN_STALE])}{more}; "
+                  f"{UPDATE}")
     return failures
 
 

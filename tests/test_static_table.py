@@ -119,15 +119,15 @@ def test_a_fresh_table_passes_without_compiling(checked, monkeypatch):
 def test_a_stale_key_fails_and_says_how_to_mend_it(checked):
     code, out = checked(lambda rows: rows["sm_90"]["copy"].update(key="0" * 12))
     assert code == 1
-    assert out.count("copy on sm_90 is stale") == 2
+    assert out.count("1 of 1 are stale: copy on sm_90;") == 2
     assert "phi1 bench static --update" in out
 
 
 def test_a_version_that_is_not_in_the_table_is_stale(checked):
     code, out = checked(versions=["3.9.0"])
     assert code == 1
-    assert "Triton 3.6.0: copy on sm_90 is stale" in out
-    assert "Triton 3.9.0: copy" not in out
+    assert "Triton 3.6.0: 1 of 1 are stale: copy on sm_90" in out
+    assert "Triton 3.9.0:" not in out
 
 
 @pytest.mark.parametrize(
