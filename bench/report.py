@@ -26,7 +26,8 @@ def section(paths: list[Path], root: Path = ROOT) -> str:
 def _one(path: Path, root: Path) -> str:
     content = read(path)
     facts = content["environment"]
-    where = facts["gpu"] if facts["device"] == "cuda" else f"{facts['cpu']}, {facts['cores']} cores"
+    where = facts["gpu"] if facts["device"] == "cuda" else \
+        f"{facts['cpu']}, {facts['cores']} cores, PyTorch threads: {facts['threads']}"
     driver = f", driver {facts['driver']}" if "driver" in facts else ""
     link = path.resolve().relative_to(root)
     head = (f"{where}{driver}, torch {facts['torch']}, Triton {facts['triton']}, commit {facts['commit']}, "

@@ -20,7 +20,7 @@ Call = Callable[[int], Any]
 SPIN_CLOCK = 2e9  # cycles a second; above the boost clock of data-centre GPUs, so a spin is never too short by much
 LONGEST_SPIN = 0.1
 MAX_QUEUED = 10  # calls; a GPU's queue holds about 1,000 launches, and then the host's time shows again
-SHORTEST_SAMPLE = 2e-3  # seconds; the wall clock and a scheduler's tick are lost in that
+SHORTEST_SAMPLE = 10e-3  # seconds: a few turns of the scheduler, which other processes share with a CPU
 
 
 class Clock(Protocol):
@@ -44,7 +44,7 @@ class CpuClock:
         seconds = _seconds(call, 1)
         if seconds < SHORTEST_SAMPLE:  # a short call that was interrupted is not taken for a long one
             seconds = min(seconds, *(_seconds(call, number) for number in (2, 3, 4)))
-        self._repeats[call] = max(1, min(200, int(SHORTEST_SAMPLE / max(seconds, 1e-6))))
+        self._repeats[call] = max(1, min(2000, int(SHORTEST_SAMPLE / max(seconds, 1e-6))))
         return seconds * self._repeats[call]
 
     def sample(self, call: Call, first: int) -> list[float]:
