@@ -45,7 +45,8 @@ def main(argv: Sequence[str], make_parser: MakeParser = plain_parser) -> int:
         failures += _check_sample(chosen, options)
     if not (options.check or options.sample or options.only or options.arch):
         print_roofs()
-    outcome = f"{failures} of {len(chosen)} refused" if failures else f"all {len(chosen)} pass"
+    total = len(chosen) * (len(VERSIONS) if options.check else 1)
+    outcome = f"{failures} of {total} refused" if failures else f"all {total} pass"
     versions = " and ".join(VERSIONS) if options.check else triton.__version__
     print(f"static gate, Triton {versions}: {outcome}", flush=True)
     return _under_others(argv, options.triton, 1 if failures else 0)

@@ -113,7 +113,7 @@ def test_a_fresh_table_passes_without_compiling(checked, monkeypatch):
     monkeypatch.setattr(static_report, "compile_all", None)
     code, out = checked()
     assert code == 0
-    assert out.splitlines()[-1] == "static gate, Triton 3.9.0 and 3.6.0: all 1 pass"
+    assert out.splitlines()[-1] == "static gate, Triton 3.9.0 and 3.6.0: all 2 pass"
 
 
 def test_a_stale_key_fails_and_says_how_to_mend_it(checked):
