@@ -20,6 +20,7 @@ from phi1.kernels._attention_rows_triton import (
     LOG2E,
     first_token,
     load_rows,
+    load_statistics,
     mask_key,
     mask_scale,
     program_rows,
@@ -270,9 +271,8 @@ def add_queries(
     offs_n, offs_m = first_key + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     for m in range(first, last, BLOCK_M):
         # Rows past the end give nothing: q and dout are 0 there, lse is infinite and so their probabilities are 0.
-        mask_m = m + offs_m < n_queries
-        lse = tl.load(lse_ptr + m + offs_m, mask=mask_m, other=float("inf")) * LOG2E
-        delta = tl.load(delta_ptr + m + offs_m, mask=mask_m, other=0.0)
+        lse = load_statistics(lse_ptr, m, n_queries, float("inf"), BLOCK_M) * LOG2E
+        delta = load_statistics(delta_ptr, m, n_queries, 0.0, BLOCK_M)
         q = load_rows(q_ptr, m, 0, n_queries, stride_q_t, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         if ROTATE_Q:
             q = rotate(q, cos_ptr, sin_ptr, positions_ptr, m, n_queries, n_positions, 1, HALF).to(q.dtype)
