@@ -71,9 +71,6 @@ class Task:
     tiles: tuple[Tile, ...]
     """The table's own tile first."""
 
-    def __str__(self) -> str:
-        return _name(self.lookup)
-
 
 class Tuner:
     """Tries tiles.
@@ -91,22 +88,28 @@ class Tuner:
         self.device, self.store, self.timer, self.deadline, self.say = device, store, timer, deadline, say
         self.versions = f"torch {torch.__version__} triton {importlib.import_module('triton').__version__}"
 
-    def tasks(self, cases: Sequence[Case]) -> list[Task]:
-        """Every lookup that the cases make, once, with more than one tile to choose from."""
+    def tasks(self, cases: Sequence[Case], look: Callable[[Case], list[Lookup]] | None = None) -> list[Task]:
+        """Every lookup that the cases make, once, with more than one tile to choose from.
+
+        Args:
+            cases: the most important first.
+            look: finds a case's lookups; by default the case runs.
+        """
         found: dict[Lookup, Task] = {}
         for case in cases:
-            call = bind(case, case.providers[0].prepare(case, self.device), [self._inputs(case)])
-            with _tuned.recorded() as lookups:
-                call(0)
-            for lookup in lookups:
+            for lookup in (look or self._lookups)(case):
                 row = _tuned.first_fit(lookup.op, lookup.kernel, "", _tuned.architecture(self.device), lookup.shape)
                 own = row["tile"]
                 tiles = [own, *(tile for tile in candidates_of(lookup) if tile != own)]
                 if len(tiles) > 1 and lookup not in found:
                     found[lookup] = Task(case, lookup, row, tuple(tiles))
-            del call
-            release(self.device)
         return list(found.values())
+
+    def _lookups(self, case: Case) -> list[Lookup]:
+        call = bind(case, case.providers[0].prepare(case, self.device), [self._inputs(case)])
+        with _tuned.recorded() as lookups:
+            call(0)
+        return lookups
 
     def run(self, tasks: Sequence[Task]) -> bool:
         """Search; returns whether all tasks were finished before the deadline."""
@@ -147,14 +150,14 @@ class Tuner:
         """Write the winner of what was tried, if the table's own tile is among it."""
         own = next((ms for ms, tile in timed if tile == task.tiles[0]), None)
         if own is None:
-            self.say(f"{task}: the table's own tile was not timed, nothing is written")
+            self.say(f"{_name(task.lookup)}: the table's own tile was not timed, nothing is written")
             return
         ms, best = min(timed, key=lambda item: item[0])
         if ms > WORTH * own:
             ms, best = own, task.tiles[0]
         self.store.write_winner(task.lookup, when_of(task.lookup, task.row), best)
         left = f", {len(task.tiles) - finished} not tried" if finished < len(task.tiles) else ""
-        self.say(f"{task}: {dict(best)} {ms:.4g} ms, the table's {own:.4g} ms ({own / ms:.2f}x); "
+        self.say(f"{_name(task.lookup)}: {dict(best)} {ms:.4g} ms, the table's {own:.4g} ms ({own / ms:.2f}x); "
                  f"{finished} tiles, {failed} of them failed{left}")
 
     def _inputs(self, case: Case) -> Inputs:
@@ -190,8 +193,7 @@ def cuda_timer(call: Call) -> float:
 
 
 def chosen_cases(kind: str, ops: Sequence[str], dtype: str) -> list[Case]:
-    """The registry's cases that are tuned, the short selection first. The backward of an operation that is not timed by
-    itself is tuned together with its forward."""
+    """The cases that are tuned, the short selection first; a backward that is not timed by itself with its forward."""
     cases = [case for case in select(kind, ops, ("kernel", "block")) if case.dtype == dtype]
     alone = {(case.op, str(case.shape)) for case in cases if case.direction == "backward"}
     tuned = [case for case in cases if case.direction in DIRECTIONS
@@ -199,12 +201,12 @@ def chosen_cases(kind: str, ops: Sequence[str], dtype: str) -> list[Case]:
     return sorted(tuned, key=lambda case: not case.quick)
 
 
-def lookups_on_paper(case: Case) -> list[Lookup]:
-    """What a case would look up on a GPU, found without one: on tensors without values."""
+def lookups_on_paper(case: Case, arch: str) -> list[Lookup]:
+    """What a case would look up on a GPU, found on tensors without values: nothing is compiled for it."""
     from phi1.bench.op_count import counting
 
     device = torch.device("meta")
-    with counting(), _tuned.recorded() as lookups:
+    with counting(arch), _tuned.recorded() as lookups:
         inputs = check.leaves_of(case, case.inputs(device, torch.Generator()))
         outputs = check.as_tuple(case.providers[0].prepare(case, device)(inputs))
         if case.direction in check.GRADIENTS:
@@ -227,9 +229,8 @@ def _compile_ahead(options: argparse.Namespace, seconds: float) -> None:
             worker.kill()
 
 
-def _compile_share(options: argparse.Namespace, tuner: Tuner) -> int:
+def _compile_share(options: argparse.Namespace, tuner: Tuner, tasks: Sequence[Task]) -> int:
     share, of = map(int, options.compile_share.split("/"))
-    tasks = tuner.tasks(chosen_cases(tuner.device.type, options.op, options.dtype))
     trials = [(task, tile) for task in tasks for tile in task.tiles]
     for task, tile in trials[share::of]:
         if time.monotonic() > tuner.deadline:
@@ -239,7 +240,7 @@ def _compile_share(options: argparse.Namespace, tuner: Tuner) -> int:
                 function = task.case.providers[0].prepare(task.case, tuner.device)
                 bind(task.case, function, [tuner._inputs(task.case)])(0)
             except Exception as error:  # the search meets it again and notes it
-                print(f"{task}: {one_line(error)}")
+                print(f"{_name(task.lookup)}: {one_line(error)}")
     return 0
 
 
@@ -262,7 +263,7 @@ def _parse(argv: Sequence[str], make_parser: MakeParser) -> argparse.Namespace:
 def _dry_run(options: argparse.Namespace) -> int:
     found: dict[Lookup, str] = {}
     for case in chosen_cases("cuda", options.op, options.dtype):
-        for lookup in lookups_on_paper(case):
+        for lookup in lookups_on_paper(case, "sm_90"):
             found.setdefault(lookup, case.name)
     tiles = {lookup: len(candidates_of(lookup)) for lookup in found}
     for lookup, case in found.items():
@@ -283,11 +284,12 @@ def main(argv: Sequence[str], make_parser: MakeParser = plain_parser) -> int:
     gpu = torch.cuda.get_device_name()
     tuner = Tuner(device, Store(options.out, gpu), cuda_timer, start + 60 * options.minutes,
                   lambda line: print(line, flush=True))
+    arch = _tuned.architecture(device)
+    tasks = tuner.tasks(chosen_cases("cuda", options.op, options.dtype), lambda case: lookups_on_paper(case, arch))
     if options.compile_share:
-        return _compile_share(options, tuner)
+        return _compile_share(options, tuner, tasks)
     if options.compilers:
         _compile_ahead(options, COMPILE_SHARE * 60 * options.minutes)
-    tasks = tuner.tasks(chosen_cases("cuda", options.op, options.dtype))
     done = tuner.run(tasks)
     print(f"phi1 tune: {gpu}, {len(tasks)} kernels and shapes, {'all tried' if done else 'time is up'}; "
           f"{tuner.store.table}" + ("" if done else "; the same command goes on"), flush=True)
