@@ -1,8 +1,9 @@
-"""Compile cases of the parallel block's projections: phi-1's sizes in 16 bits, and smaller ones for the other tiles."""
+"""Compile cases of the parallel block's projections, at phi-1's sizes and at small ones, and of its bias sums."""
 
 from __future__ import annotations
 
 from phi1.bench.static_case import Case
+from phi1.kernels import _bias_sums_triton as bias_sums
 from phi1.kernels import _projections_triton as projections
 from phi1.kernels._tuned import tile_for
 
@@ -22,6 +23,7 @@ def cases(arch: str) -> list[Case]:
         *((kernel, "fp16", 512, SMALL) for kernel in ("in_proj", "out_proj")),
     ]
     found = {case.name: case for choice in picked for case in _case(arch, *choice)}
+    found |= {case.name: case for dtype in ("fp16", "bf16", "fp32") for case in _bias_cases(dtype)}
     if arch in ANY:
         found |= {case.name: case for kernel in ("in_proj", "out_proj") for dtype in ("fp16", "fp32")
                   for case in _case(arch, kernel, dtype, 16384, PHI1, table="any")}
@@ -57,3 +59,22 @@ def _case(arch: str, kernel: str, dtype: str, rows: int, size: Size, table: str 
         # Four columns a thread on AMD, and the compiler stores the 16-bit values of this tile from there.
         narrow_stores=8 if arch == "gfx942" and table else 0,
     )]
+
+
+def _bias_cases(dtype: str) -> list[Case]:
+    width, inner = PHI1[:2]
+    partials = dict.fromkeys(("dqkv_partial_ptr", "dpre_partial_ptr", "dense_partial_ptr", "fc2_partial_ptr"), "*fp32")
+    counts = dict.fromkeys(("n_dqkv", "n_dpre", "n_dense", "n_fc2"), "i32")
+    inputs = {"dqkv_ptr": f"*{dtype}", "dqkv_partial_ptr": "*fp32", "n_rows": "i32", "n_partials": "i32"}
+    tile: dict[str, int | None] = {"WIDTH": width, "stride_dqkv_n": 3 * width + inner, "ROWS": bias_sums.ROWS, "COLS": bias_sums.COLS}
+    with_dy = {"dy_ptr": f"*{dtype}", "dy_partial_ptr": "*fp32"}
+    # A row of partial sums or of sums is less than 16 bytes for each thread.
+    return [
+        Case(f"bias_partials {dtype} dy", bias_sums.bias_partials_kernel, inputs | with_dy, tile, narrow_stores=2),
+        Case(f"bias_partials {dtype}", bias_sums.bias_partials_kernel, inputs, tile | dict.fromkeys(with_dy),
+             narrow_stores=2),
+        Case(f"bias_sums {dtype}", bias_sums.bias_sums_kernel,
+             partials | counts | {"in_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"},
+             {"WIDTH": width, "INNER": inner, "BLOCK_P": bias_sums.SUM_BLOCK_P, "BLOCK_F": bias_sums.SUM_BLOCK_F},
+             narrow_stores=4),
+    ]

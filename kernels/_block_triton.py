@@ -17,10 +17,11 @@ import torch
 
 from phi1.kernels._attention_triton import launch_backward as launch_attention_backward
 from phi1.kernels._attention_triton import launch_forward as launch_attention
-from phi1.kernels._epilogue_triton import launch_backward as launch_epilogue_backward
+from phi1.kernels._bias_sums_triton import launch_bias_partials, launch_bias_sums
+from phi1.kernels._epilogue_triton import launch_backward_partial
 from phi1.kernels._epilogue_triton import launch_forward as launch_epilogue
 from phi1.kernels._linear_triton import launch_forward as launch_linear
-from phi1.kernels._mlp_triton import launch_dgelu
+from phi1.kernels._mlp_triton import launch_dgelu_partial
 from phi1.kernels._philox import Dropout
 from phi1.kernels._projections_triton import in_proj_tile, launch_in_proj, launch_out_proj
 
@@ -56,20 +57,20 @@ def launch_backward(
     dense_weight, fc2_weight = out_weight[:, :width], out_weight[:, width:]
     dproj = h.new_empty((h.shape[0], in_weight.shape[0]))
     dqkv, dpre = dproj[:, : 3 * width], dproj[:, 3 * width :]
-    dense_dy, dense_db = _dropped(dy, layout.dense_dropout)
-    fc2_dy, fc2_db = _dropped(dy, layout.fc2_dropout) if layout.drops else (dense_dy, dense_db)
+    dense_dy, dense_sums = _dropped(dy, layout.dense_dropout) if layout.drops else (dy, None)
+    fc2_dy, fc2_sums = _dropped(dy, layout.fc2_dropout) if layout.drops else (dy, None)
 
-    fc1_db = launch_dgelu(fc2_dy, fc2_weight, pre, dpre, act)
+    dpre_sums = launch_dgelu_partial(fc2_dy, fc2_weight, pre, dpre, act)
     q, k, v = layout.by_sample(qkv)
     launch_attention_backward(torch.mm(dense_dy, dense_weight).view(q.shape), q, k, v, att.view(q.shape), lse,
                               layout.by_sample(dqkv), layout.scheme, layout.cu_seqlens)
-    qkv_db = launch_epilogue_backward(dqkv, None, None, bias=True)
-    assert qkv_db is not None
+    dqkv_sums, *dy_sums = launch_bias_partials(dqkv, None if layout.drops else dy)
+    branch_sums = dy_sums * 2 if dense_sums is None or fc2_sums is None else (dense_sums, fc2_sums)
+    db_in, db_out = launch_bias_sums(dqkv_sums, dpre_sums, branch_sums, h)
     dw_out = torch.empty_like(out_weight, memory_format=torch.contiguous_format)
     torch.mm(dense_dy.t(), att, out=dw_out[:, :width])
     torch.mm(fc2_dy.t(), act, out=dw_out[:, width:])
-    return (torch.mm(dproj, in_weight), torch.mm(dproj.t(), h), torch.cat((qkv_db, fc1_db)), dw_out,
-            torch.stack((dense_db, fc2_db)))
+    return torch.mm(dproj, in_weight), torch.mm(dproj.t(), h), db_in, dw_out, db_out
 
 
 def _project(
@@ -100,11 +101,11 @@ def _rotated(layout: Layout) -> Layout:
 
 
 def _dropped(dy: torch.Tensor, dropout: Dropout | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dy [N, D] as it reaches a branch, its sum over rows [D])."""
+    """(dy [N, D] as it reaches a branch, partial sums over its rows [P, D])."""
     dropped = dy if dropout is None else torch.empty_like(dy)
-    db = launch_epilogue_backward(dy, None, dropout, dpre=None if dropout is None else dropped, bias=True)
-    assert db is not None
-    return dropped, db
+    sums = launch_backward_partial(dy, None, dropout, dpre=None if dropout is None else dropped)
+    assert sums is not None
+    return dropped, sums
 
 
 def _refuse_packed_dropout(layout: Layout) -> None:

@@ -175,9 +175,20 @@ def launch_backward(
 
     The columns of dpre and act lie next to each other. pre is None without gelu_new.
     """
-    n_rows, n_cols = dout.shape
-    mask = mask_arguments(dropout, n_rows)
-    db = dout.new_empty(n_cols) if bias else None
+    partial = launch_backward_partial(dout, pre, dropout, dpre=dpre, act=act, bias=bias)
+    if partial is None:
+        return None
+    db = dout.new_empty(dout.shape[1])
+    column_sum(partial, db)
+    return db
+
+
+def launch_backward_partial(
+    dout: torch.Tensor, pre: torch.Tensor | None, dropout: Dropout | None, *, dpre: torch.Tensor | None = None,
+    act: torch.Tensor | None = None, bias: bool = True,
+) -> torch.Tensor | None:
+    """`launch_backward`, with db as partial sums [P, F] float32."""
+    mask = mask_arguments(dropout, dout.shape[0])
     dout, pre, dpre, act = _rows(mask["rng_ptr"] is None and not bias, _readable(dout), _readable(pre), dpre, act)
     n_rows, n_cols = dout.shape
     t = tile("epilogue", "backward", dout.device, rows=n_rows, dropout=mask["rng_ptr"] is not None)
@@ -191,9 +202,7 @@ def launch_backward(
             stride_act_n=_stride(act), **mask, ROWS=t["rows"], COLS=t["cols"], num_warps=t["num_warps"],
             enable_fp_fusion=True,
         )
-    if partial is not None and db is not None:
-        column_sum(partial, db)
-    return db
+    return partial
 
 
 def column_sum(partial: torch.Tensor, out: torch.Tensor) -> None:

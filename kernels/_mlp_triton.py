@@ -17,8 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from phi1.kernels._epilogue_triton import column_sum
-from phi1.kernels._epilogue_triton import launch_backward as launch_epilogue_backward
+from phi1.kernels._epilogue_triton import column_sum, launch_backward_partial
 from phi1.kernels._gelu_triton import gelu_new_and_slope
 from phi1.kernels._gemm_triton import add_product, column_halves, grouped_tile, one_unit_stride, wrapped
 from phi1.kernels._tuned import tile
@@ -114,13 +113,22 @@ def launch_dgelu(
 
     The columns of pre, dpre and act lie next to each other.
     """
+    db = pre.new_empty(pre.shape[1])
+    column_sum(launch_dgelu_partial(dout, weight, pre, dpre, act), db)
+    return db
+
+
+def launch_dgelu_partial(
+    dout: torch.Tensor, weight: torch.Tensor, pre: torch.Tensor, dpre: torch.Tensor, act: torch.Tensor
+) -> torch.Tensor:
+    """`launch_dgelu`, with db1 as partial sums [P, F] float32."""
     n_rows, n_cols = pre.shape
     t = tile("mlp", "dgelu", pre.device, dtype=str(pre.dtype).removeprefix("torch."), rows=n_rows, width=dout.shape[1],
              inner=n_cols)
     if "cublas" in t:
-        db = launch_epilogue_backward(torch.mm(dout, weight), pre, None, dpre=dpre, act=act, bias=True)
-        assert db is not None
-        return db
+        partial = launch_backward_partial(torch.mm(dout, weight), pre, None, dpre=dpre, act=act)
+        assert partial is not None
+        return partial
     dout, weight = one_unit_stride(dout), one_unit_stride(weight)
     tiles_m = triton.cdiv(n_rows, t["block_m"])
     partial = pre.new_empty((tiles_m, n_cols), dtype=torch.float32)
@@ -133,6 +141,4 @@ def launch_dgelu(
             GROUP_M=t["group_m"], EVEN_K=dout.shape[1] % t["block_k"] == 0, num_warps=t["num_warps"],
             num_stages=t["num_stages"], enable_fp_fusion=True,
         )
-    db = pre.new_empty(n_cols)
-    column_sum(partial, db)
-    return db
+    return partial

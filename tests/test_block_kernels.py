@@ -206,8 +206,8 @@ def test_the_kernels_ran_and_not_pytorch(monkeypatch):
     from phi1.kernels import _block_triton
 
     launched = []
-    names = ("launch_in_proj", "launch_attention", "launch_out_proj", "launch_linear", "launch_dgelu",
-             "launch_attention_backward")
+    names = ("launch_in_proj", "launch_attention", "launch_out_proj", "launch_linear",
+             "launch_dgelu_partial", "launch_attention_backward", "launch_bias_partials", "launch_bias_sums")
     for name in names:
         launch = getattr(_block_triton, name)
         monkeypatch.setattr(_block_triton, name,
