@@ -12,7 +12,7 @@ import torch
 from phi1.bench import check
 from phi1.bench.case import Case, Provider
 from phi1.bench.cases import select
-from phi1.bench.providers import installed_version
+from phi1.bench.providers import installed_version, settings_for
 from phi1.bench.runner import bind, release
 
 KIND = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,6 +33,11 @@ def test_case(benchmark, case: Case, provider: Provider) -> None:
     if provider.package not in ("torch", "phi1") and installed_version(provider.package) is None:
         pytest.skip(f"{provider.package} is not installed")
     benchmark.group = case.name
+    with settings_for(case):
+        measure(benchmark, case, provider)
+
+
+def measure(benchmark, case: Case, provider: Provider) -> None:
     device = torch.device(KIND)
     copies = [case.inputs(device, torch.Generator(device).manual_seed(1000 + seed)) for seed in range(2)]
     torch._dynamo.reset()  # or what earlier cases compiled counts against torch's limit of recompiles

@@ -7,6 +7,7 @@ copy them into its own buffers, which is no part of the work.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,18 @@ def _compile(function: Function, **options: Any) -> Function:
     import torch
 
     return torch.compile(function, dynamic=False, **options)
+
+
+def settings_for(case: Case) -> contextlib.AbstractContextManager[Any]:
+    """PyTorch's settings while a case is prepared and timed.
+
+    A backward alone is timed on a graph that is kept, whose saved tensors a compiled backward may not reuse as buffers.
+    """
+    if case.direction != "backward":
+        return contextlib.nullcontext()
+    import torch._functorch.config
+
+    return torch._functorch.config.patch(donated_buffer=False)
 
 
 def peer(name: str, package: str, load: Callable[[Case], Function], devices: tuple[str, ...] = ("cuda",),

@@ -107,7 +107,7 @@ def _other_attention(wrap: Callable[[Attend], Function], causal: bool, p: float,
     found = [peer("flash-attn", "flash-attn", lambda case: wrap(flash_attn(causal, p)), **same)]
     if not p:  # the others have no dropout
         found += [Provider("flex", lambda case, device: wrap(flex(case, device, causal, case.shape["T"])),
-                           by_default=("cuda",)),
+                           by_default=("cuda",), slow=True),
                   peer("flash-attn-4", "flash-attn-4", lambda case: wrap(flash_attn_4(causal)))]
     return found
 
@@ -168,7 +168,7 @@ def _document_peers(lengths: list[int]) -> tuple[Provider, ...]:
 
         return run
 
-    return (plain("torch", one_by_one), Provider("flex", masked, by_default=("cuda",)),
+    return (plain("torch", one_by_one), Provider("flex", masked, by_default=("cuda",), slow=True),
             peer("flash-attn", "flash-attn", variable), peer("flash-attn-4", "flash-attn-4", variable_4))
 
 

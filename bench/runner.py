@@ -18,7 +18,7 @@ import torch
 
 from phi1.bench import check
 from phi1.bench.case import Case, Function, Inputs, Provider
-from phi1.bench.providers import VERSIONS, installed_version
+from phi1.bench.providers import VERSIONS, installed_version, settings_for
 from phi1.bench.roof import Probes, Roof, measure
 from phi1.bench.timing import Call, CudaClock, cache_bytes, clock_for, quantile, spread
 
@@ -81,6 +81,10 @@ class Runner:
 
     def run(self, case: Case) -> dict[str, Any]:
         """Measure a case; the record for the results file."""
+        with settings_for(case):
+            return self._run(case)
+
+    def _run(self, case: Case) -> dict[str, Any]:
         if "torch._dynamo" in sys.modules:  # its import takes seconds, and is not needed without torch.compile
             torch._dynamo.reset()  # or what earlier cases compiled counts against torch's limit of recompiles
         copies = self._inputs(case)

@@ -122,6 +122,16 @@ def test_the_selection_of_peers():
     assert list(run(case, peers=["torch"])[1]) == ["phi1", "torch"]
 
 
+@pytest.mark.slow  # torch.compile calls the C++ compiler
+def test_a_compiled_backward_is_timed_on_a_graph_that_is_kept():
+    def square(inputs):  # its backward has a buffer to reuse
+        return torch.nn.functional.silu(inputs["x"]).square()
+
+    _, entries = run(make(*compiled(square), function=square, reference=square, direction="backward"),
+                     peers=["compile"])
+    assert entries["compile"]["status"] == "ok", entries["compile"]["reason"]
+
+
 def test_random_numbers_of_ones_own_are_not_compared():
     _, entries = run(make(plain("torch", lambda inputs: torch.rand(64), comparable=False)))
     assert entries["torch"]["status"] == "ok"
