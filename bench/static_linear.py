@@ -25,6 +25,8 @@ def cases(arch: str) -> list[Case]:
         _linear_case(arch, "fp16", N, 2080, F, GELU),  # inputs that no block divides
         *(_dgelu_case(arch, dtype) for dtype in ("fp16", "bf16")),
     ]
+    if arch in ("sm_90", "sm_100"):  # operands that TMA cannot take
+        found += [_linear_case(arch, "fp16", N, F, D, DROPOUT, tma=False), _dgelu_case(arch, "fp16", tma=False)]
     if arch in ANY:
         found += [_linear_case(arch, dtype, N, k, m, epilogue, table="any") for dtype in ("fp16", "fp32")
                   for k, m, epilogue in ((D, F, GELU), (F, D, DROPOUT))]
@@ -33,48 +35,63 @@ def cases(arch: str) -> list[Case]:
 
 
 def _linear_case(
-    arch: str, dtype: str, n_rows: int, inputs: int, outputs: int, epilogue: tuple[str, ...], table: str = ""
+    arch: str, dtype: str, n_rows: int, inputs: int, outputs: int, epilogue: tuple[str, ...], table: str = "",
+    tma: bool = True,
 ) -> Case:
     t = tile_for("linear", "forward", table or arch, dtype=TRITON_NAMES[dtype], rows=n_rows, outputs=outputs,
                  inputs=inputs, gelu="pre" in epilogue, dropout="dropout" in epilogue)
+    t = t | {"tma": t["tma"] and tma}
     optional = {"bias_ptr": f"*{dtype}", "residual_ptr": f"*{dtype}", "pre_ptr": f"*{dtype}"}
     given = {name: kind for name, kind in optional.items() if name.removesuffix("_ptr") in epilogue}
     masks = {"rng_ptr": "*i64", "sample_ids_ptr": "*i64"}
+    x_type, weight_type = (_operand(t, dtype, t[block], t["block_k"]) for block in ("block_m", "block_n"))
     given |= masks if "dropout" in epilogue else {}
     return Case(
-        name=f"linear {dtype} N={n_rows} K={inputs} M={outputs} {'+'.join(epilogue)}{' any' if table else ''}",
+        name=f"linear {dtype} N={n_rows} K={inputs} M={outputs} {'+'.join(epilogue)}{_suffix(t, table)}",
         kernel=linear.linear_forward_kernel,
-        types={"x_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "n_rows": "i32",
+        types={"x_ptr": x_type, "weight_ptr": weight_type, "out_ptr": f"*{dtype}", "n_rows": "i32",
                "rows_per_sample": "i32", "stream": "i32", "threshold": "i32", "scale": "fp32"} | given,
         constexprs={name: None for name in optional | masks if name not in given}
         | {"n_outputs": outputs, "n_inputs": inputs, "stride_x_n": inputs, "stride_x_k": 1, "stride_weight_m": inputs,
            "stride_weight_k": 1, "stride_residual_n": outputs, "EVEN_K": inputs % t["block_k"] == 0,
-           "HALVES": t["halves"]} | _blocks(t),
+           "PARTS": t["parts"], "TMA": t["tma"]} | _blocks(t),
         num_warps=t["num_warps"],
         num_stages=t["num_stages"],
         tensor_core=dtype != "fp32",
         # The bias falls to threads two columns at a time, as the accumulator does; and seed, step and sample ids.
-        narrow_loads=40 if "dropout" in epilogue else 32,
+        narrow_loads=48 if "dropout" in epilogue else 32,
         # AMD's accumulator has four columns a thread, and the compiler stores 16-bit values from there.
         narrow_stores=32 if arch == "gfx942" else 0,
     )
 
 
-def _dgelu_case(arch: str, dtype: str, table: str = "") -> Case:
+def _dgelu_case(arch: str, dtype: str, table: str = "", tma: bool = True) -> Case:
     t = tile_for("mlp", "dgelu", table or arch, dtype=TRITON_NAMES[dtype], rows=N, width=D, inner=F)
-    pointers = dict.fromkeys(("dout_ptr", "weight_ptr", "pre_ptr", "dpre_ptr", "act_ptr"), f"*{dtype}")
+    t = t | {"tma": t["tma"] and tma}
+    pointers = dict.fromkeys(("pre_ptr", "dpre_ptr", "act_ptr"), f"*{dtype}") | {
+        "dout_ptr": _operand(t, dtype, t["block_m"], t["block_k"]),
+        "weight_ptr": _operand(t, dtype, t["block_k"], t["block_n"]),
+    }
     return Case(
-        name=f"dgelu {dtype} N={N} D={D} F={F}{' any' if table else ''}",
+        name=f"dgelu {dtype} N={N} D={D} F={F}{_suffix(t, table)}",
         kernel=mlp.dgelu_kernel,
         types=pointers | {"db_partial_ptr": "*fp32", "n_rows": "i32"},
         constexprs={"n_cols": F, "n_inner": D, "stride_dout_n": D, "stride_dout_d": 1, "stride_weight_d": F,
                     "stride_weight_f": 1, "stride_pre_n": F, "stride_dpre_n": F, "stride_act_n": F,
-                    "EVEN_K": D % t["block_k"] == 0} | _blocks(t),
+                    "EVEN_K": D % t["block_k"] == 0, "TMA": t["tma"]} | _blocks(t),
         num_warps=t["num_warps"],
         num_stages=t["num_stages"],
         tensor_core=dtype != "fp32",
         narrow_stores=8 if arch != "gfx942" else 32,  # a tile's partial sums, one a column
     )
+
+
+def _suffix(t: dict[str, int], table: str) -> str:
+    return (" any" if table else "") + (" tma" if t["tma"] else "")
+
+
+def _operand(t: dict[str, int], dtype: str, rows: int, columns: int) -> str:
+    return f"tensordesc<{dtype}[{rows}, {columns}]>" if t["tma"] else f"*{dtype}"
 
 
 def _blocks(t: dict[str, int]) -> dict[str, int]:

@@ -102,3 +102,14 @@ def column_halves(
 def one_unit_stride(x: torch.Tensor) -> torch.Tensor:
     """An operand, copied where neither its rows nor its columns have elements next to each other."""
     return x if 1 in x.stride() else x.contiguous()
+
+
+def check_rows(op: str, block_m: int, *matrices: torch.Tensor | None) -> None:
+    """Raise where offsets inside a tile of block_m rows would pass 32 bits, which the epilogues count them in.
+
+    64 bits take up to 70 registers a thread more, and the accumulators spill.
+    """
+    for x in matrices:
+        if x is not None and x.stride(0) * block_m >= 2**31:
+            raise NotImplementedError(f"{op}: a row may be at most {2**31 // block_m - 1} elements from the next; "
+                                      f"got strides {x.stride()}")

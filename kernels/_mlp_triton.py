@@ -19,24 +19,34 @@ import triton.language as tl
 
 from phi1.kernels._epilogue_triton import column_sum, launch_backward_partial
 from phi1.kernels._gelu_triton import gelu_new_and_slope
-from phi1.kernels._gemm_triton import add_product, column_halves, grouped_tile, one_unit_stride, wrapped
+from phi1.kernels._gemm_triton import (
+    add_product,
+    check_rows,
+    column_halves,
+    grouped_tile,
+    one_unit_stride,
+    wrapped,
+)
+from phi1.kernels._tma_triton import add_described_product_by_rows, describable, operand
 from phi1.kernels._tuned import tile
 
 CANDIDATES = {
     "dgelu": [
         {"cublas": 1},
-        *({"block_m": m, "block_n": n, "block_k": k, "group_m": 8, "num_warps": warps, "num_stages": stages}
-          for m, n, k, warps, stages in ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3),
-                                         (128, 256, 32, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 4),
-                                         (128, 128, 32, 4, 4), (64, 128, 64, 4, 4))),
+        *({"block_m": m, "block_n": n, "block_k": k, "group_m": 8, "tma": tma, "num_warps": warps,
+           "num_stages": stages}
+          for m, n, k, tma, warps, stages in (
+              (128, 256, 64, 1, 8, 3), (128, 256, 64, 1, 8, 4), (256, 128, 64, 1, 8, 3), (128, 128, 64, 1, 8, 4),
+              (128, 256, 64, 0, 8, 3), (256, 128, 32, 0, 8, 4), (128, 128, 64, 0, 8, 3), (128, 128, 64, 0, 4, 4),
+              (128, 128, 32, 0, 4, 4), (64, 128, 64, 0, 4, 4))),
     ]
 }
 
 
 @triton.jit
 def dgelu_kernel(
-    dout_ptr,  # [N, D]
-    weight_ptr,  # [D, F]
+    dout_ptr,  # [N, D], or its descriptor where TMA
+    weight_ptr,  # [D, F], or its descriptor
     pre_ptr,  # [N, F]
     dpre_ptr,  # [N, F]
     act_ptr,  # [N, F]
@@ -56,12 +66,18 @@ def dgelu_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """One program per tile [BLOCK_M, BLOCK_N] of dpre."""
     pid_m, pid_n = grouped_tile(tl.program_id(0), n_rows, n_cols, BLOCK_M, BLOCK_N, GROUP_M)
     dact = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    dact = add_product(dact, dout_ptr, weight_ptr, wrapped(pid_m, BLOCK_M, n_rows), wrapped(pid_n, BLOCK_N, n_cols),
-                       n_inner, stride_dout_n, stride_dout_d, stride_weight_f, stride_weight_d, BLOCK_K, EVEN_K)
+    if TMA:
+        dact = add_described_product_by_rows(dact, dout_ptr, weight_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, n_inner,
+                                             BLOCK_K)
+    else:
+        dact = add_product(dact, dout_ptr, weight_ptr, wrapped(pid_m, BLOCK_M, n_rows),
+                           wrapped(pid_n, BLOCK_N, n_cols), n_inner, stride_dout_n, stride_dout_d, stride_weight_f,
+                           stride_weight_d, BLOCK_K, EVEN_K)
     left, right = column_halves(dact, BLOCK_M, BLOCK_N)
     QUARTER: tl.constexpr = BLOCK_N // 4
     for half in tl.static_range(2):
@@ -132,13 +148,16 @@ def launch_dgelu_partial(
     dout, weight = one_unit_stride(dout), one_unit_stride(weight)
     tiles_m = triton.cdiv(n_rows, t["block_m"])
     partial = pre.new_empty((tiles_m, n_cols), dtype=torch.float32)
+    check_rows("mlp", t["block_m"], pre, dpre, act)
+    tma = describable(t, dout, weight)
     if pre.numel():
         dgelu_kernel[(tiles_m * triton.cdiv(n_cols, t["block_n"]),)](
-            dout, weight, pre, dpre, act, partial, n_rows=n_rows, n_cols=n_cols, n_inner=dout.shape[1],
+            operand(dout, t, "block_m", tma), operand(weight, t, "block_k", tma, "block_n"), pre, dpre, act, partial,
+            n_rows=n_rows, n_cols=n_cols, n_inner=dout.shape[1],
             stride_dout_n=dout.stride(0), stride_dout_d=dout.stride(1), stride_weight_d=weight.stride(0),
             stride_weight_f=weight.stride(1), stride_pre_n=pre.stride(0), stride_dpre_n=dpre.stride(0),
             stride_act_n=act.stride(0), BLOCK_M=t["block_m"], BLOCK_N=t["block_n"], BLOCK_K=t["block_k"],
-            GROUP_M=t["group_m"], EVEN_K=dout.shape[1] % t["block_k"] == 0, num_warps=t["num_warps"],
+            GROUP_M=t["group_m"], EVEN_K=dout.shape[1] % t["block_k"] == 0, TMA=tma, num_warps=t["num_warps"],
             num_stages=t["num_stages"], enable_fp_fusion=True,
         )
     return partial

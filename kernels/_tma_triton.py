@@ -31,11 +31,32 @@ def add_described_product(
     return acc
 
 
+@triton.jit
+def add_described_product_by_rows(
+    acc,  # [BLOCK_M, BLOCK_N] float32
+    a_desc,  # [M, K]
+    b_desc,  # [K, N]
+    first_row,
+    first_col,
+    n_inner,
+    BLOCK_K: tl.constexpr,
+):
+    """acc + A B for one tile, by TMA: what lies outside of A or B is 0."""
+    for first in range(0, n_inner, BLOCK_K):
+        acc = tl.dot(a_desc.load([first_row, first]), b_desc.load([first, first_col]), acc, input_precision="ieee")
+    return acc
+
+
 def describable(t: dict[str, int], *operands: torch.Tensor) -> bool:
-    """Whether a tile is for TMA, and operands are as it wants them: memory and rows start at multiples of 16 bytes."""
-    return bool(t["tma"]) and all(x.stride(0) * x.dtype.itemsize % 16 == 0 and x.data_ptr() % 16 == 0 for x in operands)
+    """Whether a tile is for TMA, and operands are as it wants them: dense rows that start at multiples of 16 bytes."""
+    return bool(t["tma"]) and all(
+        x.numel() > 0 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+        and x.stride(0) * x.dtype.itemsize % 16 == 0 and x.data_ptr() % 16 == 0 for x in operands
+    )
 
 
-def operand(x: torch.Tensor, t: dict[str, int], block: str, tma: bool) -> torch.Tensor | TensorDescriptor:
-    """x [M, K] as a kernel takes it that reads blocks [t[block], t["block_k"]]."""
-    return TensorDescriptor.from_tensor(x, [t[block], t["block_k"]]) if tma else x
+def operand(
+    x: torch.Tensor, t: dict[str, int], block: str, tma: bool, columns: str = "block_k"
+) -> torch.Tensor | TensorDescriptor:
+    """x as a kernel takes it that reads blocks [t[block], t[columns]]."""
+    return TensorDescriptor.from_tensor(x, [t[block], t[columns]]) if tma else x

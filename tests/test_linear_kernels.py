@@ -16,9 +16,9 @@ if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
 DTYPES = testing.DTYPES if DEVICE == "cuda" else testing.DTYPES[:2]
-# Small tiles, so that a few rows are several groups of tiles. With halves of the columns, and without.
-TILES = [{"block_m": 16, "block_n": n, "block_k": 16, "group_m": 2, "halves": halves, "num_warps": 4, "num_stages": 2}
-         for n, halves in ((64, 1), (128, 2))]
+# Small tiles, so that a few rows are several groups of tiles. The columns whole, in halves, by TMA, in quarters.
+TILES = [{"block_m": 16, "block_n": n, "block_k": 16, "group_m": 2, "parts": parts, "tma": tma, "num_warps": 4,
+          "num_stages": 2} for n, parts, tma in ((64, 1, 0), (128, 2, 0), (128, 2, 1), (256, 4, 0))]
 SHAPES = [  # N, K, M
     (1, 1, 1),  # the smallest
     (17, 33, 65),  # one over the blocks of rows, twice the inputs, the columns
@@ -55,8 +55,17 @@ def assert_matches(tensors, tile, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("tile", [*TILES, {"cublas": 1}], ids=["whole", "halves", "cublas"])
-def test_linear_kernel_matches_reference(tile, shape, epilogue, dtype):
+def test_linear_kernel_matches_reference(shape, epilogue, dtype):
+    bias, activation, residual, dropout = EPILOGUES[epilogue]
+    assert_matches(make(shape, dtype, bias, residual), TILES[1], activation=activation,
+                   dropout=Dropout(0.3, RNG, layer=4, kind=1) if dropout else None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("epilogue", ["nothing", "bias", "bias, dropout, residual", "all"])
+@pytest.mark.parametrize("tile", [TILES[0], *TILES[2:], {"cublas": 1}], ids=["whole", "tma", "quarters", "cublas"])
+def test_other_tiles_match_reference(tile, epilogue, dtype):
+    shape = SHAPES[-1]
     bias, activation, residual, dropout = EPILOGUES[epilogue]
     assert_matches(make(shape, dtype, bias, residual), tile, activation=activation,
                    dropout=Dropout(0.3, RNG, layer=4, kind=1) if dropout else None)
@@ -69,13 +78,33 @@ def test_the_tables_own_tile(dtype):
                                          activation="gelu_new", dropout=Dropout(0.3, RNG))
 
 
-@pytest.mark.parametrize("tile", TILES, ids=["whole", "halves"])
+@pytest.mark.parametrize("tile", TILES, ids=["whole", "halves", "tma", "quarters"])
 def test_bits_are_those_of_the_specification(tile):
     dropout = Dropout(0.3, RNG, torch.tensor([6, 2**33 + 1], device=DEVICE), layer=40000, kind=2)
     x, weight = torch.ones(34, 1, device=DEVICE), torch.ones(200, 1, device=DEVICE)
     with backend("triton"), _tuned.forced("linear", "forward", tile):
         out = linear(x, weight, dropout=dropout)
     assert torch.equal(out != 0, residual_keep(dropout, 34, 200))
+
+
+def test_what_tma_takes():
+    from phi1.kernels._tma_triton import describable
+
+    x, weight, *_ = make(SHAPES[-1], torch.float16).values()
+    assert describable(TILES[2], x, weight)
+    assert not describable(TILES[1], x, weight)
+    refused = {"columns first": x.t(), "unaligned rows": x[:, :33].contiguous(), "unaligned memory": x[:, 1:],
+               "one row": x[:1].expand(9, -1), "empty": x[:0]}
+    for name, operand in refused.items():
+        assert not describable(TILES[2], operand, weight), name
+
+
+def test_rows_too_far_apart_raise():
+    from phi1.kernels._gemm_triton import check_rows
+
+    x, far = torch.zeros(2, 8), torch.empty_strided((2, 4), (2**28, 1), device="meta")
+    with pytest.raises(NotImplementedError, match=r"^linear: a row may be at most 16777215 elements from the next"):
+        check_rows("linear", 128, x, None, far)
 
 
 def test_gelu_is_taken_of_what_is_saved():

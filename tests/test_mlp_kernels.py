@@ -16,12 +16,12 @@ if DEVICE is None:
 
 DTYPES = testing.DTYPES if DEVICE == "cuda" else testing.DTYPES[:2]
 # Small tiles, so that a few rows are several partial sums.
-TILES = [{"block_m": 16, "block_n": 64, "block_k": 16, "group_m": 2, "num_warps": 4, "num_stages": 2}, {"cublas": 1}]
+TILES = [{"block_m": 16, "block_n": 64, "block_k": 16, "group_m": 2, "tma": tma, "num_warps": 4, "num_stages": 2}
+         for tma in (0, 1)] + [{"cublas": 1}]
 SHAPES = [  # N, D, F
     (1, 1, 1),  # the smallest
     (17, 33, 65),  # one over the blocks of rows, twice the width, the columns
     (63, 48, 130),
-    (130, 64, 260),  # several tiles of the table's own
 ]
 
 
@@ -40,14 +40,14 @@ def make(shape, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("tile", TILES, ids=["kernel", "cublas"])
+@pytest.mark.parametrize("tile", TILES, ids=["kernel", "tma", "cublas"])
 def test_mlp_kernels_match_reference(tile, shape, dtype):
     with backend("triton"), _tuned.forced("mlp", "dgelu", tile):
         testing.assert_matches_reference(mlp, mlp_reference, make(shape, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_tables_own_tiles(dtype):
+def test_the_tables_own_tiles(dtype):  # two by three of them
     with backend("triton"):
         testing.assert_matches_reference(mlp, mlp_reference, make((130, 64, 260), dtype))
 
@@ -70,7 +70,7 @@ def test_the_kernels_ran_and_not_pytorch(monkeypatch):
     assert launched == ["linear_forward_kernel", "linear_forward_kernel", "dgelu_kernel"]
 
 
-@pytest.mark.parametrize("tile", TILES, ids=["kernel", "cublas"])
+@pytest.mark.parametrize("tile", TILES, ids=["kernel", "tma", "cublas"])
 def test_non_contiguous_inputs(tile):
     tensors = {name: x.t().contiguous().t() if x.dim() == 2 else x.repeat_interleave(2)[::2]
                for name, x in make((18, 33, 65), torch.float16).items()}
