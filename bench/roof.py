@@ -59,6 +59,25 @@ class Probes:
         return Roof(2 * self.n_bytes / copy_ms / 1e6, 2 * self.size**3 / gemm_ms / 1e9)
 
 
+class RoundProbes:
+    """The roof's probes, sampled beside the providers."""
+
+    def __init__(self, device: torch.device, dtype: str, quick: bool) -> None:
+        self.probes, self.clock = Probes(device, dtype, quick), clock_for(device, hide_host=True)
+        self.ms: dict[Call, list[float]] = {call: [] for call in (self.probes.copy, self.probes.gemm)}
+        for call in self.ms:
+            self.clock.prepare(call)
+
+    def sample(self, turn: int) -> None:
+        """Take a round."""
+        for call, samples in self.ms.items():
+            samples += self.clock.sample(call, turn)
+
+    def roof(self) -> Roof:
+        """The roof of all rounds."""
+        return self.probes.roof(*(quantile(samples, 0.5) for samples in self.ms.values()))
+
+
 def measure(device: torch.device, dtype: str, quick: bool = False) -> Roof:
     """Measure both now."""
     probes, clock = Probes(device, dtype, quick), clock_for(device, hide_host=True)

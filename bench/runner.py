@@ -19,8 +19,8 @@ import torch
 from phi1.bench import check
 from phi1.bench.case import Case, Function, Inputs, Provider
 from phi1.bench.providers import VERSIONS, installed_version, settings_for
-from phi1.bench.roof import Probes, Roof, measure
-from phi1.bench.timing import Call, CudaClock, cache_bytes, clock_for, quantile, spread
+from phi1.bench.roof import Roof, RoundProbes, measure
+from phi1.bench.timing import Call, Clock, CudaClock, cache_bytes, clock_for, quantile, spread
 
 MOST_COPIES = 16
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 60
@@ -188,31 +188,25 @@ class Runner:
             except Exception as error:
                 row.fail(error)
                 self._still_there()
-        probes = _RoundProbes(self.device, case.dtype, self.quick) if self.device.type == "cpu" and calls else None
+        probes = RoundProbes(self.device, case.dtype, self.quick) if self.device.type == "cpu" and calls else None
         rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(self.seconds / max(seconds, 1e-9))))
         for turn in range(rounds):
             for row, call in calls if turn % 2 else reversed(calls):
-                row.rounds.append(clock.sample(call, turn * len(copies)))
+                self._sample(row, clock, call, turn * len(copies))
             if probes:
                 probes.sample(turn)
         return probes.roof() if probes else None
 
-
-class _RoundProbes:
-    """The roof's probes, sampled beside the providers."""
-
-    def __init__(self, device: torch.device, dtype: str, quick: bool) -> None:
-        self.probes, self.clock = Probes(device, dtype, quick), clock_for(device, hide_host=True)
-        self.ms: dict[Call, list[float]] = {call: [] for call in (self.probes.copy, self.probes.gemm)}
-        for call in self.ms:
-            self.clock.prepare(call)
-
-    def sample(self, turn: int) -> None:
-        for call, samples in self.ms.items():
-            samples += self.clock.sample(call, turn)
-
-    def roof(self) -> Roof:
-        return self.probes.roof(*(quantile(samples, 0.5) for samples in self.ms.values()))
+    def _sample(self, row: Row, clock: Clock, call: Call, first: int) -> None:
+        """One round of a row; none of one that has failed in an earlier round."""
+        if row.function is None:
+            return
+        try:
+            row.rounds.append(clock.sample(call, first))
+        except Exception as error:
+            row.fail(error)
+            row.rounds.clear()
+            self._still_there()
 
 
 def bind(case: Case, function: Function | None, copies: list[Inputs]) -> Call:
