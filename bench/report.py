@@ -12,7 +12,7 @@ from typing import Any
 from phi1.bench.command import MakeParser
 from phi1.bench.environment import ROOT
 from phi1.bench.results import FOLDER, FORMAT, read
-from phi1.bench.table import rate
+from phi1.bench.table import rate, times
 
 BEGIN, END = "<!-- phi1 bench report: begin -->", "<!-- phi1 bench report: end -->"
 README = ROOT / "README.md"
@@ -43,12 +43,11 @@ def row(record: dict[str, Any]) -> str:
     ours, best = record["providers"][0], best_peer(record)
     if ours["status"] != "ok":
         return f"| {record['case']} | {ours['status']} | - | - | - | - |"
-    median, low, high = ours["ms"]
     peer, ratio = "-", "-"
     if best is not None:
         middle, least, most = best["ratio"]
         peer, ratio = best["provider"], f"{middle:.2f} [{least:.2f}-{most:.2f}]"
-    return (f"| {record['case']} | {median:.4g} [{low:.4g}-{high:.4g}] | {rate(record, median)} | "
+    return (f"| {record['case']} | {times(ours)} | {rate(record, ours['ms'][0])} | "
             f"{100 * ours['roof_share']:.0f} % | {peer} | {ratio} |")
 
 

@@ -30,10 +30,16 @@ def line(record: dict[str, Any], entry: dict[str, Any]) -> str:
     name = f"  {entry['provider']:<22}"
     if entry["status"] != "ok":
         return f"{name} {entry['status']}: {entry['reason']}"
-    median, low, high = entry["ms"]
+    median = entry["ms"][0]
     error = f"{entry['error']:.1e}" if "error" in entry else "-"
-    return (f"{name} {f'{median:.4g} [{low:.4g}-{high:.4g}]':<30} {rate(record, median):>14} "
+    return (f"{name} {times(entry):<30} {rate(record, median):>14} "
             f"{100 * entry['roof_share']:>6.1f}% {ratio(entry):>8} {error:>9}")
+
+
+def times(entry: dict[str, Any]) -> str:
+    """Milliseconds: median [p20-p80]."""
+    median, low, high = (f"{ms:,.0f}" if ms >= 1000 else f"{ms:.4g}" for ms in entry["ms"])
+    return f"{median} [{low}-{high}]"
 
 
 def ratio(entry: dict[str, Any]) -> str:
