@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import phi1
 from phi1.train.batches import Layout
 from phi1.train.checkpoint_files import checkpoints, find_damage
+from phi1.train.convert import read_weights
 from phi1.train.launch import Place, RunError
 from phi1.train.ledger import cut_back, read_ledger
 from phi1.train.prepare import prepare
@@ -227,6 +229,44 @@ def test_any_checkpoint_becomes_a_model(place, undisturbed, monkeypatch, capsys)
     assert main(["convert", "--model", "bad/checkpoints/step-40", "--out", "never"]) == 2
     assert "step-40 is damaged: .metadata has 1 bytes" in capsys.readouterr().err
     assert not (place / "never").exists()
+
+
+def finetune(place, run, **changes):
+    words = command(run, **changes)
+    words[words.index(str(SCRIPT))] = str(SCRIPT.with_name("finetune.py"))
+    return subprocess.run(words, cwd=place, text=True, capture_output=True, timeout=300)
+
+
+def test_finetuning_starts_from_weights_and_exports_the_best(place, undisturbed):
+    # A rate that grows and harms: the best of the evaluations is not the last.
+    options = {"model.init": "whole/export", "train.steps": 40, "train.lr": 5, "train.warmup_steps": 40,
+               "checkpoint.every": 10, "checkpoint.keep": 1, "eval.every": 10, "data.tokenizer": "data/tokenizer",
+               "data.source": "stdlib", "train.batch_size": 4, "train.micro_batch_size": 0}
+    done = finetune(place, "tuned", **{key.replace(".", "__"): value for key, value in options.items()})
+    assert done.returncode == 0, done.stderr
+    losses = {line["eval"]["step"]: line["eval"]["loss"]
+              for line in read_ledger(place / "tuned" / "ledger.jsonl") if "eval" in line}
+    best = min(losses, key=losses.get)
+    assert best < 40, losses
+    assert f"exporting step-{best}, whose validation loss {losses[best]:.4f} is the lowest" in done.stdout
+    assert [path.name for path in checkpoints(place / "tuned" / "checkpoints")] == [f"step-{best}", "step-40"]
+    first = next(line for line in read_ledger(place / "tuned" / "ledger.jsonl") if "step" in line)
+    assert first["loss"] < 1.2 * steps(place, "whole")[-1]["loss"]
+    weights_then, _ = read_weights(place / "tuned" / "checkpoints" / f"step-{best}")
+    exported = phi1.load(place / "tuned" / "export", device="cpu").state_dict()
+    assert all(torch.equal(weights_then[name], tensor) for name, tensor in exported.items())
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"model__init": "nosuch"}, "model.init nosuch: load: there is no folder nosuch"),
+    ({"model__init": "whole/export", "model__intermediate_size": 64}, "model.init whole/export: Error.* size mismatch"),
+    ({"model__init": "whole/export", "eval__every": 15}, "checkpoint.best needs eval.every to be a multiple of"),
+])
+def test_finetuning_refuses_in_one_line(place, undisturbed, changes, message):
+    options = {"data__tokenizer": "data/tokenizer", "data__source": "stdlib", "train__batch_size": 4,
+               "train__micro_batch_size": 0, "eval__every": 20}
+    line = error_line(finetune(place, "untuned", **(options | changes)))
+    assert re.search(message, line), line
 
 
 def test_steps_that_stay_not_finite_stop_the_run(place):

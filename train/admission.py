@@ -36,6 +36,10 @@ def check_recipe(recipe: Recipe, place: Place) -> None:
                        f"{config.max_position_embeddings}; got {data.seq_len}")
     if data.tokenizer == "train" and data.vocab_size > config.vocab_size:
         raise RunError(f"data.vocab_size must be at most model.vocab_size, {config.vocab_size}; got {data.vocab_size}")
+    rule = recipe.checkpoint
+    if rule.best and (not recipe.eval.every or not rule.every or recipe.eval.every % rule.every):
+        raise RunError("checkpoint.best needs eval.every to be a multiple of checkpoint.every, and neither to be 0; "
+                       f"got {recipe.eval.every} and {rule.every}")
     if train.min_lr > train.lr:
         raise RunError(f"train.min_lr must be at most train.lr, {train.lr}; got {train.min_lr}")
     if train.warmup_steps > schedule_end(train):

@@ -64,6 +64,8 @@ class Saver:
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._flying: _Flying | None = None
+        self.best: int | None = None
+        """A step whose checkpoint is kept as well."""
 
     @property
     def in_flight(self) -> bool:
@@ -128,7 +130,7 @@ class Saver:
     def _commit(self, flying: _Flying, files: dict[str, list[int | str]]) -> None:
         write_manifest(flying.temporary, files)
         commit(flying.temporary, flying.final)
-        prune(self.folder, self.keep, self.keep_every)
+        prune(self.folder, self.keep, self.keep_every, self.best)
 
     def _given_up(self, flying: _Flying, error: _Failed) -> RunError:
         reason = _shortage(self.folder, flying.needed) or str(error)

@@ -154,10 +154,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def prune(folder: Path, keep: int, keep_every: int = 0) -> None:
-    """Remove all but the newest `keep` checkpoints, and those of every `keep_every`-th step, if that is not 0."""
+def prune(folder: Path, keep: int, keep_every: int = 0, best: int | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints, every `keep_every`-th step's (0: none) and that of step `best`."""
     for path in checkpoints(folder)[:-keep]:
-        if not (keep_every and step_of(path) % keep_every == 0):
+        step = step_of(path)
+        if step != best and not (keep_every and step % keep_every == 0):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from phi1 import Phi1, Phi1Config
+from phi1 import Phi1, Phi1Config, load
 from phi1.kernels import empty
 from phi1.train.launch import Place, RunError
 
@@ -96,10 +96,22 @@ def connect_processes(engine: Engine, place: Place, store: Store) -> None:
                             device_id=engine.device if engine.device.type == "cuda" else None)
 
 
-def build_model(config: Phi1Config, engine: Engine, seed: int) -> Phi1:
-    """A model with initial weights from `seed`, sharded over all processes, each large block as one group."""
+def build_model(config: Phi1Config, engine: Engine, seed: int, init: str | None = None) -> Phi1:
+    """A model with initial weights from `seed`, sharded over all processes, each large block as one group.
+
+    Args:
+        config: of the model.
+        engine: what it computes on.
+        seed: of the weights.
+        init: a folder or Hub id whose weights are taken instead.
+
+    Raises:
+        RunError: `init` cannot be read, or has another shape.
+    """
     model = Phi1(config, device=engine.device, dtype=torch.float32)
     model.init_weights(seed)
+    if init is not None:
+        _take_weights(model, init)
     mesh = init_device_mesh(engine.device.type, (engine.world_size,), mesh_dim_names=("shard",))
     # Inputs are not cast: the rotary tables go into each block and stay fp32.
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[engine.precision], reduce_dtype=torch.float32,
@@ -115,6 +127,14 @@ def build_model(config: Phi1Config, engine: Engine, seed: int) -> Phi1:
             module.set_custom_reduce_scatter(_OneProcess())  # type: ignore[arg-type]
     register_fsdp_forward_method(model, "loss")
     return model
+
+
+def _take_weights(model: Phi1, source: str) -> None:
+    try:
+        given = load(source, device="cpu", dtype=torch.float32)
+        model.load_state_dict(given.state_dict())
+    except (OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise RunError(f"model.init {source}: {' '.join(str(error).split())[:300]}") from None
 
 
 class _OneProcess:

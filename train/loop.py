@@ -74,10 +74,12 @@ class Loop:
             if self.saver.in_flight and not self.control.any_writes:
                 self._try(self._finish_saving)
             self._step()
+            # First, so that a checkpoint knows how good it is.
+            figures = self.evaluate() if self._due(self.recipe.eval.every) else None
+            if figures and self.recipe.checkpoint.best:
+                self._note_best(figures)
             if self._due(self.recipe.checkpoint.every):
                 self._try(self._begin_saving)
-            if self._due(self.recipe.eval.every):
-                self.evaluate()
         self.save()
         return True
 
@@ -94,6 +96,12 @@ class Loop:
             self._finish_saving()
         assert self.saved
         return self.saved
+
+    def _note_best(self, figures: Figures) -> None:
+        best = self.facts.get("best")
+        if best is None or figures.loss < best["loss"]:
+            self.facts["best"] = {"step": self.trainer.finished, "loss": figures.loss}
+            self.saver.best = self.trainer.finished
 
     def _begin_saving(self) -> None:
         if self.saver.in_flight:  # a disk slower than the checkpoints are frequent

@@ -27,13 +27,12 @@ from phi1.train.recipe import SHOWN_PATH, Recipe, help_text, read_recipe
 from phi1.train.runfolder import RunFolder
 
 
-def parse(arguments: list[str]) -> Recipe | None:
-    """The recipe that the command line asks for; None if it asks for help.
+def parse(arguments: list[str], file: Path | None = None) -> Recipe | None:
+    """The recipe that the command line asks for, by default the one in `file`; None if it asks for help.
 
     Raises:
         RunError: not understood.
     """
-    file: Path | None = None
     overrides: dict[str, str] = {}
     rest = list(arguments)
     while rest:
@@ -54,15 +53,16 @@ def parse(arguments: list[str]) -> Recipe | None:
     return read_recipe(file, overrides)
 
 
-def main() -> int:  # type: ignore[return]  # stop_with does not return
+def main(file: Path | None = None, purpose: str | None = __doc__) -> int:  # type: ignore[return]  # see stop_with
+    """Run the command line. `file` is the recipe without --config, the nano run's if None; `purpose` heads --help."""
     limit_spinning()
     place = Place.from_environment()
     folder: RunFolder | None = None
     try:
-        recipe = parse(sys.argv[1:])
+        recipe = parse(sys.argv[1:], file)
         if recipe is None:
             if place.rank == 0:
-                print(f"{__doc__}\nKeys, with the defaults of {SHOWN_PATH}:\n\n{help_text()}")
+                print(f"{purpose}\nKeys, with the defaults of {SHOWN_PATH}:\n\n{help_text()}")
             return 0
         check_recipe(recipe, place)
         folder = RunFolder(recipe.run.folder)

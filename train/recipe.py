@@ -40,6 +40,7 @@ class Model:
     """The model's shape: a preset, and changes to it."""
 
     preset: Annotated[str, doc(f"one of {', '.join(PRESETS)}")] = "nano"
+    init: Annotated[str | None, doc("weights to start from: a folder or Hub id, of this shape (unset: random)")] = None
     vocab_size: Annotated[Count | None, doc("V, at least the tokenizer's number of ids (unset: the preset's)")] = None
     hidden_size: Annotated[Count | None, doc("D (unset: the preset's)")] = None
     intermediate_size: Annotated[Count | None, doc("F (unset: the preset's)")] = None
@@ -97,6 +98,7 @@ class Checkpoint:
     every: Annotated[CountOrZero, doc("steps between checkpoints (0: at the end only)")] = 500
     keep: Annotated[Count, doc("newest checkpoints to keep")] = 2
     keep_every: Annotated[CountOrZero, doc("also keep checkpoints whose step is a multiple of this (0: none)")] = 0
+    best: Annotated[bool, doc("also keep the checkpoint with the lowest validation loss, and export that one")] = False
     resume: Annotated[str, doc("auto (the newest that is whole), or a checkpoint's name such as step-500; later ones "
                                "are removed")] = "auto"
 
@@ -134,7 +136,8 @@ class Recipe:
 
     def phi1_config(self) -> Phi1Config:
         """The model's configuration. Raises RunError for a value that breaks its rule."""
-        changes = {key: value for key, value in asdict(self.model).items() if key != "preset" and value is not None}
+        changes = {key: value for key, value in asdict(self.model).items()
+                   if key not in ("preset", "init") and value is not None}
         try:
             return preset(self.model.preset, **changes, attention_dropout=self.train.dropout,
                           residual_dropout=self.train.dropout)

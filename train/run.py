@@ -14,7 +14,9 @@ from phi1.tokenizer import Tokenizer
 from phi1.train.admission import open_data
 from phi1.train.batches import Layout
 from phi1.train.checkpoint import Saver, gather_weights, load_checkpoint
+from phi1.train.checkpoint_files import checkpoint_name
 from phi1.train.control import Control
+from phi1.train.convert import read_weights
 from phi1.train.data import Corpus
 from phi1.train.engine import Engine, build_model, connect_processes, start
 from phi1.train.launch import Place, RunError
@@ -64,10 +66,12 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
         ledger = _ledger(folder, recipe, trainer, control) if place.rank == 0 else None
         facts = {"defining": defining(recipe), "schedule": schedule_end(recipe.train), "data": corpus.fingerprint,
                  "environment": engine.environment()}
+        saver = Saver(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
+        if "best" in stored:
+            facts["best"], saver.best = stored["best"], stored["best"]["step"]
         watch = Watch(place.rank, recipe.run.watchdog, folder.heartbeat if place.rank == 0 else None)
         loop = Loop(recipe, folder, trainer, held_out, control, progress, ledger, place.rank, facts,
-                    Utilisation.of_run(recipe, engine), watch,
-                    Saver(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every), checkpoint)
+                    Utilisation.of_run(recipe, engine), watch, saver, checkpoint)
         with watch:
             figures = loop.evaluate() if loop.run() else None
     if ledger:
@@ -82,6 +86,12 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
         reached = Reached(trainer.finished, figures.loss, figures.bits_per_byte, xz_bits_per_byte(held_out.text),
                           figures.n_bytes, trainer.finished * progress.tokens, progress.tokens_per_s(trainer.finished),
                           time.monotonic() - began, trainer.skipped)
+        best = facts.get("best")
+        if best and best["loss"] < figures.loss:
+            chosen = folder.checkpoints / checkpoint_name(best["step"])
+            print(f"exporting {chosen.name}, whose validation loss {best['loss']:.4f} is the lowest; the last step's "
+                  f"is {figures.loss:.4f}", flush=True)
+            weights, _ = read_weights(chosen)
         finish(reached, weights, recipe, tokenizer, held_out.text, folder)
     return None
 
@@ -100,7 +110,8 @@ def _trainer(recipe: Recipe, engine: Engine, corpus: Corpus, place: Place,
              checkpoint: Path | None) -> tuple[Trainer, dict[str, Any]]:
     """Collective: the trainer, new or as it was saved, and what was noted with it."""
     layout = Layout.of(recipe.train.batch_size, recipe.train.micro_batch_size, place.rank, place.world_size)
-    model = build_model(recipe.phi1_config(), engine, recipe.train.seed)
+    init = None if checkpoint else recipe.model.init
+    model = build_model(recipe.phi1_config(), engine, recipe.train.seed, init)
     trainer = Trainer(model, recipe.train, recipe.data.seq_len, corpus, layout, engine)
     return trainer, load_checkpoint(trainer, checkpoint) if checkpoint else {}
 

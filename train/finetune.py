@@ -1,0 +1,18 @@
+"""Finetune a phi-1: `torchrun --standalone train/finetune.py --model.init FOLDER [--section.key value ...]`.
+
+The trainer of `train/pretrain.py` with phi-1's second stage as its recipe (train/configs/phi1.toml; arXiv 2306.11644,
+section 2.3): weights from --model.init, and of the checkpoints of every 1,000 steps the one with the lowest validation
+loss is exported.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from phi1.train.pretrain import main
+
+RECIPE = Path(__file__).parent / "configs" / "phi1.toml"
+
+if __name__ == "__main__":
+    sys.exit(main(RECIPE, __doc__))
