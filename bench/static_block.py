@@ -66,7 +66,8 @@ def _bias_cases(dtype: str) -> list[Case]:
     partials = dict.fromkeys(("dqkv_partial_ptr", "dpre_partial_ptr", "dense_partial_ptr", "fc2_partial_ptr"), "*fp32")
     counts = dict.fromkeys(("n_dqkv", "n_dpre", "n_dense", "n_fc2"), "i32")
     inputs = {"dqkv_ptr": f"*{dtype}", "dqkv_partial_ptr": "*fp32", "n_rows": "i32", "n_partials": "i32"}
-    tile: dict[str, int | None] = {"WIDTH": width, "stride_dqkv_n": 3 * width + inner, "ROWS": bias_sums.ROWS, "COLS": bias_sums.COLS}
+    tile: dict[str, int | None] = {"WIDTH": width, "stride_dqkv_n": 3 * width + inner, "ROWS": bias_sums.ROWS,
+                                   "COLS": bias_sums.COLS}
     with_dy = {"dy_ptr": f"*{dtype}", "dy_partial_ptr": "*fp32"}
     # A row of partial sums or of sums is less than 16 bytes for each thread.
     return [
