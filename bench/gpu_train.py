@@ -23,7 +23,7 @@ import torch
 
 from phi1 import Phi1, Phi1Config, preset
 from phi1.bench.environment import environment
-from phi1.bench.rooflines import gpu_named, training_flops
+from phi1.gpus import gpu_named
 from phi1.train import engine
 from phi1.train.batches import Layout
 from phi1.train.data import Corpus, open_corpus
@@ -170,7 +170,9 @@ def _write(size: Size, out: Path, best: dict[str, Any], micro_steps: int, steps:
     # The first steps compile kernels and fill the allocator.
     speed = statistics.median(step["tokens_per_s"] for step in (steps[2:] or steps))
     gpu = gpu_named(facts.get("gpu", ""))
-    flops = training_flops(size.config, size.tokens)
+    flops = {"without attention": size.config.flops_per_token(0),
+             "with attention": size.config.flops_per_token(size.tokens),
+             "causal": size.config.flops_per_token(size.tokens, causal=True)}
     ends = max(1, len(steps) // 8)
     result = {
         "environment": facts, "tokens": size.tokens, "micro_batch": best["micro_batch"], "micro_steps": micro_steps,
@@ -194,7 +196,7 @@ with dropout 0.1 {result['tokens_per_s_dropout_0.1']:,.0f}""")
     for name, share in mfu.items():
         print(f"MFU {name:18} {100 * share:.1f} %")
     if not mfu:
-        print("MFU              unknown: the peak of this device is not listed in rooflines.py")
+        print("MFU              unknown: the peak of this device is not listed in phi1/gpus.py")
     print(f"peak memory      {result['peak_gib']} GiB\nloss             {result['loss_first']:.3f} -> "
           f"{result['loss_last']:.3f}", flush=True)
 

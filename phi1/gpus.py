@@ -1,4 +1,7 @@
-"""What GPUs can do by their makers' data sheets. No torch, no measurement: for plans, and for roofs and MFU."""
+"""What GPUs can do by their makers' data sheets: for plans, for the roofs of kernels that have not run, and for MFU.
+
+A roof is never reached; measured roofs judge measured times.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,11 @@ class Gpu:
     gb_per_s: float
     link_gb_per_s: float
     source: str
+
+    def ms(self, n_bytes: float, n_flops: float, dtype: str = "float16") -> float:
+        """The least time for these bytes and flops: the larger of the two."""
+        tflops = self.float_tflops if dtype == "float32" else self.half_tflops
+        return max(n_bytes / self.gb_per_s / 1e6, n_flops / tflops / 1e9)
 
 
 GPUS = {gpu.name: gpu for gpu in (

@@ -11,8 +11,6 @@ import pytest
 
 from phi1.bench import gpu_stages
 from phi1.bench.gpu_stages import Command
-from phi1.bench.rooflines import GPUS, gpu_named, training_flops
-from phi1.config import preset
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -127,25 +125,3 @@ def test_every_stage_names_scripts_that_are_there(stage, rehearse, tmp_path):
         for word in command.words:
             if word.endswith(".py"):
                 assert Path(word).is_file(), word
-
-
-def test_flops_of_a_token_in_three_conventions():
-    flops = training_flops(preset("phi1"), 2048)
-    # 6 x 1,312,817,152 weights of products; 12 * 24 * 2048 * 2048 for attention
-    assert flops["without attention"] == 6 * (24 * (2048 * 14336 + 10240 * 2048) + 51200 * 2048)
-    assert flops["with attention"] - flops["without attention"] == 12 * 24 * 2048 * 2048
-    assert flops["causal"] == pytest.approx(8.48e9, rel=1e-3)
-
-
-@pytest.mark.parametrize(("name", "found"), [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"),
-                                             ("AMD Instinct MI300X", "MI300X"), ("NVIDIA GeForce RTX 4090", None)])
-def test_a_gpu_is_known_by_its_drivers_name(name, found):
-    gpu = gpu_named(name)
-    assert (gpu.name if gpu else None) == found
-
-
-def test_the_larger_of_the_two_times_is_the_roof():
-    h100 = next(gpu for gpu in GPUS if gpu.name == "H100")
-    assert h100.ms(3.35e9, 0) == pytest.approx(1.0)
-    assert h100.ms(0, 989.4e9) == pytest.approx(1.0)
-    assert h100.ms(0, 66.9e9, "float32") == pytest.approx(1.0)

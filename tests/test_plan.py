@@ -136,9 +136,17 @@ def test_bad_usage_ends_in_one_line_and_code_2(arguments, message, capsys):
     assert len(error.splitlines()) == 1
 
 
+def test_the_larger_of_the_two_times_is_the_roof():
+    h100 = GPUS["h100-80"]
+    assert h100.ms(3.35e9, 0) == pytest.approx(1.0)
+    assert h100.ms(0, 989.4e9) == pytest.approx(1.0)
+    assert h100.ms(0, 66.9e9, "float32") == pytest.approx(1.0)
+
+
 def test_a_drivers_name_finds_its_gpu():
     for driver, name in (("NVIDIA H100 80GB HBM3", "h100-80"), ("NVIDIA A100-SXM4-80GB", "a100-80"),
-                         ("NVIDIA A100-SXM4-40GB", "a100-40"), ("NVIDIA H200", "h200")):
+                         ("NVIDIA A100-SXM4-40GB", "a100-40"), ("NVIDIA H200", "h200"),
+                         ("AMD Instinct MI300X", "mi300x")):
         found = gpu_named(driver)
         assert found is not None
         assert found.name == name
