@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,20 +12,33 @@ import pytest
 KERNEL_TESTS = sorted(Path(__file__).parent.glob("test_*_kernels.py"))
 
 
-def run_interpreted(path):
-    """pytest on one file; raises unless tests ran, all of them, and passed."""
+def interpret(path):
+    """pytest on one file."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=path.parent, timeout=600)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=path.parent, timeout=600)
+
+
+def check(path, done):
+    """Raise unless tests ran, all of them, and passed."""
     summary = done.stdout.strip().rsplit("\n", 1)[-1]
     ran_all = re.search(r"[1-9]\d* passed", summary) and not re.search("skipped|xfailed|error", summary)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert ran_all, f"{path.name} in the interpreter: {summary}"
 
 
+@pytest.fixture(scope="module")
+def interpreted(request):
+    """The files that were asked for, all begun at once on as many cores as there are: the interpreter uses one."""
+    chosen = [item.callspec.params["path"] for item in request.session.items
+              if getattr(item, "originalname", "") == "test_kernels_in_the_interpreter"]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield {path: pool.submit(interpret, path) for path in chosen}
+
+
 @pytest.mark.parametrize("path", KERNEL_TESTS, ids=lambda path: path.stem)
-def test_kernels_in_the_interpreter(path):
-    run_interpreted(path)
+def test_kernels_in_the_interpreter(path, interpreted):
+    check(path, interpreted[path].result())
 
 
 def test_there_are_kernel_tests():
@@ -44,11 +58,12 @@ def test_there_are_kernel_tests():
 def test_a_bad_kernel_test_file_is_noticed(tmp_path, body, complaint):
     path = tmp_path / "test_bad_kernels.py"
     path.write_text(body)
+    done = interpret(path)
     with pytest.raises(AssertionError, match=complaint):
-        run_interpreted(path)
+        check(path, done)
 
 
 def test_the_interpreter_is_on_inside(tmp_path):
     path = tmp_path / "test_env_kernels.py"
     path.write_text("from phi1.testing import kernel_device\ndef test_a(): assert kernel_device() == 'cpu'")
-    run_interpreted(path)
+    check(path, interpret(path))
