@@ -22,10 +22,10 @@ pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[1] / "train" / "pretrain.py"
 OPTIONS = {"model.vocab_size": 512, "model.hidden_size": 64, "model.intermediate_size": 128,
            "model.num_hidden_layers": 2, "model.num_attention_heads": 2, "data.folder": "data", "data.vocab_size": 512,
-           "data.seq_len": 64, "train.steps": 90, "train.warmup_steps": 10, "train.dropout": 0.1,
+           "data.seq_len": 64, "train.steps": 66, "train.warmup_steps": 10, "train.dropout": 0.1,
            "train.precision": "fp32", "train.threads": 1, "checkpoint.every": 20, "eval.every": 30,
            "eval.sequences": 64, "eval.completions": 0, "run.device": "cpu", "run.tensorboard": "false",
-           "run.watchdog": 6}
+           "run.watchdog": 4}
 TABLE = []
 
 
