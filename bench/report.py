@@ -35,7 +35,9 @@ def _one(path: Path, root: Path) -> str:
     rows = [row(record) for record in content["cases"] if record["readme"]]
     lines = ["| case | phi1, ms [p20-p80] | rate | of the roof | nearest peer | its time / ours |",
              "|---|---|---|---|---|---|"]
-    return "\n".join([head, "", *lines, *rows])
+    plots = [f"![{plot.stem.rsplit('-', 1)[-1]}]({plot.resolve().relative_to(root).as_posix()})"
+             for plot in sorted(path.parent.glob(f"{path.stem}-*.png"))]
+    return "\n".join([head, "", *lines, *rows, *(["", *plots] if plots else [])])
 
 
 def row(record: dict[str, Any]) -> str:
@@ -89,6 +91,12 @@ def main(argv: list[str], make_parser: MakeParser) -> int:
     paths = args.files or newest()
     if not paths:
         raise ValueError(f"there are no results in {FOLDER}; `phi1 bench --save` writes some")
+    images: list[Path] = []
+    if not (args.print or args.no_plots):
+        from phi1.bench.plots import draw, require_matplotlib
+
+        require_matplotlib()
+        images = [image for path in paths for image in draw(path)]  # first, since the tables show what is there
     try:
         text = section(paths, args.readme.resolve().parent)
     except ValueError as error:
@@ -98,14 +106,7 @@ def main(argv: list[str], make_parser: MakeParser) -> int:
     if args.print:
         print(text)
         return 0
-    if not args.no_plots:
-        from phi1.bench.plots import draw, require_matplotlib
-
-        require_matplotlib()  # before anything is written
     args.readme.write_text(put(args.readme.read_text(encoding="utf-8"), text), encoding="utf-8")
-    written = [args.readme]
-    if not args.no_plots:
-        written += [image for path in paths for image in draw(path)]
-    for path in written:
+    for path in [args.readme, *images]:
         print(path)
     return 0

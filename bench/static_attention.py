@@ -108,9 +108,6 @@ def _case(arch: str, kernel: str, variant: Variant) -> Case:
 
 def _spills(arch: str, kernel: str, v: Variant) -> int:
     """Bytes of spilled registers that are known, none in a loop."""
-    if arch == "gfx942":
-        # Scalar registers, of addresses and counts, which go to lanes of vector registers and not to memory.
-        return 328 if v.dropout else 172
     # One to four values that live from before the loops to after them; the second under Triton 3.6 alone, the last two
     # under 3.9 alone.
     known = {("sm_80", "backward_dq", "fp32 K=128 rotary applied"): 8,

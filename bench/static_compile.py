@@ -129,20 +129,20 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int, int]:
 
 
 def _amd_usage(assembly: str) -> tuple[int, int, int]:
-    # The metadata at the end of the assembly. Scratch is in bytes, spilled registers are counted.
+    # The metadata at the end of the assembly. Scratch is in bytes, spilled registers are counted. Spilled scalar
+    # registers do not count: they go to lanes of vector registers, and to scratch, which does, where those run out.
     values = {
         name: int(value)
         for name, value in re.findall(
-            r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size): +(\d+)", assembly
+            r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size): +(\d+)", assembly
         )
     }
-    spilled = 4 * (values["vgpr_spill_count"] + values["sgpr_spill_count"])
     lines = assembly.splitlines()
     labels = {line.partition(":")[0]: at for at, line in enumerate(lines) if line.startswith(".LBB")}
     branches = [(at, re.search(r"s_c?branch\w* (\.LBB\w+)", line)) for at, line in enumerate(lines)]
     loops = [(labels[to[1]], at) for at, to in branches if to and labels.get(to[1], at) < at]
     in_loops = _in_innermost(loops, [at for at, line in enumerate(lines) if "scratch_" in line and "\ts" in line])
-    return values["vgpr_count"], max(spilled, values["private_segment_fixed_size"]), in_loops
+    return values["vgpr_count"], max(4 * values["vgpr_spill_count"], values["private_segment_fixed_size"]), in_loops
 
 
 def _in_innermost(loops: Sequence[tuple[int, int]], places: Sequence[int]) -> int:

@@ -263,6 +263,16 @@ def test_wild_positions_give_nan():
     assert out[20].isnan().all()
 
 
+def test_a_token_alone_attends_to_itself():
+    tensors = make((2, 1, 1, 2, 64))
+    with backend("triton"):
+        found = testing.outputs_and_gradients(attention, tensors)
+    assert torch.equal(found["out0"], tensors["v"])
+    # P is 1 whatever q and k are; what is left of dP - delta is a rounding of sums of 64 products.
+    assert all(found[name].abs().max() < 64 * torch.finfo(torch.float32).eps * 10 for name in ("dq", "dk"))
+    assert found["dv"].abs().min() > 0
+
+
 def test_non_contiguous_inputs():
     generator = torch.Generator().manual_seed(0)
     cache = torch.randn(2, 64, 2, 16, generator=generator).to(DEVICE)

@@ -24,7 +24,7 @@ def test_silence_beyond_the_limit_is_reported_with_rank_and_place():
         watch.report("step 7")
         time.sleep(0.6)
     assert said
-    assert said[0].startswith("rank 3 hangs: 0 s in step 7, where run.watchdog allows 0.2")
+    assert said[0].startswith("rank 3 has been in step 7 for 0 s, where run.watchdog allows 0.2: it hangs, or waits")
 
 
 def test_reports_keep_it_quiet_and_so_does_no_limit():
@@ -62,8 +62,8 @@ def test_a_process_that_hangs_ends_with_its_stack():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert time.monotonic() - began < 30
     assert done.returncode == HUNG
-    assert done.stderr.startswith("pretrain: error: rank 1 hangs: ")
-    assert "in step 2, where run.watchdog allows 0.3; its threads:" in done.stderr
+    assert done.stderr.startswith("pretrain: error: rank 1 has been in step 2 for ")
+    assert "where run.watchdog allows 0.3: it hangs, or waits for a rank that does; its threads:" in done.stderr
     assert "in wait_for_nothing" in done.stderr
 
 

@@ -56,13 +56,14 @@ def parse(arguments: list[str], file: Path | None = None) -> Recipe | None:
 def main(file: Path | None = None, purpose: str | None = __doc__) -> int:  # type: ignore[return]  # see stop_with
     """Run the command line. `file` is the recipe without --config, the nano run's if None; `purpose` heads --help."""
     limit_spinning()
-    place = Place.from_environment()
+    place, program = Place.from_environment(), Path(sys.argv[0]).stem
     folder: RunFolder | None = None
     try:
         recipe = parse(sys.argv[1:], file)
         if recipe is None:
             if place.rank == 0:
-                print(f"{purpose}\nKeys, with the defaults of {SHOWN_PATH}:\n\n{help_text()}")
+                print(f"{purpose}\nWithout --config: {file or SHOWN_PATH}. Keys, with what stands where no file sets "
+                      f"them:\n\n{help_text()}")
             return 0
         check_recipe(recipe, place)
         folder = RunFolder(recipe.run.folder)
@@ -70,12 +71,12 @@ def main(file: Path | None = None, purpose: str | None = __doc__) -> int:  # typ
     except RunError as error:
         if folder:
             folder.discard_if_new()
-        stop_with(str(error), place)
+        stop_with(str(error), place, program)
     except KeyboardInterrupt:
         if folder:
             folder.discard_if_new()
         if place.rank == 0:
-            print("pretrain: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+            print(f"{program}: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,8 +1,8 @@
 """Whether a process still moves: a heartbeat file for whoever looks at the run, and an end for a process that hangs.
 
 A thread looks on, so that the training itself pays nothing. A process that has not reported for `limit` seconds prints
-its rank, what it was doing and the stacks of its threads, and ends; the others, which wait for it in a collective, are
-then ended by torchrun, which starts all again if it was given --max-restarts.
+its rank, what it was doing and the stacks of its threads, and ends, whether it hangs itself or waits for one that does;
+torchrun then ends the others, and starts all again if it was given --max-restarts.
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ class Watch:
             doing, silent = self._doing, time.monotonic() - self._since
             self._beat(doing, silent)
             if self.limit and silent > self.limit:
-                self._end(f"rank {self.rank} hangs: {silent:.0f} s in {doing}, where run.watchdog allows "
-                          f"{self.limit:g}; its threads:")
+                # A rank that waits for another in a collective sees no more than this; its stack tells which it is.
+                self._end(f"rank {self.rank} has been in {doing} for {silent:.0f} s, where run.watchdog allows "
+                          f"{self.limit:g}: it hangs, or waits for a rank that does; its threads:")
             if self._over.wait(pause):
                 return
 

@@ -1,11 +1,12 @@
-"""`phi1 ledger` on a ledger that the trainer's own writer wrote."""
+"""A run's ledger: how it is cut back, and `phi1 ledger` on what the trainer's own writer wrote."""
 
 import importlib.util
+import json
 
 import pytest
 
 from phi1.cli import main
-from phi1.train.ledger import Ledger
+from phi1.train.ledger import Ledger, cut_back, read_ledger
 from phi1.train.step import Outcome
 
 
@@ -66,3 +67,15 @@ def test_what_is_no_ledger_is_one_line(content, message, tmp_path, capsys):
     assert stopped.value.code == 2
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_the_ledger_is_cut_back_to_a_step(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    lines = [{"start": {"finished": 0}}, {"step": 1}, {"step": 2}, {"eval": {"step": 2}}, {"step": 3}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cut_back(path, 2)
+    assert read_ledger(path) == lines[:4]
+    cut_back(path, 0)
+    assert read_ledger(path) == lines[:1]
+    cut_back(tmp_path / "absent.jsonl", 5)
+    assert not (tmp_path / "absent.jsonl").exists()

@@ -1,0 +1,111 @@
+"""What the tests of runs share: a tiny corpus and recipe, and runs of them as real processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from phi1.train.ledger import read_ledger
+from phi1.train.prepare import prepare
+
+SCRIPT = Path(__file__).with_name("pretrain.py")
+STEPS = 60
+TINY = {"model.vocab_size": 512, "model.hidden_size": 64, "model.intermediate_size": 128, "model.num_hidden_layers": 2,
+        "model.num_attention_heads": 2, "data.folder": "data", "data.vocab_size": 512, "data.seq_len": 64,
+        "train.steps": STEPS, "train.warmup_steps": 10, "train.dropout": 0.1, "train.precision": "fp32",
+        "train.threads": 1, "checkpoint.every": 20, "eval.sequences": 8, "eval.completions": 1, "run.device": "cpu",
+        "run.tensorboard": "false"}
+FUNCTION = '''def scale_{i}_{j}(values, factor={j}):
+    """Multiply every value by the factor."""
+    result = []
+    for value in values:
+        result.append(value * factor + {i})
+    return result
+
+
+'''
+
+
+def make_corpus(place: Path, val_fraction: float = 0.1) -> None:
+    """40 files of functions in place/source, prepared in place/data."""
+    (place / "source").mkdir()
+    for i in range(40):
+        (place / "source" / f"m{i}.py").write_text("".join(FUNCTION.format(i=i, j=j) for j in range(12)))
+    prepare(str(place / "source"), place / "data", tokenizer="train", vocab_size=512, val_fraction=val_fraction,
+            workers=1)
+
+
+def command(run: str, processes: int = 0, script: Path = SCRIPT, launcher: tuple[str, ...] = (),
+            **changes: object) -> list[str]:
+    """The command line of a run in the folder `run`.
+
+    Args:
+        run: the run's folder.
+        processes: so many under torchrun, or plain Python for 0.
+        script: pretrain.py or finetune.py.
+        launcher: options of torchrun.
+        changes: keys of the recipe, `train__steps` for train.steps.
+    """
+    words = [sys.executable]
+    if processes:
+        words += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *launcher]
+    options = TINY | {"run.folder": run} | {key.replace("__", "."): value for key, value in changes.items()}
+    return [*words, str(script), *(word for key, value in options.items() for word in (f"--{key}", str(value)))]
+
+
+def start(place: Path, *args: Any, **changes: Any) -> subprocess.Popen[str]:
+    """A run that goes on, in a process group of its own, so that a test can clear away all that it started."""
+    return subprocess.Popen(command(*args, **changes), cwd=place, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, start_new_session=True)
+
+
+def run(place: Path, *args: Any, preexec_fn: Callable[[], None] | None = None,
+        **changes: Any) -> subprocess.CompletedProcess[str]:
+    """A run to its end."""
+    return subprocess.run(command(*args, **changes), cwd=place, text=True, capture_output=True, timeout=300,
+                          preexec_fn=preexec_fn)
+
+
+def train(place: Path, *args: Any, **changes: Any) -> str:
+    """A run that must succeed. Returns what it printed."""
+    done = run(place, *args, **changes)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool], seconds: float = 120) -> None:
+    """Wait until something has happened while the process runs."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.002)
+
+
+def steps(place: Path, name: str) -> list[dict[str, Any]]:
+    """What a run's ledger says of its steps, without what was measured."""
+    return [{key: value for key, value in line.items() if key != "measured"}
+            for line in read_ledger(place / name / "ledger.jsonl") if "step" in line]
+
+
+def evaluations(place: Path, name: str) -> list[dict[str, Any]]:
+    """What a run's ledger says of its evaluations."""
+    return [line["eval"] for line in read_ledger(place / name / "ledger.jsonl") if "eval" in line]
+
+
+def weights(place: Path, name: str) -> bytes:
+    """A finished run's exported weights."""
+    return (place / name / "export" / "model.safetensors").read_bytes()
+
+
+def error_line(done: subprocess.CompletedProcess[str], program: str = "pretrain") -> str:
+    """The one line that a refused command prints."""
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith(f"{program}: error: ")
+    return lines[0]
