@@ -149,6 +149,9 @@ def _backward(
                 dropped = (p * kept).to(low)
                 dp.mul_(kept)
             delta = dp.mul_(p).sum(-1, keepdim=True)
+            if low == torch.float32:
+                # P's rows sum to 1 but for the rounding of lse, which P (dP - delta) would multiply by delta.
+                delta.div_(p.sum(-1, keepdim=True).clamp_(min=0.5))  # 0 where a query sees no key
             ds = dp_low.copy_(dp.addcmul_(p, delta, value=-1))
             _store(dq[samples, first:last, heads], _product(ds, k_low[:, :end], scheme.scale),
                    scheme.tables(batch, samples, slice(first, last)))
