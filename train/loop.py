@@ -17,6 +17,7 @@ from phi1.train.ledger import Ledger
 from phi1.train.progress import Progress
 from phi1.train.recipe import Recipe
 from phi1.train.runfolder import RunFolder
+from phi1.train.samples import Samples
 from phi1.train.step import Trainer
 from phi1.train.utilisation import Utilisation
 from phi1.train.validation import Figures, HeldOut
@@ -32,6 +33,7 @@ class Loop:
         folder: where to.
         trainer: new, or loaded from a checkpoint.
         held_out: what to evaluate on.
+        samples: what to let the model write.
         control: how to stop.
         progress: what to show; silent on all ranks but the first.
         ledger: rank 0's; None on the others.
@@ -47,6 +49,7 @@ class Loop:
     folder: RunFolder
     trainer: Trainer
     held_out: HeldOut
+    samples: Samples
     control: Control
     progress: Progress
     ledger: Ledger | None
@@ -78,6 +81,9 @@ class Loop:
             figures = self.evaluate() if self._due(self.recipe.eval.every) else None
             if figures and self.recipe.checkpoint.best:
                 self._note_best(figures)
+            if self._due(self.recipe.eval.completions_every):
+                self.watch.report(f"the completions after step {self.trainer.finished}")
+                self._try(lambda: self.samples.write(self.trainer, self.rank))
             if self._due(self.recipe.checkpoint.every):
                 self._try(self._begin_saving)
         self.save()
@@ -156,7 +162,7 @@ class Loop:
                            "train.precision, may help")
 
     def _try(self, action: Callable[[], None]) -> None:
-        """A checkpoint on the way: what goes wrong is reported, and the run goes on."""
+        """Something on the way that the training can do without: what goes wrong is reported, and the run goes on."""
         try:
             action()
         except RunError as error:

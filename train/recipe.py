@@ -109,7 +109,9 @@ class Eval:
 
     every: Annotated[CountOrZero, doc("steps between evaluations (0: at the end only)")] = 0
     sequences: Annotated[CountOrZero, doc("held-out sequences, the same ones each time (0: all)")] = 512
-    completions: Annotated[CountOrZero, doc("function headers to complete at the end")] = 3
+    completions: Annotated[CountOrZero, doc("function headers of the held-out text to complete")] = 3
+    completions_every: Annotated[CountOrZero, doc("steps between completions of the same headers, each time a file in "
+                                                  "samples/ (0: at the end only)")] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +17,6 @@ from phi1.train.runfolder import RunFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-TEMPERATURE = 0.7
-COMPLETION_TOKENS = 80
-# A top-level function with arguments, and its docstring if that is one line.
-_HEADER = re.compile(r'^def \w+\([^)\n]+\):\n(?: {4}"""[^"\n]{10,70}"""\n)?', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -57,30 +51,16 @@ def export(weights: Mapping[str, Tensor], config: Phi1Config, tokenizer: Tokeniz
         raise RunError(f"{folder.export}: {error}; the last checkpoint is intact: run again to export it") from None
 
 
-def function_headers(text: bytes, count: int) -> list[str]:
-    """Up to `count` different headers from some source text, spread over it; those with a docstring come first."""
-    found = list(dict.fromkeys(match[0] for match in _HEADER.finditer(text.decode("utf-8", errors="replace"))))
-    documented = [header for header in found if header.count("\n") == 2]
-    others = [header for header in found if header.count("\n") == 1]
-    chosen = _spread(documented, count)
-    return chosen + _spread(others, count - len(chosen))
-
-
-def _spread(items: list[str], count: int) -> list[str]:
-    return [items[i * len(items) // count] for i in range(count)] if len(items) > count else items
-
-
 def show_completions(folder: RunFolder, headers: list[str], seed: int) -> None:
     """Print what the exported model makes of some function headers."""
+    from phi1.train.samples import TEMPERATURE, complete  # imports torch, which a complete run can do without
+
     if not headers:
         return
     model = phi1.load(folder.export, device="cpu")
     tokenizer = phi1.load_tokenizer(folder.export)
     print(f"\nCompletions of held-out function headers, temperature {TEMPERATURE}, seed {seed}:\n")
-    completed = phi1.generate(model, tokenizer, headers, max_new_tokens=COMPLETION_TOKENS, temperature=TEMPERATURE,
-                              seed=seed, stop=["\ndef ", "\nclass ", "\n@", "\n\n\n"])
-    for header, text in zip(headers, completed, strict=True):
-        print(f"{header}{str(text).rstrip()}\n")
+    print("\n".join(complete(model, tokenizer, headers, seed)))
 
 
 def write_summary(reached: Reached, folder: RunFolder) -> None:

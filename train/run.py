@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor
 
-from phi1.tokenizer import Tokenizer
 from phi1.train.admission import open_data
 from phi1.train.batches import Layout
 from phi1.train.checkpoint import Saver, gather_weights, load_checkpoint
@@ -24,8 +23,9 @@ from phi1.train.ledger import Ledger
 from phi1.train.loop import Loop
 from phi1.train.progress import Progress
 from phi1.train.recipe import Recipe
-from phi1.train.report import Reached, export, function_headers, show_completions, show_summary, write_summary
+from phi1.train.report import Reached, export, show_completions, show_summary, write_summary
 from phi1.train.runfolder import RunFolder, defining, notes
+from phi1.train.samples import Samples, function_headers
 from phi1.train.schedule import schedule_end
 from phi1.train.step import Trainer
 from phi1.train.utilisation import Utilisation
@@ -60,6 +60,8 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
     control.listen()
     trainer, stored = _trainer(recipe, engine, corpus, place, checkpoint)
     held_out = HeldOut(validation, tokenizer, recipe.data.seq_len, recipe.eval.sequences)
+    samples = Samples(folder.samples, tokenizer, function_headers(held_out.text, recipe.eval.completions),
+                      recipe.train.seed)
     with Progress(recipe.train.steps, trainer.finished, recipe.train.batch_size * recipe.data.seq_len,
                   silent=place.rank > 0) as progress:
         _announce_start(progress, recipe, trainer, stored)
@@ -70,7 +72,7 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
         if "best" in stored:
             facts["best"], saver.best = stored["best"], stored["best"]["step"]
         watch = Watch(place.rank, recipe.run.watchdog, folder.heartbeat if place.rank == 0 else None)
-        loop = Loop(recipe, folder, trainer, held_out, control, progress, ledger, place.rank, facts,
+        loop = Loop(recipe, folder, trainer, held_out, samples, control, progress, ledger, place.rank, facts,
                     Utilisation.of_run(recipe, engine), watch, saver, checkpoint)
         with watch:
             figures = loop.evaluate() if loop.run() else None
@@ -92,18 +94,17 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
             print(f"exporting {chosen.name}, whose validation loss {best['loss']:.4f} is the lowest; the last step's "
                   f"is {figures.loss:.4f}", flush=True)
             weights, _ = read_weights(chosen)
-        finish(reached, weights, recipe, tokenizer, held_out.text, folder)
+        finish(reached, weights, recipe, samples, folder)
     return None
 
 
-def finish(reached: Reached, weights: Mapping[str, Tensor], recipe: Recipe, tokenizer: Tokenizer, held_out: bytes,
+def finish(reached: Reached, weights: Mapping[str, Tensor], recipe: Recipe, samples: Samples,
            folder: RunFolder) -> None:
     """Rank 0: export, complete some function headers from the held-out text, and sum up."""
-    export(weights, recipe.phi1_config(), tokenizer, folder)
-    headers = function_headers(held_out, recipe.eval.completions)
+    export(weights, recipe.phi1_config(), samples.tokenizer, folder)
     write_summary(reached, folder)
-    show_completions(folder, headers, recipe.train.seed)
-    show_summary(reached, folder, headers)
+    show_completions(folder, samples.headers, samples.seed)
+    show_summary(reached, folder, samples.headers)
 
 
 def _trainer(recipe: Recipe, engine: Engine, corpus: Corpus, place: Place,

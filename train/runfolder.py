@@ -1,6 +1,6 @@
 """A run's folder: its lock, its stored recipe, and whether a recipe continues what is there.
 
-    config.toml   ledger.jsonl   heartbeat.json   checkpoints/step-N/   export/   summary.json   tensorboard/
+    config.toml   ledger.jsonl   heartbeat.json   checkpoints/step-N/   samples/   export/   summary.json   tensorboard/
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class RunFolder:
         self.ledger = self.path / LEDGER
         self.heartbeat = self.path / "heartbeat.json"
         self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
         self.export = self.path / "export"
         self.summary = self.path / "summary.json"
         self.tensorboard = self.path / "tensorboard"

@@ -1,0 +1,100 @@
+"""What a model under training writes: completions of function headers from the held-out text."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+
+import phi1
+from phi1 import Phi1
+from phi1.tokenizer import Tokenizer
+from phi1.train.engine import DTYPES, Engine
+from phi1.train.launch import RunError
+from phi1.train.step import Trainer
+
+TEMPERATURE = 0.7
+COMPLETION_TOKENS = 80
+STOP = ("\ndef ", "\nclass ", "\n@", "\n\n\n")
+# A top-level function with arguments, and its docstring if that is one line.
+_HEADER = re.compile(r'^def \w+\([^)\n]+\):\n(?: {4}"""[^"\n]{10,70}"""\n)?', re.MULTILINE)
+
+
+def function_headers(text: bytes, count: int) -> list[str]:
+    """Up to `count` different headers from some source text, spread over it; those with a docstring come first."""
+    found = list(dict.fromkeys(match[0] for match in _HEADER.finditer(text.decode("utf-8", errors="replace"))))
+    documented = [header for header in found if header.count("\n") == 2]
+    others = [header for header in found if header.count("\n") == 1]
+    chosen = _spread(documented, count)
+    return chosen + _spread(others, count - len(chosen))
+
+
+def _spread(items: list[str], count: int) -> list[str]:
+    return [items[i * len(items) // count] for i in range(count)] if len(items) > count else items
+
+
+def complete(model: Phi1, tokenizer: Tokenizer, headers: list[str], seed: int) -> list[str]:
+    """Each header with what the model adds to it; the same ones for the same weights and seed."""
+    completed = phi1.generate(model, tokenizer, headers, max_new_tokens=COMPLETION_TOKENS, temperature=TEMPERATURE,
+                              seed=seed, stop=STOP)
+    return [f"{header}{str(text).rstrip()}\n" for header, text in zip(headers, completed, strict=True)]
+
+
+def whole_model(model: Phi1, engine: Engine, here: bool = True) -> Phi1 | None:
+    """Collective: a copy of a sharded model, in the precision of the arithmetic, where `here`; None elsewhere.
+
+    A copy, since processes may use it differently often: the sharded model itself would gather parameters in each pass,
+    for which all must call it together, and would have to give them up before the next step.
+    """
+    copy = Phi1(model.config, device="meta", dtype=DTYPES[engine.precision]).to_empty(device=engine.device) \
+        if here else None
+    own = dict(copy.named_parameters()) if copy else {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            assert isinstance(parameter, DTensor), f"{name} is gathered: a step or an evaluation has not ended"
+            whole = parameter.full_tensor()
+            if own:
+                own[name].copy_(whole)
+    if copy:
+        copy.init_tables()
+    return copy.eval() if copy else None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Completions of the same headers again and again, a file each time.
+
+    Args:
+        folder: of the files; made when the first is written.
+        tokenizer: the corpus's.
+        headers: to be completed.
+        seed: of the drawing.
+    """
+
+    folder: Path
+    tokenizer: Tokenizer
+    headers: list[str]
+    seed: int
+
+    def write(self, trainer: Trainer, rank: int) -> None:
+        """Collective: rank 0 completes the headers with the weights as they are and writes step-N.md.
+
+        Neither the weights nor any random number of the training is touched.
+
+        Raises:
+            RunError: the model computes nan, or the file cannot be written; on rank 0 alone.
+        """
+        model = whole_model(trainer.model, trainer.engine, here=rank == 0)
+        if model is None:
+            return
+        path = self.folder / f"step-{trainer.finished}.md"
+        try:
+            pieces = complete(model, self.tokenizer, self.headers, self.seed)
+            self.folder.mkdir(exist_ok=True)
+            path.write_text(f"# Step {trainer.finished}\n\nTemperature {TEMPERATURE}, seed {self.seed}.\n"
+                            + "".join(f"\n```python\n{piece}```\n" for piece in pieces), encoding="utf-8")
+        except (OSError, FloatingPointError) as error:
+            raise RunError(f"the completions of step {trainer.finished} are missing: {error}") from None
