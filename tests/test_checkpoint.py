@@ -130,7 +130,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_consumes_its_place(corpus, eng
     assert all(torch.equal(healthy[name], tensor) for name, tensor in weights_of(trainer).items())
     assert all(torch.equal(a, state["exp_avg"].to_local())
                for a, state in zip(moments, trainer.optimizer.state.values(), strict=True))
-    assert trainer.scaler.get_scale() == (outcome.scale / 2 if precision == "fp16" else 1)
+    assert trainer.scaler.scale == outcome.scale == (65536 if precision == "fp16" else 1)
+    assert trainer.scaler.patience == (1 if precision == "fp16" else 2)
     following = trainer.run_step()
     assert not following.skipped
     assert following.samples != outcome.samples
@@ -143,7 +144,7 @@ def test_fp16_finds_a_loss_scale_by_itself(corpus, engine):
     skipped = [outcome.skipped for outcome in outcomes]
     assert skipped[0]
     first = skipped.index(False)
-    assert [outcome.scale for outcome in outcomes[:first + 1]] == [2.0 ** (30 - i) for i in range(first + 1)]
+    assert [outcome.scale for outcome in outcomes[:first + 1]] == [2.0 ** min(30, 31 - i) for i in range(first + 1)]
     assert outcomes[-1].loss < outcomes[0].loss - 0.1
 
 

@@ -31,6 +31,7 @@ def check_recipe(recipe: Recipe, place: Place) -> None:
     """
     config, train, data = recipe.phi1_config(), recipe.train, recipe.data
     Layout.of(train.batch_size, train.micro_batch_size, place.rank, place.world_size)
+    place.shard_group(recipe.run.shard_group)
     if data.seq_len > config.max_position_embeddings:
         raise RunError(f"data.seq_len must be at most the model's context, model.max_position_embeddings "
                        f"{config.max_position_embeddings}; got {data.seq_len}")

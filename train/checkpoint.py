@@ -91,7 +91,8 @@ class Saver:
         final = self.folder / checkpoint_name(trainer.finished)
         temporary = self.folder / f".{final.name}.tmp"
         state = _state(trainer)
-        (needed,) = all_sum(_local_bytes(state))
+        (held,) = all_sum(_local_bytes(state))
+        needed = held / trainer.engine.replicas  # a shard that several processes hold is written by one of them
         notes = {"step": trainer.finished, "skipped": trainer.skipped, "scaler": trainer.scaler.state_dict()} | facts
         flying = _Flying(trainer.finished, final, temporary, int(needed), began)
         try:
@@ -193,8 +194,7 @@ def load_checkpoint(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
     set_state_dict(trainer.model, trainer.optimizer, model_state_dict=state["model"],
                    optim_state_dict=state["optimizer"])
     notes = read_state(checkpoint)
-    if trainer.scaler.is_enabled() and notes["scaler"]:
-        trainer.scaler.load_state_dict(notes["scaler"])
+    trainer.scaler.load_state_dict(notes["scaler"])
     trainer.finished, trainer.skipped = notes["step"], notes["skipped"]
     return notes
 

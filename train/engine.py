@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from phi1 import Phi1, Phi1Config, load
 from phi1.kernels import empty
 from phi1.train.launch import Place, RunError
+from phi1.train.provenance import versions
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -36,6 +37,15 @@ class Engine:
     precision: str
     threads: int
     world_size: int
+    shard_group: int = 0
+    """Processes that share out one copy of the states; 0 for all. Other such groups hold replicas."""
+    reshard: bool = False
+    """Keep nothing gathered between the passes of a step."""
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the states."""
+        return self.world_size // (self.shard_group or self.world_size)
 
     def environment(self) -> dict[str, str | int]:
         """What a bitwise replay needs to be equal, for checkpoints and the ledger."""
@@ -43,21 +53,25 @@ class Engine:
             hardware = torch.cuda.get_device_name(self.device)
         else:
             hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-        return {"world_size": self.world_size, "threads": self.threads, "precision": self.precision,
-                "device": self.device.type, "hardware": hardware, "torch": torch.__version__}
+        # How often states are gathered changes no bit, and who adds which gradients does.
+        return {"world_size": self.world_size, "replicas": self.replicas, "threads": self.threads,
+                "precision": self.precision, "device": self.device.type, "hardware": hardware,
+                "torch": torch.__version__, "triton": versions().get("triton", "none")}
 
 
-def start(place: Place, device_name: str, precision: str, threads: int) -> Engine:
-    """Choose the device, the precision and the number of threads. Nothing is connected yet.
+def start(place: Place, device_name: str, precision: str, threads: int, shard_group: int = 0,
+          reshard: bool = False) -> Engine:
+    """Choose the device, the precision, the number of threads and the sharding. Nothing is connected yet.
 
     Raises:
-        RunError: cuda is asked for and absent, or there are more processes than GPUs.
+        RunError: cuda is asked for and absent, there are more processes than GPUs, or shard_group does not divide them.
     """
     device = find_device(device_name, place)
     # torchrun sets OMP_NUM_THREADS=1 for several processes; the count is the recipe's, not the environment's.
     threads = threads or max(1, _cores() // place.local_world_size)
     torch.set_num_threads(threads)
-    return Engine(device, _precision(precision, device), threads, place.world_size)
+    return Engine(device, _precision(precision, device), threads, place.world_size, place.shard_group(shard_group),
+                  reshard)
 
 
 def find_device(name: str, place: Place) -> torch.device:
@@ -97,7 +111,7 @@ def connect_processes(engine: Engine, place: Place, store: Store) -> None:
 
 
 def build_model(config: Phi1Config, engine: Engine, seed: int, init: str | None = None) -> Phi1:
-    """A model with initial weights from `seed`, sharded over all processes, each large block as one group.
+    """A model with initial weights from `seed`, sharded as the engine says, each large block as one group.
 
     Args:
         config: of the model.
@@ -112,14 +126,14 @@ def build_model(config: Phi1Config, engine: Engine, seed: int, init: str | None 
     model.init_weights(seed)
     if init is not None:
         _take_weights(model, init)
-    mesh = init_device_mesh(engine.device.type, (engine.world_size,), mesh_dim_names=("shard",))
+    mesh = _mesh(engine)
     # Inputs are not cast: the rotary tables go into each block and stay fp32.
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[engine.precision], reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
     for block in model.blocks:
         if sum(p.numel() * p.element_size() for p in block.parameters()) < GROUP_BYTES:
             continue  # a part of the model's own group
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=engine.reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     if engine.device.type == "cpu" and engine.world_size == 1:
         for module in _sharded_modules(model):
@@ -127,6 +141,14 @@ def build_model(config: Phi1Config, engine: Engine, seed: int, init: str | None 
             module.set_custom_reduce_scatter(_OneProcess())  # type: ignore[arg-type]
     register_fsdp_forward_method(model, "loss")
     return model
+
+
+def _mesh(engine: Engine) -> DeviceMesh:
+    """Ranks that follow each other shard; one of each such group holds the same shard, and they add their gradients."""
+    if engine.replicas == 1:
+        return init_device_mesh(engine.device.type, (engine.world_size,), mesh_dim_names=("shard",))
+    return init_device_mesh(engine.device.type, (engine.replicas, engine.shard_group),
+                            mesh_dim_names=("replicate", "shard"))
 
 
 def _take_weights(model: Phi1, source: str) -> None:
@@ -167,14 +189,18 @@ def peak_memory_gib(engine: Engine) -> float:
         return 0.0
 
 
-def set_last_micro_step(model: Phi1, last: bool) -> None:
+def set_last_micro_step(model: Phi1, last: bool, reshard: bool = False) -> None:
     """Before each micro-step: gradients are reduced, and parameters resharded, at the last one of a step alone.
+
+    With `reshard` they are so at each one, so that no process ever holds all gradients; replicas still add theirs up
+    at the last one alone.
 
     Parameters that are still gathered when the optimizer steps would be stale in all later steps, without any error:
     whoever runs the last backward of a step must have said so here.
     """
-    sharded(model).set_requires_gradient_sync(last)
-    sharded(model).set_reshard_after_backward(last)
+    sharded(model).set_requires_gradient_sync(last or reshard)
+    sharded(model).set_reshard_after_backward(last or reshard)
+    sharded(model).set_requires_all_reduce(last)
 
 
 def sharded(model: Phi1) -> FSDPModule:

@@ -50,6 +50,18 @@ class Place:
                    local_world_size=int(env.get("LOCAL_WORLD_SIZE", 1)),
                    attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", 0)), under_torchrun="TORCHELASTIC_RUN_ID" in env)
 
+    def shard_group(self, asked: int) -> int:
+        """Processes that share out one copy of a model: as many as are asked for, or those of this machine for 0.
+
+        Raises:
+            RunError: the number of processes is not a multiple of it.
+        """
+        group = asked or self.local_world_size
+        if self.world_size % group:
+            raise RunError(f"run.shard_group must divide the number of processes, {self.world_size}; got {group}"
+                           + ("" if asked else ", the processes of this machine"))
+        return group
+
     def command(self, arguments: str) -> str:
         """The command line that starts this script as it was started, with other arguments."""
         script = sys.argv[0]

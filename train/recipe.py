@@ -86,6 +86,9 @@ class Train:
                              "where the processor has it, else fp32")] = "auto"
     loss_scale: Annotated[Positive, doc("fp16: first loss scale")] = 65536.0
     loss_scale_window: Annotated[Count, doc("fp16: steps without overflow before the scale doubles")] = 2000
+    loss_scale_hysteresis: Annotated[Count, doc("fp16: which overflow since the scale last doubled is the first to "
+                                                "halve it")] = 2
+    loss_scale_floor: Annotated[Positive, doc("fp16: the scale does not fall below this")] = 1.0
     max_skips: Annotated[Count, doc("steps in a row whose gradient is not finite, after which the run stops")] = 20
     seed: Annotated[int, Field(ge=0, lt=2**32), doc("of initial weights, sample order and dropout")] = 1
     threads: Annotated[CountOrZero, doc("CPU threads of each process (0: cores / processes of this machine)")] = 0
@@ -120,6 +123,10 @@ class Run:
 
     folder: Annotated[Folder, doc("the run's folder")] = "runs/nano"
     device: Annotated[Literal["auto", "cpu", "cuda"], doc("auto: cuda where there is one")] = "auto"
+    shard_group: Annotated[CountOrZero, doc("processes that share out one copy of the states; other groups hold "
+                                            "replicas (0: those of one machine)")] = 0
+    reshard: Annotated[bool, doc("give up gathered parameters after each pass of a block and reduce gradients after "
+                                 "each micro-step: the least memory, for small cards, and more communication")] = False
     watchdog: Annotated[NotNegative, doc("seconds that a step, a save or a batch of an evaluation may take before its "
                                          "process ends with its stack (0: any)")] = 1800.0
     tensorboard: Annotated[bool, doc("also write TensorBoard's files, if it is installed")] = True

@@ -53,7 +53,8 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
         RunError: the run cannot go on; every process raises it.
     """
     began = time.monotonic()
-    engine = start(place, recipe.run.device, recipe.train.precision, recipe.train.threads)
+    engine = start(place, recipe.run.device, recipe.train.precision, recipe.train.threads, recipe.run.shard_group,
+                   recipe.run.reshard)
     corpus, validation, tokenizer = open_data(recipe, verify=False)
     connect_processes(engine, place, store)
     control = Control(place)

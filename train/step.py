@@ -18,6 +18,7 @@ from phi1 import Phi1
 from phi1.train.batches import Layout, micro_batches, samples_hash, samples_of_step
 from phi1.train.data import Corpus
 from phi1.train.engine import Engine, all_sum, set_last_micro_step
+from phi1.train.loss_scale import LossScale
 from phi1.train.recipe import Train
 from phi1.train.schedule import learning_rate
 
@@ -73,8 +74,7 @@ class Trainer:
         self.model, self.train, self.seq_len, self.corpus = model, train, seq_len, corpus
         self.layout, self.engine = layout, engine
         self.optimizer = make_optimizer(model, train)
-        self.scaler = torch.amp.GradScaler(engine.device.type, init_scale=train.loss_scale,
-                                           growth_interval=train.loss_scale_window, enabled=engine.precision == "fp16")
+        self.scaler = LossScale(train, enabled=engine.precision == "fp16")
         self.n_samples = corpus.n_samples(seq_len)
         self.finished = 0
         self.skipped = 0
@@ -83,14 +83,13 @@ class Trainer:
         """Take the next step."""
         step, train = self.finished, self.train
         samples = samples_of_step(step, train.batch_size, train.seed, self.n_samples)
-        lr, scale = learning_rate(step, train), self.scaler.get_scale()
+        lr, scale = learning_rate(step, train), self.scaler.scale
         loss = self._accumulate(step, samples)
-        norm = self._unscaled_norm()
+        norm = self._norm() / scale
         finite = math.isfinite(norm) and math.isfinite(loss)
         if finite:
-            self._update(lr, norm)
-        if self.scaler.is_enabled():
-            self.scaler.update()
+            self._update(lr, norm, scale)
+        self.scaler.update(finite)
         self.optimizer.zero_grad(set_to_none=True)
         self.finished += 1
         self.skipped += not finite
@@ -105,36 +104,39 @@ class Trainer:
         rng = torch.tensor([self.train.seed, step], device=device)
         total = torch.zeros((), dtype=torch.float64, device=device)
         for index, (ids, tokens) in enumerate(batches):
-            set_last_micro_step(self.model, index == len(batches) - 1)
+            set_last_micro_step(self.model, index == len(batches) - 1, self.engine.reshard)
             rows = torch.from_numpy(tokens).to(device, non_blocking=True)
             loss = self.model.loss(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), reduction="sum", rng=rng,
                                    sample_ids=torch.from_numpy(ids).to(device))
             total += loss.detach().double()
             # FSDP averages gradients over the processes; times world_size, that is the sum.
-            self.scaler.scale(loss * (layout.world_size / count)).backward()
+            (loss * (self.scaler.scale * layout.world_size / count)).backward()
         (loss_sum,) = all_sum(total.item())
         return loss_sum / count
 
-    def _unscaled_norm(self) -> float:
-        """Global norm of the true gradient: the same bits on every process and on a replay."""
-        self.scaler.unscale_(self.optimizer)
+    def _norm(self) -> float:
+        """Global norm of the scaled gradient: the same bits on every process and on a replay."""
         # Row by row, then in float64: over a million elements at once PyTorch's float32 norm is off by 1e-5 on CPUs,
         # and differently so for each way of sharding, which the clipping would carry into the parameters.
         rows = [torch.linalg.vector_norm(gradient, dim=-1).double() for gradient in local_gradients(self.model)]
         (squares,) = all_sum(torch.stack([norms.square().sum() for norms in rows]).sum().item())
-        return math.sqrt(squares) if squares >= 0 else math.nan
+        return math.sqrt(squares / self.engine.replicas) if squares >= 0 else math.nan
 
-    def _update(self, lr: float, norm: float) -> None:
+    def _update(self, lr: float, norm: float, scale: float) -> None:
+        """Unscale and clip the gradient, which is known to be finite on every process, and follow it."""
         clip = self.train.clip
-        if clip and norm > clip:
+        factor = (clip / norm if clip and norm > clip else 1.0) / scale
+        if factor != 1:
             for gradient in local_gradients(self.model):
-                gradient.mul_(clip / norm)
+                gradient.mul_(factor)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # Not through the scaler: the step is known to be finite, on every process.
         self.optimizer.step()
 
 
 def local_gradients(model: nn.Module) -> list[Tensor]:
     """This process's shard of every gradient."""
-    return [parameter.grad.to_local() for parameter in model.parameters() if isinstance(parameter.grad, DTensor)]
+    parameters = list(model.parameters())
+    # The optimizer would step parameters that nobody reads, and the loss would stand still.
+    assert all(isinstance(parameter, DTensor) for parameter in parameters), "set_last_micro_step: no last one was run"
+    return [parameter.grad.to_local() for parameter in parameters if isinstance(parameter.grad, DTensor)]
