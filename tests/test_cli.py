@@ -112,9 +112,9 @@ def test_escapes_in_stop_strings(folder, capsys, monkeypatch):
 
 
 MISTAKES = {
-    "no command": ([], r"phi1: error: give a command: generate, prepare, convert, "),
+    "no command": ([], r"phi1: error: give a command: generate, humaneval, prepare, convert, "),
     "misspelt command": (["genrate"], r"phi1: error: there is no command 'genrate'; did you mean generate?"),
-    "strange command": (["fly"], r"phi1: error: there is no command 'fly'; there are generate, prepare"),
+    "strange command": (["fly"], r"phi1: error: there is no command 'fly'; there are generate, humaneval"),
     "misspelt option": (["generate", "--model", "m", "--prompt", "x", "--temprature=1"],
                         "unrecognized arguments: --temprature=1; did you mean --temperature?"),
     "abbreviated option": (["generate", "--model", "m", "--prompt", "x", "--temp", "1"],
@@ -139,6 +139,8 @@ MISTAKES = {
     "prompt too long": (["generate", "--model", "MODEL", "--prompt", "é" * 2048], "has 4096 tokens"),
     "another tokenizer": (["generate", "--model", "MODEL", "--prompt", "hello", "--tokenizer", "microsoft/phi-1"],
                           "prompt has token id 31373, and the model's vocabulary ends at 319"),
+    "no such tokenizer": (["generate", "--model", "MODEL", "--prompt", "x", "--tokenizer", "nosuch"],
+                          "phi1 generate: error: --tokenizer: must be a folder or a Hub id (owner/name); got 'nosuch'"),
     "convert to a full folder": (["convert", "--model", "MODEL", "--out", "MODEL"],
                                  "--out must be a new or empty folder"),
     "convert nothing": (["convert", "--model", "/no/such", "--out", "OUT"], "--model: there is no folder /no/such"),

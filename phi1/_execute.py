@@ -1,0 +1,93 @@
+"""Run a program that nobody has read: in a process of its own, for so many seconds, in so much memory.
+
+This guards the machine against accidents - endless loops, endless memory, files left behind - and not against malice:
+there is no sandbox, and the program has the rights of whoever runs it. Strangers' models belong into a container.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+
+MEMORY_BYTES = 4 << 30
+PASSED = "passed"
+TIMED_OUT = "timed out"
+
+# What the process runs. Its verdict goes through a pipe of its own as the last act, so that a program that ends early,
+# with exit code 0 even, has not passed; RLIMIT_NPROC keeps all but root from starting processes.
+_CHILD = """
+import os, resource, sys
+pipe, seconds, memory = (int(word) for word in sys.argv[1:])
+word, _, program = sys.stdin.buffer.read().partition(b"\\n")
+for name, most in (("AS", memory), ("CPU", seconds), ("FSIZE", 1 << 24), ("NOFILE", 64), ("CORE", 0), ("NPROC", 0)):
+    limit = getattr(resource, "RLIMIT_" + name)
+    hard = resource.getrlimit(limit)[1]
+    try:
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(limit, (most, most))
+    except (ValueError, OSError):
+        pass  # not every system limits everything
+try:
+    exec(compile(program, "program", "exec"), {"__name__": "program"})
+except BaseException as error:
+    word = f"failed: {type(error).__name__}: {error}"[:300].encode("utf-8", "replace")
+os.write(pipe, word)
+os._exit(0)
+"""
+
+
+def execute(program: str, seconds: float, memory: int = MEMORY_BYTES) -> str:
+    """Run a program to its end.
+
+    Args:
+        program: Python; it sees the standard library alone, an empty environment, an empty temporary folder as its
+            working directory and no input.
+        seconds: after which it is killed, with all processes that it has started and that have not left its group.
+        memory: bytes of address space.
+
+    Returns:
+        "passed" if it came to its end, else what it died of: "failed: NameError: ...", "timed out", "ended early, ...".
+    """
+    nonce = secrets.token_hex(16)
+    reading, writing = os.pipe()
+    try:
+        with tempfile.TemporaryDirectory(prefix="phi1-execute-", ignore_cleanup_errors=True) as folder:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _CHILD, str(writing), str(math.ceil(seconds) + 1), str(memory)],
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, env={},
+                pass_fds=(writing,), start_new_session=True)
+            try:
+                process.communicate(f"{nonce}\n{program}".encode("utf-8", "replace"), timeout=seconds)
+            except subprocess.TimeoutExpired:
+                return TIMED_OUT
+            finally:
+                _kill_group(process)
+        os.set_blocking(reading, False)
+        return _verdict(reading, nonce, process.returncode)
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):  # all of them have ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _verdict(reading: int, nonce: str, code: int) -> str:
+    try:
+        word = os.read(reading, 4096).decode("utf-8", "replace")
+    except BlockingIOError:
+        word = ""
+    if code == 0 and word == nonce:
+        return PASSED
+    if word.startswith("failed: "):
+        return " ".join(word.split())
+    return f"ended early, by {signal.Signals(-code).name}" if code < 0 else f"ended early, with exit code {code}"

@@ -1,0 +1,68 @@
+"""Programs that nobody has read: what they may not do to the process that runs them."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from phi1._execute import PASSED, TIMED_OUT, execute
+
+ENOUGH = 30.0  # seconds, on a machine that does other things as well
+
+
+@pytest.mark.parametrize(("program", "result"), [
+    ("assert 1 + 1 == 2\n", PASSED),
+    ("print('x' * 10**6)\nimport math, random, re, typing", PASSED),
+    ("assert 1 + 1 == 3", "failed: AssertionError: "),
+    ("def f(:", "failed: SyntaxError: invalid syntax (program, line 1)"),
+    ("raise KeyError('é\\n' * 400)", "failed: KeyError: "),
+    ("raise KeyboardInterrupt", "failed: KeyboardInterrupt: "),
+    ("import sys; sys.exit(0)", "failed: SystemExit: 0"),
+    ("import os; os._exit(0)", "ended early, with exit code 0"),
+    ("import ctypes; ctypes.string_at(0)", "ended early, by SIGSEGV"),
+    ("import torch", "failed: ModuleNotFoundError: No module named 'torch'"),
+    ("assert input() == ''", "failed: EOFError: EOF when reading a line"),
+    ("import os; assert not {'HOME', 'PATH', 'PYTHONPATH'} & os.environ.keys()", PASSED),
+])
+def test_a_program_passes_only_by_coming_to_its_end(program, result):
+    found = execute(program, ENOUGH)
+    assert found.startswith(result.rstrip())
+    assert len(found) <= 320
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize("program", ["while True: pass", "import time\nwhile True:\n    try: time.sleep(60)\n"
+                                     "    except BaseException: pass"])
+def test_an_endless_loop_ends(program):
+    began = time.monotonic()
+    assert execute(program, 0.5) == TIMED_OUT
+    assert time.monotonic() - began < 30
+
+
+def test_memory_and_files_have_limits():
+    assert execute("x = bytearray(1 << 29)", ENOUGH, memory=1 << 28).startswith("failed: MemoryError")
+    assert execute("open('big', 'wb').write(bytes(1 << 25))", ENOUGH).startswith("failed: OSError")
+
+
+def test_files_and_processes_do_not_outlive_it(tmp_path):
+    program = f"""
+import os, sys, time
+open({str(tmp_path / "where")!r}, "w").write(os.getcwd())
+open("left", "w").write("behind")
+if os.fork() == 0:
+    open({str(tmp_path / "child")!r}, "w").write(str(os.getpid()))
+    time.sleep(60)
+while not os.path.exists({str(tmp_path / "child")!r}):
+    pass
+"""
+    result = execute(program, ENOUGH)
+    assert not Path((tmp_path / "where").read_text()).exists()
+    if os.geteuid():  # RLIMIT_NPROC does not bind root
+        assert result.startswith("failed: BlockingIOError")
+        return
+    assert result == PASSED
+    child = Path("/proc") / (tmp_path / "child").read_text()
+    end = time.monotonic() + 30
+    while child.exists() and "State:\tZ" not in (child / "status").read_text():
+        assert time.monotonic() < end, "the child runs on"
