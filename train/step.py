@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from phi1 import Phi1
-from phi1.train.batches import Layout, micro_batches, samples_hash, samples_of_step
+from phi1.train.batches import Layout, samples_hash, samples_of_step
 from phi1.train.data import Corpus
 from phi1.train.engine import Engine, all_sum, set_last_micro_step
+from phi1.train.launch import RunError
 from phi1.train.loss_scale import LossScale
+from phi1.train.prefetch import Batch, Prefetch
 from phi1.train.recipe import Train
 from phi1.train.schedule import learning_rate
 
@@ -76,15 +78,16 @@ class Trainer:
         self.optimizer = make_optimizer(model, train)
         self.scaler = LossScale(train, enabled=engine.precision == "fp16")
         self.n_samples = corpus.n_samples(seq_len)
+        self._prefetch = Prefetch(self._read, engine.device)
         self.finished = 0
         self.skipped = 0
 
     def run_step(self) -> Outcome:
         """Take the next step."""
         step, train = self.finished, self.train
-        samples = samples_of_step(step, train.batch_size, train.seed, self.n_samples)
+        batch, count = self._batch(step)
         lr, scale = learning_rate(step, train), self.scaler.scale
-        loss = self._accumulate(step, samples)
+        loss = self._accumulate(step, batch.micro_batches, count)
         norm = self._norm() / scale
         finite = math.isfinite(norm) and math.isfinite(loss)
         if finite:
@@ -93,21 +96,42 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.finished += 1
         self.skipped += not finite
-        return Outcome(self.finished, loss, lr, norm, scale, not finite, samples_hash(samples))
+        return Outcome(self.finished, loss, lr, norm, scale, not finite, samples_hash(batch.samples))
 
-    def _accumulate(self, step: int, samples: np.ndarray) -> float:
+    def _batch(self, step: int) -> tuple[Batch, float]:
+        """Collective: this process's part of a step's batch, and the target tokens of the whole of it.
+
+        Raises:
+            RunError: on every process, if one could not read its part.
+        """
+        batch, problem = None, ""
+        try:
+            batch = self._prefetch.take(step)
+        except (OSError, ValueError) as error:
+            problem = f"data of step {step + 1} could not be read: {error}"
+        count, failures = all_sum(batch.n_targets if batch else 0, batch is None)
+        if failures:
+            problems = [problem] * self.engine.world_size
+            dist.all_gather_object(problems, problem)
+            raise RunError(next(filter(None, problems)))
+        assert batch
+        return batch, count
+
+    def _read(self, step: int) -> Batch:
+        samples = samples_of_step(step, self.train.batch_size, self.train.seed, self.n_samples)
+        return Batch.read(self.corpus, samples, self.layout, self.seq_len, self.engine.device)
+
+    def _accumulate(self, step: int, batches: list[tuple[Tensor, Tensor]], count: float) -> float:
         """Forward and backward of all micro-steps. Returns the global mean loss."""
         self.model.train()
         device, layout = self.engine.device, self.layout
-        batches = list(micro_batches(self.corpus, samples, layout, self.seq_len))
-        (count,) = all_sum(sum(tokens[:, 1:].size for _, tokens in batches))
         rng = torch.tensor([self.train.seed, step], device=device)
         total = torch.zeros((), dtype=torch.float64, device=device)
         for index, (ids, tokens) in enumerate(batches):
             set_last_micro_step(self.model, index == len(batches) - 1, self.engine.reshard)
-            rows = torch.from_numpy(tokens).to(device, non_blocking=True)
+            rows = tokens.to(device, non_blocking=True)
             loss = self.model.loss(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), reduction="sum", rng=rng,
-                                   sample_ids=torch.from_numpy(ids).to(device))
+                                   sample_ids=ids.to(device, non_blocking=True))
             total += loss.detach().double()
             # FSDP averages gradients over the processes; times world_size, that is the sum.
             (loss * (self.scaler.scale * layout.world_size / count)).backward()
