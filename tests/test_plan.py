@@ -104,7 +104,24 @@ def test_what_does_not_fit_is_said_with_the_setting_to_change():
     assert "DOES NOT FIT" in text
     assert "set train.micro_batch_size to 8, the largest that fits" in text
     tiny = Cluster(replace(GPUS["a100-40"], memory_gib=8.0), 8)
-    assert "no micro-batch fits: take more GPUs, or GPUs with more memory" in "\n".join(report(BASE, tiny))
+    assert "no micro-batch fits: set run.reshard to true, or take more GPUs" in "\n".join(report(BASE, tiny))
+
+
+def test_sharding_within_nodes_and_resharding_change_memory_and_collectives():
+    two_nodes = replace(A100S, gpus=16, nodes=2)
+    one, hybrid = states(BASE.phi1_config(), 8, 2, 4), memory(BASE, two_nodes, 16)
+    assert {name: hybrid[name] for name in one} == one  # each node holds a copy
+    everywhere = replace(BASE, run=replace(BASE.run, shard_group=16))
+    assert memory(everywhere, two_nodes, 16)["parameters, fp32, sharded"] == one["parameters, fp32, sharded"] / 2
+    assert duration(BASE, two_nodes).collectives < duration(everywhere, two_nodes).collectives
+    small = replace(BASE, run=replace(BASE.run, reshard=True))
+    resharded = memory(small, A100S, 16)
+    assert resharded["gradients of the micro-steps, fp32"] == 0
+    assert resharded["parameters, gathered, 16 bits"] < one["parameters, gathered, 16 bits"] / 4
+    assert duration(small, A100S, 8).collectives > 10 * duration(BASE, A100S, 8).collectives
+    # Eight cards of 16 GB have no room for phi-1 gathered whole, and do not need it.
+    sixteen = Cluster(replace(GPUS["a100-40"], memory_gib=15.5), 8)
+    assert largest_micro_batch(BASE, sixteen) == 0 < largest_micro_batch(small, sixteen)
 
 
 def test_the_report_reconciles_the_published_figures(capsys):
@@ -123,6 +140,7 @@ def test_the_report_reconciles_the_published_figures(capsys):
     (["--gpsu", "8"], "unrecognized arguments: --gpsu; did you mean --gpu"),
     (["--mfu", "3"], "argument --mfu: invalid share of 1 value: '3'"),
     (["--price", "nan"], "argument --price: invalid number above 0 value: 'nan'"),
+    (["--run.shard_group", "3"], "run.shard_group must divide the number of processes, 8; got 3"),
     (["--train.stesp", "3"], "'train.stesp' is not a key; the nearest is train.steps"),
     (["--train.micro_batch_size", "3"], "train.micro_batch_size must divide 1024 / 8 = 128; got 3"),
     (["--config", "nosuch.toml"], "--config nosuch.toml: No such file or directory"),

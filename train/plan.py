@@ -17,7 +17,7 @@ from pathlib import Path
 from phi1.config import Phi1Config
 from phi1.gpus import GPUS, Gpu
 from phi1.train.batches import divisors
-from phi1.train.launch import RunError
+from phi1.train.launch import Place, RunError
 from phi1.train.recipe import Recipe
 
 GIB = 1 << 30
@@ -43,16 +43,26 @@ class Cluster:
     mfu: float | None = None
 
 
-def states(config: Phi1Config, gpus: int, element: int, micro_steps: int) -> dict[str, float]:
-    """Bytes a GPU that are there at the end of a step's last backward, whatever the micro-batch."""
-    p = config.num_parameters
+def states(config: Phi1Config, shards: int, element: int, micro_steps: int, reshard: bool = False) -> dict[str, float]:
+    """Bytes a GPU that are there at the end of a step's last backward, whatever the micro-batch.
+
+    With `reshard` no more than two blocks are gathered, beside what belongs to none, and gradients add up in shards.
+    """
+    p, d, v = config.num_parameters, config.hidden_size, config.vocab_size
+    outside = 2 * v * d + v + 2 * d
+    gathered = outside + (p - outside) * min(1.0, 2 / config.num_hidden_layers) if reshard else p
     return {
-        "parameters, fp32, sharded": 4 * p / gpus,
-        "gradients, fp32, sharded": 4 * p / gpus,
-        "AdamW's two moments, fp32, sharded": 8 * p / gpus,
-        f"parameters, gathered, {8 * element} bits": element * p,
-        "gradients of the micro-steps, fp32": 4 * p if micro_steps > 1 else 0,
+        "parameters, fp32, sharded": 4 * p / shards,
+        "gradients, fp32, sharded": 4 * p / shards,
+        "AdamW's two moments, fp32, sharded": 8 * p / shards,
+        f"parameters, gathered, {8 * element} bits": element * gathered,
+        "gradients of the micro-steps, fp32": 4 * p if micro_steps > 1 and not reshard else 0,
     }
+
+
+def shards_of(recipe: Recipe, cluster: Cluster) -> int:
+    """GPUs that share out one copy of the states: those of a node, if the recipe does not say."""
+    return recipe.run.shard_group or cluster.gpus // cluster.nodes
 
 
 def activations(config: Phi1Config, seq_len: int, element: int) -> float:
@@ -62,14 +72,14 @@ def activations(config: Phi1Config, seq_len: int, element: int) -> float:
     return seq_len * (config.num_hidden_layers * per_token + 2 * element * d)
 
 
-def transients(config: Phi1Config, seq_len: int, element: int, micro_batch: int, gpus: int) -> dict[str, float]:
+def transients(config: Phi1Config, seq_len: int, element: int, micro_batch: int, shards: int) -> dict[str, float]:
     """Bytes of what lives for a part of the step; the largest two do not meet, and the larger counts."""
     d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
     tokens = micro_batch * seq_len
     block = tokens * element * ((3 * d + f) + 2 * (d + f) + 3 * d)
     loss = WORKSPACE_BYTES + (4 + element) * v * d + 2 * element * tokens * d
     largest_group = v * d * 2 + v + 2 * d
-    reduction = largest_group * (element + 4 + 4 / gpus)
+    reduction = largest_group * (element + 4 + 4 / shards)
     return {"backward of one block": block, "loss and its weight gradient": loss,
             "reduction of the largest group": reduction}
 
@@ -79,10 +89,11 @@ def memory(recipe: Recipe, cluster: Cluster, micro_batch: int) -> dict[str, floa
     config, seq_len = recipe.phi1_config(), recipe.data.seq_len
     element = ELEMENT_BYTES[recipe.train.precision]
     micro_steps = recipe.train.batch_size // (cluster.gpus * micro_batch)
-    passing = transients(config, seq_len, element, micro_batch, cluster.gpus)
+    shards = shards_of(recipe, cluster)
+    passing = transients(config, seq_len, element, micro_batch, shards)
     largest = max(passing, key=lambda name: passing[name])
     return {
-        **states(config, cluster.gpus, element, micro_steps),
+        **states(config, shards, element, micro_steps, recipe.run.reshard),
         f"activations of {micro_batch} sequences": micro_batch * activations(config, seq_len, element),
         f"for a moment: {largest}": passing[largest],
         "CUDA, cuBLAS and NCCL (assumed)": CONTEXT_BYTES,
@@ -119,16 +130,22 @@ class Duration:
         return max(self.arithmetic, self.collectives)
 
 
-def duration(recipe: Recipe, cluster: Cluster) -> Duration:
-    """One all-gather of the parameters and one float32 reduce-scatter of the gradients a step."""
+def duration(recipe: Recipe, cluster: Cluster, micro_steps: int = 1) -> Duration:
+    """One all-gather of the parameters and one float32 reduce-scatter of the gradients a step.
+
+    With run.reshard, two and one of each micro-step. Replicas then add their shards of the gradients.
+    """
     config, seq_len, w = recipe.phi1_config(), recipe.data.seq_len, cluster.gpus
     tokens = recipe.train.batch_size * seq_len
     peak = cluster.gpu.float_tflops if recipe.train.precision == "fp32" else cluster.gpu.half_tflops
     mfu = ASSUMED_MFU if cluster.mfu is None else cluster.mfu
-    link = cluster.gpu.link_gb_per_s if cluster.nodes == 1 else NODE_LINK_GB_PER_S
-    n_bytes = config.num_parameters * (ELEMENT_BYTES[recipe.train.precision] + 4) * (w - 1) / w
-    return Duration(tokens * config.flops_per_token(seq_len) / (w * peak * 1e12 * mfu),
-                    n_bytes / (link * LINK_EFFICIENCY * 1e9))
+    shards, inside, outside = shards_of(recipe, cluster), cluster.gpu.link_gb_per_s, NODE_LINK_GB_PER_S
+    gathers, reductions = (2 * micro_steps, micro_steps) if recipe.run.reshard else (1, 1)
+    sharded = gathers * ELEMENT_BYTES[recipe.train.precision] + reductions * 4
+    seconds = config.num_parameters / (LINK_EFFICIENCY * 1e9) * (
+        sharded * (shards - 1) / shards / (inside if shards * cluster.nodes <= w else outside)
+        + 2 * 4 / shards * (1 - shards / w) / (inside if cluster.nodes == 1 else outside))
+    return Duration(tokens * config.flops_per_token(seq_len) / (w * peak * 1e12 * mfu), seconds)
 
 
 def report(recipe: Recipe, cluster: Cluster) -> list[str]:
@@ -144,7 +161,7 @@ def report(recipe: Recipe, cluster: Cluster) -> list[str]:
         raise RunError(f"train.micro_batch_size must divide {recipe.train.batch_size} / {cluster.gpus} = {share}; got "
                        f"{chosen}; {', '.join(map(str, divisors(share)))} would do")
     return [_title(recipe, cluster, chosen, share), "", *_memory_lines(recipe, cluster, chosen, best), "",
-            *_time_lines(recipe, cluster), *_reconciliation(recipe)]
+            *_time_lines(recipe, cluster, share // chosen), *_reconciliation(recipe)]
 
 
 def _title(recipe: Recipe, cluster: Cluster, micro_batch: int, share: int) -> str:
@@ -160,7 +177,8 @@ def _memory_lines(recipe: Recipe, cluster: Cluster, micro_batch: int, best: int)
     lines = ["memory of a GPU, GiB", *(f"  {name:<46}{n_bytes / GIB:8.2f}" for name, n_bytes in parts.items()),
              f"  {'in all':<46}{need:8.2f}  of {have:.1f}: {'fits' if need <= have else 'DOES NOT FIT'}"]
     if best == 0:
-        lines.append("no micro-batch fits: take more GPUs, or GPUs with more memory")
+        lines.append("no micro-batch fits: " + ("" if recipe.run.reshard else "set run.reshard to true, or ")
+                     + "take more GPUs, or GPUs with more memory")
     elif need > have:
         lines.append(f"set train.micro_batch_size to {best}, the largest that fits")
     elif best > micro_batch:
@@ -168,9 +186,9 @@ def _memory_lines(recipe: Recipe, cluster: Cluster, micro_batch: int, best: int)
     return lines
 
 
-def _time_lines(recipe: Recipe, cluster: Cluster) -> list[str]:
+def _time_lines(recipe: Recipe, cluster: Cluster, micro_steps: int) -> list[str]:
     config, train, seq_len = recipe.phi1_config(), recipe.train, recipe.data.seq_len
-    took, tokens = duration(recipe, cluster), train.batch_size * seq_len
+    took, tokens = duration(recipe, cluster, micro_steps), train.batch_size * seq_len
     seconds = took.step * train.steps
     gpu_hours = seconds / 3600 * cluster.gpus
     source = "assumed" if cluster.mfu is None else "given"
@@ -224,6 +242,7 @@ def main(argv: list[str], parser_class: type) -> int:
     try:
         recipe = parse(["--config", str(options.config), *rest])
         assert recipe is not None
+        Place(0, options.gpus, 0, options.gpus // options.nodes).shard_group(recipe.run.shard_group)
         lines = report(recipe, Cluster(GPUS[options.gpu], options.gpus, options.nodes, options.price, options.mfu))
     except RunError as error:
         parser.error(str(error))
