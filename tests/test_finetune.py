@@ -42,7 +42,7 @@ def test_finetuning_starts_from_weights_and_exports_the_best(place, undisturbed)
     losses = {entry["step"]: entry["loss"] for entry in evaluations(place, "tuned")}
     best = min(losses, key=losses.get)
     assert best < 40, losses
-    assert f"exporting step-{best}, whose validation loss {losses[best]:.4f} is the lowest" in done.stdout
+    assert f"exporting step-{best}, the best by validation: validation loss {losses[best]:.4f}; the" in done.stdout
     assert [path.name for path in checkpoints(place / "tuned" / "checkpoints")] == [
         f"step-{step}" for step in sorted({best, 20, 40})]
     assert steps(place, "tuned")[0]["loss"] < 1.2 * steps(place, "whole")[-1]["loss"]

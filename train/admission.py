@@ -41,11 +41,30 @@ def check_recipe(recipe: Recipe, place: Place) -> None:
     if rule.best and (not recipe.eval.every or not rule.every or recipe.eval.every % rule.every):
         raise RunError("checkpoint.best needs eval.every to be a multiple of checkpoint.every, and neither to be 0; "
                        f"got {recipe.eval.every} and {rule.every}")
+    check_humaneval(recipe)
     if train.min_lr > train.lr:
         raise RunError(f"train.min_lr must be at most train.lr, {train.lr}; got {train.min_lr}")
     if train.warmup_steps > schedule_end(train):
         raise RunError(f"train.warmup_steps must be at most the schedule's {schedule_end(train)} steps; got "
                        f"{train.warmup_steps}")
+
+
+def check_humaneval(recipe: Recipe) -> None:
+    """See that the model's programs may be run, if they are asked for, and that there are problems."""
+    file = recipe.eval.humaneval
+    if file is None:
+        if recipe.checkpoint.best == "humaneval":
+            raise RunError("checkpoint.best humaneval needs eval.humaneval, a file of problems")
+        return
+    if not recipe.eval.execute:
+        raise RunError("eval.humaneval runs programs that the model writes on this machine, with your rights and no "
+                       "sandbox; --eval.execute true consents to it")
+    from phi1.humaneval import read_problems
+
+    try:
+        read_problems(file)
+    except ValueError as error:
+        raise RunError(f"eval.humaneval {error}") from None
 
 
 def admit(recipe: Recipe, folder: RunFolder, place: Place) -> str:

@@ -3,7 +3,7 @@
 A line holds what a replay reproduces bit for bit (step, loss, lr, norm, scale, skipped, hash of the sample ids) and,
 apart from it under "measured", what depends on the day (tokens/s, memory, and MFU where the GPU is known). A line
 {"start": ...} is written each time the run starts or resumes, with versions, commit, the recipe and what changed in it;
-{"eval": ...} after each evaluation, {"saved": step} after each checkpoint.
+{"eval": ...} and {"humaneval": ...} after each evaluation, {"saved": step} after each checkpoint.
 """
 
 from __future__ import annotations
@@ -63,6 +63,11 @@ class Ledger:
         """Note an evaluation after `step` finished steps."""
         self._write({"eval": {"step": step} | figures})
         self._draw(step, {f"validation/{name}": value for name, value in figures.items()})
+
+    def humaneval(self, step: int, solved: float, problems: int) -> None:
+        """Note pass@1 on HumanEval after `step` finished steps."""
+        self._write({"humaneval": {"step": step, "pass@1": solved, "problems": problems}})
+        self._draw(step, {"validation/humaneval": solved})
 
     def saved(self, step: int, measured: dict[str, float]) -> None:
         """Note that a checkpoint of `step` finished steps is there, and force all lines to the disk."""
@@ -151,7 +156,8 @@ def _step_of(raw: bytes) -> int | None:
         return None
     if "start" in line:
         return line["start"].get("finished", 0)
-    return line["eval"]["step"] if "eval" in line else line.get("saved", line.get("step"))
+    evaluated = line.get("eval") or line.get("humaneval")
+    return evaluated["step"] if evaluated else line.get("saved", line.get("step"))
 
 
 def _without_nan(value: Any) -> Any:

@@ -68,6 +68,11 @@ def summary(lines: Sequence[dict[str, Any]]) -> list[str]:
         best = min(evaluations, key=lambda entry: entry["loss"])
         found.append(f"validation    loss {evaluations[-1]['loss']:.4f} after step {evaluations[-1]['step']:,}; best "
                      f"{best['loss']:.4f} after step {best['step']:,}")
+    solved = [line["humaneval"] for line in lines if "humaneval" in line]
+    if solved:
+        best = max(solved, key=lambda entry: entry["pass@1"])
+        found.append(f"HumanEval     pass@1 {100 * solved[-1]['pass@1']:.1f} % after step {solved[-1]['step']:,}; best "
+                     f"{100 * best['pass@1']:.1f} % after step {best['step']:,}")
     for start in starts[1:]:
         for key, (before, now) in start.get("changed", {}).items():
             found.append(f"changed       after step {start['finished']:,}: {key} was {before!r}, is {now!r}")

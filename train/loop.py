@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from phi1.humaneval import scores
+from phi1.train.best import Standing
 from phi1.train.checkpoint import Saver
 from phi1.train.checkpoint_files import checkpoint_name
 from phi1.train.control import Control
 from phi1.train.engine import peak_memory_gib
+from phi1.train.humaneval import HumanEval
 from phi1.train.launch import RunError
 from phi1.train.ledger import Ledger
 from phi1.train.progress import Progress
@@ -34,6 +37,7 @@ class Loop:
         trainer: new, or loaded from a checkpoint.
         held_out: what to evaluate on.
         samples: what to let the model write.
+        humaneval: what to let it solve at each checkpoint; None for nothing.
         control: how to stop.
         progress: what to show; silent on all ranks but the first.
         ledger: rank 0's; None on the others.
@@ -50,6 +54,7 @@ class Loop:
     trainer: Trainer
     held_out: HeldOut
     samples: Samples
+    humaneval: HumanEval | None
     control: Control
     progress: Progress
     ledger: Ledger | None
@@ -79,8 +84,9 @@ class Loop:
             self._step()
             # First, so that a checkpoint knows how good it is.
             figures = self.evaluate() if self._due(self.recipe.eval.every) else None
-            if figures and self.recipe.checkpoint.best:
-                self._note_best(figures)
+            solved = self.solve() if self.humaneval and self._due(self.recipe.checkpoint.every) else None
+            if figures:
+                self._note_best(Standing(self.trainer.finished, figures.loss, solved))
             if self._due(self.recipe.eval.completions_every):
                 self.watch.report(f"the completions after step {self.trainer.finished}")
                 self._try(lambda: self.samples.write(self.trainer, self.rank))
@@ -103,11 +109,16 @@ class Loop:
         assert self.saved
         return self.saved
 
-    def _note_best(self, figures: Figures) -> None:
-        best = self.facts.get("best")
-        if best is None or figures.loss < best["loss"]:
-            self.facts["best"] = {"step": self.trainer.finished, "loss": figures.loss}
-            self.saver.best = self.trainer.finished
+    def _note_best(self, now: Standing) -> None:
+        rule = self.recipe.checkpoint.best
+        if rule and now.beats(self.best, rule):
+            self.facts["best"] = asdict(now)
+            self.saver.best = now.step
+
+    @property
+    def best(self) -> Standing | None:
+        """The best step until now of those whose checkpoints are kept."""
+        return Standing(**self.facts["best"]) if "best" in self.facts else None
 
     def _begin_saving(self) -> None:
         if self.saver.in_flight:  # a disk slower than the checkpoints are frequent
@@ -120,6 +131,31 @@ class Loop:
         done = self.saver.finish()
         self.saved = done.path
         self._note(lambda ledger: ledger.saved(done.step, done.measured()))
+
+    def assess(self) -> tuple[Figures, float | None] | None:
+        """Collective, at the end: what was reached, with HumanEval's pass@1; None if a stop was asked for meanwhile."""
+        figures = self.evaluate()
+        solved = self.solve() if figures and self.humaneval else None
+        return (figures, solved) if figures and (solved is not None or not self.humaneval) else None
+
+    def solve(self) -> float | None:
+        """Collective: HumanEval's pass@1; None if a stop was asked for meanwhile."""
+        assert self.humaneval
+        step, humaneval = self.trainer.finished, self.humaneval
+
+        def stop() -> bool:
+            self.watch.report(f"HumanEval after step {step}")
+            return self.control.agreed_to_stop()
+
+        attempts = humaneval.evaluate(self.trainer, self.rank, stop)
+        if attempts is None:
+            return None
+        if self.rank == 0:
+            self._try(lambda: humaneval.write(attempts, step))
+        solved = scores(attempts)["pass@1"]
+        self._note(lambda ledger: ledger.humaneval(step, solved, len(attempts)))
+        self.progress.say(f"step {step:,}: HumanEval pass@1 {100 * solved:.1f} % of {len(attempts)} problems")
+        return solved
 
     def evaluate(self) -> Figures | None:
         """Collective: figures on the held-out text; None if a stop was asked for meanwhile."""

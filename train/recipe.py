@@ -101,7 +101,9 @@ class Checkpoint:
     every: Annotated[CountOrZero, doc("steps between checkpoints (0: at the end only)")] = 500
     keep: Annotated[Count, doc("newest checkpoints to keep")] = 2
     keep_every: Annotated[CountOrZero, doc("also keep checkpoints whose step is a multiple of this (0: none)")] = 0
-    best: Annotated[bool, doc("also keep the checkpoint with the lowest validation loss, and export that one")] = False
+    best: Annotated[Literal["validation", "humaneval"] | None,
+                    doc("also keep the checkpoint with the lowest validation loss, or with the highest pass@1 on "
+                        "HumanEval, and export that one (unset: the last one)")] = None
     resume: Annotated[str, doc("auto (the newest that is whole), or a checkpoint's name such as step-500; later ones "
                                "are removed")] = "auto"
 
@@ -115,6 +117,10 @@ class Eval:
     completions: Annotated[CountOrZero, doc("function headers of the held-out text to complete")] = 3
     completions_every: Annotated[CountOrZero, doc("steps between completions of the same headers, each time a file in "
                                                   "samples/ (0: at the end only)")] = 0
+    humaneval: Annotated[str | None, doc("JSON lines of HumanEval's problems, to be solved at each checkpoint and at "
+                                         "the end (unset: none)")] = None
+    execute: Annotated[bool, doc("consent to run, on this machine, what the model writes for them")] = False
+    timeout: Annotated[Positive, doc("seconds that one of its programs may run")] = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)

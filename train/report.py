@@ -35,6 +35,8 @@ class Reached:
     """Of the process that finished the run; 0 if it made no step."""
     seconds: float
     skipped: int
+    solved: float | None = None
+    """HumanEval's pass@1, if it was asked for."""
 
 
 def export(weights: Mapping[str, Tensor], config: Phi1Config, tokenizer: Tokenizer, folder: RunFolder) -> None:
@@ -76,13 +78,14 @@ def show_summary(reached: Reached, folder: RunFolder, headers: list[str]) -> Non
     winner = "the model wins" if reached.bits_per_byte < reached.xz_bits_per_byte else "xz wins"
     skipped = f", {reached.skipped:,} of them skipped" if reached.skipped else ""
     speed = f", {reached.tokens_per_s:,.0f} tokens/s" if reached.tokens_per_s else ""
+    solved = "" if reached.solved is None else f"HumanEval        pass@1 {100 * reached.solved:.1f} %\n"
     prompt = headers[0].split("\n")[0] if headers else "def "
     print(f"""trained          {reached.steps:,} steps{skipped}, {reached.tokens:,} tokens{speed}, \
 {duration(reached.seconds)}
 validation loss  {reached.loss:.4f} nats a token
 bits per byte    {reached.bits_per_byte:.4f} on {reached.held_out_bytes:,} held-out bytes; xz -9 on the same bytes \
 {reached.xz_bits_per_byte:.4f}: {winner}
-Hugging Face     {folder.export}
+{solved}Hugging Face     {folder.export}
 checkpoints      {folder.checkpoints}
 every step       {folder.ledger}
 next             phi1 generate --model {shlex.quote(str(folder.export))} --prompt {shlex.quote(prompt)}""", flush=True)

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor
 
+from phi1.humaneval import read_problems
 from phi1.train.admission import open_data
 from phi1.train.batches import Layout
+from phi1.train.best import Standing
 from phi1.train.checkpoint import Saver, gather_weights, load_checkpoint
 from phi1.train.checkpoint_files import checkpoint_name
 from phi1.train.control import Control
 from phi1.train.convert import read_weights
 from phi1.train.data import Corpus
 from phi1.train.engine import Engine, build_model, connect_processes, start
+from phi1.train.humaneval import HumanEval
 from phi1.train.launch import Place, RunError
 from phi1.train.ledger import Ledger
 from phi1.train.loop import Loop
@@ -63,6 +66,8 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
     held_out = HeldOut(validation, tokenizer, recipe.data.seq_len, recipe.eval.sequences)
     samples = Samples(folder.samples, tokenizer, function_headers(held_out.text, recipe.eval.completions),
                       recipe.train.seed)
+    humaneval = HumanEval(folder.samples, tokenizer, read_problems(recipe.eval.humaneval), recipe.eval.timeout) \
+        if recipe.eval.humaneval else None
     with Progress(recipe.train.steps, trainer.finished, recipe.train.batch_size * recipe.data.seq_len,
                   silent=place.rank > 0) as progress:
         _announce_start(progress, recipe, trainer, stored)
@@ -73,27 +78,27 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
         if "best" in stored:
             facts["best"], saver.best = stored["best"], stored["best"]["step"]
         watch = Watch(place.rank, recipe.run.watchdog, folder.heartbeat if place.rank == 0 else None)
-        loop = Loop(recipe, folder, trainer, held_out, samples, control, progress, ledger, place.rank, facts,
+        loop = Loop(recipe, folder, trainer, held_out, samples, humaneval, control, progress, ledger, place.rank, facts,
                     Utilisation.of_run(recipe, engine), watch, saver, checkpoint)
         with watch:
-            figures = loop.evaluate() if loop.run() else None
+            found = loop.assess() if loop.run() else None
     if ledger:
         ledger.close()
-    weights = gather_weights(trainer.model) if figures else {}
+    weights = gather_weights(trainer.model) if found else {}
     dist.destroy_process_group()
-    if figures is None:
+    if found is None:
         return (f"stopped by {control.signal_name or 'a signal'} after step {trainer.finished:,} of "
                 f"{recipe.train.steps:,}, which is saved in {loop.saved}")
     control.ignore()
     if place.rank == 0:
+        figures, solved = found
         reached = Reached(trainer.finished, figures.loss, figures.bits_per_byte, xz_bits_per_byte(held_out.text),
                           figures.n_bytes, trainer.finished * progress.tokens, progress.tokens_per_s(trainer.finished),
-                          time.monotonic() - began, trainer.skipped)
-        best = facts.get("best")
-        if best and best["loss"] < figures.loss:
-            chosen = folder.checkpoints / checkpoint_name(best["step"])
-            print(f"exporting {chosen.name}, whose validation loss {best['loss']:.4f} is the lowest; the last step's "
-                  f"is {figures.loss:.4f}", flush=True)
+                          time.monotonic() - began, trainer.skipped, solved)
+        last, rule = Standing(trainer.finished, figures.loss, solved), recipe.checkpoint.best
+        if rule and loop.best and loop.best.beats(last, rule):
+            chosen = folder.checkpoints / checkpoint_name(loop.best.step)
+            print(f"exporting {chosen.name}, the best by {rule}: {loop.best}; the last step: {last}", flush=True)
             weights, _ = read_weights(chosen)
         finish(reached, weights, recipe, samples, folder)
     return None
