@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from phi1.tokenizer import Tokenizer
 from phi1.train.batches import Layout
-from phi1.train.checkpoint_files import choose, read_state, remove_after
+from phi1.train.checkpoint_files import checkpoints, choose, read_state, remove_after, step_of
 from phi1.train.data import Corpus, open_corpus
 from phi1.train.launch import Place, RunError
 from phi1.train.ledger import has_saved
+from phi1.train.profiling import profiled_steps
 from phi1.train.recipe import Recipe
 from phi1.train.report import show_complete
-from phi1.train.runfolder import RunFolder, check_continues
+from phi1.train.runfolder import RunFolder, check_bitwise, check_continues
 from phi1.train.schedule import schedule_end
 from phi1.train.shards import MANIFEST, read_manifest
+
+if TYPE_CHECKING:
+    from phi1.train.engine import Engine
 
 COMPLETE = "complete"
 
@@ -32,6 +37,7 @@ def check_recipe(recipe: Recipe, place: Place) -> None:
     config, train, data = recipe.phi1_config(), recipe.train, recipe.data
     Layout.of(train.batch_size, train.micro_batch_size, place.rank, place.world_size)
     place.shard_group(recipe.run.shard_group)
+    profiled_steps(recipe.run.profile, train.steps)
     if data.seq_len > config.max_position_embeddings:
         raise RunError(f"data.seq_len must be at most the model's context, model.max_position_embeddings "
                        f"{config.max_position_embeddings}; got {data.seq_len}")
@@ -88,19 +94,66 @@ def admit(recipe: Recipe, folder: RunFolder, place: Place) -> str:
         if summary and stored["step"] == recipe.train.steps:
             show_complete(summary, folder, place)
             return COMPLETE
-    from phi1.train.engine import find_device  # imports torch, which a complete run can do without
-
-    find_device(recipe.run.device, place)
+    environment = environment_of(recipe, start_engine(recipe, place))
+    if checkpoint and stored and recipe.run.bitwise:
+        check_bitwise(checkpoint, stored, environment)
     prepare_data(recipe)
     train, _, _ = open_data(recipe)
-    if stored and stored["data"] != train.fingerprint:
-        raise RunError(f"{checkpoint} was trained on other data than {recipe.data.folder} holds now (fingerprint "
-                       f"{stored['data'][:12]}, now {train.fingerprint[:12]}); give --data.folder or another "
-                       "--run.folder")
+    if checkpoint and stored:
+        check_data(checkpoint, stored, train)
     for name in remove_after(folder.checkpoints, checkpoint):
         print(f"removed {folder.checkpoints / name}, which lies after {checkpoint and checkpoint.name}")
     folder.store(recipe)
     return checkpoint.name if checkpoint else ""
+
+
+def admit_proof(recipe: Recipe, folder: RunFolder, place: Place) -> str:
+    """Rank 0: see that the last `run.prove_resume` steps can be run again here.
+
+    Returns:
+        The names of the checkpoint to begin with and of the newest, which is to come out.
+
+    Raises:
+        RunError: they cannot.
+    """
+    folder.lock()
+    found = checkpoints(folder.checkpoints)
+    newest = step_of(found[-1]) if found else 0
+    before = [path for path in found if step_of(path) <= newest - recipe.run.prove_resume]
+    if not before:
+        there = ", ".join(path.name for path in found) or "none"
+        raise RunError(f"--prove-resume {recipe.run.prove_resume} needs a checkpoint as many steps before the newest "
+                       f"in {folder.checkpoints}; there: {there}; --checkpoint.keep and keep_every keep more")
+    environment, (train, _, _) = environment_of(recipe, start_engine(recipe, place)), open_data(recipe)
+    for path in (before[-1], found[-1]):
+        choose(folder.checkpoints, path.name)
+        stored = read_state(path)
+        check_continues(folder, path, stored, recipe)
+        check_bitwise(path, stored, environment)
+        check_data(path, stored, train)
+    return f"{before[-1].name} {found[-1].name}"
+
+
+def start_engine(recipe: Recipe, place: Place) -> Engine:
+    """What the recipe's run computes on in this process."""
+    from phi1.train.engine import start  # imports torch, which a complete run can do without
+
+    run, train = recipe.run, recipe.train
+    return start(place, run.device, train.precision, train.threads, run.shard_group, run.reshard)
+
+
+def environment_of(recipe: Recipe, engine: Engine) -> dict[str, str | int]:
+    """What must be equal for equal bits and may change in a run: the engine, and how a batch is cut."""
+    micro_batch = recipe.train.micro_batch_size or recipe.train.batch_size // engine.world_size
+    return engine.environment() | {"micro_batch": micro_batch}
+
+
+def check_data(checkpoint: Path, stored: dict[str, Any], train: Corpus) -> None:
+    """Raise RunError if a checkpoint was trained on other data."""
+    if stored["data"] != train.fingerprint:
+        raise RunError(f"{checkpoint} was trained on other data than {train.folder} holds now (fingerprint "
+                       f"{stored['data'][:12]}, now {train.fingerprint[:12]}); give --data.folder or another "
+                       "--run.folder")
 
 
 def check_untrained(folder: RunFolder) -> None:

@@ -7,6 +7,7 @@ the earlier checkpoints as they were.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -93,7 +95,7 @@ class Saver:
         state = _state(trainer)
         (held,) = all_sum(_local_bytes(state))
         needed = held / trainer.engine.replicas  # a shard that several processes hold is written by one of them
-        notes = {"step": trainer.finished, "skipped": trainer.skipped, "scaler": trainer.scaler.state_dict()} | facts
+        notes = _counts(trainer) | facts
         flying = _Flying(trainer.finished, final, temporary, int(needed), began)
         try:
             _together(lambda: _make_room(temporary, flying.needed) if dist.get_rank() == 0 else None)
@@ -199,6 +201,27 @@ def load_checkpoint(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
     return notes
 
 
+def state_hash(trainer: Trainer) -> str:
+    """Collective: a hash over all that a checkpoint holds of a trainer, bit by bit. Other shards give another one."""
+    digest = hashlib.sha256(repr(_counts(trainer)).encode())
+
+    def add(value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                digest.update(f"{key}".encode())
+                add(item)
+            return
+        if isinstance(value, DTensor):
+            value = value.to_local()
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        digest.update(value if isinstance(value, bytes) else f"{value}".encode())
+
+    add(_state(trainer))
+    parts = _together(digest.hexdigest)
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
 def gather_weights(model: Phi1) -> dict[str, Tensor]:
     """Collective: the whole fp32 parameters on rank 0's CPU; nothing on the other processes."""
     gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -246,6 +269,10 @@ def _innermost(error: BaseException) -> str:
 def _state(trainer: Trainer) -> dict[str, Any]:
     model, optimizer = get_state_dict(trainer.model, trainer.optimizer)
     return {"model": model, "optimizer": optimizer}
+
+
+def _counts(trainer: Trainer) -> dict[str, Any]:
+    return {"step": trainer.finished, "skipped": trainer.skipped, "scaler": trainer.scaler.state_dict()}
 
 
 def _local_bytes(value: Any) -> int:

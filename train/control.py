@@ -1,13 +1,20 @@
-"""How processes agree to stop: signals, failures on one rank, and a launcher that is gone.
+"""How processes agree to stop: signals, a time limit, failures on one rank, and a launcher that is gone.
 
 Each process notes what it has seen; before each step, and between the batches of an evaluation, one all-reduce makes it
 common knowledge, so that all stop at the same step and can save together.
+
+That the launcher is gone shows in the parent's id, which is asked for at the same points. PR_SET_PDEATHSIG would tell
+it at once, but only on Linux, also when no more than the thread that forked has ended, and never if the launcher ended
+before it was set.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import time
+from pathlib import Path
 from types import FrameType
 
 from phi1.train.engine import all_sum
@@ -21,14 +28,17 @@ class Control:
 
     Args:
         place: this process; under torchrun it also stops when the launcher has died, which would orphan it.
+        time_limit: minutes since the launch, restarts included, after which all stop; 0 for none.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, time_limit: float = 0.0) -> None:
         self.signal_name: str | None = None
         self.failure: RunError | None = None
         self.any_writes = False
         """Whether any process, this one included, wrote a checkpoint when all last agreed."""
         self._parent = os.getppid() if place.under_torchrun else None
+        launched = time.monotonic() - _age(self._parent or os.getpid())
+        self._deadline = launched + 60 * time_limit if time_limit else math.inf
 
     def listen(self) -> None:
         """From now on SIGINT, SIGTERM and SIGUSR1 ask for a stop instead of ending the process.
@@ -56,6 +66,8 @@ class Control:
         """
         if self._parent is not None and os.getppid() != self._parent:
             self.signal_name = self.signal_name or "the end of torchrun"
+        if time.monotonic() > self._deadline:
+            self.signal_name = self.signal_name or "run.time_limit"
         wishes, failures, writers = all_sum(self.signal_name is not None, self.failure is not None, writes)
         self.any_writes = writers > 0
         if failures:
@@ -67,3 +79,12 @@ class Control:
         """Signals end the process again: nothing that a stop would have to save is left."""
         for number in SIGNALS:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def _age(process: int) -> float:
+    """Seconds since a process was started; 0 where the system does not say."""
+    try:
+        started = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return 0.0

@@ -54,7 +54,7 @@ class Ledger:
 
     def step(self, outcome: Outcome, measured: dict[str, float]) -> None:
         """Note a step."""
-        self._write(asdict(outcome) | {"measured": measured})
+        self._write(as_line(outcome) | {"measured": measured})
         if outcome.step % BOARD_EVERY == 0:
             self._draw(outcome.step, {"train/loss": outcome.loss, "train/lr": outcome.lr, "train/norm": outcome.norm,
                                       "train/scale": outcome.scale} | measured)
@@ -97,6 +97,11 @@ class Ledger:
     def _failure(self, error: OSError) -> RunError:
         return RunError(f"{self.path}: cannot be written: {error.strerror}; once that is mended, the same "
                         "command goes on, or give another --run.folder")
+
+
+def as_line(outcome: Outcome) -> dict[str, Any]:
+    """What a replay reproduces of a step's line, as it reads back."""
+    return _without_nan(asdict(outcome))
 
 
 def _board(folder: Path, finished: int) -> Any:

@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from phi1.train.admission import COMPLETE, admit, check_recipe
+from phi1.train.admission import COMPLETE, admit, admit_proof, check_recipe
 from phi1.train.launch import (
     Place,
     RunError,
@@ -25,6 +25,9 @@ from phi1.train.launch import (
 )
 from phi1.train.recipe import SHOWN_PATH, Recipe, help_text, read_recipe
 from phi1.train.runfolder import RunFolder
+
+
+SHORT = {"prove-resume": "run.prove_resume", "profile": "run.profile"}
 
 
 def parse(arguments: list[str], file: Path | None = None) -> Recipe | None:
@@ -41,7 +44,7 @@ def parse(arguments: list[str], file: Path | None = None) -> Recipe | None:
             return None
         if not word.startswith("--"):
             raise RunError(f"{word!r} is not understood: give --config FILE.toml or --section.key value")
-        key, equals, value = word[2:].partition("=")
+        key, equals, value = ("--run.bitwise=true" if word == "--bitwise" else word)[2:].partition("=")
         if not equals:
             if not rest:
                 raise RunError(f"{word} needs a value")
@@ -49,7 +52,7 @@ def parse(arguments: list[str], file: Path | None = None) -> Recipe | None:
         if key == "config":
             file = Path(value)
         else:
-            overrides[key] = value
+            overrides[SHORT.get(key, key)] = value
     return read_recipe(file, overrides)
 
 
@@ -88,7 +91,7 @@ def start_or_resume(recipe: Recipe, folder: RunFolder, place: Place) -> int:
     if place.rank == 0:
         # Stopped here, the preparation clears up after itself; later on Control listens.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        word = admit(recipe, folder, place)
+        word = (admit_proof if recipe.run.prove_resume else admit)(recipe, folder, place)
         if place.world_size == 1 and word == COMPLETE:
             return 0
     store = connect(place)
@@ -98,6 +101,11 @@ def start_or_resume(recipe: Recipe, folder: RunFolder, place: Place) -> int:
         word = wait_for_announcement(store)
     if word == COMPLETE:
         return 0
+
+    if recipe.run.prove_resume:
+        from phi1.train.prove import prove
+
+        return prove(recipe, folder, place, store, *(folder.checkpoints / name for name in word.split()))
 
     from phi1.train.run import run  # only now, since it imports torch
 

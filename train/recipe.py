@@ -84,6 +84,9 @@ class Train:
     precision: Annotated[Literal["auto", "fp16", "bf16", "fp32"],
                          doc("of the arithmetic; weights and optimizer are fp32. auto: fp16 on CUDA; on CPU bf16 "
                              "where the processor has it, else fp32")] = "auto"
+    activations: Annotated[Literal["none", "recompute-mlp", "block"],
+                           doc("what a layer's backward computes again to save memory: none, recompute-mlp (the MLP's "
+                               "pre-activation), or block (all but its input); changes no bit")] = "none"
     loss_scale: Annotated[Positive, doc("fp16: first loss scale")] = 65536.0
     loss_scale_window: Annotated[Count, doc("fp16: steps without overflow before the scale doubles")] = 2000
     loss_scale_hysteresis: Annotated[Count, doc("fp16: which overflow since the scale last doubled is the first to "
@@ -135,7 +138,14 @@ class Run:
                                  "each micro-step: the least memory, for small cards, and more communication")] = False
     watchdog: Annotated[NotNegative, doc("seconds that a step, a save or a batch of an evaluation may take before its "
                                          "process ends with its stack (0: any)")] = 1800.0
+    profile: Annotated[str, doc("steps to trace, such as 7 or 7-9: a Chrome trace in the run's folder and a short table "
+                                "(unset: none); also --profile")] = ""
     tensorboard: Annotated[bool, doc("also write TensorBoard's files, if it is installed")] = True
+    time_limit: Annotated[NotNegative, doc("minutes after the launch at which the run saves and stops (0: none)")] = 0.0
+    bitwise: Annotated[bool, doc("refuse to go on where the rest would not have the same bits: another number of "
+                                 "processes or threads, other hardware, versions or precision; also --bitwise")] = False
+    prove_resume: Annotated[CountOrZero, doc("train nothing: run the last so many steps again, from a checkpoint, and "
+                                             "compare all bits; also --prove-resume K (0: train)")] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +188,7 @@ def _section_fields() -> dict[str, Any]:
 
 
 KEYS = _section_fields()
+ACTIVATIONS = get_args(get_args(KEYS["train.activations"])[0])  # each keeps less than the one before
 _ADAPTER = TypeAdapter(Recipe)
 
 

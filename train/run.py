@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phi1.humaneval import read_problems
-from phi1.train.admission import open_data
+from phi1.train.admission import environment_of, open_data, start_engine
 from phi1.train.batches import Layout
 from phi1.train.best import Standing
 from phi1.train.checkpoint import Saver, gather_weights, load_checkpoint
@@ -19,11 +19,13 @@ from phi1.train.checkpoint_files import checkpoint_name
 from phi1.train.control import Control
 from phi1.train.convert import read_weights
 from phi1.train.data import Corpus
-from phi1.train.engine import Engine, build_model, connect_processes, start
+from phi1.train.engine import Engine, build_model, connect_processes
 from phi1.train.humaneval import HumanEval
 from phi1.train.launch import Place, RunError
 from phi1.train.ledger import Ledger
 from phi1.train.loop import Loop
+from phi1.train.out_of_memory import explained
+from phi1.train.profiling import Profiler, profiled_steps
 from phi1.train.progress import Progress
 from phi1.train.recipe import Recipe
 from phi1.train.report import Reached, export, show_completions, show_summary, write_summary
@@ -56,13 +58,13 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
         RunError: the run cannot go on; every process raises it.
     """
     began = time.monotonic()
-    engine = start(place, recipe.run.device, recipe.train.precision, recipe.train.threads, recipe.run.shard_group,
-                   recipe.run.reshard)
+    engine = start_engine(recipe, place)
     corpus, validation, tokenizer = open_data(recipe, verify=False)
     connect_processes(engine, place, store)
-    control = Control(place)
+    control = Control(place, recipe.run.time_limit)
     control.listen()
-    trainer, stored = _trainer(recipe, engine, corpus, place, checkpoint)
+    with explained(recipe, engine, folder.path, place):
+        trainer, stored = make_trainer(recipe, engine, corpus, place, checkpoint)
     held_out = HeldOut(validation, tokenizer, recipe.data.seq_len, recipe.eval.sequences)
     samples = Samples(folder.samples, tokenizer, function_headers(held_out.text, recipe.eval.completions),
                       recipe.train.seed)
@@ -73,11 +75,18 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
         _announce_start(progress, recipe, trainer, stored)
         ledger = _ledger(folder, recipe, trainer, control) if place.rank == 0 else None
         facts = {"defining": defining(recipe), "schedule": schedule_end(recipe.train), "data": corpus.fingerprint,
-                 "environment": engine.environment()}
+                 "environment": environment_of(recipe, engine)}
         saver = Saver(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
         if "best" in stored:
             facts["best"], saver.best = stored["best"], stored["best"]["step"]
         watch = Watch(place.rank, recipe.run.watchdog, folder.heartbeat if place.rank == 0 else None)
+        profiled = profiled_steps(recipe.run.profile if place.rank == 0 else "", recipe.train.steps)
+        profiler = Profiler(profiled, folder.path, progress.say)
+        loop = Loop(recipe, folder, trainer, held_out, samples, control, progress, ledger, place.rank, facts,
+                    Utilisation.of_run(recipe, engine), watch, saver, profiler, checkpoint)
+        with watch, explained(recipe, engine, folder.path, place):
+            figures = loop.evaluate() if loop.run() else None
+        profiler.finish()
         loop = Loop(recipe, folder, trainer, held_out, samples, humaneval, control, progress, ledger, place.rank, facts,
                     Utilisation.of_run(recipe, engine), watch, saver, checkpoint)
         with watch:
@@ -113,19 +122,20 @@ def finish(reached: Reached, weights: Mapping[str, Tensor], recipe: Recipe, samp
     show_summary(reached, folder, samples.headers)
 
 
-def _trainer(recipe: Recipe, engine: Engine, corpus: Corpus, place: Place,
-             checkpoint: Path | None) -> tuple[Trainer, dict[str, Any]]:
+def make_trainer(recipe: Recipe, engine: Engine, corpus: Corpus, place: Place,
+                 checkpoint: Path | None) -> tuple[Trainer, dict[str, Any]]:
     """Collective: the trainer, new or as it was saved, and what was noted with it."""
     layout = Layout.of(recipe.train.batch_size, recipe.train.micro_batch_size, place.rank, place.world_size)
     init = None if checkpoint else recipe.model.init
     model = build_model(recipe.phi1_config(), engine, recipe.train.seed, init)
+    model.recompute = recipe.train.activations.removeprefix("recompute-")
     trainer = Trainer(model, recipe.train, recipe.data.seq_len, corpus, layout, engine)
     return trainer, load_checkpoint(trainer, checkpoint) if checkpoint else {}
 
 
 def _announce_start(progress: Progress, recipe: Recipe, trainer: Trainer, stored: dict[str, Any]) -> None:
     """Say what is trained on what, and what is not as it was when the checkpoint was saved."""
-    environment, train = trainer.engine.environment(), recipe.train
+    environment, train = environment_of(recipe, trainer.engine), recipe.train
     what = f"{recipe.model.preset}, {recipe.phi1_config().num_parameters:,} parameters"
     where = (f"{environment['world_size']} x {environment['device']}, {environment['threads']} threads, "
              f"{environment['precision']}")
@@ -142,7 +152,7 @@ def _ledger(folder: RunFolder, recipe: Recipe, trainer: Trainer, control: Contro
     """Rank 0's ledger; if it cannot be written, all processes stop before the first step."""
     try:
         ledger = Ledger(folder.ledger, trainer.finished, folder.tensorboard if recipe.run.tensorboard else None)
-        ledger.start({"finished": trainer.finished, "environment": trainer.engine.environment(),
+        ledger.start({"finished": trainer.finished, "environment": environment_of(recipe, trainer.engine),
                       "data": trainer.corpus.fingerprint}, recipe.as_dict())
         return ledger
     except RunError as error:

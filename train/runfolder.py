@@ -21,7 +21,7 @@ from phi1.train.schedule import learning_rate, schedule_end
 
 # These may change when a run goes on. Other keys of [model], [data] and [train] decide every later step.
 _MAY_CHANGE = {"train.steps", "train.schedule_steps", "train.micro_batch_size", "train.threads", "train.precision",
-               "train.max_skips"}
+               "train.activations", "train.max_skips"}
 
 
 class RunFolder:
@@ -120,13 +120,23 @@ def check_continues(folder: RunFolder, checkpoint: Path, stored: dict[str, Any],
                        f"{recipe.train.steps}")
 
 
+def check_bitwise(checkpoint: Path, stored: dict[str, Any], environment: dict[str, Any]) -> None:
+    """Raise RunError if a run that goes on from a checkpoint in this environment would not have the same bits."""
+    if changed := _changed_environment(stored, environment):
+        raise RunError(f"{checkpoint} cannot go on bit for bit here: {changed}; give what it was, or leave --bitwise "
+                       "out to go on with other rounding")
+
+
+def _changed_environment(stored: dict[str, Any], environment: dict[str, Any]) -> str:
+    before = stored["environment"]
+    return "; ".join(f"{key} was {before.get(key)}, is {value}" for key, value in environment.items()
+                     if before.get(key) != value)
+
+
 def notes(stored: dict[str, Any], environment: dict[str, Any], train: Train) -> Iterator[str]:
     """What keeps the rest of a run from being bitwise what it would have been, a line each."""
-    before = stored["environment"]
-    changed = [f"{key} was {before.get(key)}, is {value}" for key, value in environment.items()
-               if before.get(key) != value]
-    if changed:
-        yield f"same batches and masks, but other rounding from here on: {'; '.join(changed)}"
+    if changed := _changed_environment(stored, environment):
+        yield f"same batches and masks, but other rounding from here on: {changed}"
     end = schedule_end(train)
     if end != stored["schedule"]:
         yield (f"the learning rate now falls over {end:,} steps, before over {stored['schedule']:,}; the next step "
