@@ -2,11 +2,16 @@
 
 import importlib.util
 import json
+import sys
 
 import pytest
 
 from phi1.cli import main
+from phi1.train.admission import check_recipe
+from phi1.train.boards import open_boards
+from phi1.train.launch import Place, RunError
 from phi1.train.ledger import Ledger, cut_back, read_ledger
+from phi1.train.recipe import read_recipe
 from phi1.train.step import Outcome
 
 
@@ -79,3 +84,87 @@ def test_the_ledger_is_cut_back_to_a_step(tmp_path):
     assert read_ledger(path) == lines[:1]
     cut_back(tmp_path / "absent.jsonl", 5)
     assert not (tmp_path / "absent.jsonl").exists()
+
+
+FAKE_WANDB = '''
+import json, os
+
+class Run:
+    def __init__(self, facts):
+        self.facts, self.file = facts, os.path.join(facts["dir"], "logged.jsonl")
+        self.write(facts)
+    def write(self, line):
+        with open(self.file, "a") as file:
+            file.write(json.dumps(line) + "\\n")
+    def log(self, figures, step):
+        if step == 30:
+            raise OSError("no space")
+        self.write(figures | {"at": step})
+    def finish(self):
+        self.write("finished")
+
+def init(**facts):
+    if os.environ.get("WANDB_API_KEY") == "none":
+        raise RuntimeError("api_key not configured (no-tty).\\nCall wandb login")
+    return Run(facts)
+'''
+
+
+def outcome(step):
+    return Outcome(step, 1.0, 0.1, 1.0, 1.0, False, "00")
+
+
+def boards(folder, finished=0, **wanted):
+    return open_boards(folder, finished, {"train": {"lr": 0.1}}, **({"tensorboard": False, "wandb": False} | wanted))
+
+
+def test_wandb_gets_every_tenth_step_and_the_evaluations_and_the_same_run_goes_on(tmp_path, monkeypatch, capsys):
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "wandb.py").write_text(FAKE_WANDB)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    ledger = Ledger(folder / "ledger.jsonl", 0, boards(folder, wandb=True))
+    for step in range(1, 21):
+        ledger.step(outcome(step), {"tokens_per_s": 9.0})
+    ledger.evaluation(20, {"loss": 2.0})
+    ledger.close()
+    first, *lines, end = [json.loads(line) for line in (folder / "logged.jsonl").read_text().splitlines()]
+    assert (first["name"], first["resume"], first["config"]) == ("mine", "allow", {"train": {"lr": 0.1}})
+    assert [line["at"] for line in lines] == [10, 20, 20]
+    assert lines[0] == {"at": 10, "train/loss": 1.0, "train/lr": 0.1, "train/norm": 1.0, "train/scale": 1.0,
+                        "tokens_per_s": 9.0}
+    assert (lines[2]["validation/loss"], end) == (2.0, "finished")
+
+    ledger = Ledger(folder / "ledger.jsonl", 20, boards(folder, 20, wandb=True))
+    for step in range(21, 41):  # it fails at step 30, and the run goes on without it
+        ledger.step(outcome(step), {"tokens_per_s": 9.0})
+    ledger.close()
+    again = json.loads((folder / "logged.jsonl").read_text().splitlines()[-1])
+    assert again["id"] == first["id"]
+    assert capsys.readouterr().out == "warning: wandb at step 30: no space; from here on it is left out\n"
+    assert [line["step"] for line in read_ledger(folder / "ledger.jsonl") if "step" in line] == list(range(1, 41))
+
+    monkeypatch.setenv("WANDB_API_KEY", "none")
+    with pytest.raises(RunError, match=r"^run\.wandb: api_key not configured \(no-tty\). Call wandb login$"):
+        boards(folder, wandb=True)
+
+
+def test_wandb_that_is_not_installed_is_one_line(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RunError, match=r"^run\.wandb needs the package wandb, which is not installed: pip install"):
+        check_recipe(read_recipe(None, {"run.wandb": "true"}), Place())
+    check_recipe(read_recipe(None, {}), Place())
+
+
+def test_tensorboard_is_written_where_it_is_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert boards(tmp_path, tensorboard=True) == []
+    monkeypatch.undo()
+    pytest.importorskip("tensorboard")
+    ledger = Ledger(tmp_path / "ledger.jsonl", 0, boards(tmp_path, tensorboard=True))
+    ledger.step(outcome(10), {"tokens_per_s": 9.0})
+    ledger.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"train/loss" in events.read_bytes()

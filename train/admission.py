@@ -5,6 +5,7 @@ No process group exists yet, so that a refusal ends the command at once and touc
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,8 @@ def check_recipe(recipe: Recipe, place: Place) -> None:
         raise RunError("checkpoint.best needs eval.every to be a multiple of checkpoint.every, and neither to be 0; "
                        f"got {recipe.eval.every} and {rule.every}")
     check_humaneval(recipe)
+    if recipe.run.wandb and importlib.util.find_spec("wandb") is None:
+        raise RunError("run.wandb needs the package wandb, which is not installed: pip install wandb, or leave it out")
     if train.min_lr > train.lr:
         raise RunError(f"train.min_lr must be at most train.lr, {train.lr}; got {train.min_lr}")
     if train.warmup_steps > schedule_end(train):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,10 @@ from phi1.train.launch import RunError
 from phi1.train.provenance import changed, commit, versions
 
 if TYPE_CHECKING:
+    from phi1.train.boards import Board
     from phi1.train.step import Outcome
 
-# TensorBoard draws curves; the ledger alone is complete.
+# Boards draw curves; the ledger alone is complete.
 BOARD_EVERY = 10
 
 
@@ -31,15 +33,15 @@ class Ledger:
     Args:
         path: the file; made if it is not there.
         finished: steps that the checkpoint to go on from has finished; later lines are cut off.
-        board: folder for TensorBoard's files, which are written if it is installed; None for none.
+        boards: where curves are drawn as well.
 
     Raises:
         RunError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, finished: int, board: Path | None = None) -> None:
+    def __init__(self, path: Path, finished: int, boards: Sequence[Board] = ()) -> None:
         self.path = path
-        self._board = _board(board, finished) if board else None
+        self._boards = list(boards)
         try:
             cut_back(path, finished)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
@@ -79,13 +81,16 @@ class Ledger:
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close()
 
     def _draw(self, step: int, figures: dict[str, float]) -> None:
-        if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(name, value, step)
+        for board in tuple(self._boards):
+            try:
+                board.draw(step, figures)
+            except Exception as error:  # other people's code, on a disk that may be full: no reason to end a run
+                self._boards.remove(board)
+                print(f"warning: {board.name} at step {step}: {error}; from here on it is left out", flush=True)
 
     def _write(self, line: dict[str, Any]) -> None:
         try:
@@ -102,15 +107,6 @@ class Ledger:
 def as_line(outcome: Outcome) -> dict[str, Any]:
     """What a replay reproduces of a step's line, as it reads back."""
     return _without_nan(asdict(outcome))
-
-
-def _board(folder: Path, finished: int) -> Any:
-    """TensorBoard's writer, or None where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=finished + 1)
 
 
 def cut_back(path: Path, finished: int) -> None:

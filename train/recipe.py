@@ -141,6 +141,7 @@ class Run:
     profile: Annotated[str, doc("steps to trace, such as 7 or 7-9: a Chrome trace in the run's folder and a short table "
                                 "(unset: none); also --profile")] = ""
     tensorboard: Annotated[bool, doc("also write TensorBoard's files, if it is installed")] = True
+    wandb: Annotated[bool, doc("also log to Weights & Biases; WANDB_MODE=offline keeps it on this machine")] = False
     time_limit: Annotated[NotNegative, doc("minutes after the launch at which the run saves and stops (0: none)")] = 0.0
     bitwise: Annotated[bool, doc("refuse to go on where the rest would not have the same bits: another number of "
                                  "processes or threads, other hardware, versions or precision; also --bitwise")] = False

@@ -14,6 +14,7 @@ from phi1.humaneval import read_problems
 from phi1.train.admission import environment_of, open_data, start_engine
 from phi1.train.batches import Layout
 from phi1.train.best import Standing
+from phi1.train.boards import open_boards
 from phi1.train.checkpoint import Saver, gather_weights, load_checkpoint
 from phi1.train.checkpoint_files import checkpoint_name
 from phi1.train.control import Control
@@ -151,7 +152,9 @@ def _announce_start(progress: Progress, recipe: Recipe, trainer: Trainer, stored
 def _ledger(folder: RunFolder, recipe: Recipe, trainer: Trainer, control: Control) -> Ledger | None:
     """Rank 0's ledger; if it cannot be written, all processes stop before the first step."""
     try:
-        ledger = Ledger(folder.ledger, trainer.finished, folder.tensorboard if recipe.run.tensorboard else None)
+        boards = open_boards(folder.path, trainer.finished, recipe.as_dict(), tensorboard=recipe.run.tensorboard,
+                             wandb=recipe.run.wandb)
+        ledger = Ledger(folder.ledger, trainer.finished, boards)
         ledger.start({"finished": trainer.finished, "environment": environment_of(recipe, trainer.engine),
                       "data": trainer.corpus.fingerprint}, recipe.as_dict())
         return ledger

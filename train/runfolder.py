@@ -1,6 +1,7 @@
 """A run's folder: its lock, its stored recipe, and whether a recipe continues what is there.
 
-    config.toml   ledger.jsonl   heartbeat.json   checkpoints/step-N/   samples/   export/   summary.json   tensorboard/
+    config.toml   ledger.jsonl   heartbeat.json   checkpoints/step-N/   samples/   export/   summary.json
+    tensorboard/   wandb/
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ class RunFolder:
         self.samples = self.path / "samples"
         self.export = self.path / "export"
         self.summary = self.path / "summary.json"
-        self.tensorboard = self.path / "tensorboard"
         self._lock: int | None = None
         self._is_new = False
 
