@@ -84,6 +84,9 @@ def stop_with(message: str, place: Place, program: str = "pretrain") -> NoReturn
     elif place.under_torchrun:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(GRACE_SECONDS)
+        # Still here: rank 0 has no such error, and waits for this process.
+        print(f"{program}: error: rank {place.rank}: {line}", file=sys.stderr, flush=True)
+        _write_root_cause(f"{program}: error: rank {place.rank}: {line}")
     sys.stdout.flush()
     os._exit(2)  # a rank that waits inside a collective would otherwise be joined at exit
 

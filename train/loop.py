@@ -17,6 +17,7 @@ from phi1.train.engine import peak_memory_gib
 from phi1.train.humaneval import HumanEval
 from phi1.train.launch import RunError
 from phi1.train.ledger import Ledger
+from phi1.train.profiling import Profiler
 from phi1.train.progress import Progress
 from phi1.train.recipe import Recipe
 from phi1.train.runfolder import RunFolder
@@ -46,6 +47,7 @@ class Loop:
         utilisation: turns speed into MFU.
         watch: told what begins.
         saver: writes checkpoints.
+        profiler: records some steps.
         saved: the checkpoint that the trainer was loaded from, then the newest one.
     """
 
@@ -63,6 +65,7 @@ class Loop:
     utilisation: Utilisation
     watch: Watch
     saver: Saver
+    profiler: Profiler
     saved: Path | None = None
     skips: int = 0
     """Steps in a row that were skipped."""
@@ -180,7 +183,8 @@ class Loop:
     def _step(self) -> None:
         self.watch.report(f"step {self.trainer.finished + 1}")
         started = time.perf_counter()
-        outcome = self.trainer.run_step()
+        with self.profiler.step(self.trainer.finished + 1):
+            outcome = self.trainer.run_step()
         seconds = time.perf_counter() - started
         speed = self.progress.tokens / seconds
         measured = {"tokens_per_s": speed, "seconds": seconds, "memory_gib": peak_memory_gib(self.trainer.engine),

@@ -160,7 +160,7 @@ def report(recipe: Recipe, cluster: Cluster) -> list[str]:
     if share % chosen:
         raise RunError(f"train.micro_batch_size must divide {recipe.train.batch_size} / {cluster.gpus} = {share}; got "
                        f"{chosen}; {', '.join(map(str, divisors(share)))} would do")
-    return [_title(recipe, cluster, chosen, share), "", *_memory_lines(recipe, cluster, chosen, best), "",
+    return [_title(recipe, cluster, chosen, share), "", *memory_lines(recipe, cluster, chosen, best), "",
             *_time_lines(recipe, cluster, share // chosen), *_reconciliation(recipe)]
 
 
@@ -171,7 +171,7 @@ def _title(recipe: Recipe, cluster: Cluster, micro_batch: int, share: int) -> st
             f"{recipe.data.seq_len} tokens on each GPU")
 
 
-def _memory_lines(recipe: Recipe, cluster: Cluster, micro_batch: int, best: int) -> list[str]:
+def memory_lines(recipe: Recipe, cluster: Cluster, micro_batch: int, best: int) -> list[str]:
     parts = memory(recipe, cluster, micro_batch)
     need, have = sum(parts.values()) / GIB, cluster.gpu.memory_gib
     lines = ["memory of a GPU, GiB", *(f"  {name:<46}{n_bytes / GIB:8.2f}" for name, n_bytes in parts.items()),

@@ -26,7 +26,6 @@ from phi1.train.launch import (
 from phi1.train.recipe import SHOWN_PATH, Recipe, help_text, read_recipe
 from phi1.train.runfolder import RunFolder
 
-
 SHORT = {"prove-resume": "run.prove_resume", "profile": "run.profile"}
 
 

@@ -138,8 +138,8 @@ class Run:
                                  "each micro-step: the least memory, for small cards, and more communication")] = False
     watchdog: Annotated[NotNegative, doc("seconds that a step, a save or a batch of an evaluation may take before its "
                                          "process ends with its stack (0: any)")] = 1800.0
-    profile: Annotated[str, doc("steps to trace, such as 7 or 7-9: a Chrome trace in the run's folder and a short table "
-                                "(unset: none); also --profile")] = ""
+    profile: Annotated[str, doc("steps to trace, such as 7 or 7-9: a Chrome trace in the run's folder and a short "
+                                "table (unset: none); also --profile")] = ""
     tensorboard: Annotated[bool, doc("also write TensorBoard's files, if it is installed")] = True
     wandb: Annotated[bool, doc("also log to Weights & Biases; WANDB_MODE=offline keeps it on this machine")] = False
     time_limit: Annotated[NotNegative, doc("minutes after the launch at which the run saves and stops (0: none)")] = 0.0

@@ -83,15 +83,11 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
         watch = Watch(place.rank, recipe.run.watchdog, folder.heartbeat if place.rank == 0 else None)
         profiled = profiled_steps(recipe.run.profile if place.rank == 0 else "", recipe.train.steps)
         profiler = Profiler(profiled, folder.path, progress.say)
-        loop = Loop(recipe, folder, trainer, held_out, samples, control, progress, ledger, place.rank, facts,
+        loop = Loop(recipe, folder, trainer, held_out, samples, humaneval, control, progress, ledger, place.rank, facts,
                     Utilisation.of_run(recipe, engine), watch, saver, profiler, checkpoint)
         with watch, explained(recipe, engine, folder.path, place):
-            figures = loop.evaluate() if loop.run() else None
-        profiler.finish()
-        loop = Loop(recipe, folder, trainer, held_out, samples, humaneval, control, progress, ledger, place.rank, facts,
-                    Utilisation.of_run(recipe, engine), watch, saver, checkpoint)
-        with watch:
             found = loop.assess() if loop.run() else None
+        profiler.finish()
     if ledger:
         ledger.close()
     weights = gather_weights(trainer.model) if found else {}

@@ -1,0 +1,87 @@
+"""Traces of steps, and what a run leaves behind where memory was not enough."""
+
+import json
+import re
+import subprocess
+
+import pytest
+
+from phi1.train.launch import RunError
+from phi1.train.profiling import profiled_steps
+from phi1.train.testing import SCRIPT, command, error_line, run, steps
+
+
+def test_steps_to_profile_are_read():
+    assert profiled_steps("", 9) == range(0)
+    assert profiled_steps("7", 9) == range(7, 8)
+    assert profiled_steps("7-9", 9) == range(7, 10)
+    for text in ("0", "9-10", "3-2", "3-", "x", "1,2", "1--2"):
+        with pytest.raises(RunError, match=r"run\.profile must be a step such as 7, or steps such as 7-9, from 1 to 9"):
+            profiled_steps(text, 9)
+
+
+def test_a_trace_of_some_steps_is_written_and_summed_up(place, undisturbed):
+    words = [*command("traced", 2, train__steps=4, train__schedule_steps=60, checkpoint__every=0), "--profile", "2-3"]
+    done = subprocess.run(words, cwd=place, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (place / "traced").glob("trace*")] == ["trace-2-3.json"]
+    trace = json.loads((place / "traced" / "trace-2-3.json").read_text())
+    names = [event.get("name") for event in trace["traceEvents"]]
+    assert names.count("step 2") == names.count("step 3") == 1
+    assert "step 1" not in names
+    assert "step 4" not in names
+    assert "the trace of steps 2 to 3 is in traced/trace-2-3.json" in done.stdout
+    table = done.stdout[done.stdout.index("ms a step"):]
+    assert re.search(r"^ +\d+\.\d\d +\d+\.\d% +[\d.]+  phi1::parallel_block", table, re.MULTILINE), table
+    for one, two in zip(steps(place, "traced"), steps(place, "whole"), strict=False):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+
+
+def test_a_trace_ends_where_the_run_does_and_is_refused_beyond(place, undisturbed):
+    line = error_line(run(place, "late", train__steps=3, run__profile="2-4", train__warmup_steps=1))
+    assert "run.profile must be a step such as 7, or steps such as 7-9, from 1 to 3; got '2-4'" in line
+
+
+OUT_OF_MEMORY = """
+import runpy, sys, torch
+from phi1.train.step import Trainer
+
+whole = Trainer.run_step
+
+def run_step(self):
+    if self.finished == 2 and self.layout.rank in RANKS:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    return whole(self)
+
+Trainer.run_step = run_step
+sys.argv[0] = SCRIPT
+runpy.run_path(SCRIPT, run_name="__main__")
+"""
+
+
+def out_of_memory(place, name, ranks, processes=0, **changes):
+    script = place / "out_of_memory.py"
+    script.write_text(OUT_OF_MEMORY.replace("RANKS", repr(ranks)).replace("SCRIPT", repr(str(SCRIPT))))
+    return run(place, name, processes, script=script, checkpoint__every=0, **changes)
+
+
+def test_out_of_memory_is_a_line_with_the_setting_to_change_and_a_table(place):
+    line = error_line(out_of_memory(place, "small", [0]))
+    assert re.search(r"out of memory: set train\.micro_batch_size to 2, the largest that fits.*; the plan's table is "
+                     r"in small/out-of-memory-0\.txt$", line), line
+    table = (place / "small" / "out-of-memory-0.txt").read_text()
+    for part in ("parameters, fp32, sharded", "activations of 4 sequences", "held at most by tensors: ",
+                 "Tried to allocate 2.00 GiB"):
+        assert part in table
+    line = error_line(out_of_memory(place, "least", [0], train__micro_batch_size=1))
+    assert re.search("out of memory: no micro-batch fits: .*set run.reshard to true, or take more GPUs", line), line
+
+
+@pytest.mark.slow
+def test_a_rank_that_alone_runs_out_of_memory_says_so(place):
+    done = out_of_memory(place, "uneven", [1], 2, train__batch_size=8, train__micro_batch_size=2)
+    assert done.returncode == 1
+    assert "pretrain: error: rank 1: out of memory: set train.micro_batch_size to 1" in done.stderr
+    assert (place / "uneven" / "out-of-memory-1.txt").exists()
+
+

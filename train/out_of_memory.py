@@ -1,0 +1,65 @@
+"""What a run leaves behind where memory was not enough: a line with the setting to change, the plan's table beside what
+was really held, and PyTorch's record of its allocations.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from phi1.gpus import Gpu
+from phi1.train.batches import Layout
+from phi1.train.engine import Engine, peak_memory_gib
+from phi1.train.launch import Place, RunError
+from phi1.train.plan import FRAGMENTATION, GIB, Cluster, largest_micro_batch, memory, memory_lines
+from phi1.train.recipe import Recipe
+
+# The last so many allocations and releases: about ten steps of phi-1.
+EVENTS = 100_000
+
+
+@contextmanager
+def explained(recipe: Recipe, engine: Engine, folder: Path, place: Place) -> Iterator[None]:
+    """Turn running out of memory into a RunError. Args: the run's folder, and this process."""
+    if engine.device.type == "cuda":
+        torch.cuda.memory._record_memory_history(max_entries=EVENTS)
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(_explanation(recipe, engine, folder / f"out-of-memory-{place.rank}", place, error)) from None
+
+
+def _explanation(recipe: Recipe, engine: Engine, stem: Path, place: Place, error: Exception) -> str:
+    micro_batch = Layout.of(recipe.train.batch_size, recipe.train.micro_batch_size, place.rank,
+                            place.world_size).micro_batch
+    has = _memory_gib(engine)
+    cluster = Cluster(Gpu(engine.environment()["hardware"], "", has, 1, 1, 1, 1, "this machine"),  # type: ignore[arg-type]
+                      engine.world_size, engine.replicas)
+    table = memory_lines(recipe, cluster, micro_batch, largest_micro_batch(recipe, cluster))
+    # The plan may have been too hopeful: here it has a little less than the step takes by its own count.
+    takes = sum(memory(recipe, cluster, micro_batch).values()) / GIB - FRAGMENTATION * has
+    less = replace(cluster, gpu=replace(cluster.gpu, memory_gib=min(has, 0.999999 * takes / (1 - FRAGMENTATION))))
+    advice = memory_lines(recipe, less, micro_batch, largest_micro_batch(recipe, less))[-1]
+    left = []
+    try:
+        text = [*table, f"held at most by tensors: {peak_memory_gib(engine):.2f} GiB", advice, "", str(error)]
+        stem.with_suffix(".txt").write_text("\n".join(text) + "\n", encoding="utf-8")
+        left.append(f"the plan's table is in {stem.with_suffix('.txt')}")
+        if engine.device.type == "cuda":
+            torch.cuda.memory._dump_snapshot(str(stem.with_suffix(".pickle")))
+            left.append(f"the record of allocations, for https://pytorch.org/memory_viz, in {stem}.pickle")
+    except OSError as failure:
+        left.append(f"no more could be written: {failure.strerror}")
+    return f"out of memory: {advice}; {', '.join(left)}"
+
+
+def _memory_gib(engine: Engine) -> float:
+    """Of this process's GPU, or its share of the machine's."""
+    if engine.device.type == "cuda":
+        return torch.cuda.get_device_properties(engine.device).total_memory / GIB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB / engine.world_size
