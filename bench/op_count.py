@@ -49,7 +49,7 @@ def _size(x: torch.Tensor) -> int:
 TRITON_FLOPS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "linear_forward_kernel": lambda a: 2.0 * _size(a["x_ptr"]) * a["weight_ptr"].shape[0],
     "dgelu_kernel": lambda a: 2.0 * _size(a["dout_ptr"]) * a["weight_ptr"].shape[1],
-    "in_proj_kernel": lambda a: 2.0 * _size(a["h_ptr"]) * a["weight_ptr"].shape[0],
+    "in_proj_kernel": lambda a: 2.0 * _size(a["h_ptr"]) * (a["weight_ptr"].shape[0] - _columns_left_out(a)),
     "out_proj_kernel": lambda a: 2.0 * (_size(a["att_ptr"]) + _size(a["act_ptr"])) * a["weight_ptr"].shape[0],
     "attention_forward_kernel": lambda a: 4.0 * _causal_part(a) * _size(a["q_ptr"]) * a["k_ptr"].shape[1],
     "attention_backward_dq_kernel": lambda a: 6.0 * _causal_part(a) * _size(a["q_ptr"]) * a["k_ptr"].shape[1],
@@ -62,6 +62,11 @@ TRITON_IN_PLACE = {"loss_rows_kernel": ("logits_ptr",), "column_sums_kernel": ("
 
 def _causal_part(arguments: Mapping[str, Any]) -> float:
     return 0.5 if arguments["IS_CAUSAL"] else 1.0
+
+
+def _columns_left_out(arguments: Mapping[str, Any]) -> int:
+    """q, k and v, where only pre is computed again."""
+    return 3 * arguments["WIDTH"] if arguments["qkv_ptr"] is None else 0
 
 
 class Counter(TorchDispatchMode):

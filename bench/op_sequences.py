@@ -1,8 +1,8 @@
 """A layer and a training step of phi-1 as sequences of launches: ours, transformers' eager one, and the best parts.
 
-Everyone computes the same, in float16, without dropout: forward and backward of B sequences of T tokens. A step has one
-micro-step and the optimizer, which is the same for all: gradients to float32, their norm, fused AdamW over float32
-master weights, the float16 copy.
+Everyone computes the same, in float16: forward and backward of B sequences of T tokens, without dropout unless ours has
+it by its configuration. A step has one micro-step and the optimizer, which is the same for all: gradients to float32,
+their norm, fused AdamW over float32 master weights, the float16 copy.
 """
 
 from __future__ import annotations
@@ -72,9 +72,14 @@ def _optimizer(parameters: list[torch.nn.Parameter]) -> None:
 def _ours(config: Phi1Config, counter: Counter) -> Made:
     model = Phi1(config, device="meta", dtype=HALF)
     cos, sin = model.rotary_tables.unbind(0)
+    rng = torch.empty(2, dtype=torch.int64, device="meta")
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        return model.blocks[0](x.flatten(0, 1), cos, sin, batch=x.shape[0]).view(x.shape)
+        # The model makes positions and sample ids once for all of its layers.
+        sizes = x.shape[0] * x.shape[1], x.shape[0]
+        positions, ids = (torch.empty(size, dtype=torch.int64, device="meta") for size in sizes)
+        return model.blocks[0](x.flatten(0, 1), cos, sin, batch=x.shape[0], positions=positions, rng=rng,
+                               sample_ids=ids).view(x.shape)
 
     return layer, lambda ids: model.loss(ids, ids), list(model.parameters())
 

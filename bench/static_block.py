@@ -27,11 +27,17 @@ def cases(arch: str) -> list[Case]:
     if arch in ANY:
         found |= {case.name: case for kernel in ("in_proj", "out_proj") for dtype in ("fp16", "fp32")
                   for case in _case(arch, kernel, dtype, 16384, PHI1, table="any")}
+    found |= {case.name: case for outputs in (("qkv", "act"), ("qkv", "pre"), ("pre",))
+              for case in _case(arch, "in_proj", "fp16", 16384, PHI1, outputs=outputs)}
     return list(found.values())
 
 
-def _case(arch: str, kernel: str, dtype: str, rows: int, size: Size, table: str = "") -> list[Case]:
-    """The case of one choice of the table; none where it is cuBLAS. The name has the tile: rows share tiles."""
+def _case(arch: str, kernel: str, dtype: str, rows: int, size: Size, table: str = "",
+          outputs: tuple[str, ...] = ("qkv", "pre", "act")) -> list[Case]:
+    """The case of one choice of the table; none where it is cuBLAS. The name has the tile: rows share tiles.
+
+    outputs: of in_proj; evaluation writes no pre, and what the backward computes again has no act.
+    """
     width, inner, head_size, half = size
     t = tile_for("block", kernel, table or arch, dtype=SHORT[dtype], rows=rows, width=width, inner=inner)
     if "cublas" in t:
@@ -43,11 +49,13 @@ def _case(arch: str, kernel: str, dtype: str, rows: int, size: Size, table: str 
     if kernel == "in_proj":
         shape |= {"HEAD_DIM": head_size, "HALF": half}
         types |= {"h_ptr": a_type, "cos_ptr": "*fp32", "sin_ptr": "*fp32", "positions_ptr": "*i64",
-                  "n_positions": "i32"} | dict.fromkeys(("qkv_ptr", "pre_ptr", "act_ptr"), f"*{dtype}")
+                  "n_positions": "i32"} | {f"{name}_ptr": f"*{dtype}" for name in outputs}
+        shape |= {f"{name}_ptr": None for name in ("qkv", "pre", "act") if name not in outputs}
     else:
         types |= {"att_ptr": a_type, "act_ptr": a_type, "x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
+    suffix = (" tma" if t["tma"] else "") + ("" if len(outputs) == 3 else f" {'+'.join(outputs)} only")
     return [Case(
-        name=f"{kernel} {dtype} D={width} {t['block_m']}x{t['block_n']}x{t['block_k']}{' tma' if t['tma'] else ''}",
+        name=f"{kernel} {dtype} D={width} {t['block_m']}x{t['block_n']}x{t['block_k']}{suffix}",
         kernel=getattr(projections, f"{kernel}_kernel"),
         types=types,
         constexprs=shape | {"BLOCK_M": t["block_m"], "BLOCK_N": t["block_n"], "BLOCK_K": t["block_k"],
@@ -70,7 +78,18 @@ def _bias_cases(dtype: str) -> list[Case]:
                                    "COLS": bias_sums.COLS}
     with_dy = {"dy_ptr": f"*{dtype}", "dy_partial_ptr": "*fp32"}
     # A row of partial sums or of sums is less than 16 bytes for each thread.
+    branches = dict.fromkeys(("dy_ptr", "dense_ptr", "fc2_ptr"), f"*{dtype}") | dict.fromkeys(
+        ("dense_partial_ptr", "fc2_partial_ptr"), "*fp32") | {"n_rows": "i32", "n_partials": "i32", "n_samples": "i32"}
+    masks = {"rng_ptr": "*i64", "sample_ids_ptr": "*i64"} | {
+        f"{name}_{field}": kind for name in ("dense", "fc2")
+        for field, kind in (("stream", "i32"), ("threshold", "i32"), ("scale", "fp32"))}
+    branch_tile: dict[str, int | None] = {"WIDTH": width, "ROWS": bias_sums.BRANCH_ROWS, "COLS": bias_sums.COLS}
+    packed = {"cu_seqlens_ptr": "*i32"}
     return [
+        Case(f"branch_gradients {dtype}", bias_sums.branch_gradients_kernel, branches | masks,
+             branch_tile | dict.fromkeys(packed), narrow_loads=8, narrow_stores=4),
+        Case(f"branch_gradients {dtype} packed", bias_sums.branch_gradients_kernel, branches | masks | packed,
+             branch_tile, narrow_loads=32, narrow_stores=4),
         Case(f"bias_partials {dtype} dy", bias_sums.bias_partials_kernel, inputs | with_dy, tile, narrow_stores=2),
         Case(f"bias_partials {dtype}", bias_sums.bias_partials_kernel, inputs, tile | dict.fromkeys(with_dy),
              narrow_stores=2),

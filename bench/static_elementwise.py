@@ -8,7 +8,7 @@ from phi1.kernels._tuned import tile_for
 
 D, F, N = 2048, 8192, 16_384
 MASK = {"rng_ptr": "*i64", "sample_ids_ptr": "*i64"}
-SCALARS = {"n_rows": "i32", "rows_per_sample": "i32", "stream": "i32", "threshold": "i32", "scale": "fp32"}
+SCALARS = {"n_rows": "i32", "n_samples": "i32", "stream": "i32", "threshold": "i32", "scale": "fp32"}
 
 
 def cases(arch: str) -> list[Case]:
@@ -35,7 +35,7 @@ def cases(arch: str) -> list[Case]:
 
 def _forward_case(arch: str, dtype: str, what: str, n_rows: int, n_cols: int, *given: str) -> Case:
     t = tile_for("epilogue", "forward", arch, rows=n_rows, dropout="rng_ptr" in given)
-    optional = {"residual_ptr": f"*{dtype}"} | MASK
+    optional = {"residual_ptr": f"*{dtype}", "cu_seqlens_ptr": "*i32"} | MASK
     return Case(
         name=f"epilogue_forward {what} {dtype} F={n_cols}",
         kernel=epilogue.epilogue_forward_kernel,
@@ -50,7 +50,8 @@ def _forward_case(arch: str, dtype: str, what: str, n_rows: int, n_cols: int, *g
 
 def _backward_case(arch: str, dtype: str, what: str, n_rows: int, n_cols: int, *given: str) -> Case:
     t = tile_for("epilogue", "backward", arch, rows=n_rows, dropout="rng_ptr" in given)
-    optional = dict.fromkeys(("pre_ptr", "dpre_ptr", "act_ptr"), f"*{dtype}") | {"db_partial_ptr": "*fp32"} | MASK
+    optional = dict.fromkeys(("pre_ptr", "dpre_ptr", "act_ptr"), f"*{dtype}") | {
+        "db_partial_ptr": "*fp32", "cu_seqlens_ptr": "*i32"} | MASK
     strides = ("stride_dout_n", "stride_pre_n", "stride_dpre_n", "stride_act_n")
     return Case(
         name=f"epilogue_backward {what} {dtype} F={n_cols}",

@@ -10,6 +10,7 @@ from phi1.kernels._tuned import tile_for
 D, F, N = 2048, 8192, 16_384
 TRITON_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 BIAS, GELU, RESIDUAL, DROPOUT = ("bias",), ("bias", "pre"), ("bias", "residual"), ("bias", "dropout", "residual")
+PACKED = (*DROPOUT, "packed")
 # Of GPUs that have no rows of their own: their instructions are those of one of these two.
 ANY = ("sm_80", "gfx942")
 
@@ -22,6 +23,7 @@ def cases(arch: str) -> list[Case]:
           for k, m, epilogue in ((D, F, GELU), (F, D, BIAS), (F, D, RESIDUAL), (F, D, DROPOUT))),
         *(_linear_case(arch, "fp16", n, k, m, epilogue) for n in rows
           for k, m, epilogue in ((D, F, GELU), (F, D, DROPOUT))),
+        _linear_case(arch, "fp16", N, F, D, PACKED),
         _linear_case(arch, "fp16", N, 2080, F, GELU),  # inputs that no block divides
         *(_dgelu_case(arch, dtype) for dtype in ("fp16", "bf16")),
     ]
@@ -43,14 +45,15 @@ def _linear_case(
     t = t | {"tma": t["tma"] and tma}
     optional = {"bias_ptr": f"*{dtype}", "residual_ptr": f"*{dtype}", "pre_ptr": f"*{dtype}"}
     given = {name: kind for name, kind in optional.items() if name.removesuffix("_ptr") in epilogue}
-    masks = {"rng_ptr": "*i64", "sample_ids_ptr": "*i64"}
+    masks = {"rng_ptr": "*i64", "sample_ids_ptr": "*i64", "cu_seqlens_ptr": "*i32"}
     x_type, weight_type = (_operand(t, dtype, t[block], t["block_k"]) for block in ("block_m", "block_n"))
-    given |= masks if "dropout" in epilogue else {}
+    given |= {name: kind for name, kind in masks.items()
+              if "packed" in epilogue or ("dropout" in epilogue and name != "cu_seqlens_ptr")}
     return Case(
         name=f"linear {dtype} N={n_rows} K={inputs} M={outputs} {'+'.join(epilogue)}{_suffix(t, table)}",
         kernel=linear.linear_forward_kernel,
         types={"x_ptr": x_type, "weight_ptr": weight_type, "out_ptr": f"*{dtype}", "n_rows": "i32",
-               "rows_per_sample": "i32", "stream": "i32", "threshold": "i32", "scale": "fp32"} | given,
+               "n_samples": "i32", "stream": "i32", "threshold": "i32", "scale": "fp32"} | given,
         constexprs={name: None for name in optional | masks if name not in given}
         | {"n_outputs": outputs, "n_inputs": inputs, "stride_x_n": inputs, "stride_x_k": 1, "stride_weight_m": inputs,
            "stride_weight_k": 1, "stride_residual_n": outputs, "EVEN_K": inputs % t["block_k"] == 0,
@@ -58,8 +61,8 @@ def _linear_case(
         num_warps=t["num_warps"],
         num_stages=t["num_stages"],
         tensor_core=dtype != "fp32",
-        # The bias falls to threads two columns at a time, as the accumulator does; and seed, step and sample ids.
-        narrow_loads=48 if "dropout" in epilogue else 32,
+        # The bias falls to threads two columns at a time, as the accumulator does; and seed, step, ids, documents.
+        narrow_loads=32 + 16 * ("dropout" in epilogue) + 8 * ("packed" in epilogue),
         # AMD's accumulator has four columns a thread, and the compiler stores 16-bit values from there.
         narrow_stores=32 if arch == "gfx942" else 0,
     )

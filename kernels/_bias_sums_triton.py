@@ -1,10 +1,11 @@
 """Triton kernels of the parallel block's bias gradients: one launch for the partial sums over rows that no other kernel
-makes on its way, and one that adds up all partial sums.
+makes on its way, and one that adds up all partial sums. With dropout on the branches, one pass over dy makes the
+gradient of each, and their sums.
 
 Deterministic: each of P programs adds its rows in order, in registers, and writes one partial row; the partial rows are
 added in order. P depends on the shape and the tile, not on the GPU.
 
-N rows, D width, F MLP width, P partial sums.
+N rows, D width, F MLP width, P partial sums, B samples.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
+from phi1.kernels._philox import Dropout, dropout_scale, is_active, threshold
+from phi1.kernels._residual_triton import dropped_tile, mask_arguments, mask_stream
+
 # 128 rows of partial sums are 1 % of what is read at phi-1's N = 16,384.
 MAX_PARTIALS, ROWS, COLS = 128, 8, 256
+BRANCH_ROWS = 4  # of two masks: 80 registers a thread on sm_90; 8 rows take 116, and a third of the warps go
 SUM_BLOCK_P, SUM_BLOCK_F = 64, 32
 
 
@@ -69,6 +74,54 @@ def add_rows(
         mask = (offs_n < n_rows)[:, None] & mask_f[None, :]
         total += tl.load(x_ptr + offs_n[:, None] * stride_x_n + offs_f[None, :], mask=mask, other=0.0).to(tl.float32)
     tl.store(partial_ptr + pid_p.to(tl.int64) * N_COLS + offs_f, tl.sum(total, axis=0), mask=mask_f)
+
+
+@triton.jit
+def branch_gradients_kernel(
+    dy_ptr,  # [N, D]
+    dense_ptr,  # [N, D] dy as it reaches the dense branch
+    fc2_ptr,  # [N, D] dy as it reaches the fc2 branch
+    dense_partial_ptr,  # [P, D] float32
+    fc2_partial_ptr,  # [P, D] float32
+    rng_ptr,  # [2] int64
+    sample_ids_ptr,  # [B] int64, or None
+    cu_seqlens_ptr,  # [B + 1] int32 of packed rows, or None
+    n_rows,
+    n_partials,
+    n_samples,
+    dense_stream,
+    dense_threshold,
+    dense_scale,
+    fc2_stream,
+    fc2_threshold,
+    fc2_scale,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """One program per partial row and COLS columns of dy; it takes every P-th group of ROWS rows."""
+    TILES: tl.constexpr = (WIDTH + COLS - 1) // COLS
+    pid_p, pid_f = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    offs_f = pid_f * COLS + tl.arange(0, COLS)  # [COLS]
+    mask_f = offs_f < WIDTH
+    dense_sum = tl.zeros((ROWS, COLS), dtype=tl.float32)  # one sum a lane: no exchange between threads in the loop
+    fc2_sum = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    for first in range(pid_p * ROWS, n_rows, n_partials * ROWS):
+        offs_n = tl.cast(first, tl.int64) + tl.arange(0, ROWS)  # [ROWS]
+        mask = (offs_n < n_rows)[:, None] & mask_f[None, :]
+        offs = offs_n[:, None] * WIDTH + offs_f[None, :]  # [ROWS, COLS]
+        dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        dense = dropped_tile(dy, rng_ptr, sample_ids_ptr, cu_seqlens_ptr, offs_n, pid_f * COLS, n_rows, n_samples,
+                             dense_stream, dense_threshold, dense_scale)
+        tl.store(dense_ptr + offs, dense.to(dense_ptr.dtype.element_ty), mask=mask)
+        dense_sum += dense
+        fc2 = dropped_tile(dy, rng_ptr, sample_ids_ptr, cu_seqlens_ptr, offs_n, pid_f * COLS, n_rows, n_samples,
+                           fc2_stream, fc2_threshold, fc2_scale)
+        tl.store(fc2_ptr + offs, fc2.to(fc2_ptr.dtype.element_ty), mask=mask)
+        fc2_sum += fc2
+    offs = pid_p.to(tl.int64) * WIDTH + offs_f
+    tl.store(dense_partial_ptr + offs, tl.sum(dense_sum, axis=0), mask=mask_f)
+    tl.store(fc2_partial_ptr + offs, tl.sum(fc2_sum, axis=0), mask=mask_f)
 
 
 @triton.jit
@@ -136,6 +189,35 @@ def launch_bias_partials(dqkv: torch.Tensor, dy: torch.Tensor | None) -> list[to
         stride_dqkv_n=dqkv.stride(0), WIDTH=width, ROWS=ROWS, COLS=COLS, num_warps=4, enable_fp_fusion=True,
     )
     return partials
+
+
+def launch_branch_gradients(
+    dy: torch.Tensor, dense: Dropout | None, fc2: Dropout | None, cu_seqlens: torch.Tensor | None
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(dy as it reaches the dense and the fc2 branch, their partial sums over rows) of contiguous dy [N, D].
+
+    Either branch drops; where the other does not, its mask is one that keeps all.
+    """
+    (n_rows, width), branches = dy.shape, (dense, fc2)
+    n_partials = max(1, min(MAX_PARTIALS, triton.cdiv(n_rows, BRANCH_ROWS)))
+    dropped = [torch.empty_like(dy) for _ in branches]
+    partials = [dy.new_empty((n_partials, width), dtype=torch.float32) for _ in branches]
+    active = next(branch for branch in branches if is_active(branch))
+    shared = {name: value for name, value in mask_arguments(active, cu_seqlens).items()
+              if name not in ("stream", "threshold", "scale")}
+    own = {f"{name}_{field}": value for name, branch in zip(("dense", "fc2"), branches, strict=True)
+           for field, value in _mask_of(branch).items()}
+    branch_gradients_kernel[(n_partials * triton.cdiv(width, COLS),)](
+        dy, *dropped, *partials, n_rows=n_rows, n_partials=n_partials, **shared, **own, WIDTH=width, ROWS=BRANCH_ROWS,
+        COLS=COLS, num_warps=4, enable_fp_fusion=True,
+    )
+    return dropped, partials
+
+
+def _mask_of(branch: Dropout | None) -> dict[str, float]:
+    if branch is None:
+        return {"stream": 0, "threshold": 0, "scale": 1.0}
+    return {"stream": mask_stream(branch), "threshold": threshold(branch.p), "scale": dropout_scale(branch.p)}
 
 
 def launch_bias_sums(

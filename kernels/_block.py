@@ -48,30 +48,73 @@ def branches_forward(
     out_weight: torch.Tensor,
     out_bias: torch.Tensor,
     layout: Layout,
+    keeps_pre: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x', qkv [N, 3D], pre [N, F], att [N, D], lse [H, N]) of the normalised h and the residual x, both [N, D].
 
-    Whether q and k are saved rotated is between this and `branches_backward`.
+    pre is empty unless it is kept. Whether q and k are saved rotated is between this and `branches_backward`.
     """
     if use_triton(h):
         from phi1.kernels._block_triton import launch_forward
 
-        return launch_forward(h, x, in_weight, in_bias, out_weight, out_bias, layout)
-    width = h.shape[1]
-    qkv = _addmm(in_bias[: 3 * width], h, in_weight[: 3 * width].t())
-    pre = _addmm(in_bias[3 * width :], h, in_weight[3 * width :].t())
+        return launch_forward(h, x, in_weight, in_bias, out_weight, out_bias, layout, keeps_pre)
+    qkv, att, lse = _attended(h, in_weight, in_bias, layout)
+    pre = _pre(h, in_weight, in_bias)
+    y = _output(att, pre, x, out_weight, out_bias, layout)
+    return y, qkv, pre if keeps_pre else pre.new_empty(0), att, lse
+
+
+def branches_again(
+    h: torch.Tensor,
+    in_weight: torch.Tensor,
+    in_bias: torch.Tensor,
+    qkv: torch.Tensor,
+    att: torch.Tensor,
+    lse: torch.Tensor,
+    layout: Layout,
+    recompute: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(qkv, pre, att, lse) for the backward, with the forward's bits: pre is computed again, in "block" all four."""
+    if use_triton(h):
+        from phi1.kernels._block_triton import launch_again
+
+        return launch_again(h, in_weight, in_bias, qkv, att, lse, layout, recompute)
+    if recompute == "block":
+        qkv, att, lse = _attended(h, in_weight, in_bias, layout)
+    return qkv, _pre(h, in_weight, in_bias), att, lse
+
+
+def _attended(
+    h: torch.Tensor, in_weight: torch.Tensor, in_bias: torch.Tensor, layout: Layout
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(qkv [N, 3D], att [N, D], lse [H, N])."""
+    n_qkv = 3 * h.shape[1]
+    qkv = _addmm(in_bias[:n_qkv], h, in_weight[:n_qkv].t())
     att, lse = attention_forward(*layout.by_sample(qkv), layout.scheme, layout.cu_seqlens)
-    att = att.view(h.shape)
+    return qkv, att.view(h.shape), lse
+
+
+def _pre(h: torch.Tensor, in_weight: torch.Tensor, in_bias: torch.Tensor) -> torch.Tensor:
+    n_qkv = 3 * h.shape[1]
+    return _addmm(in_bias[n_qkv:], h, in_weight[n_qkv:].t())
+
+
+def _output(
+    att: torch.Tensor, pre: torch.Tensor, x: torch.Tensor, out_weight: torch.Tensor, out_bias: torch.Tensor,
+    layout: Layout,
+) -> torch.Tensor:
+    """x' [N, D]."""
+    width = att.shape[1]
     if not layout.drops:
         # One product and one rounding: copying att beside act costs less than a second product.
         joined = _room_for_both(att, pre)
         gelu_forward(pre, out=joined[:, width:])
-        return torch.addmm(x + out_bias.sum(0), joined, out_weight.t()), qkv, pre, att, lse
+        return torch.addmm(x + out_bias.sum(0), joined, out_weight.t())
     dense_weight, fc2_weight = out_weight.t().split_with_sizes([width, pre.shape[1]])
     y = dropped(torch.addmm(out_bias[0], att, dense_weight), layout.dense_dropout, layout.cu_seqlens)
     y += x  # into y, which is contiguous whatever x is
     y += dropped(torch.addmm(out_bias[1], gelu_forward(pre), fc2_weight), layout.fc2_dropout, layout.cu_seqlens)
-    return y, qkv, pre, att, lse
+    return y
 
 
 def branches_backward(

@@ -43,12 +43,13 @@ def epilogue_forward_kernel(
     out_ptr,  # [N, F]
     rng_ptr,  # [2] int64, or None where nothing is dropped
     sample_ids_ptr,  # [B] int64, or None
+    cu_seqlens_ptr,  # [B + 1] int32 of packed rows, or None
     n_rows,
     n_cols,
     stride_x_n,
     stride_residual_n,
     stride_out_n,
-    rows_per_sample,
+    n_samples,
     stream,
     threshold,
     scale,
@@ -66,8 +67,8 @@ def epilogue_forward_kernel(
     if GELU:
         out = gelu_new(out)
     if rng_ptr is not None:
-        out = dropped_tile(out, rng_ptr, sample_ids_ptr, offs_n, pid_f * COLS, n_rows, rows_per_sample, stream,
-                           threshold, scale)
+        out = dropped_tile(out, rng_ptr, sample_ids_ptr, cu_seqlens_ptr, offs_n, pid_f * COLS, n_rows, n_samples,
+                           stream, threshold, scale)
     if residual_ptr is not None:
         offs = offs_n[:, None] * stride_residual_n + offs_f[None, :]
         out += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -83,6 +84,7 @@ def epilogue_backward_kernel(
     db_partial_ptr,  # [P, F] float32, or None
     rng_ptr,  # [2] int64, or None where nothing is dropped
     sample_ids_ptr,  # [B] int64, or None
+    cu_seqlens_ptr,  # [B + 1] int32 of packed rows, or None
     n_rows,
     n_cols,
     n_partials,
@@ -90,7 +92,7 @@ def epilogue_backward_kernel(
     stride_pre_n,
     stride_dpre_n,
     stride_act_n,
-    rows_per_sample,
+    n_samples,
     stream,
     threshold,
     scale,
@@ -109,8 +111,8 @@ def epilogue_backward_kernel(
         offs = offs_n[:, None] * stride_dout_n + offs_f[None, :]
         dpre = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if rng_ptr is not None:
-            dpre = dropped_tile(dpre, rng_ptr, sample_ids_ptr, offs_n, pid_f * COLS, n_rows, rows_per_sample, stream,
-                                threshold, scale)
+            dpre = dropped_tile(dpre, rng_ptr, sample_ids_ptr, cu_seqlens_ptr, offs_n, pid_f * COLS, n_rows, n_samples,
+                                stream, threshold, scale)
         if pre_ptr is not None:
             offs = offs_n[:, None] * stride_pre_n + offs_f[None, :]
             act, slope = gelu_new_and_slope(tl.load(pre_ptr + offs, mask=mask, other=0.0).to(tl.float32))
@@ -150,11 +152,11 @@ def column_sum_kernel(
 
 def launch_forward(
     x: torch.Tensor, residual: torch.Tensor | None, gelu: bool, dropout: Dropout | None,
-    out: torch.Tensor | None = None,
+    out: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """residual + drop(gelu_new(x)) of x [N, F], into `out` if that is given; `out` may be x."""
+    """residual + drop(gelu_new(x)) of x [N, F], into `out` if that is given; `out` may be x. cu_seqlens: the mask's."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    mask = mask_arguments(dropout, x.shape[0])
+    mask = mask_arguments(dropout, cu_seqlens)
     x, residual, wide_out = _rows(mask["rng_ptr"] is None, _readable(x), _readable(residual), out)
     if out.numel():
         n_rows, n_cols = wide_out.shape
@@ -188,7 +190,7 @@ def launch_backward_partial(
     act: torch.Tensor | None = None, bias: bool = True,
 ) -> torch.Tensor | None:
     """`launch_backward`, with db as partial sums [P, F] float32."""
-    mask = mask_arguments(dropout, dout.shape[0])
+    mask = mask_arguments(dropout)
     dout, pre, dpre, act = _rows(mask["rng_ptr"] is None and not bias, _readable(dout), _readable(pre), dpre, act)
     n_rows, n_cols = dout.shape
     t = tile("epilogue", "backward", dout.device, rows=n_rows, dropout=mask["rng_ptr"] is not None)

@@ -56,6 +56,7 @@ def linear_forward_kernel(
     pre_ptr,  # [N, M] contiguous, or None without gelu_new
     rng_ptr,  # [2] int64, or None where nothing is dropped
     sample_ids_ptr,  # [B] int64, or None
+    cu_seqlens_ptr,  # [B + 1] int32 of packed rows, or None
     n_rows,
     n_outputs,
     n_inputs,
@@ -64,7 +65,7 @@ def linear_forward_kernel(
     stride_weight_m,
     stride_weight_k,
     stride_residual_n,
-    rows_per_sample,
+    n_samples,
     stream,
     threshold,
     scale,
@@ -85,22 +86,22 @@ def linear_forward_kernel(
         acc = add_product(acc, x_ptr, weight_ptr, wrapped(pid_m, BLOCK_M, n_rows), wrapped(pid_n, BLOCK_N, n_outputs),
                           n_inputs, stride_x_n, stride_x_k, stride_weight_m, stride_weight_k, BLOCK_K, EVEN_K)
     if PARTS == 1:
-        store_linear(acc, bias_ptr, residual_ptr, out_ptr, pre_ptr, rng_ptr, sample_ids_ptr, pid_m, pid_n * BLOCK_N,
-                     n_rows, n_outputs, stride_residual_n, rows_per_sample, stream, threshold, scale)
+        store_linear(acc, bias_ptr, residual_ptr, out_ptr, pre_ptr, rng_ptr, sample_ids_ptr, cu_seqlens_ptr, pid_m,
+                     pid_n * BLOCK_N, n_rows, n_outputs, stride_residual_n, n_samples, stream, threshold, scale)
     else:
         left, right = column_halves(acc, BLOCK_M, BLOCK_N)
         for side in tl.static_range(2):
             half = left if side == 0 else right
             column = pid_n * BLOCK_N + side * (BLOCK_N // 2)
             if PARTS == 2:
-                store_linear(half, bias_ptr, residual_ptr, out_ptr, pre_ptr, rng_ptr, sample_ids_ptr, pid_m, column,
-                             n_rows, n_outputs, stride_residual_n, rows_per_sample, stream, threshold, scale)
+                store_linear(half, bias_ptr, residual_ptr, out_ptr, pre_ptr, rng_ptr, sample_ids_ptr, cu_seqlens_ptr,
+                             pid_m, column, n_rows, n_outputs, stride_residual_n, n_samples, stream, threshold, scale)
             else:
                 first, second = column_halves(half, BLOCK_M, BLOCK_N // 2)
-                store_linear(first, bias_ptr, residual_ptr, out_ptr, pre_ptr, rng_ptr, sample_ids_ptr, pid_m, column,
-                             n_rows, n_outputs, stride_residual_n, rows_per_sample, stream, threshold, scale)
-                store_linear(second, bias_ptr, residual_ptr, out_ptr, pre_ptr, rng_ptr, sample_ids_ptr, pid_m,
-                             column + BLOCK_N // 4, n_rows, n_outputs, stride_residual_n, rows_per_sample, stream,
+                store_linear(first, bias_ptr, residual_ptr, out_ptr, pre_ptr, rng_ptr, sample_ids_ptr, cu_seqlens_ptr,
+                             pid_m, column, n_rows, n_outputs, stride_residual_n, n_samples, stream, threshold, scale)
+                store_linear(second, bias_ptr, residual_ptr, out_ptr, pre_ptr, rng_ptr, sample_ids_ptr, cu_seqlens_ptr,
+                             pid_m, column + BLOCK_N // 4, n_rows, n_outputs, stride_residual_n, n_samples, stream,
                              threshold, scale)
 
 
@@ -113,12 +114,13 @@ def store_linear(
     pre_ptr,
     rng_ptr,
     sample_ids_ptr,
+    cu_seqlens_ptr,
     pid_m,
     first_column,
     n_rows,
     n_outputs,
     stride_residual_n,
-    rows_per_sample,
+    n_samples,
     stream,
     threshold,
     scale,
@@ -136,8 +138,8 @@ def store_linear(
         tl.store(pre_ptr + first + offs, pre, mask=mask)
         acc = gelu_new(pre.to(tl.float32))
     if rng_ptr is not None:
-        acc = dropped_tile(acc, rng_ptr, sample_ids_ptr, first_row + offs_n, first_column, n_rows, rows_per_sample,
-                           stream, threshold, scale)
+        acc = dropped_tile(acc, rng_ptr, sample_ids_ptr, cu_seqlens_ptr, first_row + offs_n, first_column, n_rows,
+                           n_samples, stream, threshold, scale)
     if residual_ptr is not None:
         residual_offs = offs_n[:, None] * stride_residual_n + offs_m[None, :]
         residual = tl.load(residual_ptr + first_row * stride_residual_n + residual_offs, mask=mask, other=0.0)
@@ -147,14 +149,14 @@ def store_linear(
 
 def launch_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, gelu: bool,
-    dropout: Dropout | None,
+    dropout: Dropout | None, cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [N, M], pre [N, M] with gelu, else empty) of x [N, K] and weight [M, K]."""
+    """(out [N, M], pre [N, M] with gelu, else empty) of x [N, K] and weight [M, K]; cu_seqlens: the mask's."""
     shape = (x.shape[0], weight.shape[0])
     t = tile("linear", "forward", x.device, dtype=str(x.dtype).removeprefix("torch."), rows=shape[0],
              outputs=shape[1], inputs=x.shape[1], gelu=gelu, dropout=is_active(dropout))
     if "cublas" in t:
-        return _launch_product_and_epilogue(x, weight, bias, residual, gelu, dropout)
+        return _launch_product_and_epilogue(x, weight, bias, residual, gelu, dropout, cu_seqlens)
     out, pre = x.new_empty(shape), x.new_empty(shape if gelu else 0)
     if not out.numel():
         return out, pre
@@ -168,7 +170,7 @@ def launch_forward(
         None if bias is None else bias.contiguous(), residual, out, pre if gelu else None,
         n_rows=shape[0], n_outputs=shape[1], n_inputs=x.shape[1], stride_x_n=x.stride(0), stride_x_k=x.stride(1),
         stride_weight_m=weight.stride(0), stride_weight_k=weight.stride(1),
-        stride_residual_n=0 if residual is None else residual.stride(0), **mask_arguments(dropout, shape[0]),
+        stride_residual_n=0 if residual is None else residual.stride(0), **mask_arguments(dropout, cu_seqlens),
         BLOCK_M=t["block_m"], BLOCK_N=t["block_n"], BLOCK_K=t["block_k"], GROUP_M=t["group_m"],
         EVEN_K=x.shape[1] % t["block_k"] == 0, PARTS=t["parts"], TMA=tma,
         num_warps=t["num_warps"], num_stages=t["num_stages"], enable_fp_fusion=True,
@@ -178,11 +180,11 @@ def launch_forward(
 
 def _launch_product_and_epilogue(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, gelu: bool,
-    dropout: Dropout | None,
+    dropout: Dropout | None, cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     product = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
     if gelu:
-        return launch_epilogue(product, residual, gelu, dropout), product
+        return launch_epilogue(product, residual, gelu, dropout, cu_seqlens=cu_seqlens), product
     if residual is not None or is_active(dropout):
-        launch_epilogue(product, residual, gelu, dropout, out=product)
+        launch_epilogue(product, residual, gelu, dropout, out=product, cu_seqlens=cu_seqlens)
     return product, product.new_empty(0)

@@ -43,9 +43,9 @@ def in_proj_kernel(
     cos_ptr,  # [T, R/2] float32
     sin_ptr,  # [T, R/2] float32
     positions_ptr,  # [N]
-    qkv_ptr,  # [N, 3, H, K]
-    pre_ptr,  # [N, F]
-    act_ptr,  # [N, F]
+    qkv_ptr,  # [N, 3, H, K], or None, and then only fc1 is multiplied
+    pre_ptr,  # [N, F], or None
+    act_ptr,  # [N, F], or None
     n_rows,
     n_positions,
     WIDTH: tl.constexpr,
@@ -62,8 +62,10 @@ def in_proj_kernel(
     """One program per tile [BLOCK_M, BLOCK_N] of q and k, of v, or of fc1."""
     TILES_QK: tl.constexpr = (2 * WIDTH + BLOCK_N - 1) // BLOCK_N
     TILES_QKV: tl.constexpr = TILES_QK + (WIDTH + BLOCK_N - 1) // BLOCK_N
-    TILES: tl.constexpr = TILES_QKV + (INNER + BLOCK_N - 1) // BLOCK_N
+    LEFT_OUT: tl.constexpr = TILES_QKV if qkv_ptr is None else 0
+    TILES: tl.constexpr = TILES_QKV + (INNER + BLOCK_N - 1) // BLOCK_N - LEFT_OUT
     pid_m, pid_n = grouped_tile(tl.program_id(0), n_rows, TILES * BLOCK_N, BLOCK_M, BLOCK_N, GROUP_M)
+    pid_n += LEFT_OUT
     # By selection between constants, so that the compiler knows what they are multiples of.
     padding = tl.where(pid_n < TILES_QK, 0, tl.where(pid_n < TILES_QKV, TILES_QK * BLOCK_N - 2 * WIDTH,
                                                      TILES_QKV * BLOCK_N - 3 * WIDTH))
@@ -115,10 +117,12 @@ def store_projection(
     acc += tl.load(bias_ptr + columns, mask=mask_c, other=0.0).to(tl.float32)[None, :]
     if first >= 3 * WIDTH:
         offs = offs_n[:, None] * INNER + (columns - 3 * WIDTH)[None, :]
-        pre = acc.to(pre_ptr.dtype.element_ty)
-        tl.store(pre_ptr + offs, pre, mask=mask)
-        tl.store(act_ptr + offs, gelu_new(pre.to(tl.float32)).to(act_ptr.dtype.element_ty), mask=mask)
-    else:
+        pre = acc.to(bias_ptr.dtype.element_ty)
+        if pre_ptr is not None:
+            tl.store(pre_ptr + offs, pre, mask=mask)
+        if act_ptr is not None:
+            tl.store(act_ptr + offs, gelu_new(pre.to(tl.float32)).to(act_ptr.dtype.element_ty), mask=mask)
+    elif qkv_ptr is not None:
         if first < 2 * WIDTH:
             acc = rotate_heads(acc, cos_ptr, sin_ptr, positions_ptr, offs_n, n_rows, n_positions, HEAD_DIM, HALF)
         offs = offs_n[:, None] * (3 * WIDTH) + columns[None, :]
@@ -238,24 +242,25 @@ def in_proj_tile(x: torch.Tensor, in_rows: int, head_size: int, half: int) -> di
 
 def launch_in_proj(
     h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    n_heads: int, t: dict[str, int],
+    n_heads: int, t: dict[str, int], *, qkv: bool = True, pre: bool = True, act: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(qkv [N, 3D] with q and k rotated, pre [N, F], act [N, F]) of contiguous h [N, D]."""
+    """(qkv [N, 3D] with q and k rotated, pre [N, F], act [N, F]) of contiguous h [N, D]; empty what is not wanted."""
     n_rows, width = h.shape
     inner = weight.shape[0] - 3 * width
     cos, sin, positions = rotary
-    qkv, pre = h.new_empty((n_rows, 3 * width)), h.new_empty((n_rows, inner))
-    act = torch.empty_like(pre)
-    tiles = 2 * width, width, inner
+    q_k_v, before, after = (h.new_empty((n_rows, columns) if wanted else 0)
+                            for columns, wanted in ((3 * width, qkv), (inner, pre), (inner, act)))
+    tiles = (2 * width, width, inner) if qkv else (inner,)
     grid = triton.cdiv(n_rows, t["block_m"]) * sum(triton.cdiv(columns, t["block_n"]) for columns in tiles)
     weight, tma = weight.contiguous(), describable(t, h, weight)
     if n_rows:
         in_proj_kernel[(grid,)](
             operand(h, t, "block_m", tma), operand(weight, t, "block_n", tma), bias.contiguous(), cos.contiguous(),
-            sin.contiguous(), positions.contiguous(), qkv, pre, act, n_rows=n_rows, n_positions=cos.shape[0],
-            WIDTH=width, INNER=inner, HEAD_DIM=width // n_heads, HALF=cos.shape[1], TMA=tma, **_launch_options(t),
+            sin.contiguous(), positions.contiguous(), q_k_v if qkv else None, before if pre else None,
+            after if act else None, n_rows=n_rows, n_positions=cos.shape[0], WIDTH=width, INNER=inner,
+            HEAD_DIM=width // n_heads, HALF=cos.shape[1], TMA=tma, **_launch_options(t),
         )
-    return qkv, pre, act
+    return q_k_v, before, after
 
 
 def launch_out_proj(

@@ -7,8 +7,13 @@
 
 Without dropout on the branches [att | act] W_out^T is one product with one accumulator over D + F. In the backward,
 dx = layer_norm'([dqkv | dpre] W_in) + dx' is one product over 3D + F, and dW_in, dW_out one each; with dropout on a
-branch the two branches have their own. Saved: x, mean, rstd, qkv, pre, att, lse. h and act are computed again.
-Statistics, softmax and lse are float32. Deterministic. What runs is in `_block.py`.
+branch the two branches have their own. h, its statistics and act are computed again in the backward. Saved: x, and
+
+    recompute="none"     qkv, pre, att, lse
+    recompute="mlp"      qkv, att, lse; pre is one product more
+    recompute="block"    no more: all but the output projection is computed again. So also where no backward follows
+
+All three have the same bits. Statistics, softmax and lse are float32. Deterministic. What runs is in `_block.py`.
 
 N rows, D width, H heads, K head size, F MLP width, B batch, T positions, R rotary dimension.
 """
@@ -22,7 +27,7 @@ import torch
 from phi1.kernels._attention import Scheme
 from phi1.kernels._attention_rules import check_packing
 from phi1.kernels._backend import operator, reference_forced
-from phi1.kernels._block import Layout, branches_backward, branches_forward
+from phi1.kernels._block import Layout, branches_again, branches_backward, branches_forward
 from phi1.kernels._checks import (
     check_alike,
     check_dropout,
@@ -40,6 +45,7 @@ from phi1.kernels.attention_qkv import attention_qkv_reference
 from phi1.kernels.layer_norm import layer_norm_backward, layer_norm_forward, layer_norm_reference
 
 NO_DROPOUT: tuple[None, None, None] = (None, None, None)
+RECOMPUTE = ("none", "mlp", "block")
 
 
 def _layout(
@@ -77,21 +83,26 @@ def _parallel_block_op(
     layers: Sequence[int],
     kinds: Sequence[int],
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    recompute: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     layout = _layout(x, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids, n_heads, batch, ps, layers, kinds)
-    h, mean, rstd = layer_norm_forward(x, norm_weight, norm_bias, eps)
-    y, *saved = branches_forward(h, x, in_weight, in_bias, out_weight, out_bias, layout)
-    return y, mean, rstd, *saved
+    h = layer_norm_forward(x, norm_weight, norm_bias, eps)[0]
+    y, qkv, pre, att, lse = branches_forward(h, x, in_weight, in_bias, out_weight, out_bias, layout,
+                                             keeps_pre=recompute == "none")
+    if recompute == "block":
+        qkv, att, lse = qkv.new_empty(0), att.new_empty(0), lse.new_empty(0)
+    return y, qkv, pre, att, lse
 
 
 @_parallel_block_op.register_fake
 def _(x: torch.Tensor, norm_weight, norm_bias, in_weight: torch.Tensor, in_bias, out_weight, out_bias, cos, sin,
-      positions, cu_seqlens, seq_starts, rng, sample_ids, n_heads: int, *_):
+      positions, cu_seqlens, seq_starts, rng, sample_ids, n_heads: int, batch, ps, layers, kinds, eps, recompute: str):
     n_rows, width = x.shape
-    mean = x.new_empty((n_rows,), dtype=torch.float32)
-    lse = x.new_empty((n_heads, n_rows), dtype=torch.float32)
-    qkv, pre = x.new_empty((n_rows, 3 * width)), x.new_empty((n_rows, in_weight.shape[0] - 3 * width))
-    return x.new_empty(x.shape), mean, torch.empty_like(mean), qkv, pre, x.new_empty(x.shape), lse
+    kept, keeps_pre = recompute != "block", recompute == "none"
+    lse = x.new_empty((n_heads, n_rows) if kept else (0,), dtype=torch.float32)
+    qkv, att = (x.new_empty((n_rows, columns) if kept else (0,)) for columns in (3 * width, width))
+    pre = x.new_empty((n_rows, in_weight.shape[0] - 3 * width) if keeps_pre else (0,))
+    return x.new_empty(x.shape), qkv, pre, att, lse
 
 
 @operator("phi1::parallel_block_backward")
@@ -101,9 +112,8 @@ def _parallel_block_backward_op(
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor,
     in_weight: torch.Tensor,
+    in_bias: torch.Tensor,
     out_weight: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
     qkv: torch.Tensor,
     pre: torch.Tensor,
     att: torch.Tensor,
@@ -121,35 +131,36 @@ def _parallel_block_backward_op(
     layers: Sequence[int],
     kinds: Sequence[int],
     eps: float,
+    recompute: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     layout = _layout(x, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids, n_heads, batch, ps, layers, kinds)
     dy = dy.contiguous()
-    h = layer_norm_forward(x, norm_weight, norm_bias, eps)[0]
+    h, mean, rstd = layer_norm_forward(x, norm_weight, norm_bias, eps)
+    if recompute != "none":
+        qkv, pre, att, lse = branches_again(h, in_weight, in_bias, qkv, att, lse, layout, recompute)
     dh, *others = branches_backward(dy, h, in_weight, out_weight, qkv, pre, att, lse, layout)
     return *layer_norm_backward(dh, x, norm_weight, mean, rstd, dy), *others
 
 
 @_parallel_block_backward_op.register_fake
-def _(dy, x, norm_weight, norm_bias, in_weight, out_weight, *_):
-    inputs = (x, norm_weight, norm_bias, in_weight)
-    dx, dw_norm, db_norm, dw_in = (tensor.new_empty(tensor.shape) for tensor in inputs)
-    dw_out = out_weight.new_empty(out_weight.shape)
-    return dx, dw_norm, db_norm, dw_in, x.new_empty(in_weight.shape[:1]), dw_out, x.new_empty((2, x.shape[1]))
+def _(dy, x, norm_weight, norm_bias, in_weight, in_bias, out_weight, *_):
+    inputs = (x, norm_weight, norm_bias, in_weight, in_bias, out_weight)
+    return *(tensor.new_empty(tensor.shape) for tensor in inputs), x.new_empty((2, x.shape[1]))
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, norm_weight, norm_bias, in_weight, _, out_weight, _, *others = inputs
+    x, norm_weight, norm_bias, in_weight, in_bias, out_weight, _, *others = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or autograd fills zeros for what is saved
     tensors, ctx.constants = others[:7], others[7:]
-    ctx.save_for_backward(x, norm_weight, norm_bias, in_weight, out_weight, *output[1:], *tensors)
+    ctx.save_for_backward(x, norm_weight, norm_bias, in_weight, in_bias, out_weight, *output[1:], *tensors)
 
 
 def _autograd(ctx, dy, *_):
     if dy is None:
-        return (None,) * 20
+        return (None,) * 21
     gradients = torch.ops.phi1.parallel_block_backward(dy, *ctx.saved_tensors, *ctx.constants)
-    return *gradients, *[None] * 13
+    return *gradients, *[None] * 14
 
 
 _parallel_block_op.register_autograd(_autograd, setup_context=_setup)
@@ -173,6 +184,7 @@ def parallel_block(
     positions: torch.Tensor | None = None,
     eps: float = 1e-5,
     dropouts: tuple[Dropout | None, Dropout | None, Dropout | None] = NO_DROPOUT,
+    recompute: str = "none",
 ) -> torch.Tensor:
     """One layer of phi: attention and MLP side by side on one layer norm, added to the residual stream.
 
@@ -189,6 +201,8 @@ def parallel_block(
         eps: added to the norm's variance.
         dropouts: on the attention's probabilities, the dense branch and the MLP branch; those that are not None share
             rng and sample_ids.
+        recompute: what the backward computes again rather than reads, for memory: "none"; "mlp", the MLP's
+            pre-activation; "block", all between x and the output projection. It changes no bit.
 
     Returns:
         [N, D] in x's dtype.
@@ -202,6 +216,7 @@ def parallel_block(
     """
     op, parameters = "parallel_block", (norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias)
     _check(op, x, *parameters, n_heads, eps)
+    require(recompute in RECOMPUTE, op, f"recompute must be one of {', '.join(RECOMPUTE)}", repr(recompute))
     batch = _check_rows(op, x, batch, cu_seqlens, seq_starts, dropouts, n_heads)
     check_tensors(op, cos=cos, sin=sin)
     check_tables(op, cos, sin, x, x.shape[1] // n_heads)
@@ -212,11 +227,13 @@ def parallel_block(
     if reference_forced():
         return parallel_block_reference(x, *parameters, cos, sin, n_heads=n_heads, batch=batch, cu_seqlens=cu_seqlens,
                                         seq_starts=seq_starts, positions=positions, eps=eps, dropouts=dropouts)
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters))):
+        recompute = "block"
     active = [d if is_active(d) else None for d in dropouts]
     ps, layers, kinds = zip(*((d.p, d.layer, d.kind) if d else (0.0, 0, 0) for d in active), strict=True)
     rng, sample_ids = next(((d.rng, d.sample_ids) for d in active if d), (None, None))
     return torch.ops.phi1.parallel_block(x, *parameters, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids,
-                                         n_heads, batch, ps, layers, kinds, eps)[0]
+                                         n_heads, batch, ps, layers, kinds, eps, recompute)[0]
 
 
 def _check(op, x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, n_heads, eps) -> None:

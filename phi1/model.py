@@ -101,14 +101,14 @@ class Block(nn.Module):
         self.out_proj = OutProjection(config, **factory)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *, batch: int, seq_starts: Tensor | None = None,
-                positions: Tensor | None = None, rng: Tensor | None = None,
-                sample_ids: Tensor | None = None) -> Tensor:
+                positions: Tensor | None = None, rng: Tensor | None = None, sample_ids: Tensor | None = None,
+                recompute: str = "none") -> Tensor:
         """x [N, D] -> x' [N, D], causal within each of the `batch` sequences."""
         return parallel_block(
             x, self.norm.weight, self.norm.bias, self.in_proj.weight, self.in_proj.bias,
             self.out_proj.weight, self.out_proj.bias, cos, sin,
             n_heads=self.config.num_attention_heads, batch=batch, seq_starts=seq_starts, positions=positions,
-            eps=self.config.layer_norm_eps, dropouts=self._dropouts(rng, sample_ids),
+            eps=self.config.layer_norm_eps, dropouts=self._dropouts(rng, sample_ids), recompute=recompute,
         )
 
     def _dropouts(self, rng: Tensor | None, sample_ids: Tensor | None) -> tuple[Dropout | None, ...]:
@@ -144,9 +144,14 @@ class Phi1(nn.Module):
         config: shape and constants.
         device: where the parameters lie; on "meta" they are left without values, for a loader to fill.
         dtype: of the parameters. Rotary tables are float32 whatever it is.
+
+    Attributes:
+        recompute: what the backward of each block computes again to save memory: "none", "mlp" or "block", as for
+            `parallel_block`. It may change at any time, and changes no bit.
     """
 
     rotary_tables: Tensor
+    recompute = "none"
 
     def __init__(self, config: Phi1Config, *, device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None) -> None:
@@ -261,16 +266,17 @@ class Phi1(nn.Module):
         batch, tokens = ids.shape
         cos, sin = self.rotary_tables.unbind(0)
         x = self.embed(ids).flatten(0, 1)
-        if cache is None:
-            flat = None if positions is None else positions.flatten()
-            for block in self.blocks:
-                x = block(x, cos, sin, batch=batch, seq_starts=starts, positions=flat, rng=rng, sample_ids=sample_ids)
-            return x
         if positions is None:
-            positions = torch.arange(cache.length, cache.length + tokens, device=ids.device).expand(batch, tokens)
+            held = 0 if cache is None else cache.length
+            positions = torch.arange(held, held + tokens, device=ids.device).expand(batch, tokens)
             if starts is not None:
                 positions = (positions - starts[:, None]).clamp(min=0)
-        flat = positions.flatten()
+        flat = positions.flatten()  # one for all blocks, which keep it for the backward
+        if cache is None:
+            for block in self.blocks:
+                x = block(x, cos, sin, batch=batch, seq_starts=starts, positions=flat, rng=rng, sample_ids=sample_ids,
+                          recompute=self.recompute)
+            return x
         for block in self.blocks:
             x = block.decode(x, cos, sin, flat, cache)  # type: ignore[operator]
         cache.length += tokens

@@ -105,6 +105,26 @@ def to_float64(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 @contextmanager
+def kept_bytes(constants: Sequence[torch.Tensor] = ()) -> Iterator[dict[int, int]]:
+    """What autograd keeps of the operations inside the block: the bytes of each storage, by its address.
+
+    Args:
+        constants: tensors whose storages do not count, such as parameters.
+    """
+    apart = {x.untyped_storage().data_ptr() for x in constants}
+    kept: dict[int, int] = {}
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in apart:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        yield kept
+
+
+@contextmanager
 def empty_is_nan() -> Iterator[None]:
     """Fill what torch.empty and its kin return with NaN (integers with their maximum), to catch what is not written."""
     enabled = torch.are_deterministic_algorithms_enabled()

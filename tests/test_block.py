@@ -1,13 +1,15 @@
 """parallel_block against its reference, in its ways to form sequences and to drop, and what it keeps."""
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from phi1 import testing
 from phi1.kernels import Dropout, attention_qkv, backend, dropout_add, layer_norm, linear, parallel_block
-from phi1.kernels.block import parallel_block_reference
+from phi1.kernels._block import branches_forward
+from phi1.kernels.block import RECOMPUTE, parallel_block_reference
 
 SHAPES = [  # B, T, D, H, F, R
     (1, 3, 4, 1, 1, 2),  # the smallest
@@ -128,28 +130,50 @@ def test_packed_documents_equal_separate_calls():
         torch.testing.assert_close(out[rows], run({**tensors, "x": tensors["x"][rows]}, SHAPES[1]))
 
 
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("rates", [(0, 0, 0), (0.1, 0.1, 0.1)], ids=str)
-def test_what_is_kept_for_the_backward(rates):
-    """x, mean, rstd, the projection, att and lse, in storages of that size; parameters and tables apart."""
+def test_what_is_kept_for_the_backward(rates, recompute):
+    """x, positions and what the mode says, in storages of that size; parameters and tables apart."""
     shape = SHAPES[2]
     tensors = {name: x.requires_grad_() for name, x in make(shape, torch.bfloat16).items()}
     rotary = tables(shape[-1])
-    given = {x.untyped_storage().data_ptr() for x in (*tensors.values(), *rotary.values(), RNG)} - {
-        tensors["x"].untyped_storage().data_ptr()}
-    kept: dict[int, int] = {}
-
-    def pack(x):
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in given:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        parallel_block(**tensors, **rotary, n_heads=shape[3], dropouts=drops(*rates))
+    constants = [x for name, x in tensors.items() if name != "x"] + [*rotary.values(), RNG]
+    with testing.kept_bytes(constants) as kept:
+        parallel_block(**tensors, **rotary, n_heads=shape[3], dropouts=drops(*rates), recompute=recompute)
     n_rows, width, n_heads, inner = shape[1:5]
-    positions = 8 * n_rows
-    wanted = n_rows * (2 * (5 * width + inner) + 4 * (2 + n_heads)) + positions
+    activations = {"none": 2 * (4 * width + inner) + 4 * n_heads, "mlp": 2 * 4 * width + 4 * n_heads, "block": 0}
+    wanted = n_rows * (2 * width + 8 + activations[recompute])
     assert wanted <= sum(kept.values()) <= 9 / 8 * wanted  # a CPU's kept memory comes in steps of an eighth
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("packing", [
+    {"batch": 2}, {"cu_seqlens": ints(0, 1, 1, 20, 34)}, {"batch": 2, "seq_starts": ints(0, 5)},
+], ids=["batch", "packed", "left-padded"])
+@pytest.mark.parametrize("rates", [(0, 0, 0), (0.1, 0.2, 0.3)], ids=str)
+def test_what_is_computed_again_has_the_same_bits(rates, packing, dtype):
+    sample_ids = torch.arange(3, 7 if "cu_seqlens" in packing else 5)
+    options = {**tables(8), "n_heads": 2, "dropouts": drops(*rates, sample_ids), **packing}
+    with testing.empty_is_nan():
+        none, mlp, block = (testing.outputs_and_gradients(parallel_block, make(SHAPES[1], dtype), **options,
+                                                          recompute=recompute) for recompute in RECOMPUTE)
+    for name, value in none.items():
+        assert torch.equal(mlp[name], value), name
+        assert torch.equal(block[name], value), name
+
+
+@pytest.mark.parametrize("without", ["gradients", "parameters"])
+def test_a_forward_alone_returns_nothing_to_keep(monkeypatch, without):
+    tensors = make(SHAPES[1])
+    if without == "gradients":
+        tensors["x"].requires_grad_()
+    kept = []
+    monkeypatch.setattr("phi1.kernels.block.branches_forward",
+                        lambda *a, keeps_pre, **b: kept.append(keeps_pre) or branches_forward(*a, keeps_pre=keeps_pre))
+    with torch.no_grad() if without == "gradients" else nullcontext():
+        run(tensors, SHAPES[1], batch=2)
+    run({**tensors, "x": tensors["x"].detach().requires_grad_()}, SHAPES[1], batch=2)
+    assert kept == [False, True]
 
 
 def test_non_contiguous_inputs():
@@ -204,6 +228,7 @@ def bad(**changes):
     (bad(cos=torch.zeros(150, 9), sin=torch.zeros(150, 9)), ValueError, "cos must have between 1 and 8 columns"),
     (bad(**tables(8, 5)), ValueError, "positions must be at least 0 and less than 5"),
     (bad(positions=torch.arange(11)), ValueError, r"positions.shape must be \(12,\)"),
+    (bad(recompute="all"), ValueError, "recompute must be one of none, mlp, block; got 'all'"),
     (bad(dropouts=(None, None)), ValueError, "dropouts must be three: attention, dense, fc2; got 2"),
     (bad(dropouts=(0.1, None, None)), TypeError, r"dropouts\[0\] must be a phi1.kernels.Dropout or None"),
     (bad(dropouts=drops(0, 0, 0.1, torch.arange(3))), ValueError, r"dropouts\[2\].sample_ids.shape must be \(2,\)"),
@@ -221,26 +246,28 @@ def test_reference_backend():
         assert torch.equal(parallel_block(**arguments), parallel_block_reference(**arguments))
 
 
-def test_operator_is_sound():
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_operator_is_sound(recompute):
     parameters = [x.requires_grad_() for x in make((2, 6, 32, 2, 48, 8)).values()]
     positions, cos_sin = torch.arange(6).repeat(2), tables(8).values()
     cases = (
-        ((None, ints(0, 3), None, None), (2, 2, (0.0,) * 3, (0,) * 3, (0,) * 3, 1e-5)),
-        ((ints(0, 5, 12), None, RNG, torch.tensor([8, 9])), (2, 1, (0.1, 0.2, 0.3), (4,) * 3, (0, 1, 2), 1e-5)),
+        ((None, ints(0, 3), None, None), (2, 2, (0.0,) * 3, (0,) * 3, (0,) * 3, 1e-5, recompute)),
+        ((ints(0, 5, 12), None, RNG, torch.tensor([8, 9])),
+         (2, 1, (0.1, 0.2, 0.3), (4,) * 3, (0, 1, 2), 1e-5, recompute)),
     )
     for packing, constants in cases:
         testing.assert_operator_is_sound("parallel_block", (*parameters, *cos_sin, positions, *packing, *constants))
         y, *saved = torch.ops.phi1.parallel_block(*parameters, *cos_sin, positions, *packing, *constants)
-        x, norm_weight, norm_bias, in_weight, _, out_weight, _ = (p.detach() for p in parameters)
-        arguments = (y.detach(), x, norm_weight, norm_bias, in_weight, out_weight, *(s.detach() for s in saved))
+        arguments = (x.detach() for x in (y, *parameters[:-1], *saved))
         testing.assert_operator_is_sound("parallel_block_backward",
                                          (*arguments, *cos_sin, positions, *packing, *constants))
 
 
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("rates", [(0, 0, 0), (0.1, 0.2, 0.3)], ids=str)
-def test_compiles_whole(rates):
+def test_compiles_whole(rates, recompute):
     testing.assert_compiles_whole(parallel_block, make(SHAPES[1]), n_heads=2, batch=2, **tables(8),
-                                  dropouts=drops(*rates))
+                                  dropouts=drops(*rates), recompute=recompute)
 
 
 def test_activation_checkpointing_changes_nothing():

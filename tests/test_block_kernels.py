@@ -8,11 +8,14 @@ import torch
 
 from phi1 import testing
 from phi1.kernels import Dropout, backend, parallel_block
+from phi1.kernels import _linear_triton as linear_kernels
 from phi1.kernels import _projections_triton as projections
+from phi1.kernels._bias_sums_triton import launch_branch_gradients
 from phi1.kernels._gelu import gelu_new
+from phi1.kernels._residual import dropped
 from phi1.kernels._rotary import rotate_reference
 from phi1.kernels._tuned import ARCHITECTURES, tile_for
-from phi1.kernels.block import parallel_block_reference
+from phi1.kernels.block import RECOMPUTE, parallel_block_reference
 
 DEVICE = testing.kernel_device()
 if DEVICE is None:
@@ -106,10 +109,34 @@ def test_dropout_without_sample_ids_matches_reference():
     check(PACKED, batch=2, dropouts=drops(0.1, 0.2, 0.3))
 
 
-def test_dropout_on_a_branch_of_packed_documents_is_refused():
-    with backend("triton"), pytest.raises(NotImplementedError, match=r"with batch, not with cu_seqlens; backend\('ref"):
-        parallel_block(**make(PACKED), **tables(8), n_heads=2, cu_seqlens=ints(0, 20, 34),
-                       dropouts=drops(0, 0.1, 0))
+@pytest.mark.parametrize("sample_ids", [None, torch.tensor([40, 3, 2**33 + 5, 8])], ids=["rows", "sample ids"])
+@pytest.mark.parametrize("rates", [(0, 0.2, 0), (0, 0, 0.2), (0.1, 0.2, 0.3)], ids=str)
+def test_dropout_of_packed_documents_matches_reference(rates, sample_ids):
+    ids = None if sample_ids is None else sample_ids.to(DEVICE)
+    check(PACKED, cu_seqlens=ints(0, 1, 1, 20, 34), dropouts=drops(*rates, ids))  # the second one is empty
+
+
+def test_dropout_of_packed_documents_beside_products_of_cublas_matches_reference(monkeypatch):
+    monkeypatch.setattr(linear_kernels, "tile", lambda *_, **__: {"cublas": 1})
+    ids = torch.tensor([40, 3], device=DEVICE)
+    check(PACKED, cu_seqlens=ints(0, 20, 34), dropouts=drops(0, 0.2, 0.3, ids))
+
+
+@pytest.mark.parametrize("width", [64, 300])  # a part of a tile, and two tiles
+@pytest.mark.parametrize("bounds", [(0, 37), (0, 0, 5, 5, 5, 36, 37), tuple(range(38))], ids=["one", "some", "rows"])
+def test_branch_gradients_are_the_references_bit_for_bit(bounds, width):
+    dy = torch.randn(37, width, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    ids = torch.arange(3, 2 + len(bounds), device=DEVICE)
+    _, dense, fc2 = drops(0, 0.2, 0.5, ids)
+    for branches, cu_seqlens in (((dense, fc2), ints(*bounds)), ((None, fc2), ints(*bounds)), ((dense, None), None)):
+        if cu_seqlens is None and len(ids) != 37:
+            continue  # rows that its samples do not divide
+        with testing.empty_is_nan():
+            gradients, sums = launch_branch_gradients(dy, *branches, cu_seqlens)
+        for gradient, partial, branch in zip(gradients, sums, branches, strict=True):
+            wanted = dropped(dy, branch, cu_seqlens)
+            assert torch.equal(gradient, wanted)
+            torch.testing.assert_close(partial.sum(0), wanted.sum(0))
 
 
 @pytest.mark.parametrize("tma", [0, 1])
@@ -179,46 +206,84 @@ def test_no_look_ahead():
     assert not torch.equal(before[10:17], after[10:17])
 
 
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("rates", [(0, 0, 0), (0.1, 0.1, 0.1)], ids=str)
-def test_what_is_kept_for_the_backward(rates):
-    """x, mean, rstd, qkv, pre, att and lse, in storages of just that size; parameters, tables and rng apart."""
+def test_what_is_kept_for_the_backward(rates, recompute):
+    """x, positions and what the mode says, in storages of just that size; parameters, tables and rng apart."""
     batch, tokens, width, n_heads, inner, rotary_size = PACKED
     tensors = {name: x.requires_grad_() for name, x in make(PACKED, torch.float16).items()}
     rotary = tables(rotary_size)
-    given = {x.untyped_storage().data_ptr() for x in (*tensors.values(), *rotary.values(), RNG)} - {
-        tensors["x"].untyped_storage().data_ptr()}
-    kept = {}
-
-    def pack(x):
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in given:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with backend("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        parallel_block(**tensors, **rotary, n_heads=n_heads, batch=batch, dropouts=drops(*rates))
-    n_rows = batch * tokens
-    positions = 8 * n_rows
-    assert sum(kept.values()) == n_rows * (2 * (5 * width + inner) + 4 * (2 + n_heads)) + positions
+    constants = [x for name, x in tensors.items() if name != "x"] + [*rotary.values(), RNG]
+    with backend("triton"), testing.kept_bytes(constants) as kept:
+        parallel_block(**tensors, **rotary, n_heads=n_heads, batch=batch, dropouts=drops(*rates), recompute=recompute)
+    activations = {"none": 2 * (4 * width + inner) + 4 * n_heads, "mlp": 2 * 4 * width + 4 * n_heads, "block": 0}
+    assert sum(kept.values()) == batch * tokens * (2 * width + 8 + activations[recompute])
 
 
 def test_the_kernels_ran_and_not_pytorch(monkeypatch):
     from phi1.kernels import _block_triton
 
     launched = []
-    names = ("launch_in_proj", "launch_attention", "launch_out_proj", "launch_linear",
-             "launch_dgelu_partial", "launch_attention_backward", "launch_bias_partials", "launch_bias_sums")
+    forward = ["launch_in_proj", "launch_attention"]
+    backward = ["launch_dgelu_partial", "launch_attention_backward", "launch_bias_partials", "launch_bias_sums"]
+    names = (*forward, "launch_out_proj", "launch_linear", "launch_branch_gradients", *backward)
     for name in names:
         launch = getattr(_block_triton, name)
         monkeypatch.setattr(_block_triton, name,
-                            lambda *a, launch=launch, name=name: launched.append(name) or launch(*a))
+                            lambda *a, launch=launch, name=name, **b: launched.append(name) or launch(*a, **b))
     tensors, options = make(PACKED), {**tables(8), "n_heads": 2, "batch": 2}
     with backend("triton"):
         testing.outputs_and_gradients(parallel_block, tensors, **options)
-        assert launched == [*names[:3], *names[4:]]
+        assert launched == [*forward, "launch_out_proj", *backward]
         launched.clear()
         testing.outputs_and_gradients(parallel_block, tensors, **options, dropouts=drops(0, 0, 0.1))
-        assert launched == [*names[:2], "launch_linear", "launch_linear", *names[4:]]
+        assert launched == [*forward, "launch_linear", "launch_linear", "launch_branch_gradients", *backward]
+        launched.clear()
+        testing.outputs_and_gradients(parallel_block, tensors, **options, recompute="mlp")
+        assert launched == [*forward, "launch_out_proj", "launch_in_proj", *backward]
+        launched.clear()
+        testing.outputs_and_gradients(parallel_block, tensors, **options, recompute="block")
+        assert launched == [*forward, "launch_out_proj", *forward, *backward]
+
+
+def test_a_forward_alone_writes_no_pre(monkeypatch):
+    """Neither in evaluation nor where the backward computes it again."""
+    written = []
+    launch = projections.launch_in_proj
+
+    def noted(*arguments, **wanted):
+        outputs = launch(*arguments, **wanted)
+        written.append([x.numel() > 0 for x in outputs])
+        return outputs
+
+    monkeypatch.setattr("phi1.kernels._block_triton.launch_in_proj", noted)
+    tensors, options = make(PACKED), {**tables(8), "n_heads": 2, "batch": 2}
+    with backend("triton"):
+        plain = parallel_block(**tensors, **options)
+        assert written == [[True, False, True]]
+        written.clear()
+        tensors["x"].requires_grad_()
+        with torch.no_grad():
+            assert torch.equal(parallel_block(**tensors, **options), plain)
+        for recompute, keeps_pre in (("none", True), ("mlp", False), ("block", False)):
+            assert torch.equal(parallel_block(**tensors, **options, recompute=recompute), plain)
+            assert written.pop() == [True, keeps_pre, True]
+        assert written == [[True, False, True]]
+
+
+@pytest.mark.parametrize("kernel", ["in_proj", "cublas"])
+@pytest.mark.parametrize("packing", [{"batch": 2}, {"cu_seqlens": ints(0, 20, 34)}], ids=["batch", "packed"])
+def test_what_is_computed_again_has_the_same_bits(monkeypatch, packing, kernel):
+    if kernel == "cublas":
+        use_tile(monkeypatch, "in_proj", cublas=1)
+    dropouts = drops(0.1, 0.2, 0.3, torch.tensor([40, 3], device=DEVICE))
+    tensors, options = make(PACKED, torch.float16), {**tables(8), "n_heads": 2, "dropouts": dropouts, **packing}
+    with backend("triton"), testing.empty_is_nan():
+        none, mlp, block = (testing.outputs_and_gradients(parallel_block, tensors, **options, recompute=recompute)
+                            for recompute in RECOMPUTE)
+    for name, value in none.items():
+        assert torch.equal(mlp[name], value), name
+        assert torch.equal(block[name], value), name
 
 
 def test_non_contiguous_and_empty_inputs():

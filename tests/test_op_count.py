@@ -14,6 +14,7 @@ from phi1.bench.op_count import TRITON_FLOPS, Launch, counting
 from phi1.bench.static_cases import cases
 from phi1.config import preset
 from phi1.kernels import layer_norm
+from phi1.model import Phi1
 
 TINY = preset("nano", num_hidden_layers=2)
 
@@ -76,6 +77,32 @@ def test_all_providers_do_the_same_matrix_products(provider):
     products = 2 * rows * d * (4 * d + 2 * f)
     attention = 4 * 2 * 128 * 128 * d / (1 if provider == "transformers" else 2)
     assert sum(launch.n_flops for launch in launches) == products + attention
+
+
+@pytest.mark.parametrize(("dropout", "forward_limit", "backward_limit"), [(0.0, 5, 13), (0.1, 6, 14)])
+def test_a_layer_takes_few_launches(dropout, forward_limit, backward_limit):
+    config = preset("phi1", attention_dropout=dropout, residual_dropout=dropout)
+    forward, both = (len(op_sequences.sequence("phi1", unit, config=config))
+                     for unit in ("layer forward", "layer forward+backward"))
+    assert forward <= forward_limit
+    assert both - forward <= backward_limit
+
+
+@pytest.mark.parametrize(("recompute", "launches"), [("mlp", 1), ("block", 2)])
+def test_computing_again_is_one_product_and_for_a_whole_block_attention(recompute, launches):
+    batch, tokens, d, f = 2, 128, TINY.hidden_size, TINY.intermediate_size
+
+    def step(mode):
+        model, x = Phi1(TINY, device="meta", dtype=torch.float16), meta(batch * tokens, d)
+        cos, sin = model.rotary_tables.unbind(0)
+        positions = meta(batch * tokens, dtype=torch.int64)
+        model.blocks[0](x, cos, sin, batch=batch, positions=positions, recompute=mode).backward(x)
+
+    none, again = (counted(lambda mode=mode: step(mode)) for mode in ("none", recompute))
+    assert len(again) - len(none) == launches
+    more = sum(launch.n_flops for launch in again) - sum(launch.n_flops for launch in none)
+    of_qkv = 2 * batch * tokens * d * (3 * d + tokens) if recompute == "block" else 0  # attention's is causal: a half
+    assert more == 2 * batch * tokens * d * f + of_qkv
 
 
 def test_a_step_is_its_layers_and_more():
