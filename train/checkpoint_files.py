@@ -118,6 +118,8 @@ def find_damage(checkpoint: Path) -> str | None:
         whole = False
     if not whole:
         return f"{MANIFEST} is not as it was written"
+    if extra := {file.name for file in checkpoint.iterdir()} - files.keys() - {MANIFEST}:
+        return f"{min(extra)} is not one of its files"
     for name, (size, digest) in files.items():
         file = checkpoint / name
         if not file.is_file():

@@ -121,6 +121,13 @@ def fingerprint(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def manifest_text(content: dict[str, Any], made: dict[str, Any]) -> str:
+    """A manifest as it is written; its last value, a hash of the others, makes any flipped byte show."""
+    manifest = {"format": FORMAT, "version": VERSION, "fingerprint": fingerprint(content), "content": content,
+                "made": made}
+    return json.dumps(manifest | {"sha256": fingerprint(manifest)}, indent=1)
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a corpus.
 
@@ -130,13 +137,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     none = f"{folder}: no corpus there (no {MANIFEST}); make one with: phi1 prepare --out {folder}"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
         if manifest["format"] != FORMAT or manifest["version"] != VERSION:
             raise DataError(f"{path}: {manifest['format']} version {manifest['version']}; this reader knows {FORMAT} "
                             f"version {VERSION}: prepare the corpus again")
         if manifest["fingerprint"] != fingerprint(manifest["content"]):
             raise DataError(f"{path}: damaged: its fingerprint does not match its content; restore it or "
                             "prepare the corpus again")
+        if text != manifest_text(manifest["content"], manifest["made"]):
+            raise DataError(f"{path}: damaged: it is not as it was written; restore it or prepare the corpus again")
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(none) from None
     except DataError:

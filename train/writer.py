@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,15 +14,14 @@ from phi1.tokenizer import Tokenizer
 from phi1.train.shards import (
     BLOCK_TOKENS,
     DOCUMENT,
-    FORMAT,
     MANIFEST,
     SHARD_TOKENS,
     TOKEN,
-    VERSION,
     DataError,
     ShardHeader,
     file_hash,
     fingerprint,
+    manifest_text,
 )
 
 
@@ -164,10 +162,8 @@ def write_manifest(folder: Path, content: dict[str, Any], made: dict[str, Any]) 
             os.fsync(file.fileno())
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "xxh3_128": file_hash(path)}
     content = {**content, "files": files}
-    identity = fingerprint(content)
-    manifest = {"format": FORMAT, "version": VERSION, "fingerprint": identity, "content": content, "made": made}
     with (folder / MANIFEST).open("w", encoding="utf-8") as text:
-        json.dump(manifest, text, indent=1)
+        text.write(manifest_text(content, made))
         text.flush()
         os.fsync(text.fileno())
-    return identity
+    return fingerprint(content)
