@@ -168,3 +168,42 @@ def test_tensorboard_is_written_where_it_is_installed(tmp_path, monkeypatch):
     ledger.close()
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"train/loss" in events.read_bytes()
+
+
+def test_lines_wait_while_the_disk_is_full(tmp_path):
+    class Disk:
+        """Takes some bytes more, then none until there is room again."""
+
+        def __init__(self, file, room):
+            self.file, self.room = file, room
+
+        def write(self, data):
+            taken = min(self.room, len(data))
+            if not taken:
+                raise OSError(28, "No space left on device")
+            self.room -= taken
+            return self.file.write(bytes(data[:taken]))
+
+        def fileno(self):
+            return self.file.fileno()
+
+        def close(self):
+            self.file.close()
+
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path, 0)
+    disk = ledger._file = Disk(ledger._file, 60)
+    ledger.saved(1, {"bytes": 10})
+    with pytest.raises(RunError, match=r"ledger.jsonl: cannot be written: No space left on device; its lines wait"):
+        ledger.saved(2, {"bytes": 10})
+    for step in range(3, 20):
+        ledger.saved(step, {"bytes": 10})
+    assert path.stat().st_size == 60
+    disk.room = 10_000
+    ledger.saved(20, {"bytes": 10})
+    assert [line["saved"] for line in read_ledger(path)] == list(range(1, 21))
+    disk.room = 0
+    with pytest.raises(RunError):
+        ledger.saved(21, {"bytes": 10})
+    with pytest.raises(RunError, match="its last 1 lines could not be written"):
+        ledger.close()

@@ -8,6 +8,7 @@ apart from it under "measured", what depends on the day (tokens/s, memory, and M
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -28,7 +29,7 @@ BOARD_EVERY = 10
 
 
 class Ledger:
-    """Appends to a run's ledger. Each line is flushed, so that a killed process loses none.
+    """Appends to a run's ledger, line by line, so that a killed process loses none.
 
     Args:
         path: the file; made if it is not there.
@@ -42,11 +43,13 @@ class Ledger:
     def __init__(self, path: Path, finished: int, boards: Sequence[Board] = ()) -> None:
         self.path = path
         self._boards = list(boards)
+        self._waiting = bytearray()
         try:
             cut_back(path, finished)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
         except OSError as error:
-            raise self._failure(error) from None
+            raise RunError(f"{path}: cannot be written: {error.strerror}; once that is mended, the same command goes "
+                           "on, or give another --run.folder") from None
 
     def start(self, facts: dict[str, Any], config: dict[str, Any]) -> None:
         """Note what the run starts or resumes with: facts, versions, commit, the recipe and what changed in it."""
@@ -74,13 +77,14 @@ class Ledger:
     def saved(self, step: int, measured: dict[str, float]) -> None:
         """Note that a checkpoint of `step` finished steps is there, and force all lines to the disk."""
         self._write({"saved": step, "measured": measured})
-        try:
+        with contextlib.suppress(OSError):  # a full disk, which _write reports
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise self._failure(error) from None
 
     def close(self) -> None:
+        """Raises RunError if lines were never written."""
         self._file.close()
+        if self._waiting:
+            raise RunError(f"{self.path}: its last {self._waiting.count(10)} lines could not be written")
         for board in self._boards:
             board.close()
 
@@ -93,15 +97,15 @@ class Ledger:
                 print(f"warning: {board.name} at step {step}: {error}; from here on it is left out", flush=True)
 
     def _write(self, line: dict[str, Any]) -> None:
+        """Write a line and what waits before it. While the disk is full they wait; the first time that is raised."""
+        were_waiting = bool(self._waiting)
+        self._waiting += (json.dumps(_without_nan(line)) + "\n").encode()
         try:
-            self._file.write(json.dumps(_without_nan(line)) + "\n")
-            self._file.flush()
+            while self._waiting:
+                del self._waiting[:self._file.write(self._waiting)]
         except OSError as error:
-            raise self._failure(error) from None
-
-    def _failure(self, error: OSError) -> RunError:
-        return RunError(f"{self.path}: cannot be written: {error.strerror}; once that is mended, the same "
-                        "command goes on, or give another --run.folder")
+            if not were_waiting:
+                raise RunError(f"{self.path}: cannot be written: {error.strerror}; its lines wait in memory") from None
 
 
 def as_line(outcome: Outcome) -> dict[str, Any]:

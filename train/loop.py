@@ -209,9 +209,5 @@ class Loop:
             self.progress.say(f"warning: {error}; the run goes on")
 
     def _note(self, write: Callable[[Ledger], None]) -> None:
-        """Write to the ledger; if that fails, all processes stop before the next step."""
-        try:
-            if self.ledger:
-                write(self.ledger)
-        except RunError as error:
-            self.control.fail(error)
+        if ledger := self.ledger:
+            self._try(lambda: write(ledger))
