@@ -20,7 +20,7 @@ from phi1.train.plan import (
     report,
     states,
 )
-from phi1.train.recipe import Recipe, read_recipe
+from phi1.train.recipe import ACTIVATIONS, Recipe, read_recipe
 
 BASE = read_recipe(Path(__file__).parents[1] / "train" / "configs" / "phi1-base.toml", {})
 A100S = Cluster(GPUS["a100-80"], 8)
@@ -105,6 +105,27 @@ def test_what_does_not_fit_is_said_with_the_setting_to_change():
     assert "set train.micro_batch_size to 8, the largest that fits" in text
     tiny = Cluster(replace(GPUS["a100-40"], memory_gib=8.0), 8)
     assert "no micro-batch fits: set run.reshard to true, or take more GPUs" in "\n".join(report(BASE, tiny))
+
+
+def test_keeping_less_is_proposed_with_its_price():
+    def with_mode(mode):
+        return replace(BASE, train=replace(BASE.train, activations=mode))
+
+    none, mlp, block = (activations(BASE.phi1_config(), 2048, 2, mode) for mode in ACTIVATIONS)
+    assert 2 * mlp < 1.2 * none
+    assert 8 * block < none
+    eight, two = (Cluster(GPUS["a100-40"], gpus) for gpus in (8, 2))
+    assert ("set train.micro_batch_size to 8, the largest that fits, or set train.activations to recompute-mlp: "
+            "then 16 fits, for 9% more arithmetic") in report(BASE, eight)
+    assert "set train.activations to block: then 16 fits, for 20% more" in "\n".join(report(BASE, two))
+    assert "set train.activations" not in "\n".join(report(with_mode("block"), replace(two, gpus=1)))
+    assert largest_micro_batch(with_mode("recompute-mlp"), eight) == 16
+    # Where not one sequence fits, until a layer keeps but its input.
+    long = replace(BASE, data=replace(BASE.data, seq_len=32_768),
+                   model=replace(BASE.model, max_position_embeddings=32_768))
+    assert "no micro-batch fits: set train.activations to" in "\n".join(report(long, eight))
+    more = duration(with_mode("block"), A100S).arithmetic / duration(BASE, A100S).arithmetic
+    assert more == pytest.approx(1 + (14 * 2048**2 * 24 + 4 * 2048 * 2048 * 24) / 9.088e9, rel=1e-3)
 
 
 def test_sharding_within_nodes_and_resharding_change_memory_and_collectives():

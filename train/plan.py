@@ -11,14 +11,14 @@ micro-batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from phi1.config import Phi1Config
 from phi1.gpus import GPUS, Gpu
 from phi1.train.batches import divisors
 from phi1.train.launch import Place, RunError
-from phi1.train.recipe import Recipe
+from phi1.train.recipe import ACTIVATIONS, Recipe
 
 GIB = 1 << 30
 ELEMENT_BYTES = {"auto": 2, "fp16": 2, "bf16": 2, "fp32": 4}
@@ -65,18 +65,29 @@ def shards_of(recipe: Recipe, cluster: Cluster) -> int:
     return recipe.run.shard_group or cluster.gpus // cluster.nodes
 
 
-def activations(config: Phi1Config, seq_len: int, element: int) -> float:
-    """Bytes that the blocks keep for the backward, one sequence: x, q, k, v, att, pre, mean, rstd, lse."""
+def activations(config: Phi1Config, seq_len: int, element: int, mode: str = "none") -> float:
+    """Bytes that the blocks keep for the backward, one sequence: x, q, k, v, att, lse and pre, or what the mode leaves;
+    the last norm's input and output; the positions."""
     d, f = config.hidden_size, config.intermediate_size
-    per_token = element * (5 * d + f) + 4 * (2 + config.num_attention_heads)
-    return seq_len * (config.num_hidden_layers * per_token + 2 * element * d)
+    columns = {"none": 5 * d + f, "recompute-mlp": 5 * d, "block": d}[mode]
+    per_token = element * columns + (0 if mode == "block" else 4 * config.num_attention_heads)
+    return seq_len * (config.num_hidden_layers * per_token + 2 * element * d + 8)
 
 
-def transients(config: Phi1Config, seq_len: int, element: int, micro_batch: int, shards: int) -> dict[str, float]:
+def recomputed_flops_per_token(config: Phi1Config, seq_len: int, mode: str) -> float:
+    """Floating-point operations that the mode adds to training on one token."""
+    d, f = config.hidden_size, config.intermediate_size
+    of_a_layer = {"none": 0, "recompute-mlp": 2 * d * f, "block": 2 * d * (3 * d + f) + 4 * d * seq_len}[mode]
+    return config.num_hidden_layers * of_a_layer
+
+
+def transients(config: Phi1Config, seq_len: int, element: int, micro_batch: int, shards: int,
+               mode: str = "none") -> dict[str, float]:
     """Bytes of what lives for a part of the step; the largest two do not meet, and the larger counts."""
     d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
     tokens = micro_batch * seq_len
-    block = tokens * element * ((3 * d + f) + 2 * (d + f) + 3 * d)
+    again = {"none": 0, "recompute-mlp": f, "block": 4 * d + f}[mode]
+    block = tokens * element * ((3 * d + f) + 2 * (d + f) + 3 * d + again)
     loss = WORKSPACE_BYTES + (4 + element) * v * d + 2 * element * tokens * d
     largest_group = v * d * 2 + v + 2 * d
     reduction = largest_group * (element + 4 + 4 / shards)
@@ -87,14 +98,14 @@ def transients(config: Phi1Config, seq_len: int, element: int, micro_batch: int,
 def memory(recipe: Recipe, cluster: Cluster, micro_batch: int) -> dict[str, float]:
     """Bytes a GPU by component."""
     config, seq_len = recipe.phi1_config(), recipe.data.seq_len
-    element = ELEMENT_BYTES[recipe.train.precision]
+    element, mode = ELEMENT_BYTES[recipe.train.precision], recipe.train.activations
     micro_steps = recipe.train.batch_size // (cluster.gpus * micro_batch)
     shards = shards_of(recipe, cluster)
-    passing = transients(config, seq_len, element, micro_batch, shards)
+    passing = transients(config, seq_len, element, micro_batch, shards, mode)
     largest = max(passing, key=lambda name: passing[name])
     return {
         **states(config, shards, element, micro_steps, recipe.run.reshard),
-        f"activations of {micro_batch} sequences": micro_batch * activations(config, seq_len, element),
+        f"activations of {micro_batch} sequences": micro_batch * activations(config, seq_len, element, mode),
         f"for a moment: {largest}": passing[largest],
         "CUDA, cuBLAS and NCCL (assumed)": CONTEXT_BYTES,
         "fragmentation (assumed)": FRAGMENTATION * cluster.gpu.memory_gib * GIB,
@@ -145,7 +156,8 @@ def duration(recipe: Recipe, cluster: Cluster, micro_steps: int = 1) -> Duration
     seconds = config.num_parameters / (LINK_EFFICIENCY * 1e9) * (
         sharded * (shards - 1) / shards / (inside if shards * cluster.nodes <= w else outside)
         + 2 * 4 / shards * (1 - shards / w) / (inside if cluster.nodes == 1 else outside))
-    return Duration(tokens * config.flops_per_token(seq_len) / (w * peak * 1e12 * mfu), seconds)
+    flops = config.flops_per_token(seq_len) + recomputed_flops_per_token(config, seq_len, recipe.train.activations)
+    return Duration(tokens * flops / (w * peak * 1e12 * mfu), seconds)
 
 
 def report(recipe: Recipe, cluster: Cluster) -> list[str]:
@@ -177,13 +189,25 @@ def memory_lines(recipe: Recipe, cluster: Cluster, micro_batch: int, best: int) 
     lines = ["memory of a GPU, GiB", *(f"  {name:<46}{n_bytes / GIB:8.2f}" for name, n_bytes in parts.items()),
              f"  {'in all':<46}{need:8.2f}  of {have:.1f}: {'fits' if need <= have else 'DOES NOT FIT'}"]
     if best == 0:
-        lines.append("no micro-batch fits: " + ("" if recipe.run.reshard else "set run.reshard to true, or ")
-                     + "take more GPUs, or GPUs with more memory")
+        ways = [*_proposal(recipe, cluster, 1), *([] if recipe.run.reshard else ["set run.reshard to true"])]
+        lines.append("no micro-batch fits: " + ", or ".join([*ways, "take more GPUs, or GPUs with more memory"]))
     elif need > have:
-        lines.append(f"set train.micro_batch_size to {best}, the largest that fits")
+        lines.append(", or ".join([f"set train.micro_batch_size to {best}, the largest that fits",
+                                   *_proposal(recipe, cluster, micro_batch)]))
     elif best > micro_batch:
         lines.append(f"train.micro_batch_size up to {best} fits")
     return lines
+
+
+def _proposal(recipe: Recipe, cluster: Cluster, micro_batch: int) -> list[str]:
+    """The first mode that keeps less and lets this micro-batch fit, and what it costs; nothing if there is none."""
+    before = duration(recipe, cluster).arithmetic
+    for mode in ACTIVATIONS[ACTIVATIONS.index(recipe.train.activations) + 1 :]:
+        proposed = replace(recipe, train=replace(recipe.train, activations=mode))
+        if largest_micro_batch(proposed, cluster) >= micro_batch:
+            more = duration(proposed, cluster).arithmetic / before - 1
+            return [f"set train.activations to {mode}: then {micro_batch} fits, for {more:.0%} more arithmetic"]
+    return []
 
 
 def _time_lines(recipe: Recipe, cluster: Cluster, micro_steps: int) -> list[str]:
