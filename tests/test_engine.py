@@ -1,5 +1,7 @@
 """Sharding: what is sent and when, and that no way of sharding changes what is computed. Real processes, with gloo."""
 
+import socket
+import subprocess
 from collections import Counter
 
 import numpy as np
@@ -15,9 +17,10 @@ from phi1.train.batches import Layout
 from phi1.train.checkpoint import gather_weights, load_checkpoint, save_checkpoint
 from phi1.train.data import open_corpus
 from phi1.train.launch import Place, RunError
+from phi1.train.ledger import read_ledger
 from phi1.train.recipe import Train
 from phi1.train.step import Trainer
-from phi1.train.testing import in_processes
+from phi1.train.testing import STEPS, command, in_processes, steps
 
 CONFIG = preset("nano", vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                 num_attention_heads=2, max_position_embeddings=64, attention_dropout=0.1, residual_dropout=0.1)
@@ -149,6 +152,25 @@ def test_no_way_of_sharding_changes_what_is_computed(place, tmp_path):
         assert way[3] < 1.5 * size  # no shard is written twice; four times as many files have their headers
     for other in four[1:]:  # every process sees the same numbers
         assert [way[:2] for way in other] == [way[:2] for way in four[0]]
+
+
+@pytest.mark.slow
+def test_two_machines_hold_a_replica_each(place, undisturbed):
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    words = command("machines", 2, train__steps=12, train__schedule_steps=STEPS, checkpoint__every=0)
+    at = words.index("--standalone")
+    words[at:at + 1] = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+    agents = [subprocess.Popen(words, cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+              for _ in range(2)]
+    outputs = [agent.communicate(timeout=240)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert sum("validation loss" in output for output in outputs) == 1  # rank 0's
+    start = read_ledger(place / "machines" / "ledger.jsonl")[0]["start"]
+    assert (start["environment"]["world_size"], start["environment"]["replicas"]) == (4, 2)
+    for four, one in zip(steps(place, "machines"), steps(place, "whole"), strict=False):
+        assert four["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert four["norm"] == pytest.approx(one["norm"], rel=1e-3)
 
 
 def test_a_group_that_does_not_divide_is_refused():

@@ -67,8 +67,10 @@ class Place:
         script = sys.argv[0]
         if not self.under_torchrun:
             return f"python {script} {arguments}"
+        nodes = self.world_size // self.local_world_size
+        where = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:PORT" if nodes > 1 else "--standalone"
         processes = f" --nproc-per-node {self.local_world_size}" if self.local_world_size > 1 else ""
-        return f"torchrun --standalone{processes} {script} {arguments}"
+        return f"torchrun {where}{processes} {script} {arguments}"
 
 
 def stop_with(message: str, place: Place, program: str = "pretrain") -> NoReturn:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import multiprocessing
+import os
 import runpy
 import subprocess
 import sys
@@ -62,10 +64,11 @@ def command(run: str, processes: int = 0, script: Path = SCRIPT, launcher: tuple
     return [*words, str(script), *(word for key, value in options.items() for word in (f"--{key}", str(value)))]
 
 
-def start(place: Path, *args: Any, **changes: Any) -> subprocess.Popen[str]:
+def start(place: Path, *args: Any, environment: dict[str, str] | None = None,
+          **changes: Any) -> subprocess.Popen[str]:
     """A run that goes on, in a process group of its own, so that a test can clear away all that it started."""
     return subprocess.Popen(command(*args, **changes), cwd=place, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, start_new_session=True)
+                            stderr=subprocess.PIPE, start_new_session=True, env=os.environ | (environment or {}))
 
 
 def run(place: Path, *args: Any, preexec_fn: Callable[[], None] | None = None,
@@ -91,7 +94,7 @@ def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool], secon
         time.sleep(0.002)
 
 
-def in_processes(count: int, action: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
+def in_processes(count: int, action: Callable[..., Any], folder: Path, *args: Any, seconds: float = 240) -> list[Any]:
     """What `action(rank, store, *args)` returns in each of `count` processes that a FileStore in `folder` connects.
 
     The processes are forked from one that has imported torch already, which saves each of them two seconds.
@@ -104,7 +107,7 @@ def in_processes(count: int, action: Callable[..., Any], folder: Path, *args: An
         jobs = [pool.submit(_in_process, inspect.getfile(action), action.__name__,
                             Rank(rank, count, rank, count), store, args) for rank in range(count)]
         try:
-            return [job.result(120) for job in jobs]
+            return [job.result(seconds) for job in jobs]
         except BaseException:
             for process in multiprocessing.active_children():  # the others wait for the one that has failed
                 process.kill()
@@ -115,6 +118,24 @@ def _in_process(file: str, name: str, rank: Rank, store: Path, args: tuple[Any, 
     from torch import distributed as dist
 
     return runpy.run_path(file)[name](rank, dist.FileStore(str(store), rank.world_size), *args)
+
+
+def finished(place: Path, name: str) -> int:
+    """The newest step in a ledger that is being written; 0 before there is one."""
+    return max((line.get("step", 0) for line in _whole_lines(place, name)), default=0)
+
+
+def starts(place: Path, name: str) -> int:
+    """How often a run has been started, by a ledger that is being written."""
+    return sum("start" in line for line in _whole_lines(place, name))
+
+
+def _whole_lines(place: Path, name: str) -> list[dict[str, Any]]:
+    try:
+        text = (place / name / "ledger.jsonl").read_text()
+    except OSError:
+        return []
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("}\n")]
 
 
 def steps(place: Path, name: str) -> list[dict[str, Any]]:
