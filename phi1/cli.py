@@ -150,7 +150,7 @@ def _ledger(argv: list[str]) -> int:
 
 
 def _plan(argv: list[str]) -> int:
-    from phi1.train.plan import main as plan
+    from phi1.train.plan_command import main as plan
 
     return plan(argv, Parser)
 

@@ -27,7 +27,7 @@ BESIDE = {
     "what it says of itself": {"ledger", "boards", "ledger_report", "provenance", "progress", "utilisation", "report",
                                "profiling", "out_of_memory"},
     "what it is judged by": {"validation", "samples", "humaneval"},
-    "commands of their own": {"plan", "verify", "convert", "prove"},
+    "commands of their own": {"plan", "plan_command", "measured", "verify", "convert", "prove"},
     "making a corpus": {"prepare", "sources", "selection", "workspace", "encode_pool", "writer"},
     "tests": {"testing"},
 }

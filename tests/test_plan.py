@@ -1,6 +1,7 @@
 """`phi1 plan`: its states against what the trainer really holds, its arithmetic against published figures."""
 
 import json
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,8 @@ import pytest
 from phi1.cli import main
 from phi1.config import preset
 from phi1.gpus import GPUS, gpu_named
+from phi1.train import plan_command
+from phi1.train.measured import measured_mfu
 from phi1.train.plan import (
     Cluster,
     activations,
@@ -150,6 +153,7 @@ def test_the_report_reconciles_the_published_figures(capsys):
     text = capsys.readouterr().out
     for figure in ("1,418,270,720", "50.33 B tokens", "53.48 B in all", "13,021 tokens/s", "18,398", "at 2 a GPU-hour"):
         assert figure in text, figure
+    assert "the 6 days are 18,204 as well" in text  # 36,000 steps in 6 days are 24,000 in 4, the paper's time
     assert main(["plan", "--config", "train/configs/nano.toml", "--gpus", "1"]) == 0
     assert "the card" not in capsys.readouterr().out
 
@@ -199,4 +203,32 @@ def test_every_recipe_that_is_shipped_is_read_and_names_its_tokens():
         assert isinstance(recipe, Recipe)
         tokens[file.stem] = recipe.train.steps * recipe.train.batch_size * recipe.data.seq_len
     assert tokens["phi1-base"] == 50_331_648_000
+    assert tokens["phi1"] == 3_145_728_000
+    assert f"{(tokens['phi1-base'] + tokens['phi1']) / 1e9:.2f}" == "53.48"  # "the 54B-token run"
     assert tokens["phi1-small"] == 75_497_472_000
+
+
+def test_the_measured_share_of_the_peak_is_taken_where_there_is_one(tmp_path, monkeypatch, capsys):
+    (tmp_path / "results" / "h100").mkdir(parents=True)
+    for day, speed in (("01", 40_000), ("02", 50_000)):
+        (tmp_path / "results" / "h100" / f"2026-11-{day}-train.json").write_text(json.dumps(
+            {"environment": {"gpu": "NVIDIA H100 80GB HBM3"}, "tokens_per_s": speed, "tokens_per_s_dropout_0.1": 45_000,
+             "flops_per_token": {"with attention": 9.088e9}}))
+    monkeypatch.setattr(plan_command, "measured_mfu",
+                        lambda gpu, dropout: measured_mfu(gpu, dropout, tmp_path / "results"))
+    for arguments, expected in (
+        (["--gpu", "h100-80"], "MFU 0.41 (results/h100/2026-11-02-train.json)"),  # 45,000 x 9.088e9 / 989.4e12
+        (["--gpu", "h100-80", "--train.dropout", "0"], "MFU 0.46 (results/h100/2026-11-02-train.json)"),
+        (["--gpu", "h100-80", "--train.precision", "fp32"], "MFU 0.40 (assumed)"),
+        (["--gpu", "h100-80", "--mfu", "0.3"], "MFU 0.30 (given)"),
+        (["--gpu", "a100-80"], "MFU 0.40 (assumed)"),
+    ):
+        assert main(["plan", *arguments]) == 0
+        assert expected in capsys.readouterr().out
+
+
+def test_the_answer_takes_at_most_three_seconds():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", "from phi1.cli import main; main(['plan'])"], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3.0  # 0.4 measured

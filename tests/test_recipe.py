@@ -121,3 +121,36 @@ def test_recipes_are_frozen_and_hold_toml_types_alone():
         recipe.train.steps = 3
     parsed = tomllib.loads(recipe.to_toml())
     assert set(parsed) == {"model", "data", "train", "checkpoint", "eval", "run"}
+
+
+PAPER = {  # arXiv 2306.11644, section 2.3; schedule_steps: 36,000 although phi-1-base is the checkpoint after 24,000
+    "phi1-base": {"steps": 24_000, "schedule_steps": 36_000, "batch_size": 1024, "lr": 1e-3, "warmup_steps": 750,
+                  "weight_decay": 0.1, "dropout": 0.1, "precision": "fp16"},
+    "phi1": {"steps": 6_000, "schedule_steps": 0, "batch_size": 256, "lr": 1e-4, "warmup_steps": 50,
+             "weight_decay": 0.01, "dropout": 0.1, "precision": "fp16"},
+    "phi1-small": {"steps": 36_000, "schedule_steps": 36_000, "batch_size": 1024, "lr": 1e-3, "warmup_steps": 750,
+                   "weight_decay": 0.1, "dropout": 0.1, "precision": "fp16"},
+}
+OPEN = ("betas", "eps", "clip", "min_lr", "loss_scale", "micro_batch_size")
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_recipes_have_its_numbers_and_mark_what_was_chosen(name):
+    file = DEFAULT_FILE.with_name(f"{name}.toml")
+    recipe = read_recipe(file, {})
+    assert {key: getattr(recipe.train, key) for key in PAPER[name]} == PAPER[name]
+    assert recipe.data.seq_len == 2048
+    assert recipe.data.tokenizer == "microsoft/phi-1"
+    chosen = {line.split(" = ")[0] for line in file.read_text().splitlines() if "# chosen" in line}
+    assert chosen.issuperset(OPEN)
+    assert chosen.isdisjoint(PAPER[name])
+    if name == "phi1":
+        assert (recipe.checkpoint.best, recipe.checkpoint.every, recipe.eval.every) == ("validation", 1000, 1000)
+
+
+def test_the_rate_where_phi_1_base_was_taken():
+    from phi1.train.schedule import learning_rate
+
+    train = read_recipe(DEFAULT_FILE.with_name("phi1-base.toml"), {}).train
+    assert learning_rate(749, train) == pytest.approx(1e-3)
+    assert learning_rate(24_000, train) == pytest.approx(1e-3 * 12_000 / 35_250)

@@ -12,12 +12,11 @@ micro-batch.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from phi1.config import Phi1Config
-from phi1.gpus import GPUS, Gpu
+from phi1.gpus import Gpu
 from phi1.train.batches import divisors
-from phi1.train.launch import Place, RunError
+from phi1.train.launch import RunError
 from phi1.train.recipe import ACTIVATIONS, Recipe
 
 GIB = 1 << 30
@@ -29,6 +28,7 @@ ASSUMED_MFU = 0.40  # phi-1's card comes to 0.38 on A100, published runs of this
 NODE_LINK_GB_PER_S = 25.0  # of each GPU to other nodes: a 200 Gbit/s card, an assumption
 LINK_EFFICIENCY = 0.75  # of the data sheet's, in a large all-gather: an assumption
 CARD_TOKENS, CARD_DAYS, CARD_GPUS = 54e9, 6.0, 8
+SCHEDULE_TOKENS = 36_000 * 1024 * 2048
 PAPER_TOKENS, PAPER_GPU_HOURS = 51e9, 770.0
 
 
@@ -40,7 +40,8 @@ class Cluster:
     gpus: int
     nodes: int = 1
     price: float | None = None
-    mfu: float | None = None
+    mfu: float = ASSUMED_MFU
+    mfu_source: str = "assumed"
 
 
 def states(config: Phi1Config, shards: int, element: int, micro_steps: int, reshard: bool = False) -> dict[str, float]:
@@ -149,7 +150,6 @@ def duration(recipe: Recipe, cluster: Cluster, micro_steps: int = 1) -> Duration
     config, seq_len, w = recipe.phi1_config(), recipe.data.seq_len, cluster.gpus
     tokens = recipe.train.batch_size * seq_len
     peak = cluster.gpu.float_tflops if recipe.train.precision == "fp32" else cluster.gpu.half_tflops
-    mfu = ASSUMED_MFU if cluster.mfu is None else cluster.mfu
     shards, inside, outside = shards_of(recipe, cluster), cluster.gpu.link_gb_per_s, NODE_LINK_GB_PER_S
     gathers, reductions = (2 * micro_steps, micro_steps) if recipe.run.reshard else (1, 1)
     sharded = gathers * ELEMENT_BYTES[recipe.train.precision] + reductions * 4
@@ -157,7 +157,7 @@ def duration(recipe: Recipe, cluster: Cluster, micro_steps: int = 1) -> Duration
         sharded * (shards - 1) / shards / (inside if shards * cluster.nodes <= w else outside)
         + 2 * 4 / shards * (1 - shards / w) / (inside if cluster.nodes == 1 else outside))
     flops = config.flops_per_token(seq_len) + recomputed_flops_per_token(config, seq_len, recipe.train.activations)
-    return Duration(tokens * flops / (w * peak * 1e12 * mfu), seconds)
+    return Duration(tokens * flops / (w * peak * 1e12 * cluster.mfu), seconds)
 
 
 def report(recipe: Recipe, cluster: Cluster) -> list[str]:
@@ -215,12 +215,11 @@ def _time_lines(recipe: Recipe, cluster: Cluster, micro_steps: int) -> list[str]
     took, tokens = duration(recipe, cluster, micro_steps), train.batch_size * seq_len
     seconds = took.step * train.steps
     gpu_hours = seconds / 3600 * cluster.gpus
-    source = "assumed" if cluster.mfu is None else "given"
     return [
         f"a token        {config.flops_per_token(seq_len) / 1e9:.3f} GFLOP, "
         f"{config.flops_per_token(seq_len, causal=True) / 1e9:.3f} with causal attention halved",
         f"a step         {tokens:,} tokens, {took.arithmetic:.2f} s of arithmetic at MFU "
-        f"{ASSUMED_MFU if cluster.mfu is None else cluster.mfu:.2f} ({source}); collectives {took.collectives:.2f} s",
+        f"{cluster.mfu:.2f} ({cluster.mfu_source}); collectives {took.collectives:.2f} s",
         f"speed          {tokens / took.step:,.0f} tokens/s, {tokens / took.step / cluster.gpus:,.0f} a GPU",
         f"the run        {train.steps:,} steps, {train.steps * tokens / 1e9:.2f} B tokens, {seconds / 86400:.2f} days, "
         f"{gpu_hours:,.0f} GPU-hours" + ("" if cluster.price is None else f", {gpu_hours * cluster.price:,.0f} at "
@@ -240,59 +239,7 @@ def _reconciliation(recipe: Recipe) -> list[str]:
         f"the card       54 B tokens: 24,000 x 1,024 x 2,048 = 50.33 B, and of finetuning 6,000 x 256 x 2,048 = "
         f"{finetune / 1e9:.2f} B, 53.48 B in all",
         f"               its 6 days on 8 A100 are {speed:,.0f} tokens/s a GPU; the paper's 770 GPU-hours for 51 B are "
-        f"{paper:,.0f}",
+        f"{paper:,.0f};",
+        f"               taken as the time of all 36,000 steps of the schedule, {SCHEDULE_TOKENS / 1e9:.1f} B, the 6 days "
+        f"are {speed * SCHEDULE_TOKENS / CARD_TOKENS:,.0f} as well",
     ]
-
-
-def main(argv: list[str], parser_class: type) -> int:
-    """`phi1 plan`."""
-    from phi1.train.pretrain import parse
-
-    parser = parser_class("phi1 plan", "What a run needs: memory of each GPU, time, cost. Nothing is run.\n\n"
-                          "Any key of the recipe may follow as --section.key value, as for train/pretrain.py.")
-    parser.add_argument("--config", type=Path, default=Path(__file__).parent / "configs" / "phi1-base.toml",
-                        help="the run's recipe; without it phi-1-base's")
-    parser.add_argument("--gpu", default="a100-80", choices=list(GPUS), help="%(choices)s (%(default)s)")
-    parser.add_argument("--gpus", type=_count, default=8, help="over all nodes (%(default)s)")
-    parser.add_argument("--nodes", type=_count, default=1, help="(%(default)s)")
-    parser.add_argument("--price", type=_positive, help="of one GPU-hour, in any currency")
-    parser.add_argument("--mfu", type=_share, help=f"model flops utilisation, 0 to 1 (assumed: {ASSUMED_MFU})")
-    options, rest = parser.parse_known_args(argv)
-    if options.gpus % options.nodes:
-        parser.error(f"--nodes must divide --gpus, {options.gpus}; got {options.nodes}")
-    stray = [word for word in rest if word.startswith("--") and "." not in word]
-    if stray:
-        parser.error(f"unrecognized arguments: {stray[0]}")
-    try:
-        recipe = parse(["--config", str(options.config), *rest])
-        assert recipe is not None
-        Place(0, options.gpus, 0, options.gpus // options.nodes).shard_group(recipe.run.shard_group)
-        lines = report(recipe, Cluster(GPUS[options.gpu], options.gpus, options.nodes, options.price, options.mfu))
-    except RunError as error:
-        parser.error(str(error))
-    print("\n".join(lines))
-    return 0
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError
-    return value
-
-
-def _share(text: str) -> float:
-    value = _positive(text)
-    if value > 1:
-        raise ValueError
-    return value
-
-
-_count.__name__, _positive.__name__, _share.__name__ = "count", "number above 0", "share of 1"
