@@ -240,6 +240,6 @@ def _reconciliation(recipe: Recipe) -> list[str]:
         f"{finetune / 1e9:.2f} B, 53.48 B in all",
         f"               its 6 days on 8 A100 are {speed:,.0f} tokens/s a GPU; the paper's 770 GPU-hours for 51 B are "
         f"{paper:,.0f};",
-        f"               taken as the time of all 36,000 steps of the schedule, {SCHEDULE_TOKENS / 1e9:.1f} B, the 6 days "
-        f"are {speed * SCHEDULE_TOKENS / CARD_TOKENS:,.0f} as well",
+        f"               taken as the time of all 36,000 steps of the schedule, {SCHEDULE_TOKENS / 1e9:.1f} B, "
+        f"the 6 days are {speed * SCHEDULE_TOKENS / CARD_TOKENS:,.0f} as well",
     ]
