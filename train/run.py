@@ -134,7 +134,8 @@ def _announce_start(progress: Progress, recipe: Recipe, trainer: Trainer, stored
     """Say what is trained on what, and what is not as it was when the checkpoint was saved."""
     environment, train = environment_of(recipe, trainer.engine), recipe.train
     what = f"{recipe.model.preset}, {recipe.phi1_config().num_parameters:,} parameters"
-    where = (f"{environment['world_size']} x {environment['device']}, {environment['threads']} threads, "
+    copies = f" in {environment['replicas']} replicas" if trainer.engine.replicas > 1 else ""
+    where = (f"{environment['world_size']} x {environment['device']}{copies}, {environment['threads']} threads, "
              f"{environment['precision']}")
     batch = f"{train.batch_size} x {recipe.data.seq_len} tokens a step"
     if not stored:
