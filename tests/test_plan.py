@@ -153,6 +153,7 @@ def test_the_report_reconciles_the_published_figures(capsys):
     text = capsys.readouterr().out
     for figure in ("1,418,270,720", "50.33 B tokens", "53.48 B in all", "13,021 tokens/s", "18,398", "at 2 a GPU-hour"):
         assert figure in text, figure
+    assert "less at other moments: buffers of the largest reduction 1.27; chunk of logits, head's gradient 1.09" in text
     assert "the 6 days are 18,204 as well" in text  # 36,000 steps in 6 days are 24,000 in 4, the paper's time
     assert main(["plan", "--config", "train/configs/nano.toml", "--gpus", "1"]) == 0
     assert "the card" not in capsys.readouterr().out

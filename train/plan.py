@@ -92,8 +92,15 @@ def transients(config: Phi1Config, seq_len: int, element: int, micro_batch: int,
     loss = WORKSPACE_BYTES + (4 + element) * v * d + 2 * element * tokens * d
     largest_group = v * d * 2 + v + 2 * d
     reduction = largest_group * (element + 4 + 4 / shards)
-    return {"backward of one block": block, "loss and its weight gradient": loss,
-            "reduction of the largest group": reduction}
+    return {"backward of one block": block, "chunk of logits, head's gradient": loss,
+            "buffers of the largest reduction": reduction}
+
+
+def moments(recipe: Recipe, cluster: Cluster, micro_batch: int) -> list[tuple[str, float]]:
+    """What lives for a part of the step, by size: the first one counts."""
+    found = transients(recipe.phi1_config(), recipe.data.seq_len, ELEMENT_BYTES[recipe.train.precision], micro_batch,
+                       shards_of(recipe, cluster), recipe.train.activations)
+    return sorted(found.items(), key=lambda item: -item[1])
 
 
 def memory(recipe: Recipe, cluster: Cluster, micro_batch: int) -> dict[str, float]:
@@ -102,12 +109,11 @@ def memory(recipe: Recipe, cluster: Cluster, micro_batch: int) -> dict[str, floa
     element, mode = ELEMENT_BYTES[recipe.train.precision], recipe.train.activations
     micro_steps = recipe.train.batch_size // (cluster.gpus * micro_batch)
     shards = shards_of(recipe, cluster)
-    passing = transients(config, seq_len, element, micro_batch, shards, mode)
-    largest = max(passing, key=lambda name: passing[name])
+    (largest, passing), *_ = moments(recipe, cluster, micro_batch)
     return {
         **states(config, shards, element, micro_steps, recipe.run.reshard),
         f"activations of {micro_batch} sequences": micro_batch * activations(config, seq_len, element, mode),
-        f"for a moment: {largest}": passing[largest],
+        f"for a moment: {largest}": passing,
         "CUDA, cuBLAS and NCCL (assumed)": CONTEXT_BYTES,
         "fragmentation (assumed)": FRAGMENTATION * cluster.gpu.memory_gib * GIB,
     }
@@ -187,7 +193,9 @@ def memory_lines(recipe: Recipe, cluster: Cluster, micro_batch: int, best: int) 
     parts = memory(recipe, cluster, micro_batch)
     need, have = sum(parts.values()) / GIB, cluster.gpu.memory_gib
     lines = ["memory of a GPU, GiB", *(f"  {name:<46}{n_bytes / GIB:8.2f}" for name, n_bytes in parts.items()),
-             f"  {'in all':<46}{need:8.2f}  of {have:.1f}: {'fits' if need <= have else 'DOES NOT FIT'}"]
+             f"  {'in all':<46}{need:8.2f}  of {have:.1f}: {'fits' if need <= have else 'DOES NOT FIT'}",
+             "  less at other moments: " + "; ".join(f"{name} {n_bytes / GIB:.2f}" for name, n_bytes in
+                                                     moments(recipe, cluster, micro_batch)[1:])]
     if best == 0:
         ways = [*_proposal(recipe, cluster, 1), *([] if recipe.run.reshard else ["set run.reshard to true"])]
         lines.append("no micro-batch fits: " + ", or ".join([*ways, "take more GPUs, or GPUs with more memory"]))
