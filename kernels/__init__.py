@@ -17,7 +17,7 @@ from phi1.kernels._memory import empty
 from phi1.kernels._philox import Dropout
 from phi1.kernels.attention import attention
 from phi1.kernels.attention_qkv import attention_qkv
-from phi1.kernels.block import parallel_block
+from phi1.kernels.block import parallel_block, parallel_block_prefill
 from phi1.kernels.cross_entropy import linear_cross_entropy
 from phi1.kernels.dropout import dropout_add
 from phi1.kernels.gelu import gelu
@@ -41,6 +41,7 @@ __all__ = [
     "linear_cross_entropy",
     "mlp",
     "parallel_block",
+    "parallel_block_prefill",
     "rotary",
     "rotary_",
 ]

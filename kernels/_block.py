@@ -5,6 +5,7 @@ N rows, D width, H heads, K head size, F MLP width, B batch, R rotary dimension.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,9 @@ from phi1.kernels._attention import Scheme, attention_backward, attention_forwar
 from phi1.kernels._backend import use_triton
 from phi1.kernels._gelu import gelu_backward, gelu_forward
 from phi1.kernels._memory import empty
-from phi1.kernels._philox import Dropout
+from phi1.kernels._philox import Dropout, dropout_from_fields
 from phi1.kernels._residual import dropped
+from phi1.kernels._rotary import rotate_, rows_of_tables
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,20 @@ class Layout:
         n_rows, columns = qkv.shape
         shape = (self.batch, n_rows // self.batch, 3, self.n_heads, columns // (3 * self.n_heads))
         return qkv.unflatten(1, shape[2:]).unflatten(0, shape[:2]).unbind(2)
+
+
+def layout_of(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor | None,
+    seq_starts: torch.Tensor | None, rng: torch.Tensor | None, sample_ids: torch.Tensor | None, n_heads: int,
+    batch: int, ps: Sequence[float], layers: Sequence[int], kinds: Sequence[int],
+) -> Layout:
+    """The layout that an operator's flat arguments describe."""
+    attention, dense, fc2 = (
+        dropout_from_fields(p, rng if p else None, sample_ids, layer, kind)
+        for p, layer, kind in zip(ps, layers, kinds, strict=True)
+    )
+    scheme = Scheme(True, (x.shape[1] // n_heads) ** -0.5, seq_starts, (cos, sin, positions), attention)
+    return Layout(n_heads, batch, cu_seqlens, scheme, dense, fc2)
 
 
 def branches_forward(
@@ -82,6 +98,19 @@ def branches_again(
     if recompute == "block":
         qkv, att, lse = _attended(h, in_weight, in_bias, layout)
     return qkv, _pre(h, in_weight, in_bias), att, lse
+
+
+def rotate_keys(qkv: torch.Tensor, h: torch.Tensor, in_weight: torch.Tensor, layout: Layout) -> None:
+    """Rotate k in the forward's qkv, in place, unless it is; what q then is, is left open."""
+    assert layout.scheme.rotary is not None
+    keys = qkv.unflatten(1, (3, layout.n_heads, -1))[:, 1:2]
+    if use_triton(qkv):
+        from phi1.kernels._block_triton import launch_rotate_keys
+
+        launch_rotate_keys(keys, h, in_weight, layout)
+    else:
+        cos, sin = rows_of_tables(*layout.scheme.rotary)
+        rotate_(keys, cos[:, None, None], sin[:, None, None])
 
 
 def _attended(

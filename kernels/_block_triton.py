@@ -23,6 +23,7 @@ from phi1.kernels._epilogue_triton import launch_forward as launch_epilogue
 from phi1.kernels._linear_triton import launch_forward as launch_linear
 from phi1.kernels._mlp_triton import launch_dgelu_partial
 from phi1.kernels._projections_triton import in_proj_tile, launch_in_proj, launch_out_proj
+from phi1.kernels._rotary_triton import launch_rotary
 
 if TYPE_CHECKING:
     from phi1.kernels._attention import Scheme
@@ -79,6 +80,13 @@ def launch_backward(
     torch.mm(dense_dy.t(), att, out=dw_out[:, :width])
     torch.mm(fc2_dy.t(), act, out=dw_out[:, width:])
     return torch.mm(dproj, in_weight), torch.mm(dproj.t(), h), db_in, dw_out, db_out
+
+
+def launch_rotate_keys(keys: torch.Tensor, h: torch.Tensor, in_weight: torch.Tensor, layout: Layout) -> None:
+    """As `rotate_keys` of `_block.py`, of the keys [N, 1, H, K]."""
+    assert layout.scheme.rotary is not None
+    if _in_proj_tile(h, in_weight, layout) is None:
+        launch_rotary(keys, keys, *layout.scheme.rotary, False)
 
 
 def _project(

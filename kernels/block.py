@@ -24,41 +24,20 @@ from collections.abc import Sequence
 
 import torch
 
-from phi1.kernels._attention import Scheme
-from phi1.kernels._attention_rules import check_packing
 from phi1.kernels._backend import operator, reference_forced
-from phi1.kernels._block import Layout, branches_again, branches_backward, branches_forward
-from phi1.kernels._checks import (
-    check_alike,
-    check_dropout,
-    check_float,
-    check_rank,
-    check_shape,
-    check_tensors,
-    require,
-)
+from phi1.kernels._block import branches_again, branches_backward, branches_forward, layout_of, rotate_keys
+from phi1.kernels._block_rules import check_block
+from phi1.kernels._checks import require
 from phi1.kernels._gelu import gelu_new
-from phi1.kernels._philox import Dropout, dropout_from_fields, is_active
+from phi1.kernels._philox import Dropout, is_active
 from phi1.kernels._residual import dropped
-from phi1.kernels._rotary import check_positions, check_tables, default_positions
+from phi1.kernels._rotary import rotate_reference
 from phi1.kernels.attention_qkv import attention_qkv_reference
 from phi1.kernels.layer_norm import layer_norm_backward, layer_norm_forward, layer_norm_reference
 
 NO_DROPOUT: tuple[None, None, None] = (None, None, None)
 RECOMPUTE = ("none", "mlp", "block")
-
-
-def _layout(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor | None,
-    seq_starts: torch.Tensor | None, rng: torch.Tensor | None, sample_ids: torch.Tensor | None, n_heads: int,
-    batch: int, ps: Sequence[float], layers: Sequence[int], kinds: Sequence[int],
-) -> Layout:
-    attention, dense, fc2 = (
-        dropout_from_fields(p, rng if p else None, sample_ids, layer, kind)
-        for p, layer, kind in zip(ps, layers, kinds, strict=True)
-    )
-    scheme = Scheme(True, (x.shape[1] // n_heads) ** -0.5, seq_starts, (cos, sin, positions), attention)
-    return Layout(n_heads, batch, cu_seqlens, scheme, dense, fc2)
+PREFILL = "prefill"  # of the operator: no backward follows, and of qkv the rotated keys and the values are wanted
 
 
 @operator("phi1::parallel_block")
@@ -85,12 +64,17 @@ def _parallel_block_op(
     eps: float,
     recompute: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    layout = _layout(x, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids, n_heads, batch, ps, layers, kinds)
+    layout = layout_of(x, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids, n_heads, batch, ps, layers,
+                       kinds)
     h = layer_norm_forward(x, norm_weight, norm_bias, eps)[0]
     y, qkv, pre, att, lse = branches_forward(h, x, in_weight, in_bias, out_weight, out_bias, layout,
                                              keeps_pre=recompute == "none")
-    if recompute == "block":
-        qkv, att, lse = qkv.new_empty(0), att.new_empty(0), lse.new_empty(0)
+    if recompute == PREFILL:
+        rotate_keys(qkv, h, in_weight, layout)
+    elif recompute == "block":
+        qkv = qkv.new_empty(0)
+    if recompute in ("block", PREFILL):
+        att, lse = att.new_empty(0), lse.new_empty(0)
     return y, qkv, pre, att, lse
 
 
@@ -98,10 +82,11 @@ def _parallel_block_op(
 def _(x: torch.Tensor, norm_weight, norm_bias, in_weight: torch.Tensor, in_bias, out_weight, out_bias, cos, sin,
       positions, cu_seqlens, seq_starts, rng, sample_ids, n_heads: int, batch, ps, layers, kinds, eps, recompute: str):
     n_rows, width = x.shape
-    kept, keeps_pre = recompute != "block", recompute == "none"
-    lse = x.new_empty((n_heads, n_rows) if kept else (0,), dtype=torch.float32)
-    qkv, att = (x.new_empty((n_rows, columns) if kept else (0,)) for columns in (3 * width, width))
-    pre = x.new_empty((n_rows, in_weight.shape[0] - 3 * width) if keeps_pre else (0,))
+    keeps_att = recompute in ("none", "mlp")
+    qkv = x.new_empty((n_rows, 3 * width) if recompute != "block" else (0,))
+    pre = x.new_empty((n_rows, in_weight.shape[0] - 3 * width) if recompute == "none" else (0,))
+    att = x.new_empty(x.shape if keeps_att else (0,))
+    lse = x.new_empty((n_heads, n_rows) if keeps_att else (0,), dtype=torch.float32)
     return x.new_empty(x.shape), qkv, pre, att, lse
 
 
@@ -133,7 +118,8 @@ def _parallel_block_backward_op(
     eps: float,
     recompute: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    layout = _layout(x, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids, n_heads, batch, ps, layers, kinds)
+    layout = layout_of(x, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids, n_heads, batch, ps, layers,
+                       kinds)
     dy = dy.contiguous()
     h, mean, rstd = layer_norm_forward(x, norm_weight, norm_bias, eps)
     if recompute != "none":
@@ -215,19 +201,13 @@ def parallel_block(
     Source: Gunasekar et al., "Textbooks are all you need", arXiv 2306.11644, section 2.3.
     """
     op, parameters = "parallel_block", (norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias)
-    _check(op, x, *parameters, n_heads, eps)
     require(recompute in RECOMPUTE, op, f"recompute must be one of {', '.join(RECOMPUTE)}", repr(recompute))
-    batch = _check_rows(op, x, batch, cu_seqlens, seq_starts, dropouts, n_heads)
-    check_tensors(op, cos=cos, sin=sin)
-    check_tables(op, cos, sin, x, x.shape[1] // n_heads)
-    if positions is None:
-        positions = default_positions(x.shape[0], batch, cu_seqlens, seq_starts, x.device)
-    check_tensors(op, positions=positions)
-    check_positions(op, positions, x.shape[0], cos)
+    batch, positions = check_block(op, x, parameters, cos, sin, n_heads, batch, cu_seqlens, seq_starts, positions, eps,
+                                   dropouts)
     if reference_forced():
         return parallel_block_reference(x, *parameters, cos, sin, n_heads=n_heads, batch=batch, cu_seqlens=cu_seqlens,
                                         seq_starts=seq_starts, positions=positions, eps=eps, dropouts=dropouts)
-    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters))):
+    if not _wants_gradients(x, *parameters):
         recompute = "block"
     active = [d if is_active(d) else None for d in dropouts]
     ps, layers, kinds = zip(*((d.p, d.layer, d.kind) if d else (0.0, 0, 0) for d in active), strict=True)
@@ -236,38 +216,53 @@ def parallel_block(
                                          n_heads, batch, ps, layers, kinds, eps, recompute)[0]
 
 
-def _check(op, x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, n_heads, eps) -> None:
-    parameters = {"norm_weight": norm_weight, "norm_bias": norm_bias, "in_weight": in_weight, "in_bias": in_bias,
-                  "out_weight": out_weight, "out_bias": out_bias}
-    check_tensors(op, x=x, **parameters)
-    check_float(op, "x", x)
-    check_alike(op, "x", x, **parameters)
-    check_rank(op, "x", x, "N, D")
-    check_rank(op, "in_weight", in_weight, "3D + F, D")
-    width, rows = x.shape[1], in_weight.shape[0]
-    require(n_heads >= 1 and width % n_heads == 0, op, f"n_heads must divide the {width} columns of x", n_heads)
-    require(eps > 0, op, "eps must be greater than 0", eps)
-    require(rows > 3 * width, op, f"in_weight must have more rows than 3 x the {width} columns of x", rows)
-    why = f"for x {list(x.shape)} and in_weight {list(in_weight.shape)}"
-    shapes = ((width,), (width,), (rows, width), (rows,), (width, rows - 2 * width), (2, width))
-    for (name, parameter), shape in zip(parameters.items(), shapes, strict=True):
-        check_shape(op, name, parameter, shape, why)
+def _wants_gradients(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def _check_rows(op, x, batch, cu_seqlens, seq_starts, dropouts, n_heads) -> int:
-    n_rows = x.shape[0]
-    require(batch is None or cu_seqlens is None, op, "at most one of batch and cu_seqlens may be given", "both")
-    batch = 1 if batch is None else batch
-    require(batch >= 1 and n_rows % batch == 0, op, f"batch must divide the {n_rows} rows of x", batch)
-    check_packing(op, x, batch, n_rows, n_rows // batch, cu_seqlens, seq_starts)
-    require(len(dropouts) == 3, op, "dropouts must be three: attention, dense, fc2", len(dropouts))
-    n_samples = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    for i, dropout in enumerate(dropouts):
-        check_dropout(op, dropout, x, n_samples, n_heads if i == 0 else 1, f"dropouts[{i}]")
-    given = [d for d in dropouts if d is not None]
-    require(all(d.rng is given[0].rng and d.sample_ids is given[0].sample_ids for d in given), op,
-            "dropouts must share one rng and one sample_ids", "different tensors")
-    return batch
+def parallel_block_prefill(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    in_weight: torch.Tensor,
+    in_bias: torch.Tensor,
+    out_weight: torch.Tensor,
+    out_bias: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    n_heads: int,
+    batch: int | None = None,
+    seq_starts: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`parallel_block` of prompts, and the keys and values that decoding needs of it. It has no backward.
+
+    Args:
+        all: as for `parallel_block`; none may want a gradient.
+
+    Returns:
+        (out [N, D], keys [N, H, K], rotated, values [N, H, K]), keys and values views of one tensor.
+
+    Raises:
+        TypeError, ValueError: as `parallel_block`; a gradient is wanted.
+    """
+    op, parameters = "parallel_block_prefill", (norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias)
+    batch, positions = check_block(op, x, parameters, cos, sin, n_heads, batch, None, seq_starts, positions, eps,
+                                   NO_DROPOUT)
+    if reference_forced():
+        out = parallel_block_reference(x, *parameters, cos, sin, n_heads=n_heads, batch=batch, seq_starts=seq_starts,
+                                       positions=positions, eps=eps)
+        h = layer_norm_reference(x, norm_weight, norm_bias, eps)
+        qkv = torch.nn.functional.linear(h, in_weight, in_bias)[:, : 3 * x.shape[1]].unflatten(1, (3, n_heads, -1))
+        return out, rotate_reference(qkv[:, 1:2], cos, sin, positions)[:, 0], qkv[:, 2]
+    require(not _wants_gradients(x, *parameters), op, "no argument may want a gradient: parallel_block has a backward",
+            "one that does")
+    out, qkv, *_ = torch.ops.phi1.parallel_block(x, *parameters, cos, sin, positions, None, seq_starts, None, None,
+                                                 n_heads, batch, (0.0,) * 3, (0,) * 3, (0,) * 3, eps, PREFILL)
+    _, keys, values = qkv.unflatten(1, (3, n_heads, -1)).unbind(1)
+    return out, keys, values
 
 
 def parallel_block_reference(

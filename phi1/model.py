@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from phi1.cache import Cache
 from phi1.config import Phi1Config
 from phi1.kernels import (
     Dropout,
@@ -25,49 +26,11 @@ from phi1.kernels import (
     linear,
     linear_cross_entropy,
     parallel_block,
+    parallel_block_prefill,
     rotary,
 )
 
 ATTENTION, DENSE, FC2 = 0, 1, 2  # the kinds of dropout, part of the masks' counter
-
-
-class Cache:
-    """Keys (rotated) and values of the tokens seen so far, for `Phi1.forward(..., cache=cache)`.
-
-    Args:
-        config: the model's.
-        batch: B, sequences that are decoded together.
-        max_length: tokens to make room for, at most config.max_position_embeddings.
-        device, dtype: the model's.
-    """
-
-    def __init__(self, config: Phi1Config, batch: int, max_length: int, *,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
-        if not 1 <= max_length <= config.max_position_embeddings:
-            raise ValueError(f"Cache: max_length must be between 1 and {config.max_position_embeddings}, the model's "
-                             f"context; got {max_length}")
-        shape = (config.num_hidden_layers, 2, batch, max_length, config.num_attention_heads, config.head_dim)
-        self.kv = torch.empty(shape, device=device, dtype=dtype)  # [L, 2, B, T, H, K]
-        self.length = 0
-        self.starts: Tensor | None = None  # [B] first real token of each left-padded row
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that fit."""
-        return self.kv.shape[3]
-
-    def crop(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"Cache.crop: length must be between 0 and {self.length}, the tokens held; got {length}")
-        self.length = length
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, T, H, K] of new tokens; return all keys and values [B, length + T, H, K] as views."""
-        end = self.length + k.shape[1]
-        self.kv[layer, 0, :, self.length : end] = k
-        self.kv[layer, 1, :, self.length : end] = v
-        return self.kv[layer, 0, :, :end], self.kv[layer, 1, :, :end]
 
 
 class InProjection(nn.Module):
@@ -91,7 +54,7 @@ class OutProjection(nn.Module):
 
 
 class Block(nn.Module):
-    """One parallel block. `forward` is the fused op; `decode` the same step by step, around the cache."""
+    """One parallel block. `forward` and `prefill` are the fused op; `decode` is the same around the cache."""
 
     def __init__(self, config: Phi1Config, layer: int, **factory) -> None:
         super().__init__()
@@ -105,11 +68,9 @@ class Block(nn.Module):
                 recompute: str = "none") -> Tensor:
         """x [N, D] -> x' [N, D], causal within each of the `batch` sequences."""
         return parallel_block(
-            x, self.norm.weight, self.norm.bias, self.in_proj.weight, self.in_proj.bias,
-            self.out_proj.weight, self.out_proj.bias, cos, sin,
-            n_heads=self.config.num_attention_heads, batch=batch, seq_starts=seq_starts, positions=positions,
-            eps=self.config.layer_norm_eps, dropouts=self._dropouts(rng, sample_ids), recompute=recompute,
-        )
+            x, *self._parameters_in_order(), cos, sin, n_heads=self.config.num_attention_heads, batch=batch,
+            seq_starts=seq_starts, positions=positions, eps=self.config.layer_norm_eps, recompute=recompute,
+            dropouts=self._dropouts(rng, sample_ids))
 
     def _dropouts(self, rng: Tensor | None, sample_ids: Tensor | None) -> tuple[Dropout | None, ...]:
         rates = (self.config.attention_dropout, self.config.residual_dropout, self.config.residual_dropout)
@@ -122,6 +83,20 @@ class Block(nn.Module):
             Dropout(p, rng, sample_ids, self.layer, kind) if p else None
             for kind, p in zip((ATTENTION, DENSE, FC2), rates, strict=True)
         )
+
+    def _parameters_in_order(self) -> tuple[Tensor, ...]:
+        return (self.norm.weight, self.norm.bias, self.in_proj.weight, self.in_proj.bias, self.out_proj.weight,
+                self.out_proj.bias)
+
+    def prefill(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """x [N, D] of whole prompts -> x' [N, D]; their keys and values are the first of the cache. No gradients."""
+        batch = cache.kv.shape[2]
+        x, keys, values = parallel_block_prefill(
+            x, *self._parameters_in_order(), cos, sin, n_heads=self.config.num_attention_heads, batch=batch,
+            seq_starts=cache.starts, positions=positions, eps=self.config.layer_norm_eps,
+        )
+        cache.append(self.layer, keys.unflatten(0, (batch, -1)), values.unflatten(0, (batch, -1)))
+        return x
 
     def decode(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """x [N, D] of the newest N / B tokens of each sequence -> x' [N, D]; their keys and values join the cache."""
@@ -277,8 +252,9 @@ class Phi1(nn.Module):
                 x = block(x, cos, sin, batch=batch, seq_starts=starts, positions=flat, rng=rng, sample_ids=sample_ids,
                           recompute=self.recompute)
             return x
+        prompt = cache.length == 0 and not torch.is_grad_enabled()  # prefill has no backward
         for block in self.blocks:
-            x = block.decode(x, cos, sin, flat, cache)  # type: ignore[operator]
+            x = (block.prefill if prompt else block.decode)(x, cos, sin, flat, cache)  # type: ignore[operator]
         cache.length += tokens
         return x
 

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from phi1 import testing
-from phi1.kernels import Dropout, attention_qkv, backend, dropout_add, layer_norm, linear, parallel_block
+from phi1.kernels import (
+    Dropout,
+    attention_qkv,
+    backend,
+    dropout_add,
+    layer_norm,
+    linear,
+    parallel_block,
+    parallel_block_prefill,
+)
 from phi1.kernels._block import branches_forward
 from phi1.kernels.block import RECOMPUTE, parallel_block_reference
 
@@ -176,6 +185,33 @@ def test_a_forward_alone_returns_nothing_to_keep(monkeypatch, without):
     assert kept == [False, True]
 
 
+PROMPTS = [{"batch": 2}, {"batch": 2, "seq_starts": ints(0, 5)}, {"batch": 2, "positions": torch.arange(34).flip(0)}]
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("packing", PROMPTS, ids=["batch", "left-padded", "positions"])
+@pytest.mark.parametrize("shape", SHAPES[1::2], ids=str)
+def test_prefill_is_the_block_with_its_keys_and_values(shape, packing, dtype):
+    tensors = make((2, 17, *shape[2:]), dtype)
+    options = {**tables(shape[-1]), "n_heads": shape[3], **packing}
+    out, keys, values = parallel_block_prefill(**tensors, **options)
+    assert torch.equal(out, parallel_block(**tensors, **options))
+    with backend("reference"):
+        eager = parallel_block_prefill(**tensors, **options)
+        exact = parallel_block_prefill(**{name: x.double() for name, x in tensors.items()}, **options)
+    for i, got in enumerate((out, keys, values)):
+        testing.assert_within_bound(got, eager[i], exact[i], ("out", "keys", "values")[i], roundings=8)
+
+
+def test_prefill_has_no_backward():
+    tensors = make(SHAPES[1])
+    tensors["in_bias"].requires_grad_()
+    with pytest.raises(ValueError, match=r"^parallel_block_prefill: no argument may want a gradient: .*got one that"):
+        parallel_block_prefill(**tensors, **tables(8), n_heads=2)
+    with pytest.raises(ValueError, match=r"^parallel_block_prefill: batch must divide the 34 rows of x; got 5"):
+        parallel_block_prefill(**tensors, **tables(8), n_heads=2, batch=5)
+
+
 def test_non_contiguous_inputs():
     tensors = {name: x.t().contiguous().t() if x.dim() == 2 else x.repeat_interleave(2)[::2]
                for name, x in make(SHAPES[1], torch.bfloat16).items()}
@@ -261,6 +297,12 @@ def test_operator_is_sound(recompute):
         arguments = (x.detach() for x in (y, *parameters[:-1], *saved))
         testing.assert_operator_is_sound("parallel_block_backward",
                                          (*arguments, *cos_sin, positions, *packing, *constants))
+
+
+def test_operator_is_sound_in_prefill():
+    packing, constants = (None, ints(0, 3), None, None), (2, 2, (0.0,) * 3, (0,) * 3, (0,) * 3, 1e-5, "prefill")
+    testing.assert_operator_is_sound("parallel_block", (*make((2, 6, 32, 2, 48, 8)).values(), *tables(8).values(),
+                                                        torch.arange(6).repeat(2), *packing, *constants))
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)

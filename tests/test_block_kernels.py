@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from phi1 import testing
-from phi1.kernels import Dropout, backend, parallel_block
+from phi1.kernels import Dropout, backend, parallel_block, parallel_block_prefill
 from phi1.kernels import _linear_triton as linear_kernels
 from phi1.kernels import _projections_triton as projections
 from phi1.kernels._bias_sums_triton import launch_branch_gradients
@@ -269,6 +269,23 @@ def test_a_forward_alone_writes_no_pre(monkeypatch):
             assert torch.equal(parallel_block(**tensors, **options, recompute=recompute), plain)
             assert written.pop() == [True, keeps_pre, True]
         assert written == [[True, False, True]]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES[1:2], SHAPES[3]], ids=str)
+@pytest.mark.parametrize("kernel", ["in_proj", "cublas"])
+def test_prefill_is_the_block_with_its_keys_and_values(monkeypatch, kernel, shape):
+    if kernel == "cublas":
+        use_tile(monkeypatch, "in_proj", cublas=1)
+    tensors, options = make(shape, torch.float16), {**tables(shape[-1]), "n_heads": shape[3], "batch": shape[0],
+                                                    "seq_starts": ints(*range(0, 3 * shape[0], 3))}
+    with backend("triton"), testing.empty_is_nan():
+        got = parallel_block_prefill(**tensors, **options)
+        assert torch.equal(got[0], parallel_block(**tensors, **options))
+    with backend("reference"):
+        eager = parallel_block_prefill(**tensors, **options)
+        exact = parallel_block_prefill(**{name: x.double() for name, x in tensors.items()}, **options)
+    for i, name in enumerate(("out", "keys", "values")):
+        testing.assert_within_bound(got[i], eager[i], exact[i], name, roundings=8)
 
 
 @pytest.mark.parametrize("kernel", ["in_proj", "cublas"])

@@ -6,6 +6,7 @@ from transformers import PhiConfig, PhiForCausalLM
 
 from phi1 import Cache, Phi1, preset
 from phi1.kernels import backend
+from phi1.model import Block
 
 NANO = preset("nano", vocab_size=512, num_hidden_layers=2)
 # phi-2's proportions: head size 80, rotary 32.
@@ -122,6 +123,23 @@ def test_cache_equals_no_cache(padded):
     assert cache.length == 24
     real = full.bool()
     assert relative(torch.cat(got, 1)[real], want[real]) <= BOUND
+
+
+def test_a_prompt_goes_through_the_fused_block(monkeypatch):
+    """And with gradients through the steps, which have a backward; both fill the cache alike."""
+    model, ids, ways = Phi1(NANO).eval(), torch.randint(512, (2, 7)), []
+    for name in ("prefill", "decode"):
+        way = getattr(Block, name)
+        monkeypatch.setattr(Block, name, lambda *a, name=name, way=way: ways.append(name) or way(*a))
+    fused, stepped = Cache(NANO, 2, 9), Cache(NANO, 2, 9)
+    with torch.no_grad():
+        logits = model(ids, cache=fused)
+        model(ids[:, :1], cache=fused)
+    assert ways == ["prefill"] * NANO.num_hidden_layers + ["decode"] * NANO.num_hidden_layers
+    ways.clear()
+    assert relative(model(ids, cache=stepped), logits) <= BOUND
+    assert ways == ["decode"] * NANO.num_hidden_layers
+    assert relative(stepped.kv[..., :7, :, :].detach(), fused.kv[..., :7, :, :]) <= BOUND
 
 
 def test_cache_crop_forgets():

@@ -6,7 +6,7 @@ import torch
 from phi1 import testing
 from phi1.config import preset
 from phi1.kernels import backend
-from phi1.model import Phi1
+from phi1.model import Cache, Phi1
 
 DEVICE = testing.kernel_device()
 if DEVICE is None:
@@ -53,6 +53,19 @@ def test_training_gives_the_reference_losses(dropout):
     for name, gradient in gradients.items():
         # Adam divides by the gradients' size, so that weights and with them later gradients drift by roundings of them.
         assert (gradient - wanted[name]).abs().max() <= 1e-4 * wanted[name].abs().max(), name
+
+
+def test_prompts_and_tokens_after_them_give_the_reference_logits():
+    decoded, prompt = model().eval(), ids(BATCH, TOKENS)
+    mask = torch.ones_like(prompt)
+    mask[1, :5] = 0
+    logits = {}
+    for name in ("triton", "reference"):
+        cache = Cache(decoded.config, BATCH, TOKENS + 1, device=DEVICE)
+        with torch.no_grad(), backend(name):
+            first = decoded(prompt, attention_mask=mask, cache=cache, logits_to_keep=1)
+            logits[name] = torch.cat((first, decoded(prompt[:, :1], cache=cache)), dim=1)
+    torch.testing.assert_close(logits["triton"], logits["reference"], rtol=1e-5, atol=1e-5)
 
 
 def test_left_padded_evaluation_gives_the_reference_logits():

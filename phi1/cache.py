@@ -1,0 +1,47 @@
+"""Keys and values of tokens seen before: L layers, B batch, T tokens, H heads, K head size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from phi1.config import Phi1Config
+
+
+class Cache:
+    """Keys (rotated) and values of the tokens seen so far, for `Phi1.forward(..., cache=cache)`.
+
+    Args:
+        config: the model's.
+        batch: B, sequences that are decoded together.
+        max_length: tokens to make room for, at most config.max_position_embeddings.
+        device, dtype: the model's.
+    """
+
+    def __init__(self, config: Phi1Config, batch: int, max_length: int, *,
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        if not 1 <= max_length <= config.max_position_embeddings:
+            raise ValueError(f"Cache: max_length must be between 1 and {config.max_position_embeddings}, the model's "
+                             f"context; got {max_length}")
+        shape = (config.num_hidden_layers, 2, batch, max_length, config.num_attention_heads, config.head_dim)
+        self.kv = torch.empty(shape, device=device, dtype=dtype)  # [L, 2, B, T, H, K]
+        self.length = 0
+        self.starts: Tensor | None = None  # [B] first real token of each left-padded row
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that fit."""
+        return self.kv.shape[3]
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"Cache.crop: length must be between 0 and {self.length}, the tokens held; got {length}")
+        self.length = length
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v [B, T, H, K] of new tokens; return all keys and values [B, length + T, H, K] as views."""
+        end = self.length + k.shape[1]
+        self.kv[layer, 0, :, self.length : end] = k
+        self.kv[layer, 1, :, self.length : end] = v
+        return self.kv[layer, 0, :, :end], self.kv[layer, 1, :, :end]
