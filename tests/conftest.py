@@ -26,3 +26,11 @@ def undisturbed(place):
     from phi1.train.testing import train
 
     return train(place, "whole")
+
+
+@pytest.fixture(scope="session")
+def undisturbed_pair(place):
+    """The same run in two processes, in pair/, and what it printed."""
+    from phi1.train.testing import train
+
+    return train(place, "pair", 2)

@@ -23,7 +23,7 @@ DATA = {"data", "shards", "batches", "order", "prefetch"}
 CHECKPOINTS = {"checkpoint", "checkpoint_files"}
 # What a run could do without, or does before and after it.
 BESIDE = {
-    "what a run is told and refuses": {"recipe", "admission", "runfolder"},
+    "what a run is told and refuses": {"recipe", "recipe_file", "admission", "runfolder"},
     "what it says of itself": {"ledger", "boards", "ledger_report", "provenance", "progress", "utilisation", "report",
                                "profiling", "out_of_memory"},
     "what it is judged by": {"validation", "samples", "humaneval"},

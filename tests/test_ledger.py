@@ -11,7 +11,7 @@ from phi1.train.admission import check_recipe
 from phi1.train.boards import open_boards
 from phi1.train.launch import Place, RunError
 from phi1.train.ledger import Ledger, cut_back, read_ledger
-from phi1.train.recipe import read_recipe
+from phi1.train.recipe_file import read_recipe
 from phi1.train.step import Outcome
 
 

@@ -23,7 +23,8 @@ from phi1.train.plan import (
     report,
     states,
 )
-from phi1.train.recipe import ACTIVATIONS, Recipe, read_recipe
+from phi1.train.recipe import ACTIVATIONS, Recipe
+from phi1.train.recipe_file import read_recipe
 
 BASE = read_recipe(Path(__file__).parents[1] / "train" / "configs" / "phi1-base.toml", {})
 A100S = Cluster(GPUS["a100-80"], 8)

@@ -8,7 +8,8 @@ import pytest
 
 from phi1.config import PRESETS
 from phi1.train.launch import RunError
-from phi1.train.recipe import DEFAULT_FILE, KEYS, Recipe, help_text, read_recipe
+from phi1.train.recipe import KEYS, Recipe
+from phi1.train.recipe_file import DEFAULT_FILE, help_text, read_recipe
 
 
 def test_the_nano_file_spells_out_the_defaults():

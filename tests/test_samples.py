@@ -13,7 +13,7 @@ from phi1.train.admission import check_recipe
 from phi1.train.best import Standing
 from phi1.train.launch import Place, RunError
 from phi1.train.ledger import read_ledger
-from phi1.train.recipe import read_recipe
+from phi1.train.recipe_file import read_recipe
 from phi1.train.testing import steps, train, weights
 
 
@@ -40,25 +40,23 @@ def problems():
             yield {"task_id": f"Own/{i}", "prompt": prompt, "test": f"{test}    raise NotImplementedError\n"}
 
 
-def test_two_processes_write_and_solve_together_and_keep_their_bits(place):
-    short = {"train__steps": 12, "eval__completions": 1, "eval__every": 5}
-    train(place, "pair", 2, checkpoint__every=0, **short)
+def test_two_processes_write_and_solve_together_and_keep_their_bits(place, undisturbed_pair):
     (place / "own.jsonl").write_text("".join(json.dumps(
         problem | {"entry_point": f"f{i}", "canonical_solution": ""}) + "\n" for i, problem in enumerate(problems())))
-    out = train(place, "pair-sampled", 2, eval__completions_every=5, checkpoint__every=5, checkpoint__best="humaneval",
-                eval__humaneval="own.jsonl", eval__execute="true", eval__timeout=60, **short)
+    out = train(place, "pair-sampled", 2, eval__completions_every=30, eval__every=30, checkpoint__every=30,
+                checkpoint__best="humaneval", eval__humaneval="own.jsonl", eval__execute="true", eval__timeout=60)
     assert sorted(path.name for path in (place / "pair-sampled" / "samples").iterdir()) == [
-        "humaneval-10.jsonl", "humaneval-12.jsonl", "humaneval-5.jsonl", "step-10.md", "step-5.md"]
+        "humaneval-30.jsonl", "humaneval-60.jsonl", "step-30.md"]
     assert steps(place, "pair-sampled") == steps(place, "pair")
     assert weights(place, "pair-sampled") == weights(place, "pair")
 
-    written = (place / "pair-sampled" / "samples" / "humaneval-12.jsonl").read_text()
+    written = (place / "pair-sampled" / "samples" / "humaneval-60.jsonl").read_text()
     results = [json.loads(line) for line in written.splitlines()]
     assert [line["task_id"] for line in results] == [f"Own/{i}" for i in range(20)]
     assert [line["passed"] for line in results] == [bool(i % 2) for i in range(20)]
     noted = [line["humaneval"] for line in read_ledger(place / "pair-sampled" / "ledger.jsonl") if "humaneval" in line]
-    assert noted == [{"step": step, "pass@1": 0.5, "problems": 20} for step in (5, 10, 12)]
-    assert "step 5: HumanEval pass@1 50.0 % of 20 problems" in out
+    assert noted == [{"step": step, "pass@1": 0.5, "problems": 20} for step in (30, 60)]
+    assert "step 30: HumanEval pass@1 50.0 % of 20 problems" in out
     assert "HumanEval        pass@1 50.0 %\n" in out
 
 

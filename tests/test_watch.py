@@ -11,7 +11,7 @@ import torch
 
 from phi1.train.engine import Engine
 from phi1.train.provenance import changed, commit, versions
-from phi1.train.recipe import read_recipe
+from phi1.train.recipe_file import read_recipe
 from phi1.train.utilisation import Utilisation
 from phi1.train.watch import HUNG, Watch
 

@@ -23,7 +23,8 @@ from phi1.train.launch import (
     stop_with,
     wait_for_announcement,
 )
-from phi1.train.recipe import SHOWN_PATH, Recipe, help_text, read_recipe
+from phi1.train.recipe import Recipe
+from phi1.train.recipe_file import SHOWN_PATH, help_text, read_recipe
 from phi1.train.runfolder import RunFolder
 
 SHORT = {"prove-resume": "run.prove_resume", "profile": "run.profile"}
