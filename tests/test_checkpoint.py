@@ -299,3 +299,48 @@ def test_the_notes_are_plain_json(two_saved):
     notes = json.loads((two_saved / "step-3" / "trainer.json").read_text())
     assert notes["step"] == 3
     assert notes["skipped"] == 0
+
+
+def test_the_first_tensor_that_is_not_finite_is_named(corpus, engine):
+    trainer = make_trainer(corpus, engine, find_nonfinite=True)
+    trainer.run_step()
+    healthy = weights_of(trainer)
+    with torch.no_grad():
+        trainer.model.blocks[1].in_proj.weight.to_local()[3, 5] = float("inf")
+    outcome = trainer.run_step()
+    assert outcome.skipped
+    assert re.fullmatch(r"its gradient is not finite; first not finite: blocks\.1, phi1::parallel_block, forward: "
+                        r"result \[64, 32\] float32, largest finite value .*; blocks\.1\.in_proj\.weight is not finite "
+                        r"itself; samples \[\d+, \d+\], micro-step 1, rank 0", trainer.problem), trainer.problem
+    with torch.no_grad():
+        trainer.model.blocks[1].in_proj.weight.to_local()[3, 5] = healthy["blocks.1.in_proj.weight"][3, 5]
+    assert not trainer.run_step().skipped
+
+
+def test_an_overflow_in_the_backward_pass_is_named(corpus, engine):
+    trainer = make_trainer(corpus, engine, "fp16", find_nonfinite=True, loss_scale=2.0**40)
+    assert trainer.run_step().skipped
+    assert re.search(r"first not finite: the loss, phi1::linear_cross_entropy_backward, backward: result \[64, 32\] "
+                     r"float16, largest finite value ", trainer.problem), trainer.problem
+
+
+def test_a_jump_of_the_loss_is_skipped_on_request_and_its_measure_is_saved(corpus, engine, tmp_path):
+    def losses(trainer, count):
+        return [trainer.run_step() for _ in range(count)]
+
+    straight = make_trainer(corpus, engine, max_loss_jump=1.2)
+    losses(straight, 3)
+    saved = save_checkpoint(straight, tmp_path, {}, keep=1)
+    assert not straight.skipped
+    resumed = make_trainer(corpus, engine, max_loss_jump=1.2, seed=1)
+    load_checkpoint(resumed, saved)
+    for trainer in (straight, resumed):
+        with torch.no_grad():
+            trainer.model.head.bias.to_local()[:40] += 9.0
+    before = weights_of(straight)
+    first = losses(straight, 2)
+    assert first == losses(resumed, 2)
+    assert [outcome.skipped for outcome in first] == [True, True]
+    assert re.fullmatch(r"its loss is beyond \d\.\d+ \(train\.max_loss_jump\)", straight.problem)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(straight).items())
+    assert straight.usual_loss == resumed.usual_loss > 0

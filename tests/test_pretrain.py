@@ -119,9 +119,11 @@ def test_two_processes_stop_together_resume_exactly_and_give_the_losses_of_one(p
 
 def test_steps_that_stay_not_finite_stop_the_run(place):
     line = error_line(run(place, "diverging", train__lr="1e30", train__clip=0, train__warmup_steps=0,
-                          train__max_skips=4))
-    assert re.search(r"the gradients of the last 4 steps, up to step \d+, were not finite \(loss nan, loss scale 1; "
-                     r"train.max_skips\): the newest checkpoint is none", line), line
+                          train__max_skips=4, train__find_nonfinite="true"))
+    assert re.search(r"the last 4 steps were skipped \(train.max_skips\), step \d+ since its gradient is not finite; "
+                     r"first not finite: (blocks.\d|embed|head|norm)\S*, \S+, (forward|backward): .*largest finite "
+                     r"value .*; samples \[\d+, \d+, \d+, \d+\], micro-step 1, rank 0 \(loss nan, loss scale 1\): the "
+                     r"newest checkpoint is none", line), line
     assert [step["skipped"] for step in steps(place, "diverging")][-4:] == [True] * 4
 
 

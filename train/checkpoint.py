@@ -197,7 +197,7 @@ def load_checkpoint(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
                    optim_state_dict=state["optimizer"])
     notes = read_state(checkpoint)
     trainer.scaler.load_state_dict(notes["scaler"])
-    trainer.finished, trainer.skipped = notes["step"], notes["skipped"]
+    trainer.finished, trainer.skipped, trainer.usual_loss = notes["step"], notes["skipped"], notes["usual_loss"]
     return notes
 
 
@@ -272,7 +272,8 @@ def _state(trainer: Trainer) -> dict[str, Any]:
 
 
 def _counts(trainer: Trainer) -> dict[str, Any]:
-    return {"step": trainer.finished, "skipped": trainer.skipped, "scaler": trainer.scaler.state_dict()}
+    return {"step": trainer.finished, "skipped": trainer.skipped, "usual_loss": trainer.usual_loss,
+            "scaler": trainer.scaler.state_dict()}
 
 
 def _local_bytes(value: Any) -> int:

@@ -192,14 +192,14 @@ class Loop:
         self.progress.step(outcome.step, outcome.loss, seconds)
         self._note(lambda ledger: ledger.step(outcome, measured))
         if outcome.skipped:
-            self.progress.say(f"step {outcome.step:,}: skipped, since its gradient is not finite (loss "
-                              f"{outcome.loss:.4g}, loss scale {outcome.scale:g})")
+            self.progress.say(f"step {outcome.step:,}: skipped, since {self.trainer.problem} (loss {outcome.loss:.4g}, "
+                              f"loss scale {outcome.scale:g})")
         self.skips = self.skips + 1 if outcome.skipped else 0
         if self.skips >= self.recipe.train.max_skips:  # every process comes to the same answer
-            raise RunError(f"the gradients of the last {self.skips} steps, up to step {outcome.step}, were not finite "
-                           f"(loss {outcome.loss:.4g}, loss scale {outcome.scale:g}; train.max_skips): the newest "
-                           f"checkpoint is {self.saved.name if self.saved else 'none'}; a lower train.lr, or another "
-                           "train.precision, may help")
+            raise RunError(f"the last {self.skips} steps were skipped (train.max_skips), step {outcome.step} since "
+                           f"{self.trainer.problem} (loss {outcome.loss:.4g}, loss scale {outcome.scale:g}): the "
+                           f"newest checkpoint is {self.saved.name if self.saved else 'none'}; a lower train.lr, or "
+                           "another train.precision, may help")
 
     def _try(self, action: Callable[[], None]) -> None:
         """Something on the way that the training can do without: what goes wrong is reported, and the run goes on."""

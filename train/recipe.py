@@ -84,7 +84,11 @@ class Train:
     loss_scale_hysteresis: Annotated[Count, doc("fp16: which overflow since the scale last doubled is the first to "
                                                 "halve it")] = 2
     loss_scale_floor: Annotated[Positive, doc("fp16: the scale does not fall below this")] = 1.0
-    max_skips: Annotated[Count, doc("steps in a row whose gradient is not finite, after which the run stops")] = 20
+    max_skips: Annotated[Count, doc("skipped steps in a row after which the run stops")] = 20
+    max_loss_jump: Annotated[NotNegative, doc("skip a step whose loss is more than this times the running mean of the "
+                                              "last 50 or so (0: never)")] = 0.0
+    find_nonfinite: Annotated[bool, doc("compute a step whose gradient is not finite again, and name the first tensor "
+                                        "that is not")] = False
     seed: Annotated[int, Field(ge=0, lt=2**32), doc("of initial weights, sample order and dropout")] = 1
     threads: Annotated[CountOrZero, doc("CPU threads of each process (0: cores / processes of this machine)")] = 0
 

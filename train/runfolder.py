@@ -22,7 +22,7 @@ from phi1.train.schedule import learning_rate, schedule_end
 
 # These may change when a run goes on. Other keys of [model], [data] and [train] decide every later step.
 _MAY_CHANGE = {"train.steps", "train.schedule_steps", "train.micro_batch_size", "train.threads", "train.precision",
-               "train.activations", "train.max_skips"}
+               "train.activations", "train.max_skips", "train.max_loss_jump", "train.find_nonfinite"}
 
 
 class RunFolder:

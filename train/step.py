@@ -20,6 +20,7 @@ from phi1.train.data import Corpus
 from phi1.train.engine import Engine, all_sum, set_last_micro_step
 from phi1.train.launch import RunError
 from phi1.train.loss_scale import LossScale
+from phi1.train.nonfinite import find_nonfinite
 from phi1.train.prefetch import Batch, Prefetch
 from phi1.train.recipe import Train
 from phi1.train.schedule import learning_rate
@@ -81,6 +82,10 @@ class Trainer:
         self._prefetch = Prefetch(self._read, engine.device)
         self.finished = 0
         self.skipped = 0
+        self.usual_loss = 0.0
+        """Running mean over about 50 steps that were taken; 0 before the first."""
+        self.problem = ""
+        """Why a step was last skipped."""
 
     def run_step(self) -> Outcome:
         """Take the next step."""
@@ -90,13 +95,24 @@ class Trainer:
         loss = self._accumulate(step, batch.micro_batches, count)
         norm = self._norm() / scale
         finite = math.isfinite(norm) and math.isfinite(loss)
-        if finite:
+        limit = train.max_loss_jump * self.usual_loss or math.inf
+        taken = finite and loss <= limit
+        if taken:
             self._update(lr, norm, scale)
+            self.usual_loss += (loss - self.usual_loss) * (0.02 if self.usual_loss else 1.0)
+        elif finite:
+            self.problem = f"its loss is beyond {limit:.4g} (train.max_loss_jump)"
+        else:
+            self.problem = "its gradient is not finite"
+            if train.find_nonfinite:
+                found = find_nonfinite(self.model, lambda: self._accumulate(step, batch.micro_batches, count),
+                                       [ids for ids, _ in batch.micro_batches])
+                self.problem += f"; first {found or 'no operation of its replay'}"
         self.scaler.update(finite)
         self.optimizer.zero_grad(set_to_none=True)
         self.finished += 1
-        self.skipped += not finite
-        return Outcome(self.finished, loss, lr, norm, scale, not finite, samples_hash(batch.samples))
+        self.skipped += not taken
+        return Outcome(self.finished, loss, lr, norm, scale, not taken, samples_hash(batch.samples))
 
     def _batch(self, step: int) -> tuple[Batch, float]:
         """Collective: this process's part of a step's batch, and the target tokens of the whole of it.
