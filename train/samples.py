@@ -80,13 +80,15 @@ class Samples:
     seed: int
 
     def write(self, trainer: Trainer, rank: int) -> None:
-        """Collective: rank 0 completes the headers with the weights as they are and writes step-N.md.
+        """Collective: rank 0 completes the headers, if any, with the weights as they are and writes step-N.md.
 
         Neither the weights nor any random number of the training is touched.
 
         Raises:
             RunError: the model computes nan, or the file cannot be written; on rank 0 alone.
         """
+        if not self.headers:
+            return
         model = whole_model(trainer.model, trainer.engine, here=rank == 0)
         if model is None:
             return
