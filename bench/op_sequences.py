@@ -1,8 +1,8 @@
 """A layer and a training step of phi-1 as sequences of launches: ours, transformers' eager one, and the best parts.
 
-Everyone computes the same, in float16: forward and backward of B sequences of T tokens, without dropout unless ours has
-it by its configuration. A step has one micro-step and the optimizer, which is the same for all: gradients to float32,
-their norm, fused AdamW over float32 master weights, the float16 copy.
+Everyone computes the same, in float16: forward and backward of B sequences of T tokens, without dropout; ours is counted
+with it as well. A step has one micro-step and the optimizer, which is the same for all: gradients to float32, their
+norm, fused AdamW over float32 master weights, the float16 copy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from phi1.bench.transformers_peer import phi_config
 
 BATCH, TOKENS = 8, 2048
 HALF = torch.float16
-PROVIDERS = ("phi1", "transformers", "liger+flash")
+PROVIDERS = ("phi1", "phi1 dropout", "transformers", "liger+flash")
 UNITS = ("layer forward", "layer forward+backward", "training step")
 
 
@@ -34,10 +34,11 @@ def sequence(provider: str, unit: str, batch: int = BATCH, tokens: int = TOKENS,
         batch, tokens: B and T.
         config: the model's; phi-1's by default.
     """
-    config = config or preset("phi1")
+    rate = 0.1 if provider == "phi1 dropout" else 0.0
+    config = replace(config or preset("phi1"), attention_dropout=rate, residual_dropout=rate)
     if unit != "training step":
         config = replace(config, num_hidden_layers=1)
-    make = {"phi1": _ours, "transformers": _transformers, "liger+flash": _composed}[provider]
+    make = {"phi1": _ours, "phi1 dropout": _ours, "transformers": _transformers, "liger+flash": _composed}[provider]
     with counting() as counter:
         ids = torch.empty(batch, tokens, dtype=torch.int64, device="meta")
         x = torch.empty(batch, tokens, config.hidden_size, dtype=HALF, device="meta", requires_grad=True)
@@ -81,7 +82,11 @@ def _ours(config: Phi1Config, counter: Counter) -> Made:
         return model.blocks[0](x.flatten(0, 1), cos, sin, batch=x.shape[0], positions=positions, rng=rng,
                                sample_ids=ids).view(x.shape)
 
-    return layer, lambda ids: model.loss(ids, ids), list(model.parameters())
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        sample_ids = torch.empty(ids.shape[0], dtype=torch.int64, device="meta")
+        return model.loss(ids, ids, rng=rng, sample_ids=sample_ids)
+
+    return layer, loss, list(model.parameters())
 
 
 def _transformers(config: Phi1Config, counter: Counter) -> Made:

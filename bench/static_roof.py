@@ -25,7 +25,7 @@ def print_roofs() -> None:
     for launch, count in _by_kind(step):
         times = "".join(f"{1e3 * gpu.ms(launch.n_bytes, launch.n_flops):9.1f}" for gpu in GPUS)
         print(f"{launch.name:36} {count:8} {launch.n_bytes / 1e6:9.1f} {launch.n_flops / 1e9:10.1f}{times}")
-    print(f"\nwhole sequences, B = {BATCH}, T = {TOKENS}, fp16, no dropout; milliseconds at the roof")
+    print(f"\nwhole sequences, B = {BATCH}, T = {TOKENS}, fp16; milliseconds at the roof")
     print(f"{'unit':24} {'provider':14} {'launches':>8} {'GB':>9} {'TFLOP':>8}{roofs}")
     for unit in UNITS:
         for provider in PROVIDERS:
