@@ -1,8 +1,8 @@
 """A layer and a training step of phi-1 as sequences of launches: ours, transformers' eager one, and the best parts.
 
-Everyone computes the same, in float16: forward and backward of B sequences of T tokens, without dropout; ours is counted
-with it as well. A step has one micro-step and the optimizer, which is the same for all: gradients to float32, their
-norm, fused AdamW over float32 master weights, the float16 copy.
+Everyone computes the same, in float16: forward and backward of B sequences of T tokens, without dropout; ours is
+counted with it as well. A step has one micro-step and the optimizer, which is the same for all: gradients to float32,
+their norm, fused AdamW over float32 master weights, the float16 copy.
 """
 
 from __future__ import annotations
