@@ -1,4 +1,4 @@
-"""Root pytest configuration: keep the checkout off sys.path and register `--benchmark` and `--slow`."""
+"""Root pytest configuration: keep the checkout off sys.path and register `--benchmark`, `--slow` and `--full`."""
 
 import sys
 from pathlib import Path
@@ -13,6 +13,8 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--benchmark", action="store_true", help="run the benchmarks in bench/ and nothing else")
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+    parser.addoption("--full", action="store_true",
+                     help="run every fault at 1, 2 and 4 processes and write the README's table (implies --slow)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,7 +42,7 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.option.slow:
+    if config.option.slow or config.option.full:
         return
     skip = pytest.mark.skip(reason="slow: run with --slow")
     for item in items:
