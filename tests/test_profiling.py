@@ -1,13 +1,19 @@
 """Traces of steps, and what a run leaves behind where memory was not enough."""
 
+import gzip
 import json
 import re
 import subprocess
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from phi1.train.launch import RunError
-from phi1.train.profiling import profiled_steps
+from phi1.train.engine import Engine
+from phi1.train.launch import Place, RunError
+from phi1.train.out_of_memory import explained
+from phi1.train.profiling import Profiler, profiled_steps
+from phi1.train.recipe_file import read_recipe
 from phi1.train.testing import SCRIPT, command, error_line, run, steps
 
 
@@ -24,20 +30,34 @@ def test_a_trace_of_some_steps_is_written_and_summed_up(place, undisturbed):
     words = [*command("traced", 2, train__steps=4, train__schedule_steps=60, checkpoint__every=0), "--profile", "2-3"]
     done = subprocess.run(words, cwd=place, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in (place / "traced").glob("trace*")] == ["trace-2-3.json"]
-    trace = json.loads((place / "traced" / "trace-2-3.json").read_text())
+    assert done.stdout.count("training nano") == done.stdout.count("ms a step") == 1  # by rank 0
+    assert [path.name for path in (place / "traced").glob("trace*")] == ["trace-2-3.json.gz"]
+    trace = json.loads(gzip.decompress((place / "traced" / "trace-2-3.json.gz").read_bytes()))
     names = [event.get("name") for event in trace["traceEvents"]]
     assert names.count("step 2") == names.count("step 3") == 1
     assert "step 1" not in names
     assert "step 4" not in names
-    assert "the trace of steps 2 to 3 is in traced/trace-2-3.json" in done.stdout
+    assert "the trace of steps 2 to 3 is in traced/trace-2-3.json.gz" in done.stdout
     table = done.stdout[done.stdout.index("ms a step"):]
     assert re.search(r"^ +\d+\.\d\d +\d+\.\d% +[\d.]+  phi1::parallel_block", table, re.MULTILINE), table
     for one, two in zip(steps(place, "traced"), steps(place, "whole"), strict=False):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
 
 
-def test_a_trace_ends_where_the_run_does_and_is_refused_beyond(place, undisturbed):
+def test_a_trace_that_cannot_be_written_ends_nothing(tmp_path):
+    said = []
+    profiler = Profiler(range(2, 5), tmp_path / "gone", said.append)
+    for number in (1, 2):
+        with profiler.step(number):
+            torch.ones(3).sum()
+    profiler.finish()  # as where a run is stopped before step 4
+    profiler.finish()
+    assert said[-1] == ("warning: the trace of steps 2 to 2 could not be written: No such file or directory; the run "
+                        "goes on")
+    assert sum("aten::sum" in line for line in said) == 1
+
+
+def test_steps_beyond_the_end_are_refused(place):
     line = error_line(run(place, "late", train__steps=3, run__profile="2-4", train__warmup_steps=1))
     assert "run.profile must be a step such as 7, or steps such as 7-9, from 1 to 3; got '2-4'" in line
 
@@ -75,6 +95,27 @@ def test_out_of_memory_is_a_line_with_the_setting_to_change_and_a_table(place):
         assert part in table
     line = error_line(out_of_memory(place, "least", [0], train__micro_batch_size=1))
     assert re.search("out of memory: no micro-batch fits: .*set run.reshard to true, or take more GPUs", line), line
+
+
+def test_on_a_gpu_the_record_of_allocations_is_left_as_well(tmp_path, monkeypatch):
+    recipe = read_recipe(SCRIPT.parent / "configs" / "phi1-base.toml", {})  # micro-batches of 16
+    record, dumped = [], []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: record.append(options))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", dumped.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=40 << 30))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 39 << 30)
+    engine = Engine(torch.device("cuda", 0), "fp16", 1, 4, 2, True)
+    with pytest.raises(RunError) as raised, explained(recipe, engine, tmp_path, Place(2, 4, 0, 2)):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert record
+    assert dumped == [str(tmp_path / "out-of-memory-2.pickle")]
+    line = str(raised.value)
+    assert re.match(r"out of memory: set train\.micro_batch_size to [48], the largest that fits, or set "
+                    r"train\.activations to \S+: then 16 fits", line), line
+    assert line.endswith(f"the plan's table is in {tmp_path}/out-of-memory-2.txt, the record of allocations, for "
+                         f"https://pytorch.org/memory_viz, in {tmp_path}/out-of-memory-2.pickle")
+    assert "held at most by tensors: 39.00 GiB" in (tmp_path / "out-of-memory-2.txt").read_text()
 
 
 @pytest.mark.slow

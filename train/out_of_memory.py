@@ -19,15 +19,14 @@ from phi1.train.launch import Place, RunError
 from phi1.train.plan import FRAGMENTATION, GIB, Cluster, largest_micro_batch, memory, memory_lines
 from phi1.train.recipe import Recipe
 
-# The last so many allocations and releases: about ten steps of phi-1.
-EVENTS = 100_000
+EVENTS = 100_000  # the last so many allocations and releases are recorded
 
 
 @contextmanager
 def explained(recipe: Recipe, engine: Engine, folder: Path, place: Place) -> Iterator[None]:
     """Turn running out of memory into a RunError. Args: the run's folder, and this process."""
     if engine.device.type == "cuda":
-        torch.cuda.memory._record_memory_history(max_entries=EVENTS)
+        torch.cuda.memory._record_memory_history(stacks="python", max_entries=EVENTS)
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -64,11 +64,15 @@ class Profiler:
             return
         recording.stop()
         first, last = self._recorded[0], self._recorded[-1]
-        path = self.folder / f"trace-{first}-{last}.json"
-        recording.export_chrome_trace(str(path))
         for line in _table(recording.key_averages(), len(self._recorded)):
             self.say(line)
-        self.say(f"the trace of steps {first} to {last} is in {path}, for https://ui.perfetto.dev")
+        path = self.folder / f"trace-{first}-{last}.json.gz"
+        try:
+            recording.export_chrome_trace(str(path))
+            self.say(f"the trace of steps {first} to {last} is in {path}, for https://ui.perfetto.dev")
+        except OSError as error:
+            self.say(f"warning: the trace of steps {first} to {last} could not be written: {error.strerror}; the run "
+                     "goes on")
 
 
 def _table(parts: Any, n_steps: int) -> list[str]:
