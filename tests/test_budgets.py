@@ -25,7 +25,7 @@ CHECKPOINTS = {"checkpoint", "checkpoint_files"}
 BESIDE = {
     "what a run is told and refuses": {"recipe", "recipe_file", "admission", "runfolder"},
     "what it says of itself": {"ledger", "boards", "ledger_report", "provenance", "progress", "utilisation", "report",
-                               "profiling", "out_of_memory"},
+                               "profiling", "out_of_memory", "nonfinite"},
     "what it is judged by": {"validation", "samples", "humaneval"},
     "commands of their own": {"plan", "plan_command", "measured", "verify", "convert", "prove"},
     "making a corpus": {"prepare", "sources", "selection", "workspace", "encode_pool", "writer"},
