@@ -34,3 +34,35 @@ def undisturbed_pair(place):
     from phi1.train.testing import train
 
     return train(place, "pair", 2)
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory):
+    """The training split that `make_trainer` takes."""
+    from phi1.train.data import open_corpus
+    from phi1.train.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("data")
+    source = folder / "source"
+    source.mkdir()
+    for i in range(8):
+        functions = (f"def add_{i}_{j}(a, b):\n    return a + b * {j}\n" for j in range(40))
+        (source / f"m{i}.py").write_text("".join(functions))
+    prepare(str(source), folder / "corpus", tokenizer="train", vocab_size=320, workers=1)
+    return open_corpus(folder / "corpus")
+
+
+@pytest.fixture(scope="module")
+def engines():
+    """precision -> engine, in a group of one process."""
+    from torch.distributed import HashStore
+
+    from phi1.train.engine import connect_processes, start
+    from phi1.train.launch import Place
+
+    threads = torch.get_num_threads()
+    by_precision = {precision: start(Place(), "cpu", precision, 1) for precision in ("fp32", "fp16", "bf16")}
+    connect_processes(by_precision["fp32"], Place(), HashStore())
+    yield by_precision
+    torch.distributed.destroy_process_group()
+    torch.set_num_threads(threads)

@@ -12,11 +12,10 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,8 +44,8 @@ from phi1.train.checkpoint_files import (
 from phi1.train.engine import all_sum
 from phi1.train.launch import RunError
 from phi1.train.step import Trainer
+from phi1.train.together import Failed, attempt, fail, reason_of, together
 
-T = TypeVar("T")
 # Metadata, manifest and rounding to blocks, beside the tensors' own bytes.
 MARGIN = 1 << 20
 
@@ -98,11 +97,11 @@ class Saver:
         notes = _counts(trainer) | facts
         flying = _Flying(trainer.finished, final, temporary, int(needed), began)
         try:
-            _together(lambda: _make_room(temporary, flying.needed) if dist.get_rank() == 0 else None)
-            written: list[Any] = _together(lambda: self._write(state, temporary), keep=True)
-        except _Failed as error:
+            together(lambda: _make_room(temporary, flying.needed) if dist.get_rank() == 0 else None)
+            written: list[Any] = together(lambda: self._write(state, temporary), keep=True)
+        except Failed as error:
             raise self._given_up(flying, error) from None
-        flying.job = self._pool.submit(_attempt, lambda: _describe_own(written[0].result(), temporary, notes))
+        flying.job = self._pool.submit(attempt, lambda: _describe_own(written[0].result(), temporary, notes))
         flying.stall = time.perf_counter() - began
         self._flying = flying
 
@@ -117,10 +116,10 @@ class Saver:
         began = time.perf_counter()
         error, files = flying.job.result()
         try:
-            parts = _together(lambda: _raise(error) if error else files)
+            parts = together(lambda: fail(error) if error else files)
             listed = {name: description for part in parts for name, description in (part or {}).items()}
-            _together(lambda: self._commit(flying, listed) if dist.get_rank() == 0 else None)
-        except _Failed as failure:
+            together(lambda: self._commit(flying, listed) if dist.get_rank() == 0 else None)
+        except Failed as failure:
             raise self._given_up(flying, failure) from None
         now = time.perf_counter()
         return Saved(flying.final, flying.step, flying.needed, flying.stall + now - began, now - flying.began)
@@ -135,7 +134,7 @@ class Saver:
         commit(flying.temporary, flying.final)
         prune(self.folder, self.keep, self.keep_every, self.best)
 
-    def _given_up(self, flying: _Flying, error: _Failed) -> RunError:
+    def _given_up(self, flying: _Flying, error: Failed) -> RunError:
         reason = _shortage(self.folder, flying.needed) or str(error)
         if dist.get_rank() == 0:
             shutil.rmtree(flying.temporary, ignore_errors=True)
@@ -192,7 +191,7 @@ def load_checkpoint(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
     try:
         dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint))
     except CheckpointException as error:
-        raise RunError(f"checkpoint {checkpoint} cannot be loaded: {_innermost(error)}") from None
+        raise RunError(f"checkpoint {checkpoint} cannot be loaded: {reason_of(error)}") from None
     set_state_dict(trainer.model, trainer.optimizer, model_state_dict=state["model"],
                    optim_state_dict=state["optimizer"])
     notes = read_state(checkpoint)
@@ -218,7 +217,7 @@ def state_hash(trainer: Trainer) -> str:
         digest.update(value if isinstance(value, bytes) else f"{value}".encode())
 
     add(_state(trainer))
-    parts = _together(digest.hexdigest)
+    parts = together(digest.hexdigest)
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
@@ -226,44 +225,6 @@ def gather_weights(model: Phi1) -> dict[str, Tensor]:
     """Collective: the whole fp32 parameters on rank 0's CPU; nothing on the other processes."""
     gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return {name: tensor for name, tensor in gathered.items() if isinstance(tensor, Tensor)}
-
-
-class _Failed(Exception):
-    """Some process could not do its part; every process raises this with the same text."""
-
-
-def _together(action: Callable[[], T], keep: bool = False) -> list[T]:
-    """Do `action` on every process; return all results, or raise on all if one has failed.
-
-    With `keep` a result stays in its process: the list has this one's alone.
-    """
-    error, result = _attempt(action)
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (error, None if keep else result))
-    for message, _ in outcomes:
-        if message is not None:
-            raise _Failed(message)
-    return [cast(T, result)] if keep else [own for _, own in outcomes]
-
-
-def _attempt(action: Callable[[], T]) -> tuple[str | None, T | None]:
-    """(None, the result), or (what went wrong, None)."""
-    try:
-        return None, action()
-    except (Exception, CheckpointException) as error:  # the latter derives from BaseException
-        return _innermost(error), None
-
-
-def _raise(message: str) -> NoReturn:
-    raise _Failed(message)
-
-
-def _innermost(error: BaseException) -> str:
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(f"{error}".split())[:200] or type(error).__name__
 
 
 def _state(trainer: Trainer) -> dict[str, Any]:

@@ -15,9 +15,18 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from phi1.config import preset
+from phi1.train.batches import Layout
+from phi1.train.checkpoint import gather_weights
+from phi1.train.data import Corpus
+from phi1.train.engine import Engine, build_model
 from phi1.train.launch import Place as Rank
 from phi1.train.ledger import read_ledger
 from phi1.train.prepare import prepare
+from phi1.train.recipe import Train
+from phi1.train.step import Trainer
 
 SCRIPT = Path(__file__).with_name("pretrain.py")
 STEPS = 60
@@ -26,6 +35,9 @@ TINY = {"model.vocab_size": 512, "model.hidden_size": 64, "model.intermediate_si
         "train.steps": STEPS, "train.warmup_steps": 10, "train.dropout": 0.1, "train.precision": "fp32",
         "train.threads": 1, "checkpoint.every": 20, "eval.sequences": 8, "eval.completions": 1, "run.device": "cpu",
         "run.tensorboard": "false"}
+SMALL = preset("nano", vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+               num_attention_heads=2, max_position_embeddings=64, rotary_dim=8, attention_dropout=0.1,
+               residual_dropout=0.1)
 FUNCTION = '''def scale_{i}_{j}(values, factor={j}):
     """Multiply every value by the factor."""
     result = []
@@ -161,3 +173,15 @@ def error_line(done: subprocess.CompletedProcess[str], program: str = "pretrain"
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith(f"{program}: error: ")
     return lines[0]
+
+
+def make_trainer(corpus: Corpus, engines: dict[str, Engine], precision: str = "fp32", **changes: Any) -> Trainer:
+    """A trainer of two layers with dropout in this process alone; `changes` are keys of Train."""
+    train = Train(**({"steps": 20, "warmup_steps": 2, "batch_size": 4, "micro_batch_size": 2, "lr": 1e-2} | changes))
+    model = build_model(SMALL, engines[precision], seed=1)
+    return Trainer(model, train, 32, corpus, Layout.of(4, 2, 0, 1), engines[precision])
+
+
+def weights_of(trainer: Trainer) -> dict[str, Tensor]:
+    """A copy of the parameters."""
+    return {name: tensor.clone() for name, tensor in gather_weights(trainer.model).items()}
