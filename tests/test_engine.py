@@ -1,5 +1,6 @@
 """Sharding: what is sent and when, and that no way of sharding changes what is computed. Real processes, with gloo."""
 
+import math
 import socket
 import subprocess
 from collections import Counter
@@ -152,6 +153,42 @@ def test_no_way_of_sharding_changes_what_is_computed(place, tmp_path):
         assert way[3] < 1.5 * size  # no shard is written twice; four times as many files have their headers
     for other in four[1:]:  # every process sees the same numbers
         assert [way[:2] for way in other] == [way[:2] for way in four[0]]
+
+
+def overflow_on_rank_1(rank, store, data, sharding):
+    """Outcomes and scales of four steps, in the second of which one process' loss has no finite gradient."""
+    trainer, found = make_trainer(rank, store, data, 2, "fp16", **sharding), []
+    trainer.scaler.patience = 1
+    whole = trainer.model.loss
+    for step in range(4):
+        factor = math.inf if step == 1 and rank.rank == 1 else 1.0
+        trainer.model.loss = lambda *args, factor=factor, **kwargs: OfGradient.apply(whole(*args, **kwargs), factor)
+        found.append((trainer.run_step(), trainer.scaler.scale))
+    dist.destroy_process_group()
+    return found
+
+
+class OfGradient(torch.autograd.Function):
+    """Multiplies a gradient and leaves the value alone."""
+
+    @staticmethod
+    def forward(ctx, value, factor):
+        ctx.factor = factor
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor, None
+
+
+@pytest.mark.parametrize("sharding", [{}, {"shard_group": 1}], ids=["sharded", "replicas"])
+def test_an_overflow_on_one_process_skips_the_step_on_all(place, tmp_path, sharding):
+    one, other = in_processes(2, overflow_on_rank_1, tmp_path, place / "data", sharding)
+    assert [outcome.skipped for outcome, _ in one] == [False, True, False, False]
+    assert [scale for _, scale in one] == [65536, 32768, 32768, 32768]
+    assert not math.isfinite(one[1][0].norm)
+    assert repr(one) == repr(other)  # not ==, since NaN is not NaN
+    assert one[3][0].loss < one[0][0].loss
 
 
 @pytest.mark.slow
