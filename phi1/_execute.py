@@ -1,6 +1,6 @@
 """Run a program that nobody has read: in a process of its own, for so many seconds, in so much memory.
 
-This guards the machine against accidents - endless loops, endless memory, files left behind - and not against malice:
+This guards the machine against accidents (endless loops, endless memory, files left behind), and not against malice:
 there is no sandbox, and the program has the rights of whoever runs it. Strangers' models belong into a container.
 """
 
@@ -20,11 +20,14 @@ PASSED = "passed"
 TIMED_OUT = "timed out"
 
 # What the process runs. Its verdict goes through a pipe of its own as the last act, so that a program that ends early,
-# with exit code 0 even, has not passed; RLIMIT_NPROC keeps all but root from starting processes.
+# with exit code 0 even, has not passed; RLIMIT_NPROC keeps all but root from starting processes, and namespaces
+# of its own, where the kernel gives them to everyone, keep it from the network.
 _CHILD = """
-import os, resource, sys
+import ctypes, os, resource, sys
 pipe, seconds, memory = (int(word) for word in sys.argv[1:])
 word, _, program = sys.stdin.buffer.read().partition(b"\\n")
+if sys.platform == "linux":
+    ctypes.CDLL(None).unshare(0x50000000)  # CLONE_NEWUSER | CLONE_NEWNET
 for name, most in (("AS", memory), ("CPU", seconds), ("FSIZE", 1 << 24), ("NOFILE", 64), ("CORE", 0), ("NPROC", 0)):
     limit = getattr(resource, "RLIMIT_" + name)
     hard = resource.getrlimit(limit)[1]
@@ -47,7 +50,7 @@ def execute(program: str, seconds: float, memory: int = MEMORY_BYTES) -> str:
 
     Args:
         program: Python; it sees the standard library alone, an empty environment, an empty temporary folder as its
-            working directory and no input.
+            working directory, no input, and no network where the system has user namespaces.
         seconds: after which it is killed, with all processes that it has started and that have not left its group.
         memory: bytes of address space.
 

@@ -1,6 +1,9 @@
 """Programs that nobody has read: what they may not do to the process that runs them."""
 
 import os
+import shutil
+import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -43,6 +46,14 @@ def test_an_endless_loop_ends(program):
 def test_memory_and_files_have_limits():
     assert execute("x = bytearray(1 << 29)", ENOUGH, memory=1 << 28).startswith("failed: MemoryError")
     assert execute("open('big', 'wb').write(bytes(1 << 25))", ENOUGH).startswith("failed: OSError")
+
+
+def test_the_network_is_out_of_reach_where_the_system_has_user_namespaces():
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-U", "-n", "true"], capture_output=True).returncode:
+        pytest.skip("this system gives no namespaces to a user")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        found = execute(f"import socket\nsocket.create_connection({server.getsockname()!r}, timeout=5)", ENOUGH)
+    assert found == "failed: OSError: [Errno 101] Network is unreachable"
 
 
 def test_files_and_processes_do_not_outlive_it(tmp_path):
