@@ -14,7 +14,7 @@ from phi1.train.launch import Place, RunError
 from phi1.train.out_of_memory import explained
 from phi1.train.profiling import Profiler, profiled_steps
 from phi1.train.recipe_file import read_recipe
-from phi1.train.testing import SCRIPT, command, error_line, run, steps
+from phi1.train.testing import SCRIPT, command, error_line, run, steps, train
 
 
 def test_steps_to_profile_are_read():
@@ -42,6 +42,8 @@ def test_a_trace_of_some_steps_is_written_and_summed_up(place, undisturbed):
     assert re.search(r"^ +\d+\.\d\d +\d+\.\d% +[\d.]+  phi1::parallel_block", table, re.MULTILINE), table
     for one, two in zip(steps(place, "traced"), steps(place, "whole"), strict=False):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+    again = train(place, "traced", train__steps=5, train__schedule_steps=60, checkpoint__every=0, run__profile="2-3")
+    assert "note: nothing is traced, since step 3 is finished (run.profile)" in again
 
 
 def test_a_trace_that_cannot_be_written_ends_nothing(tmp_path):

@@ -82,6 +82,8 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
             facts["best"], saver.best = stored["best"], stored["best"]["step"]
         watch = Watch(place.rank, recipe.run.watchdog, folder.heartbeat if place.rank == 0 else None)
         profiled = profiled_steps(recipe.run.profile if place.rank == 0 else "", recipe.train.steps)
+        if profiled and profiled[-1] <= trainer.finished:
+            progress.say(f"note: nothing is traced, since step {profiled[-1]} is finished (run.profile)")
         profiler = Profiler(profiled, folder.path, progress.say)
         loop = Loop(recipe, folder, trainer, held_out, samples, humaneval, control, progress, ledger, place.rank, facts,
                     Utilisation.of_run(recipe, engine), watch, saver, profiler, checkpoint)
