@@ -13,6 +13,7 @@ BIAS, GELU, RESIDUAL, DROPOUT = ("bias",), ("bias", "pre"), ("bias", "residual")
 PACKED = (*DROPOUT, "packed")
 # Of GPUs that have no rows of their own: their instructions are those of one of these two.
 ANY = ("sm_80", "gfx942")
+Tile = dict[str, int]
 
 
 def cases(arch: str) -> list[Case]:
@@ -29,6 +30,11 @@ def cases(arch: str) -> list[Case]:
     ]
     if arch in ("sm_90", "sm_100"):  # operands that TMA cannot take
         found += [_linear_case(arch, "fp16", N, F, D, DROPOUT, tma=False), _dgelu_case(arch, "fp16", tma=False)]
+    way, persistent = arch != "sm_80", arch != "gfx942"  # on sm_90 and sm_100 by TMA; not on AMD, where it spills
+    if persistent:
+        found += [_linear_case(arch, "fp16", N, k, m, epilogue, own=_persistent(linear.CANDIDATES["forward"], way))
+                  for k, m, epilogue in ((D, F, GELU), (F, D, DROPOUT))]
+        found.append(_dgelu_case(arch, "fp16", own=_persistent(mlp.CANDIDATES["dgelu"], way)))
     if arch in ANY:
         found += [_linear_case(arch, dtype, N, k, m, epilogue, table="any") for dtype in ("fp16", "fp32")
                   for k, m, epilogue in ((D, F, GELU), (F, D, DROPOUT))]
@@ -38,9 +44,9 @@ def cases(arch: str) -> list[Case]:
 
 def _linear_case(
     arch: str, dtype: str, n_rows: int, inputs: int, outputs: int, epilogue: tuple[str, ...], table: str = "",
-    tma: bool = True,
+    tma: bool = True, own: Tile | None = None,
 ) -> Case:
-    t = tile_for("linear", "forward", table or arch, dtype=TRITON_NAMES[dtype], rows=n_rows, outputs=outputs,
+    t = own or tile_for("linear", "forward", table or arch, dtype=TRITON_NAMES[dtype], rows=n_rows, outputs=outputs,
                  inputs=inputs, gelu="pre" in epilogue, dropout="dropout" in epilogue)
     t = t | {"tma": t["tma"] and tma}
     optional = {"bias_ptr": f"*{dtype}", "residual_ptr": f"*{dtype}", "pre_ptr": f"*{dtype}"}
@@ -57,7 +63,7 @@ def _linear_case(
         constexprs={name: None for name in optional | masks if name not in given}
         | {"n_outputs": outputs, "n_inputs": inputs, "stride_x_n": inputs, "stride_x_k": 1, "stride_weight_m": inputs,
            "stride_weight_k": 1, "stride_residual_n": outputs, "EVEN_K": inputs % t["block_k"] == 0,
-           "PARTS": t["parts"], "TMA": t["tma"]} | _blocks(t),
+           "PARTS": t["parts"]} | _blocks(t),
         num_warps=t["num_warps"],
         num_stages=t["num_stages"],
         tensor_core=dtype != "fp32",
@@ -68,8 +74,8 @@ def _linear_case(
     )
 
 
-def _dgelu_case(arch: str, dtype: str, table: str = "", tma: bool = True) -> Case:
-    t = tile_for("mlp", "dgelu", table or arch, dtype=TRITON_NAMES[dtype], rows=N, width=D, inner=F)
+def _dgelu_case(arch: str, dtype: str, table: str = "", tma: bool = True, own: Tile | None = None) -> Case:
+    t = own or tile_for("mlp", "dgelu", table or arch, dtype=TRITON_NAMES[dtype], rows=N, width=D, inner=F)
     t = t | {"tma": t["tma"] and tma}
     pointers = dict.fromkeys(("pre_ptr", "dpre_ptr", "act_ptr"), f"*{dtype}") | {
         "dout_ptr": _operand(t, dtype, t["block_m"], t["block_k"]),
@@ -81,7 +87,7 @@ def _dgelu_case(arch: str, dtype: str, table: str = "", tma: bool = True) -> Cas
         types=pointers | {"db_partial_ptr": "*fp32", "n_rows": "i32"},
         constexprs={"n_cols": F, "n_inner": D, "stride_dout_n": D, "stride_dout_d": 1, "stride_weight_d": F,
                     "stride_weight_f": 1, "stride_pre_n": F, "stride_dpre_n": F, "stride_act_n": F,
-                    "EVEN_K": D % t["block_k"] == 0, "TMA": t["tma"]} | _blocks(t),
+                    "EVEN_K": D % t["block_k"] == 0} | _blocks(t),
         num_warps=t["num_warps"],
         num_stages=t["num_stages"],
         tensor_core=dtype != "fp32",
@@ -89,13 +95,19 @@ def _dgelu_case(arch: str, dtype: str, table: str = "", tma: bool = True) -> Cas
     )
 
 
-def _suffix(t: dict[str, int], table: str) -> str:
-    return (" any" if table else "") + (" tma" if t["tma"] else "")
+def _persistent(candidates: list[Tile], tma: bool) -> Tile:
+    """The first tile of this kind that the tuner tries: no table has one."""
+    return next(t for t in candidates if "persistent" in t and t["tma"] == tma)
 
 
-def _operand(t: dict[str, int], dtype: str, rows: int, columns: int) -> str:
+def _suffix(t: Tile, table: str) -> str:
+    return (" any" if table else "") + (" tma" if t["tma"] else "") + (" persistent" if "persistent" in t else "")
+
+
+def _operand(t: Tile, dtype: str, rows: int, columns: int) -> str:
     return f"tensordesc<{dtype}[{rows}, {columns}]>" if t["tma"] else f"*{dtype}"
 
 
-def _blocks(t: dict[str, int]) -> dict[str, int]:
-    return {"BLOCK_M": t["block_m"], "BLOCK_N": t["block_n"], "BLOCK_K": t["block_k"], "GROUP_M": t["group_m"]}
+def _blocks(t: Tile) -> dict[str, int]:
+    return {"BLOCK_M": t["block_m"], "BLOCK_N": t["block_n"], "BLOCK_K": t["block_k"], "GROUP_M": t["group_m"],
+            "TMA": t["tma"], "PERSISTENT": "persistent" in t}

@@ -6,6 +6,10 @@ Operands are loaded in their own dtype and accumulated in float32; pre is rounde
 the backward, which computes it again from pre, sees the same values; out is rounded once. Where accumulator and outputs
 would not fit the registers together, the epilogue works on one half or quarter of the columns after the other.
 
+A tile with "persistent" runs that many programs a multiprocessor, each taking tiles in turn, and hides a tile's first
+loads behind the epilogue before it; for up to 60 registers a thread more. Nobody has timed it yet, so that no table
+takes it: without it the GPU balances tiles over its multiprocessors by itself, whatever their number.
+
 Where the tuned table says "cublas", the product is cuBLAS's and what follows it is `_epilogue_triton.py`'s one pass.
 
 N rows, K inputs, M outputs, B samples.
@@ -19,29 +23,25 @@ import triton.language as tl
 
 from phi1.kernels._epilogue_triton import launch_forward as launch_epilogue
 from phi1.kernels._gelu_triton import gelu_new
-from phi1.kernels._gemm_triton import (
-    add_product,
-    check_rows,
-    column_halves,
-    grouped_tile,
-    one_unit_stride,
-    wrapped,
-)
+from phi1.kernels._gemm_triton import check_rows, column_parts, grouped_tile, n_programs, one_unit_stride, own_tiles
 from phi1.kernels._philox import Dropout, is_active
 from phi1.kernels._residual_triton import dropped_tile, mask_arguments
-from phi1.kernels._tma_triton import add_described_product, describable, operand
+from phi1.kernels._tma_triton import describable, operand, tile_product
 from phi1.kernels._tuned import tile
 
 CANDIDATES = {
     "forward": [
         {"cublas": 1},
         *({"block_m": m, "block_n": n, "block_k": k, "group_m": 8, "parts": parts, "tma": tma,
-           "num_warps": warps, "num_stages": stages}
-          for m, n, k, parts, tma, warps, stages in (
-              (128, 256, 64, 2, 1, 8, 3), (128, 256, 64, 4, 1, 8, 4), (256, 128, 64, 2, 1, 8, 3),
-              (128, 128, 64, 1, 1, 8, 4), (128, 256, 64, 2, 0, 8, 3), (256, 128, 32, 2, 0, 8, 4),
-              (128, 256, 32, 2, 0, 8, 4), (128, 128, 64, 1, 0, 8, 3), (128, 128, 32, 1, 0, 4, 4),
-              (64, 128, 64, 1, 0, 4, 4), (64, 64, 64, 1, 0, 4, 4))),
+           "num_warps": warps, "num_stages": stages} | persistent
+          for persistent, shapes in (
+              ({}, ((128, 256, 64, 2, 1, 8, 3), (128, 256, 64, 4, 1, 8, 4), (256, 128, 64, 2, 1, 8, 3),
+                    (128, 128, 64, 1, 1, 8, 4), (128, 256, 64, 2, 0, 8, 3), (256, 128, 32, 2, 0, 8, 4),
+                    (128, 256, 32, 2, 0, 8, 4), (128, 128, 64, 1, 0, 8, 3), (128, 128, 32, 1, 0, 4, 4),
+                    (64, 128, 64, 1, 0, 4, 4), (64, 64, 64, 1, 0, 4, 4))),
+              ({"persistent": 1}, ((128, 256, 64, 4, 1, 8, 3), (128, 256, 64, 2, 1, 8, 3), (128, 128, 64, 1, 1, 8, 4),
+                                   (128, 128, 64, 1, 0, 8, 3), (128, 128, 32, 1, 0, 8, 4))))
+          for m, n, k, parts, tma, warps, stages in shapes),
     ]
 }
 
@@ -76,33 +76,19 @@ def linear_forward_kernel(
     EVEN_K: tl.constexpr,
     PARTS: tl.constexpr,
     TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
-    """One program per tile [BLOCK_M, BLOCK_N] of the output."""
-    pid_m, pid_n = grouped_tile(tl.program_id(0), n_rows, n_outputs, BLOCK_M, BLOCK_N, GROUP_M)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if TMA:
-        acc = add_described_product(acc, x_ptr, weight_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, 0, n_inputs, BLOCK_K)
-    else:
-        acc = add_product(acc, x_ptr, weight_ptr, wrapped(pid_m, BLOCK_M, n_rows), wrapped(pid_n, BLOCK_N, n_outputs),
-                          n_inputs, stride_x_n, stride_x_k, stride_weight_m, stride_weight_k, BLOCK_K, EVEN_K)
-    if PARTS == 1:
-        store_linear(acc, bias_ptr, residual_ptr, out_ptr, pre_ptr, rng_ptr, sample_ids_ptr, cu_seqlens_ptr, pid_m,
-                     pid_n * BLOCK_N, n_rows, n_outputs, stride_residual_n, n_samples, stream, threshold, scale)
-    else:
-        left, right = column_halves(acc, BLOCK_M, BLOCK_N)
-        for side in tl.static_range(2):
-            half = left if side == 0 else right
-            column = pid_n * BLOCK_N + side * (BLOCK_N // 2)
-            if PARTS == 2:
-                store_linear(half, bias_ptr, residual_ptr, out_ptr, pre_ptr, rng_ptr, sample_ids_ptr, cu_seqlens_ptr,
-                             pid_m, column, n_rows, n_outputs, stride_residual_n, n_samples, stream, threshold, scale)
-            else:
-                first, second = column_halves(half, BLOCK_M, BLOCK_N // 2)
-                store_linear(first, bias_ptr, residual_ptr, out_ptr, pre_ptr, rng_ptr, sample_ids_ptr, cu_seqlens_ptr,
-                             pid_m, column, n_rows, n_outputs, stride_residual_n, n_samples, stream, threshold, scale)
-                store_linear(second, bias_ptr, residual_ptr, out_ptr, pre_ptr, rng_ptr, sample_ids_ptr, cu_seqlens_ptr,
-                             pid_m, column + BLOCK_N // 4, n_rows, n_outputs, stride_residual_n, n_samples, stream,
-                             threshold, scale)
+    """A program per tile [BLOCK_M, BLOCK_N] of the output, or where PERSISTENT programs that take tiles in turn."""
+    first, end, step = own_tiles(n_rows, n_outputs, BLOCK_M, BLOCK_N, PERSISTENT)
+    for tile_id in tl.range(first, end, step, flatten=PERSISTENT):
+        pid_m, pid_n = grouped_tile(tile_id, n_rows, n_outputs, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = tile_product(x_ptr, weight_ptr, pid_m, pid_n, n_rows, n_outputs, n_inputs, stride_x_n, stride_x_k,
+                           stride_weight_m, stride_weight_k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA, False)
+        parts = column_parts(acc, BLOCK_M, BLOCK_N, PARTS)
+        for i in tl.static_range(PARTS):
+            store_linear(parts[i], bias_ptr, residual_ptr, out_ptr, pre_ptr, rng_ptr, sample_ids_ptr, cu_seqlens_ptr,
+                         pid_m, pid_n * BLOCK_N + i * (BLOCK_N // PARTS), n_rows, n_outputs, stride_residual_n,
+                         n_samples, stream, threshold, scale)
 
 
 @triton.jit
@@ -164,15 +150,14 @@ def launch_forward(
     residual = residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
     check_rows("linear", t["block_m"], out, residual)
     tma = describable(t, x, weight)
-    grid = (triton.cdiv(shape[0], t["block_m"]) * triton.cdiv(shape[1], t["block_n"]),)
-    linear_forward_kernel[grid](
+    linear_forward_kernel[(n_programs(t, *shape, x.device),)](
         operand(x, t, "block_m", tma), operand(weight, t, "block_n", tma),
         None if bias is None else bias.contiguous(), residual, out, pre if gelu else None,
         n_rows=shape[0], n_outputs=shape[1], n_inputs=x.shape[1], stride_x_n=x.stride(0), stride_x_k=x.stride(1),
         stride_weight_m=weight.stride(0), stride_weight_k=weight.stride(1),
         stride_residual_n=0 if residual is None else residual.stride(0), **mask_arguments(dropout, cu_seqlens),
         BLOCK_M=t["block_m"], BLOCK_N=t["block_n"], BLOCK_K=t["block_k"], GROUP_M=t["group_m"],
-        EVEN_K=x.shape[1] % t["block_k"] == 0, PARTS=t["parts"], TMA=tma,
+        EVEN_K=x.shape[1] % t["block_k"] == 0, PARTS=t["parts"], TMA=tma, PERSISTENT=bool(t.get("persistent")),
         num_warps=t["num_warps"], num_stages=t["num_stages"], enable_fp_fusion=True,
     )
     return out, pre

@@ -4,7 +4,7 @@
 
 dact stays in the float32 accumulator and is never written. act, which the gradient of W2 needs, comes out of the pass
 that reads pre anyway; db1 leaves as one partial row for each row of tiles, and a second kernel adds these in order:
-deterministic. The epilogue works on one half of the columns after the other.
+deterministic. The epilogue works on one quarter of the columns after the other. Tiles may be persistent, as linear's.
 
 Where the tuned table says "cublas", the product is cuBLAS's and the rest is `_epilogue_triton.py`'s one pass.
 
@@ -19,26 +19,21 @@ import triton.language as tl
 
 from phi1.kernels._epilogue_triton import column_sum, launch_backward_partial
 from phi1.kernels._gelu_triton import gelu_new_and_slope
-from phi1.kernels._gemm_triton import (
-    add_product,
-    check_rows,
-    column_halves,
-    grouped_tile,
-    one_unit_stride,
-    wrapped,
-)
-from phi1.kernels._tma_triton import add_described_product_by_rows, describable, operand
+from phi1.kernels._gemm_triton import check_rows, column_parts, grouped_tile, n_programs, one_unit_stride, own_tiles
+from phi1.kernels._tma_triton import describable, operand, tile_product
 from phi1.kernels._tuned import tile
 
 CANDIDATES = {
     "dgelu": [
         {"cublas": 1},
         *({"block_m": m, "block_n": n, "block_k": k, "group_m": 8, "tma": tma, "num_warps": warps,
-           "num_stages": stages}
-          for m, n, k, tma, warps, stages in (
-              (128, 256, 64, 1, 8, 3), (128, 256, 64, 1, 8, 4), (256, 128, 64, 1, 8, 3), (128, 128, 64, 1, 8, 4),
-              (128, 256, 64, 0, 8, 3), (256, 128, 32, 0, 8, 4), (128, 128, 64, 0, 8, 3), (128, 128, 64, 0, 4, 4),
-              (128, 128, 32, 0, 4, 4), (64, 128, 64, 0, 4, 4))),
+           "num_stages": stages} | persistent
+          for persistent, shapes in (
+              ({}, ((128, 256, 64, 1, 8, 3), (128, 256, 64, 1, 8, 4), (256, 128, 64, 1, 8, 3), (128, 128, 64, 1, 8, 4),
+                    (128, 256, 64, 0, 8, 3), (256, 128, 32, 0, 8, 4), (128, 128, 64, 0, 8, 3), (128, 128, 64, 0, 4, 4),
+                    (128, 128, 32, 0, 4, 4), (64, 128, 64, 0, 4, 4))),
+              ({"persistent": 1}, ((128, 128, 64, 1, 8, 4), (128, 256, 64, 1, 8, 3), (128, 128, 64, 0, 8, 3))))
+          for m, n, k, tma, warps, stages in shapes),
     ]
 }
 
@@ -67,29 +62,19 @@ def dgelu_kernel(
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
-    """One program per tile [BLOCK_M, BLOCK_N] of dpre."""
-    pid_m, pid_n = grouped_tile(tl.program_id(0), n_rows, n_cols, BLOCK_M, BLOCK_N, GROUP_M)
-    dact = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if TMA:
-        dact = add_described_product_by_rows(dact, dout_ptr, weight_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, n_inner,
-                                             BLOCK_K)
-    else:
-        dact = add_product(dact, dout_ptr, weight_ptr, wrapped(pid_m, BLOCK_M, n_rows),
-                           wrapped(pid_n, BLOCK_N, n_cols), n_inner, stride_dout_n, stride_dout_d, stride_weight_f,
-                           stride_weight_d, BLOCK_K, EVEN_K)
-    left, right = column_halves(dact, BLOCK_M, BLOCK_N)
-    QUARTER: tl.constexpr = BLOCK_N // 4
-    for half in tl.static_range(2):
-        if half == 0:
-            first, second = column_halves(left, BLOCK_M, BLOCK_N // 2)
-        else:
-            first, second = column_halves(right, BLOCK_M, BLOCK_N // 2)
-        column = pid_n * BLOCK_N + half * 2 * QUARTER
-        store_dgelu(first, pre_ptr, dpre_ptr, act_ptr, db_partial_ptr, pid_m, column, n_rows, n_cols, stride_pre_n,
-                    stride_dpre_n, stride_act_n)
-        store_dgelu(second, pre_ptr, dpre_ptr, act_ptr, db_partial_ptr, pid_m, column + QUARTER, n_rows, n_cols,
-                    stride_pre_n, stride_dpre_n, stride_act_n)
+    """A program per tile [BLOCK_M, BLOCK_N] of dpre, or where PERSISTENT programs that take tiles in turn."""
+    first, end, step = own_tiles(n_rows, n_cols, BLOCK_M, BLOCK_N, PERSISTENT)
+    for tile_id in tl.range(first, end, step, flatten=PERSISTENT):
+        pid_m, pid_n = grouped_tile(tile_id, n_rows, n_cols, BLOCK_M, BLOCK_N, GROUP_M)
+        dact = tile_product(dout_ptr, weight_ptr, pid_m, pid_n, n_rows, n_cols, n_inner, stride_dout_n, stride_dout_d,
+                            stride_weight_f, stride_weight_d, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA, True)
+        quarters = column_parts(dact, BLOCK_M, BLOCK_N, 4)
+        for i in tl.static_range(4):
+            store_dgelu(quarters[i], pre_ptr, dpre_ptr, act_ptr, db_partial_ptr, pid_m,
+                        pid_n * BLOCK_N + i * (BLOCK_N // 4), n_rows, n_cols, stride_pre_n, stride_dpre_n,
+                        stride_act_n)
 
 
 @triton.jit
@@ -107,7 +92,7 @@ def store_dgelu(
     stride_dpre_n,
     stride_act_n,
 ):
-    """The epilogue on half of a tile's columns."""
+    """The epilogue on a quarter of a tile's columns."""
     first_row = pid_m.to(tl.int64) * dact.shape[0]
     offs_n, offs_f = tl.arange(0, dact.shape[0]), first_column + tl.arange(0, dact.shape[1])  # [BLOCK_M], [COLUMNS]
     mask_n, mask_f = offs_n < n_rows - first_row, offs_f < n_cols
@@ -146,18 +131,18 @@ def launch_dgelu_partial(
         assert partial is not None
         return partial
     dout, weight = one_unit_stride(dout), one_unit_stride(weight)
-    tiles_m = triton.cdiv(n_rows, t["block_m"])
-    partial = pre.new_empty((tiles_m, n_cols), dtype=torch.float32)
+    partial = pre.new_empty((triton.cdiv(n_rows, t["block_m"]), n_cols), dtype=torch.float32)
     check_rows("mlp", t["block_m"], pre, dpre, act)
     tma = describable(t, dout, weight)
     if pre.numel():
-        dgelu_kernel[(tiles_m * triton.cdiv(n_cols, t["block_n"]),)](
+        dgelu_kernel[(n_programs(t, n_rows, n_cols, pre.device),)](
             operand(dout, t, "block_m", tma), operand(weight, t, "block_k", tma, "block_n"), pre, dpre, act, partial,
             n_rows=n_rows, n_cols=n_cols, n_inner=dout.shape[1],
             stride_dout_n=dout.stride(0), stride_dout_d=dout.stride(1), stride_weight_d=weight.stride(0),
             stride_weight_f=weight.stride(1), stride_pre_n=pre.stride(0), stride_dpre_n=dpre.stride(0),
             stride_act_n=act.stride(0), BLOCK_M=t["block_m"], BLOCK_N=t["block_n"], BLOCK_K=t["block_k"],
-            GROUP_M=t["group_m"], EVEN_K=dout.shape[1] % t["block_k"] == 0, TMA=tma, num_warps=t["num_warps"],
-            num_stages=t["num_stages"], enable_fp_fusion=True,
+            GROUP_M=t["group_m"], EVEN_K=dout.shape[1] % t["block_k"] == 0, TMA=tma,
+            PERSISTENT=bool(t.get("persistent")), num_warps=t["num_warps"], num_stages=t["num_stages"],
+            enable_fp_fusion=True,
         )
     return partial

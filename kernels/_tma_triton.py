@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from phi1.kernels._gemm_triton import add_product, wrapped
+
 
 @triton.jit
 def add_described_product(
@@ -44,6 +46,38 @@ def add_described_product_by_rows(
     """acc + A B for one tile, by TMA: what lies outside of A or B is 0."""
     for first in range(0, n_inner, BLOCK_K):
         acc = tl.dot(a_desc.load([first_row, first]), b_desc.load([first, first_col]), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def tile_product(
+    a_ptr,  # [M, K], or its descriptor where TMA
+    b_ptr,  # [N, K], or [K, N] where B_BY_ROWS; or its descriptor
+    pid_m,
+    pid_n,
+    n_rows,
+    n_cols,
+    n_inner,
+    stride_a_m,
+    stride_a_k,
+    stride_b_n,
+    stride_b_k,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
+    B_BY_ROWS: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_N] float32: one tile of A B^T, or of A B where B_BY_ROWS, by either way of loading."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if not TMA:
+        acc = add_product(acc, a_ptr, b_ptr, wrapped(pid_m, BLOCK_M, n_rows), wrapped(pid_n, BLOCK_N, n_cols), n_inner,
+                          stride_a_m, stride_a_k, stride_b_n, stride_b_k, BLOCK_K, EVEN_K)
+    elif B_BY_ROWS:
+        acc = add_described_product_by_rows(acc, a_ptr, b_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, n_inner, BLOCK_K)
+    else:
+        acc = add_described_product(acc, a_ptr, b_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, 0, n_inner, BLOCK_K)
     return acc
 
 

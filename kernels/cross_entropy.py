@@ -182,8 +182,8 @@ def linear_cross_entropy(
         z_loss: factor of lse^2 added to each row's loss, at least 0.
         valid_vocab: columns from this one on take no part; V by default.
         return_lse: also return log sum exp of each row's logits, float32 [N], which carries no gradient.
-        workspace_mb: MiB for logits and temporaries. Not counted: the gradients, and a float32 sum of the weight's
-            gradient, 4 V D bytes, where the rows need more than one chunk or are float16.
+        workspace_mb: MiB for logits and temporaries. Not counted: the gradients, a few numbers for each row, and a
+            float32 sum of the weight's gradient, 4 V D bytes, where the rows need more than one chunk or are float16.
 
     Returns:
         float32 loss, a scalar or [N]; with return_lse, (loss, lse).

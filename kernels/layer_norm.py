@@ -68,20 +68,26 @@ def _layer_norm_setup(ctx, inputs, output) -> None:
     x, weight, _, _ = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)  # or autograd fills zeros for the statistics
     ctx.save_for_backward(x, weight, mean, rstd)
 
 
 def _layer_norm_autograd(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 4
     return *torch.ops.phi1.layer_norm_backward(dy, *ctx.saved_tensors, None), None
 
 
 def _add_layer_norm_setup(ctx, inputs, output) -> None:
     h, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)  # or autograd fills zeros for the statistics
     ctx.save_for_backward(h, inputs[2], mean, rstd)
 
 
 def _add_layer_norm_autograd(ctx, dh, dy, *_):
+    if dy is None:  # the normalised output had no part in the loss
+        return dh, dh, None, None, None
     dx, dw, db = torch.ops.phi1.layer_norm_backward(dy, *ctx.saved_tensors, dh)
     return dx, dx, dw, db, None
 

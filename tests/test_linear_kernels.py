@@ -87,6 +87,24 @@ def test_bits_are_those_of_the_specification(tile):
     assert torch.equal(out != 0, residual_keep(dropout, 34, 200))
 
 
+@pytest.mark.parametrize("tile", TILES[1:3], ids=["halves", "tma"])
+def test_persistent_programs_give_the_same_bits(monkeypatch, tile):
+    from phi1.kernels import _gemm_triton
+
+    x, weight, bias, residual = make((40, 48, 300), torch.float16, residual=True).values()
+    found, grids = [], []
+    for programs in (None, 1, 4, 50):  # a program a tile; one for all 3 x 3; up to three tiles each; more than tiles
+        monkeypatch.setattr(_gemm_triton, "multiprocessors", lambda device, n=programs: n)
+        t = tile if programs is None else tile | {"persistent": 1}
+        grids.append(_gemm_triton.n_programs(t, 40, 300, x.device))
+        with backend("triton"), _tuned.forced("linear", "forward", t), testing.empty_is_nan():
+            found.append(torch.ops.phi1.linear(x, weight, bias, residual, True, 0.3, RNG, None, 4, 1))
+    assert grids == [9, 1, 4, 9]
+    for out, pre in found[1:]:
+        assert torch.equal(out, found[0][0])
+        assert torch.equal(pre, found[0][1])
+
+
 def test_what_tma_takes():
     from phi1.kernels._tma_triton import describable
 

@@ -46,6 +46,18 @@ def test_mlp_kernels_match_reference(tile, shape, dtype):
         testing.assert_matches_reference(mlp, mlp_reference, make(shape, dtype))
 
 
+@pytest.mark.parametrize(("tile", "programs"), [(TILES[0], 1), (TILES[0], 50), (TILES[1], 5)], ids=str)
+def test_persistent_programs_give_the_same_bits(monkeypatch, tile, programs):  # for 4 x 3 tiles
+    monkeypatch.setattr("phi1.kernels._gemm_triton.multiprocessors", lambda device: programs)
+    tensors = make(SHAPES[-1], torch.float16)
+    found = []
+    for t in (tile, tile | {"persistent": 1}):
+        with backend("triton"), _tuned.forced("mlp", "dgelu", t), testing.empty_is_nan():
+            found.append(testing.outputs_and_gradients(mlp, tensors))
+    for name, plain in found[0].items():
+        assert torch.equal(found[1][name], plain), name
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_tables_own_tiles(dtype):  # two by three of them
     with backend("triton"):

