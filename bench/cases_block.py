@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.nn import functional as F
 
@@ -11,7 +13,7 @@ from phi1.bench.inputs import Draw
 from phi1.bench.providers import ours, part_of_reference, peer, plain
 from phi1.bench.providers_attention import BACKENDS, Attend, forced, sdpa
 from phi1.bench.transformers_peer import decoder_layer
-from phi1.kernels import Dropout, parallel_block
+from phi1.kernels import Dropout, parallel_block, parallel_block_prefill
 
 NAMES = ("norm_weight", "norm_bias", "in_weight", "in_bias", "out_weight", "out_bias")
 # Weights of 4 D^2 + 2 D F, read; their gradients, written. Between: x in and out; saved and read again are x, qkv, att
@@ -27,7 +29,19 @@ def cases() -> list[Case]:
     """Every case of this unit."""
     found = _block(8, 2048, 2048, 8192, 32, quick=True) + _block(8, 2048, 2048, 8192, 32, p=0.1)
     found += _block(2, 8192, 2048, 8192, 32) + _block(8, 2048, 2048, 8192, 32, dtype="bfloat16")
-    return found + _block(2, 128, 256, 1024, 4, dtype="float32", device="cpu", quick=True)
+    small = _block(2, 128, 256, 1024, 4, dtype="float32", device="cpu", quick=True)
+    return [*found, *small, _prefill(found[0], 8), _prefill(small[0], 2)]
+
+
+def _prefill(forward: Case, batch: int) -> Case:
+    """The forward that leaves keys and values as well, which are written; its peers leave none."""
+    def run(inputs: Inputs) -> torch.Tensor:
+        return parallel_block_prefill(inputs["x"], *(inputs[name] for name in NAMES), inputs["cos"], inputs["sin"],
+                                      n_heads=forward.shape["H"], batch=batch)[0]
+
+    return replace(forward, name=forward.name.replace(forward.op, "parallel_block_prefill"),
+                   op="parallel_block_prefill", bytes=f"{forward.bytes} + 2*N*D*e",
+                   providers=(ours(run), *forward.providers[1:]))
 
 
 def _block(batch: int, tokens: int, width: int, inner: int, heads: int, *, p: float = 0.0, dtype: str = "float16",
