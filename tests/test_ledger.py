@@ -170,6 +170,18 @@ def test_tensorboard_is_written_where_it_is_installed(tmp_path, monkeypatch):
     assert b"train/loss" in events.read_bytes()
 
 
+def test_a_damaged_line_is_said_and_costs_what_follows_it(tmp_path, capsys):
+    path = tmp_path / "ledger.jsonl"
+    lines = [json.dumps({"start": {"finished": 0}})] + [json.dumps({"step": step}) for step in range(1, 9)]
+    path.write_text("\n".join([*lines[:5], lines[5].replace(":", ";"), *lines[6:]]) + "\n")
+    Ledger(path, 6).close()
+    assert capsys.readouterr().out == (f"warning: {path}: nothing readable after step 4; what it said of the steps up "
+                                       "to 6 is lost\n")
+    assert [line.get("step", 0) for line in read_ledger(path)] == [0, 1, 2, 3, 4]
+    Ledger(path, 4).close()
+    assert capsys.readouterr().out == ""
+
+
 def test_lines_wait_while_the_disk_is_full(tmp_path):
     class Disk:
         """Takes some bytes more, then none until there is room again."""

@@ -45,7 +45,10 @@ class Ledger:
         self._boards = list(boards)
         self._waiting = bytearray()
         try:
-            cut_back(path, finished)
+            kept = cut_back(path, finished)
+            if kept < finished:
+                print(f"warning: {path}: nothing readable after step {kept:,}; what it said of the steps up to "
+                      f"{finished:,} is lost", flush=True)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
         except OSError as error:
             raise RunError(f"{path}: cannot be written: {error.strerror}; once that is mended, the same command goes "
@@ -113,18 +116,19 @@ def as_line(outcome: Outcome) -> dict[str, Any]:
     return _without_nan(asdict(outcome))
 
 
-def cut_back(path: Path, finished: int) -> None:
-    """Remove the lines of steps after `finished`, and a last line that was cut short."""
+def cut_back(path: Path, finished: int) -> int:
+    """Remove the lines of steps after `finished`, and what follows a damaged line. Returns the last step left."""
     if not path.exists():
-        return
-    keep = 0
+        return 0
+    keep = last = 0
     with open(path, "rb") as file:
         for raw in file:
             step = _step_of(raw)
             if step is None or step > finished:
                 break
-            keep += len(raw)
+            keep, last = keep + len(raw), step
     os.truncate(path, keep)
+    return last
 
 
 def has_saved(path: Path) -> bool:
