@@ -25,7 +25,7 @@ BESIDE = {
     "what it is judged by": {"validation", "samples", "humaneval"},
     "commands of their own": {"plan", "plan_command", "measured", "verify", "convert", "prove"},
     "making a corpus": {"prepare", "sources", "selection", "workspace", "encode_pool", "writer"},
-    "tests": {"testing"},
+    "tests": {"testing", "disturb"},
 }
 NANO_STEP_SECONDS = 0.16  # 1,250 steps in 200 s on two idle CPU cores; a step of phi-1 on 8 A100 takes 13 s
 
