@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from phi1._embedding import embed
 from phi1.cache import Cache
 from phi1.config import Phi1Config
 from phi1.kernels import (
@@ -161,9 +162,7 @@ class Phi1(nn.Module):
         Args:
             seed: makes the values a function of the seed alone; None takes PyTorch's global generator.
         """
-        generator = None
-        if seed is not None:
-            generator = torch.Generator(self.embed.weight.device).manual_seed(seed)
+        generator = None if seed is None else torch.Generator(self.embed.weight.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
@@ -240,7 +239,7 @@ class Phi1(nn.Module):
         """[B, T] ids -> [N, D], the residual stream after the last block."""
         batch, tokens = ids.shape
         cos, sin = self.rotary_tables.unbind(0)
-        x = self.embed(ids).flatten(0, 1)
+        x = embed(self.embed.weight, ids.flatten())
         if positions is None:
             held = 0 if cache is None else cache.length
             positions = torch.arange(held, held + tokens, device=ids.device).expand(batch, tokens)

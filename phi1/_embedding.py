@@ -1,0 +1,59 @@
+"""Rows of the token embedding, with a gradient that holds however often a token occurs.
+
+    out[n] = weight[ids[n]]        dweight[v] = sum of dout[n] over the n whose id is v
+
+PyTorch's gradient is deterministic and fast on CUDA: it sorts the ids and adds up each id's rows in order, in float32
+and without atomics; at B = 8, T = 2048, D = 2048, V = 51,200 in float16 it moves 0.35 GB, a tenth of a millisecond of
+an H100's bandwidth. A kernel of ours would gain nothing there. On a CPU it is deterministic too, but adds up in the
+weight's dtype: 500 rows of 0.37 make 128 in bfloat16. Here they are added up in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def embed(weight: Tensor, ids: Tensor) -> Tensor:
+    """weight[ids]: [V, D] and [N] int64 -> [N, D]."""
+    if weight.is_cpu and weight.dtype in (torch.bfloat16, torch.float16):
+        return torch.ops.phi1.embedding(weight, ids)
+    return F.embedding(ids, weight)
+
+
+@torch.library.custom_op("phi1::embedding", mutates_args=())
+def _embedding(weight: Tensor, ids: Tensor) -> Tensor:
+    return F.embedding(ids, weight)
+
+
+@_embedding.register_fake
+def _(weight: Tensor, ids: Tensor) -> Tensor:
+    return weight.new_empty((*ids.shape, weight.shape[1]))
+
+
+@torch.library.custom_op("phi1::embedding_backward", mutates_args=())
+def _embedding_backward(dout: Tensor, ids: Tensor, n_rows: int) -> Tensor:
+    used, index = ids.unique(return_inverse=True)  # so that what is float32 has a row per token of the batch, not V
+    sums = torch.ops.aten.embedding_dense_backward(dout.float(), index, used.numel(), -1, False)
+    dweight = dout.new_zeros((n_rows, dout.shape[1]))
+    dweight[used] = sums.to(dout.dtype)
+    return dweight
+
+
+@_embedding_backward.register_fake
+def _(dout: Tensor, ids: Tensor, n_rows: int) -> Tensor:
+    return dout.new_empty((n_rows, dout.shape[1]))
+
+
+def _setup(ctx, inputs, output) -> None:
+    weight, ids = inputs
+    ctx.save_for_backward(ids)
+    ctx.n_rows = weight.shape[0]
+
+
+def _autograd(ctx, dout):
+    return torch.ops.phi1.embedding_backward(dout, *ctx.saved_tensors, ctx.n_rows), None
+
+
+_embedding.register_autograd(_autograd, setup_context=_setup)
