@@ -184,9 +184,9 @@ def test_float16_gradients_of_frequent_targets_do_not_overflow():
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-@pytest.mark.parametrize("workspace", [1, 4, 256])
-def test_workspace_holds_the_logits(workspace, dtype):
-    n_rows, vocab = 1000, 51200
+@pytest.mark.parametrize(("n_rows", "workspace"), [(1000, 1), (1000, 4), (1000, 256), (16384, 64), (16384, 256)])
+def test_workspace_holds_the_logits(n_rows, workspace, dtype):
+    vocab = 51200
     rule = chunks.LossRule(IGNORED, 0.0, 0.0, vocab, workspace << 20)
     rows, strip = chunks.chunk_rows(n_rows, dtype, True, rule)
     used = rows * vocab * dtype.itemsize + (0 if dtype == torch.float32 else strip * vocab * 4)
@@ -289,6 +289,11 @@ def bad(**changes):
     (bad(targets=torch.full((6,), 30)), ValueError, "targets must be at least 0 and less than 30 or -100.*got 30"),
     (bad(targets=torch.full((6,), 29), valid_vocab=29), ValueError, "targets must be at least 0 and less than 29"),
     (bad(reduction="max"), ValueError, "reduction must be one of mean, sum, none; got 'max'"),
+    (bad(targets=torch.full((6,), -1)), ValueError, "targets must be at least 0 and less than 30 or -100.*got -1"),
+    (bad(targets=[1] * 6), TypeError, "targets must be a tensor; got list"),
+    (bad(bias=torch.zeros(30).half()), TypeError, r"bias must have x's dtype \(float32\); got float16"),
+    (bad(weight=torch.zeros(30, 8, device="meta")), ValueError, "weight must be on x's device"),
+    (bad(label_smoothing=-0.1), ValueError, r"label_smoothing must be at least 0 and less than 1; got -0\.1"),
     (bad(label_smoothing=1.0), ValueError, r"label_smoothing must be at least 0 and less than 1; got 1\.0"),
     (bad(z_loss=-0.1), ValueError, "z_loss must be at least 0"),
     (bad(workspace_mb=0), ValueError, "workspace_mb must be at least 1; got 0"),

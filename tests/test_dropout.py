@@ -80,6 +80,8 @@ def test_empty_input():
 
 @pytest.mark.parametrize(("arguments", "error", "match"), [
     ({"x": None}, TypeError, "x must be a tensor"),
+    ({"residual": None}, TypeError, "residual must be a tensor"),
+    ({"residual": torch.zeros(4, 8, device="meta")}, ValueError, "residual must be on x's device"),
     ({"x": torch.zeros(4, 8).int()}, TypeError, "x must be float16, bfloat16 or float32"),
     ({"residual": torch.zeros(4, 8).half()}, TypeError, "residual must have x's dtype"),
     ({"x": torch.zeros(8)}, ValueError, r"x must be \[N, D\]"),

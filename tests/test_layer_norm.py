@@ -84,6 +84,13 @@ def test_output_has_mean_0_and_variance_1(dtype):
     assert (y.var(-1, unbiased=False) - 1).abs().max() < 4 * torch.finfo(dtype).eps
 
 
+def test_neither_scale_nor_shift_of_x_matters():
+    tensors = make((20, 256), torch.float32)
+    expected = layer_norm(**tensors, eps=1e-12)
+    found = layer_norm(**tensors | {"x": tensors["x"] * 16 - 3}, eps=1e-12)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_non_contiguous_inputs():
     torch.manual_seed(0)
     x = torch.randn(64, 3, 40)[::2].transpose(0, 1)
@@ -158,6 +165,9 @@ ERRORS = [
     ({"x": torch.zeros(2, 8).double()}, TypeError, r"\(float64 inside backend\('reference'\)\); got float64"),
     ({"bias": torch.zeros(8).half()}, TypeError, r"bias must have x's dtype \(float32\); got float16"),
     ({"residual": torch.zeros(2, 8).half()}, TypeError, r"residual must have x's dtype \(float32\); got float16"),
+    ({"residual": 1.0}, TypeError, r"residual must be a tensor; got float"),
+    ({"residual": torch.zeros(2, 8, device="meta")}, ValueError, r"residual must be on x's device \(cpu\); got meta"),
+    ({"bias": torch.zeros(8, device="meta")}, ValueError, r"bias must be on x's device \(cpu\); got meta"),
     ({"x": torch.zeros(())}, ValueError, r"x must have a last axis of at least 1; got \[\]"),
     ({"x": torch.zeros(2, 0)}, ValueError, r"x must have a last axis of at least 1; got \[2, 0\]"),
     ({"weight": torch.zeros(4)}, ValueError,

@@ -52,6 +52,14 @@ def test_add_layer_norm_kernels_match_reference(shape, dtype):
         )
 
 
+def test_neither_scale_nor_shift_of_x_matters():
+    tensors = make((5, 257), torch.float32)
+    with backend("triton"):
+        expected = layer_norm(**tensors, eps=1e-12)
+        found = layer_norm(**tensors | {"x": tensors["x"] * 16 - 3}, eps=1e-12)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_widest_row():
     with backend("triton"):
         testing.assert_matches_reference(layer_norm, layer_norm_reference, make((2, MAX_WIDTH), torch.float32))
