@@ -80,9 +80,7 @@ class Training:
 
     def set_batch(self, micro_batch: int, micro_steps: int) -> None:
         """From the next step on."""
-        batch = micro_batch * micro_steps
-        self.trainer.train = replace(self.trainer.train, batch_size=batch)
-        self.trainer.layout = Layout.of(batch, micro_batch, 0, 1)
+        self.trainer.set_batch(micro_batch * micro_steps, micro_batch)
 
     def set_dropout(self, p: float) -> None:
         """From the next step on."""

@@ -52,6 +52,26 @@ def test_what_it_reads_is_the_steps_batch(place):
     assert batch.n_targets == 4 * 32
 
 
+def losses_before_and_after_another_batch(rank, store, data):
+    engine = start(rank, "cpu", "fp32", 1)
+    connect_processes(engine, rank, store)
+    corpus, found = open_corpus(data, verify=False), []
+    for first in (2, 4):
+        trainer = Trainer(build_model(TINY, engine, 1), Train(batch_size=first, lr=1e-9), 32, corpus,
+                          Layout.of(first, 0, 0, 1), engine)
+        trainer.run_step()
+        trainer.set_batch(4, 2)
+        found.append(trainer.run_step())
+    dist.destroy_process_group()
+    return found
+
+
+def test_what_was_read_ahead_is_given_up_for_another_batch(place, tmp_path):
+    [[changed, steady]] = in_processes(1, losses_before_and_after_another_batch, tmp_path, place / "data")
+    assert changed.samples == steady.samples
+    assert changed.loss == pytest.approx(steady.loss, rel=1e-6)
+
+
 class Unreadable(Corpus):
     """A corpus whose disk fails after some reads."""
 

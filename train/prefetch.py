@@ -55,6 +55,10 @@ class Prefetch:
         self._read = read
         self._ahead: tuple[int, Future[Batch]] | None = None
 
+    def forget(self) -> None:
+        """Give up what was read ahead, since it would be read otherwise now."""
+        self._ahead = None
+
     def take(self, step: int) -> Batch:
         """The batch of `step`; from now on the thread reads the following one's. Raises what `read` has raised."""
         ahead, self._ahead = self._ahead, None

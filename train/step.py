@@ -7,7 +7,7 @@ step whose gradient is not finite is skipped in every precision; it consumes its
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -86,6 +86,12 @@ class Trainer:
         """Running mean over about 50 steps that were taken; 0 before the first."""
         self.problem = ""
         """Why a step was last skipped."""
+
+    def set_batch(self, batch_size: int, micro_batch: int) -> None:
+        """From the next step on, another batch, or the same in other micro-batches; what was read ahead is given up."""
+        self.train = replace(self.train, batch_size=batch_size)
+        self.layout = Layout.of(batch_size, micro_batch, self.layout.rank, self.layout.world_size)
+        self._prefetch.forget()
 
     def run_step(self) -> Outcome:
         """Take the next step."""
