@@ -7,8 +7,9 @@ the backward, which computes it again from pre, sees the same values; out is rou
 would not fit the registers together, the epilogue works on one half or quarter of the columns after the other.
 
 A tile with "persistent" runs that many programs a multiprocessor, each taking tiles in turn, and hides a tile's first
-loads behind the epilogue before it; for up to 60 registers a thread more. Nobody has timed it yet, so that no table
-takes it: without it the GPU balances tiles over its multiprocessors by itself, whatever their number.
+loads behind the epilogue before it, for 6 to 76 registers a thread more. Nobody has timed it yet, so that no table
+takes it: without it the GPU balances tiles over its multiprocessors by itself. Warp specialisation, which would hide
+all of the epilogue, does not compile under Triton 3.9 with descriptors made on the host.
 
 Where the tuned table says "cublas", the product is cuBLAS's and what follows it is `_epilogue_triton.py`'s one pass.
 
