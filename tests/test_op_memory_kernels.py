@@ -111,6 +111,7 @@ def measure(operation, tensors, **options):
             backward.seen.update(kept)
             gradients = torch.autograd.grad(outputs, [x for x in tensors.values() if x.requires_grad], upstream)
         in_backward = backward.workspace
+    gc.unfreeze()
     assert all(x is not None for x in gradients)
     return sum(kept.values()), in_forward, in_backward
 
