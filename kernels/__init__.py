@@ -1,17 +1,18 @@
 """The operations of phi-1, as Triton kernels where there is one and as PyTorch code everywhere.
 
-An operation `op` is up to three files, so that importing this package imports no Triton:
+An operation `op` is up to three files, so that a PyTorch without GPUs never imports Triton:
 
     op.py           the public function, its reference and its torch.library registration
     _op.py          what runs, without checks or autograd: the PyTorch code, or the launch of the kernels
-    _op_triton.py   the Triton kernels and their launchers; imported only inside the branch of _op.py that launches them
+    _op_triton.py   the Triton kernels and their launchers; imported inside the branch of _op.py that launches them, or
+                    here where PyTorch is built for GPUs, so that no operation's first call waits for it
 
 An operation's file imports no other's; what two of them share is in a `_*.py`. `block.py` alone is above the others.
 `_backend.py` decides which implementation runs, `_checks.py` has the argument checks, `_philox.py` specifies the
 dropout masks, `_memory.py` keeps memory, and `_tuned.py` finds tile shapes.
 """
 
-from phi1.kernels._backend import backend
+from phi1.kernels._backend import backend, built_for_gpus, load_kernels
 from phi1.kernels._checks import check_values
 from phi1.kernels._memory import empty
 from phi1.kernels._philox import Dropout
@@ -25,6 +26,9 @@ from phi1.kernels.layer_norm import add_layer_norm, layer_norm
 from phi1.kernels.linear import linear
 from phi1.kernels.mlp import mlp
 from phi1.kernels.rotary import rotary, rotary_
+
+if built_for_gpus():
+    load_kernels()
 
 __all__ = [
     "Dropout",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from phi1 import kernels
+from phi1.kernels._backend import built_for_gpus
 
 ROOT = Path(__file__).parent.parent
 ROOMS = {"kernels": "phi1.kernels", "phi1": "phi1", "train": "phi1.train", "bench": "phi1.bench"}
@@ -168,12 +169,20 @@ def test_a_right_import_is_let_through(room, name, source):
 
 @pytest.mark.parametrize(
     ("module", "unwanted"),
-    [("phi1", ["torch", "triton"]), ("phi1, phi1.kernels", ["triton", "phi1.train", "phi1.bench"])],
+    [("phi1", ["torch", "triton"]),
+     ("phi1, phi1.kernels", ["phi1.train", "phi1.bench", *([] if built_for_gpus() else ["triton"])])],
 )
 def test_importing_is_cheap(module, unwanted):
     code = f"import {module}, sys; print([m for m in {unwanted} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_where_pytorch_is_built_for_gpus_no_first_call_imports_a_kernel():
+    code = "import torch, sys; torch.version.cuda = '13.0'; import phi1.kernels; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    files = {f"phi1.kernels.{file.stem}" for file in (ROOT / "kernels").glob("*_triton.py")}
+    assert "phi1.kernels._attention_triton" in files <= set(done.stdout.split())
 
 
 def test_nothing_is_installed_as_a_top_level_kernels():
