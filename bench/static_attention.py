@@ -1,4 +1,5 @@
-"""Compile cases of attention's kernels: phi-1's and phi-2's heads in each dtype, with what changes the main loops.
+"""Compile cases of attention's kernels: phi-1's and phi-2's heads in each dtype, with what changes the main loops; and
+the forward's candidates that read by TMA, none of which a table picks before it was measured.
 
 Strides are those of a packed [N, 3, H, K]. The backward of phi-1's heads rotates the gradients back, as in the block.
 """
@@ -14,7 +15,7 @@ from phi1.bench.static_case import Case
 from phi1.kernels import _attention_backward_triton as backward
 from phi1.kernels import _attention_forward_triton as forward
 from phi1.kernels import _attention_rows_triton as rows
-from phi1.kernels._attention_triton import ROTATED_ROWS
+from phi1.kernels._attention_triton import CANDIDATES, ROTATED_ROWS
 from phi1.kernels._tuned import tile_for
 
 N_HEADS, TOKENS, ROTARY = 32, 2048, 32
@@ -33,20 +34,31 @@ class Variant:
     dtype: str = "fp16"
     head_size: int = 64
     rotary: str = "applied"
+    rotary_size: int = ROTARY
     dropout: bool = False
     packed: bool = False
     padded: bool = False
     causal: bool = True
 
+    tile: tuple[tuple[str, int], ...] = ()
+    """A candidate's; else the table's."""
+
     def __str__(self) -> str:
         flags = [name for name in ("dropout", "packed", "padded") if getattr(self, name)]
         flags += [f"rotary {self.rotary}"] if self.rotary else []
-        return " ".join([self.dtype, f"K={self.head_size}", *flags, *([] if self.causal else ["full"])])
+        flags += [f"R={self.rotary_size}"] if self.rotary_size != ROTARY else []
+        flags += [] if self.causal else ["full"]
+        if self.tile:
+            t = dict(self.tile)
+            flags += [f"{t['block_m']}x{t['block_n']} s{t['num_stages']}",
+                      "warp-specialised" if t["warp_specialize"] else "tma"]
+        return " ".join([self.dtype, f"K={self.head_size}", *flags])
 
 
 VARIANTS = (
     *(Variant(dtype, dropout=dropout) for dtype in ("fp16", "bf16") for dropout in (False, True)),
     Variant(rotary="inside"),
+    Variant(rotary="inside", rotary_size=24),  # no power of two
     Variant(rotary="", causal=False),
     Variant(rotary="", packed=True),
     Variant(rotary="", padded=True),
@@ -60,9 +72,28 @@ VARIANTS = (
 ANY_VARIANTS = (*(Variant(dropout=dropout) for dropout in (False, True)), Variant(head_size=128, dropout=True))
 
 
+def _described(arch: str) -> list[Variant]:
+    """The candidates that read by TMA, at phi-1's heads and, where they are small, at larger ones; the first of a kind
+    in bfloat16, without a causal mask, with dropout and with rotated queries too.
+
+    Warp-specialised, larger heads spill 336 bytes on sm_100, and dropout fails to compile under Triton 3.6.
+    """
+    found = []
+    for special in (0, 1):
+        tiles = [tuple(t.items()) for t in CANDIDATES["forward"] if t["tma"] and t["warp_specialize"] == special]
+        found += [Variant(tile=tile) for tile in tiles]
+        sizes = () if special and arch == "sm_100" else (80, 128)
+        found += [Variant(head_size=size, tile=tile) for tile in tiles if dict(tile)["block_n"] == 64 for size in sizes]
+        found += [Variant("bf16", tile=tiles[0]), Variant(causal=False, tile=tiles[0])]
+        found += [Variant(dropout=True, tile=tiles[0]), Variant(rotary="inside", tile=tiles[0])] if not special else []
+    return found
+
+
 def cases(arch: str) -> list[Case]:
     """Every specialisation of the kernels that the table can pick on an architecture."""
     made = [_case(arch, kernel, variant) for variant in VARIANTS for kernel in KERNELS]
+    if arch in ("sm_90", "sm_100"):
+        made += [_case(arch, "forward", variant) for variant in _described(arch)]
     if arch == "sm_80":
         made += [_case("any", kernel, variant) for variant in ANY_VARIANTS for kernel in KERNELS]
     return [*made, _rotate_rows_case()]
@@ -71,9 +102,11 @@ def cases(arch: str) -> list[Case]:
 def _case(arch: str, kernel: str, variant: Variant) -> Case:
     """A kernel with the tile of an architecture's rows, or of those for "any"."""
     v, inside = variant, variant.rotary == "inside"
-    t = tile_for("attention", kernel, arch, bits=32 if v.dtype == "fp32" else 16, head_size=v.head_size,
-                 causal=v.causal, dropout=v.dropout, rotates=inside)
-    on_load = inside and bool(t["rotate_on_load"])
+    described = {"described": not (v.packed or v.padded)} if kernel == "forward" else {}
+    t = dict(v.tile) or tile_for("attention", kernel, arch, bits=32 if v.dtype == "fp32" else 16, causal=v.causal,
+                                 head_size=v.head_size, dropout=v.dropout, rotates=inside, **described)
+    block_d = triton.next_power_of_2(v.head_size)
+    on_load = inside and bool(t["rotate_on_load"]) and v.rotary_size == ROTARY
     names = KERNELS[kernel].arg_names
     optional = {"cu_seqlens_ptr": ("*i32", v.packed), "seq_starts_ptr": ("*i32", v.padded),
                 "rng_ptr": ("*i64", v.dropout), "sample_ids_ptr": ("*i64", v.dropout)}
@@ -86,22 +119,29 @@ def _case(arch: str, kernel: str, variant: Variant) -> Case:
     types |= dict.fromkeys(COUNTS, "i32") | {"scale_log2" if kernel == "forward" else "scale": "fp32"}
     constexprs: dict[str, Any] = {name: None for name, (_, given) in optional.items() if not given}
     constexprs |= _strides(names, v.head_size) | {"n_heads": N_HEADS}
+    if kernel == "forward":
+        constexprs |= {"TMA": bool(t["tma"]), "WARP_SPECIALIZE": bool(t["warp_specialize"])}
+        if t["tma"]:
+            types |= dict.fromkeys(("k_ptr", "v_ptr"), f"tensordesc<{v.dtype}[1, {t['block_n']}, 1, {block_d}]>")
     return Case(
         name=f"attention_{kernel} {v}{' any' if arch == 'any' else ''}",
         kernel=KERNELS[kernel],
         types=types,
         constexprs=constexprs | {
-            "IS_CAUSAL": v.causal, "HALF": ROTARY // 2 if rotary_read else 0, "HEAD_DIM": v.head_size,
+            "IS_CAUSAL": v.causal, "HALF": v.rotary_size // 2 if rotary_read else 0, "HEAD_DIM": v.head_size,
             "ROTATE_Q": (inside and kernel != "backward_dkdv") or on_load,
             "ROTATE_K": (inside and kernel == "backward_dkdv") or on_load,
-            "BLOCK_D": triton.next_power_of_2(v.head_size), "BLOCK_M": t["block_m"], "BLOCK_N": t["block_n"],
+            "BLOCK_D": block_d, "BLOCK_M": t["block_m"], "BLOCK_N": t["block_n"],
         },
         num_warps=t["num_warps"],
         num_stages=t["num_stages"],
         tensor_core=v.dtype != "fp32",
+        warp_specialized=bool(t.get("warp_specialize")),
         # Statistics of queries, columns of the rotary tables, positions, seed, step and sample ids.
         narrow_loads=40,
-        narrow_stores=20 if arch == "gfx942" else 1,  # lse or delta; AMD's compiler stores accumulators in part so
+        # lse or delta, where specialised once for each of two groups of warps; AMD's compiler stores accumulators in
+        # part so.
+        narrow_stores=20 if arch == "gfx942" else 1 + t.get("warp_specialize", 0),
         spill_bytes=_spills(arch, kernel, v),
     )
 
@@ -113,7 +153,8 @@ def _spills(arch: str, kernel: str, v: Variant) -> int:
     known = {("sm_80", "backward_dq", "fp32 K=128 rotary applied"): 8,
              ("sm_100", "backward_dkdv", "fp16 K=128 dropout"): 8,
              ("sm_80", "backward_dkdv", "fp16 K=64 padded"): 16,
-             ("sm_80", "backward_dkdv", "fp32 K=64 rotary applied"): 8}
+             ("sm_80", "backward_dkdv", "fp32 K=64 rotary applied"): 8,
+             ("gfx942", "backward_dq", "fp16 K=64 rotary inside R=24"): 20}
     return known.get((arch, kernel, str(v)), 0)
 
 

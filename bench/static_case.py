@@ -21,6 +21,7 @@ class Case:
         narrow_loads, narrow_stores: how many global accesses may be under 16 bytes wide: those of per-row statistics.
         unaligned: pointers that are not 16-byte aligned.
         tensor_core: whether its main loop must run on tensor instructions (of fp16 and bf16 operands).
+        warp_specialized: whether warps of their own must do the loads of its main loop.
         spill_bytes: bytes of stack a thread that are known and accepted, outside the main loop.
         loop_spills: how many accesses to spilled registers are known and accepted inside innermost loops.
     """
@@ -35,5 +36,6 @@ class Case:
     narrow_stores: int = 0
     unaligned: tuple[str, ...] = ()
     tensor_core: bool = False
+    warp_specialized: bool = False
     spill_bytes: int = 0
     loop_spills: int = 0

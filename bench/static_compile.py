@@ -55,6 +55,7 @@ def measure(case: Case, arch: str) -> Report:
     return Report(
         registers, stack, loop_spills, compiled.metadata.shared, warps,
         tensor_instructions=len(re.findall(gpu.tensor_instruction, assembly)),
+        register_moves=len(re.findall(r"\bsetmaxnreg\b", assembly)),
         loads=_widths(accesses, "load"), stores=_widths(accesses, "store"),
     )
 

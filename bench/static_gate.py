@@ -61,6 +61,7 @@ class Report:
         shared: bytes of shared memory a program.
         warps: of a program, those that the compiler added included.
         tensor_instructions: how many are in the code.
+        register_moves: how often the code moves registers between warps (`setmaxnreg`), as warp-specialised code does.
         loads, stores: width in bytes -> how many global accesses are in the code.
         error: why it does not compile; the other fields are then 0.
     """
@@ -71,6 +72,7 @@ class Report:
     shared: int = 0
     warps: int = 0
     tensor_instructions: int = 0
+    register_moves: int = 0
     loads: Mapping[int, int] = field(default_factory=dict)
     stores: Mapping[int, int] = field(default_factory=dict)
     error: str = ""
@@ -100,6 +102,8 @@ def complaints(case: Case, arch: str, report: Report) -> list[str]:
     found = []
     if case.tensor_core and not report.tensor_instructions:
         found.append("has no tensor instruction")
+    if case.warp_specialized and not report.register_moves:
+        found.append("is not warp-specialised: the compiler ignored the request")
     if report.stack > case.spill_bytes:
         found.append(f"spills {report.stack} bytes a thread, {case.spill_bytes} allowed")
     elif report.stack and report.loop_spills > case.loop_spills:

@@ -19,13 +19,13 @@ import triton.language as tl
 from phi1.kernels._attention_rows_triton import (
     LOG2E,
     first_token,
+    keys_of_queries,
     load_rows,
     load_statistics,
-    mask_key,
     mask_scale,
+    masks_of,
     program_rows,
     rotate,
-    sample_of_mask,
     sees,
     store_rows,
 )
@@ -82,18 +82,20 @@ def attention_backward_dq_kernel(
 ):
     """One program per BLOCK_M queries of one head."""
     HAS_STARTS: tl.constexpr = seq_starts_ptr is not None
-    head, block, sample, origin, n_queries, n_keys = program_rows(
+    head, first, sample, origin, row, n_queries, n_keys = program_rows(
         cu_seqlens_ptr, n_queries, n_keys, n_heads, n_blocks, n_samples, BLOCK_M, True)
-    first = block * BLOCK_M
-    if first >= n_queries:  # a slot that its document has no rows for
+    if first >= n_queries:
         return
-    row = origin if cu_seqlens_ptr is not None else origin * n_queries
     if positions_ptr is not None:
         positions_ptr += row
+    rotation = (cos_ptr, sin_ptr, positions_ptr, n_positions)
+    masks = masks_of(rng_ptr, sample_ids_ptr, sample, n_samples, head, stream, threshold)
+    start = first_token(seq_starts_ptr, sample, n_keys)
+    begin, whole, end = keys_of_queries(first, start, n_queries, n_keys, IS_CAUSAL, BLOCK_M, BLOCK_N)
     q = load_rows(q_ptr + origin * stride_q_b + head * stride_q_h, first, 0, n_queries, stride_q_t, BLOCK_M, HEAD_DIM,
                   BLOCK_D, True)
     if ROTATE_Q:
-        q = rotate(q, cos_ptr, sin_ptr, positions_ptr, first, n_queries, n_positions, 1, HALF).to(q.dtype)
+        q = rotate(q, rotation, first, n_queries, 1, HALF).to(q.dtype)
     at, stride_out_t = (row * n_heads + head) * HEAD_DIM, n_heads * HEAD_DIM
     dout = load_rows(dout_ptr + at, first, 0, n_queries, stride_out_t, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     out = load_rows(out_ptr + at, first, 0, n_queries, stride_out_t, BLOCK_M, HEAD_DIM, BLOCK_D, True)
@@ -103,46 +105,39 @@ def attention_backward_dq_kernel(
     tl.store(delta_ptr + statistics, delta, mask=offs_m < n_queries)
     # Rows past the end have probabilities of 0.
     lse = tl.load(lse_ptr + statistics, mask=offs_m < n_queries, other=float("inf")) * LOG2E
-
-    start = first_token(seq_starts_ptr, sample, n_keys)
     query = offs_m + n_keys - n_queries  # [BLOCK_M], positions in the sample
-    end = tl.minimum(n_keys, first + BLOCK_M + n_keys - n_queries) if IS_CAUSAL else n_keys
-    whole = tl.minimum(n_keys, first + 1 + n_keys - n_queries) if IS_CAUSAL else n_keys
-    begin, middle = start // BLOCK_N * BLOCK_N, whole // BLOCK_N * BLOCK_N
-    number, key = sample_of_mask(sample_ids_ptr, sample, n_samples), mask_key(rng_ptr)
     k_ptr += origin * stride_k_b + head * stride_k_h
     v_ptr += origin * stride_v_b + head * stride_v_h
-    stream += head.to(tl.int32)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if not HAS_STARTS:
         dq = add_keys(
-            dq, q, dout, lse, delta, query, k_ptr, v_ptr, begin, middle, n_keys, start, cos_ptr, sin_ptr,
-            positions_ptr, n_positions, key, number, stream, threshold, stride_k_t, stride_v_t, scale, IS_CAUSAL,
-            HAS_STARTS, rng_ptr is not None, ROTATE_K, HALF, HEAD_DIM, BLOCK_D, BLOCK_N, False)
-        begin = middle
+            dq, q, dout, lse, delta, query, k_ptr, v_ptr, begin, whole, start, n_keys, rotation, masks, stride_k_t,
+            stride_v_t, scale, IS_CAUSAL, HAS_STARTS, rng_ptr is not None, ROTATE_K, HALF, HEAD_DIM, BLOCK_D, BLOCK_N,
+            False)
+        begin = whole
     dq = add_keys(
-        dq, q, dout, lse, delta, query, k_ptr, v_ptr, begin, end, n_keys, start, cos_ptr, sin_ptr,
-        positions_ptr, n_positions, key, number, stream, threshold, stride_k_t, stride_v_t, scale, IS_CAUSAL,
-        HAS_STARTS, rng_ptr is not None, ROTATE_K, HALF, HEAD_DIM, BLOCK_D, BLOCK_N, True) * scale
+        dq, q, dout, lse, delta, query, k_ptr, v_ptr, begin, end, start, n_keys, rotation, masks, stride_k_t,
+        stride_v_t, scale, IS_CAUSAL, HAS_STARTS, rng_ptr is not None, ROTATE_K, HALF, HEAD_DIM, BLOCK_D, BLOCK_N,
+        True) * scale
     if cos_ptr is not None:
-        dq = rotate(dq, cos_ptr, sin_ptr, positions_ptr, first, n_queries, n_positions, -1, HALF)
+        dq = rotate(dq, rotation, first, n_queries, -1, HALF)
     store_rows(dq_ptr + origin * stride_dq_b + head * stride_dq_h, dq, first, n_queries, stride_dq_t, BLOCK_M,
                HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def add_keys(
-    dq, q, dout, lse, delta, query, k_ptr, v_ptr, first, last, n_keys, start, cos_ptr, sin_ptr, positions_ptr,
-    n_positions, key, number, stream, threshold, stride_k_t, stride_v_t, scale, IS_CAUSAL: tl.constexpr,
-    HAS_STARTS: tl.constexpr, DROPOUT: tl.constexpr, ROTATE_K: tl.constexpr, HALF: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    dq, q, dout, lse, delta, query, k_ptr, v_ptr, first, last, start, n_keys, rotation, masks, stride_k_t, stride_v_t,
+    scale, IS_CAUSAL: tl.constexpr, HAS_STARTS: tl.constexpr, DROPOUT: tl.constexpr, ROTATE_K: tl.constexpr,
+    HALF: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):
     """Add what the keys first..last give to dq [BLOCK_M, BLOCK_D]."""
     offs_n = tl.arange(0, BLOCK_N)
+    key, number, stream, threshold = masks
     for n in range(first, last, BLOCK_N):
         k = load_rows(k_ptr, n, start, n_keys, stride_k_t, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
         if ROTATE_K:
-            k = rotate(k, cos_ptr, sin_ptr, positions_ptr, n, n_keys, n_positions, 1, HALF).to(k.dtype)
+            k = rotate(k, rotation, n, n_keys, 1, HALF).to(k.dtype)
         v = load_rows(v_ptr, n, start, n_keys, stride_v_t, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if MASKED:
@@ -208,74 +203,71 @@ def attention_backward_dkdv_kernel(
 ):
     """One program per BLOCK_N keys of one head."""
     HAS_STARTS: tl.constexpr = seq_starts_ptr is not None
-    head, block, sample, origin, n_queries, n_keys = program_rows(
+    head, first, sample, origin, row, n_queries, n_keys = program_rows(
         cu_seqlens_ptr, n_queries, n_keys, n_heads, n_blocks, n_samples, BLOCK_N, False)
-    first = block * BLOCK_N
-    if first >= n_keys:  # a slot that its document has no rows for
+    if first >= n_keys:
         return
-    row = origin if cu_seqlens_ptr is not None else origin * n_queries
     if positions_ptr is not None:
         positions_ptr += row
+    rotation = (cos_ptr, sin_ptr, positions_ptr, n_positions)
+    masks = masks_of(rng_ptr, sample_ids_ptr, sample, n_samples, head, stream, threshold)
     start = first_token(seq_starts_ptr, sample, n_keys)
     k = load_rows(k_ptr + origin * stride_k_b + head * stride_k_h, first, start, n_keys, stride_k_t, BLOCK_N, HEAD_DIM,
                   BLOCK_D, True)
     v = load_rows(v_ptr + origin * stride_v_b + head * stride_v_h, first, start, n_keys, stride_v_t, BLOCK_N, HEAD_DIM,
                   BLOCK_D, True)
     if ROTATE_K:
-        k = rotate(k, cos_ptr, sin_ptr, positions_ptr, first, n_keys, n_positions, 1, HALF).to(k.dtype)
+        k = rotate(k, rotation, first, n_keys, 1, HALF).to(k.dtype)
     # The first query that sees a key of the program, and the first that sees them all.
     begin, whole = 0, 0
     if IS_CAUSAL:
         begin = tl.maximum(first - (n_keys - n_queries), 0) // BLOCK_M * BLOCK_M
         whole = tl.cdiv(tl.maximum(first + BLOCK_N - 1 - (n_keys - n_queries), 0), BLOCK_M) * BLOCK_M
-    number, key = sample_of_mask(sample_ids_ptr, sample, n_samples), mask_key(rng_ptr)
+    if HAS_STARTS:
+        whole = n_queries
     q_ptr += origin * stride_q_b + head * stride_q_h
     dout_ptr += (row * n_heads + head) * HEAD_DIM
     lse_ptr += head * n_rows + row
     delta_ptr += head * n_rows + row
-    stream += head.to(tl.int32)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    if HAS_STARTS:
-        whole = n_queries
     if IS_CAUSAL or HAS_STARTS:
         dk, dv = add_queries(
             dk, dv, k, v, first, q_ptr, dout_ptr, lse_ptr, delta_ptr, begin, tl.minimum(whole, n_queries), n_queries,
-            n_keys, start, cos_ptr, sin_ptr, positions_ptr, n_positions, key, number, stream, threshold, stride_q_t,
-            n_heads * HEAD_DIM, scale, IS_CAUSAL, HAS_STARTS, rng_ptr is not None, ROTATE_Q, HALF, HEAD_DIM, BLOCK_D,
-            BLOCK_M, True)
+            n_keys, start, rotation, masks, stride_q_t, n_heads * HEAD_DIM, scale, IS_CAUSAL, HAS_STARTS,
+            rng_ptr is not None, ROTATE_Q, HALF, HEAD_DIM, BLOCK_D, BLOCK_M, True)
     if not HAS_STARTS:
         dk, dv = add_queries(
             dk, dv, k, v, first, q_ptr, dout_ptr, lse_ptr, delta_ptr, whole, n_queries, n_queries,
-            n_keys, start, cos_ptr, sin_ptr, positions_ptr, n_positions, key, number, stream, threshold, stride_q_t,
-            n_heads * HEAD_DIM, scale, IS_CAUSAL, HAS_STARTS, rng_ptr is not None, ROTATE_Q, HALF, HEAD_DIM, BLOCK_D,
-            BLOCK_M, False)
+            n_keys, start, rotation, masks, stride_q_t, n_heads * HEAD_DIM, scale, IS_CAUSAL, HAS_STARTS,
+            rng_ptr is not None, ROTATE_Q, HALF, HEAD_DIM, BLOCK_D, BLOCK_M, False)
     at = origin * stride_dk_b + head * stride_dk_h
     dv *= mask_scale(rng_ptr, threshold)
     store_rows(dv_ptr + at, dv, first, n_keys, stride_dk_t, BLOCK_N, HEAD_DIM, BLOCK_D)
     dk *= scale
     if cos_ptr is not None:
-        dk = rotate(dk, cos_ptr, sin_ptr, positions_ptr, first, n_keys, n_positions, -1, HALF)
+        dk = rotate(dk, rotation, first, n_keys, -1, HALF)
     store_rows(dk_ptr + at, dk, first, n_keys, stride_dk_t, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def add_queries(
-    dk, dv, k, v, first_key, q_ptr, dout_ptr, lse_ptr, delta_ptr, first, last, n_queries, n_keys, start, cos_ptr,
-    sin_ptr, positions_ptr, n_positions, key, number, stream, threshold, stride_q_t, stride_out_t, scale,
-    IS_CAUSAL: tl.constexpr, HAS_STARTS: tl.constexpr, DROPOUT: tl.constexpr, ROTATE_Q: tl.constexpr,
-    HALF: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+    dk, dv, k, v, first_key, q_ptr, dout_ptr, lse_ptr, delta_ptr, first, last, n_queries, n_keys, start, rotation,
+    masks, stride_q_t, stride_out_t, scale, IS_CAUSAL: tl.constexpr, HAS_STARTS: tl.constexpr, DROPOUT: tl.constexpr,
+    ROTATE_Q: tl.constexpr, HALF: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """Add what the queries first..last give to dk and dv [BLOCK_N, BLOCK_D]."""
     BLOCK_N: tl.constexpr = k.shape[0]
     offs_n, offs_m = first_key + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    key, number, stream, threshold = masks
     for m in range(first, last, BLOCK_M):
         # Rows past the end give nothing: q and dout are 0 there, lse is infinite and so their probabilities are 0.
         lse = load_statistics(lse_ptr, m, n_queries, float("inf"), BLOCK_M) * LOG2E
         delta = load_statistics(delta_ptr, m, n_queries, 0.0, BLOCK_M)
         q = load_rows(q_ptr, m, 0, n_queries, stride_q_t, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         if ROTATE_Q:
-            q = rotate(q, cos_ptr, sin_ptr, positions_ptr, m, n_queries, n_positions, 1, HALF).to(q.dtype)
+            q = rotate(q, rotation, m, n_queries, 1, HALF).to(q.dtype)
         dout = load_rows(dout_ptr, m, 0, n_queries, stride_out_t, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         query = m + offs_m + (n_keys - n_queries)
         s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]

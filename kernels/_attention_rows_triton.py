@@ -33,10 +33,11 @@ def find_document(slot, cu_seqlens_ptr, n_documents, BLOCK: tl.constexpr):
 @triton.jit
 def program_rows(cu_seqlens_ptr, n_queries, n_keys, n_heads, n_blocks, n_samples, BLOCK: tl.constexpr,
                  LAST_FIRST: tl.constexpr):
-    """(head, block, sample, origin, n_queries, n_keys): what this program attends to.
+    """(head, first, sample, origin, row, n_queries, n_keys): what this program attends to, from token `first` on.
 
-    origin, int64, is the sample's number in a batch and its first row among packed documents. Heads are innermost, so
-    that within a sample the longest tiles of all heads start first.
+    origin, int64, is the sample's number in a batch and its first row among packed documents; row is its first row in
+    either. Of packed documents a program may have none: first is then n_queries or more. Heads are innermost, so that
+    within a sample the longest tiles of all heads start first.
     """
     pid = tl.program_id(0)
     head = pid % n_heads
@@ -44,14 +45,29 @@ def program_rows(cu_seqlens_ptr, n_queries, n_keys, n_heads, n_blocks, n_samples
     if LAST_FIRST:
         block = n_blocks - 1 - block
     origin = sample.to(tl.int64)
+    row = origin * n_queries
     if cu_seqlens_ptr is not None:
         document, block = find_document(block, cu_seqlens_ptr, n_samples + 2, BLOCK)
-        first = tl.load(cu_seqlens_ptr + document)
-        origin = first.to(tl.int64)
-        n_queries = tl.load(cu_seqlens_ptr + document + 1) - first
+        begin = tl.load(cu_seqlens_ptr + document)
+        origin = begin.to(tl.int64)
+        row = origin
+        n_queries = tl.load(cu_seqlens_ptr + document + 1) - begin
         n_keys = n_queries
         sample = document - 1
-    return head.to(tl.int64), block, sample, origin, n_queries, n_keys
+    return head.to(tl.int64), block * BLOCK, sample, origin, row, n_queries, n_keys
+
+
+@triton.jit
+def keys_of_queries(first, start, n_queries, n_keys, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr,
+                    BLOCK_N: tl.constexpr):
+    """(begin, whole, end): some of the queries first.. see keys of tiles begin..end, and all of them see begin..whole
+    (but for those before start)."""
+    offset = n_keys - n_queries
+    begin, whole, end = start // BLOCK_N * BLOCK_N, n_keys, n_keys
+    if IS_CAUSAL:
+        whole = tl.minimum(n_keys, first + offset + 1)
+        end = tl.minimum(n_keys, first + offset + BLOCK_M)
+    return begin, whole // BLOCK_N * BLOCK_N, end
 
 
 @triton.jit
@@ -85,25 +101,49 @@ def store_rows(ptr, x, first, n_rows, stride_t, ROWS: tl.constexpr, HEAD_DIM: tl
 
 
 @triton.jit
-def rotate(x, cos_ptr, sin_ptr, positions_ptr, first, n_rows, n_positions, SIGN: tl.constexpr, HALF: tl.constexpr):
+def rotate(x, rotation, first, n_rows, SIGN: tl.constexpr, HALF: tl.constexpr):
     """x [ROWS, BLOCK_D] in float32, its first 2 HALF columns rotated by the positions of rows first.. of the sample.
 
-    cos, sin [T, HALF]; SIGN -1 rotates back. A position outside of the tables gives NaN.
+    rotation: (cos [T, HALF], sin, the sample's positions, T). SIGN -1 rotates back. A position outside of the tables
+    gives NaN.
     """
+    cos_ptr, sin_ptr, positions_ptr, n_positions = rotation
+    offs_r = first + tl.arange(0, x.shape[0])
+    position = tl.load(positions_ptr + offs_r, mask=offs_r < n_rows, other=0).to(tl.int64)
+    known = (position >= 0) & (position < n_positions)
+    x = x.to(tl.float32)
+    if HALF & (HALF - 1):
+        x = rotate_columns(x, cos_ptr, sin_ptr, position, known, SIGN, HALF)
+    else:
+        x = rotate_halves(x, cos_ptr, sin_ptr, position, known, SIGN, HALF)
+    return x
+
+
+@triton.jit
+def rotate_halves(x, cos_ptr, sin_ptr, position, known, SIGN: tl.constexpr, HALF: tl.constexpr):
+    """`rotate` where HALF is a power of two: as a tensor of halves, whose pairs meet in one thread."""
     ROWS: tl.constexpr = x.shape[0]
     PAIRS: tl.constexpr = x.shape[1] // (2 * HALF)
-    offs_r = first + tl.arange(0, ROWS)
-    position = tl.load(positions_ptr + offs_r, mask=offs_r < n_rows, other=0)
-    known = ((position >= 0) & (position < n_positions))[:, None, None]
     offs_p, offs_d = tl.arange(0, PAIRS)[None, :, None], tl.arange(0, HALF)[None, None, :]
-    at = position.to(tl.int64)[:, None, None] * HALF + offs_d
+    at, known = position[:, None, None] * HALF + offs_d, known[:, None, None]
     c = tl.load(cos_ptr + at, mask=known & (offs_p == 0), other=1.0)  # [ROWS, PAIRS, HALF]
     s = tl.load(sin_ptr + at, mask=known & (offs_p == 0), other=0.0) * SIGN
     c = tl.where(known, c, float("nan"))
-    halves = tl.permute(tl.reshape(x.to(tl.float32), (ROWS, PAIRS, 2, HALF)), (0, 1, 3, 2))
-    a, b = tl.split(halves)
+    a, b = tl.split(tl.permute(tl.reshape(x, (ROWS, PAIRS, 2, HALF)), (0, 1, 3, 2)))
     turned = tl.permute(tl.join(a * c - b * s, b * c + a * s), (0, 1, 3, 2))
     return tl.reshape(turned, (ROWS, PAIRS * 2 * HALF))
+
+
+@triton.jit
+def rotate_columns(x, cos_ptr, sin_ptr, position, known, SIGN: tl.constexpr, HALF: tl.constexpr):
+    """`rotate` of any HALF: each column fetches its pair's other one, an exchange between threads."""
+    offs_d = tl.arange(0, x.shape[1])[None, :]
+    other = tl.where(offs_d < HALF, offs_d + HALF, tl.where(offs_d < 2 * HALF, offs_d - HALF, offs_d))
+    at, known = position[:, None] * HALF + offs_d % HALF, known[:, None]
+    c = tl.load(cos_ptr + at, mask=known & (offs_d < 2 * HALF), other=1.0)  # [ROWS, BLOCK_D]
+    s = tl.load(sin_ptr + at, mask=known & (offs_d < 2 * HALF), other=0.0) * SIGN
+    c = tl.where(known, c, float("nan"))
+    return x * c + tl.gather(x, tl.broadcast_to(other, x.shape), 1) * tl.where(offs_d < HALF, -s, s)
 
 
 @triton.jit
@@ -128,13 +168,18 @@ def first_token(seq_starts_ptr, sample, n_keys):
 
 
 @triton.jit
-def sample_of_mask(sample_ids_ptr, sample, n_samples):
-    """The counter's sample id, int32: of sample_ids [n_samples], or the sample's number."""
-    number = sample
+def masks_of(rng_ptr, sample_ids_ptr, sample, n_samples, head, stream, threshold):
+    """(key, sample, stream, threshold) of the dropout masks of one head: their counters but for row and columns.
+
+    The sample is that of sample_ids [n_samples], or its number. Without dropout nothing reads this.
+    """
     if sample_ids_ptr is not None:
         inside = (sample >= 0) & (sample < n_samples)
-        number = tl.load(sample_ids_ptr + sample, mask=inside, other=0).to(tl.int32)
-    return number
+        sample = tl.load(sample_ids_ptr + sample, mask=inside, other=0).to(tl.int32)
+    key = 0
+    if rng_ptr is not None:
+        key = philox_key(rng_ptr)
+    return key, sample, stream + head.to(tl.int32), threshold
 
 
 @triton.jit
@@ -151,20 +196,11 @@ def load_statistics(ptr, first, n_rows, other, ROWS: tl.constexpr):
 
 
 @triton.jit
-def mask_key(rng_ptr):
-    """The key of the dropout masks; 0 without dropout, where nothing reads it."""
-    if rng_ptr is None:
-        return 0
-    else:  # noqa: RET505  after a return, Triton would compile what does not run too
-        return philox_key(rng_ptr)
-
-
-@triton.jit
 def mask_scale(rng_ptr, threshold):
     """What kept probabilities are multiplied by."""
     if rng_ptr is None:
         return 1.0
-    else:  # noqa: RET505
+    else:  # noqa: RET505  after a return, Triton would compile what does not run too
         return 65536.0 / (65536 - threshold)
 
 
@@ -192,6 +228,6 @@ def rotate_rows_kernel(
     first = pid // n_heads % blocks * BLOCK_T
     x = load_rows(x_ptr + sample * stride_x_b + head * stride_x_h, first, 0, n_tokens, stride_x_t, BLOCK_T, HEAD_DIM,
                   BLOCK_D, True)
-    y = rotate(x, cos_ptr, sin_ptr, positions_ptr + sample * n_tokens, first, n_tokens, n_positions, 1, HALF)
+    y = rotate(x, (cos_ptr, sin_ptr, positions_ptr + sample * n_tokens, n_positions), first, n_tokens, 1, HALF)
     store_rows(y_ptr + (sample * n_tokens * n_heads + head) * HEAD_DIM, y, first, n_tokens, n_heads * HEAD_DIM, BLOCK_T,
                HEAD_DIM, BLOCK_D)

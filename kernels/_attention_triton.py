@@ -6,11 +6,14 @@ B batch, Tq queries, Tk keys, H heads, K head size, N = B * Tq rows, R rotary di
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import copy_context
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from phi1.kernels._attention_backward_triton import attention_backward_dkdv_kernel, attention_backward_dq_kernel
 from phi1.kernels._attention_forward_triton import attention_forward_kernel
@@ -22,22 +25,28 @@ if TYPE_CHECKING:
     from phi1.kernels._attention import Scheme
 
 MAX_HEAD_SIZE = 128
+MAX_STRIDE = (2**31 - 1) // 256  # of tokens, in elements: a tile has at most 256
 ROTATED_ROWS = 64  # a program of rotate_rows_kernel
 # Said at every launch, since the default changes with Triton 3.10, and bits with it.
 FP_FUSION = True
 
 
-def _tiles(*tiles: tuple[int, int, int, int, int]) -> list[dict[str, int]]:
-    names = ("block_m", "block_n", "rotate_on_load", "num_warps", "num_stages")
+def _tiles(*tiles: tuple[int, ...], more: tuple[str, ...] = ()) -> list[dict[str, int]]:
+    names = ("block_m", "block_n", "rotate_on_load", "num_warps", "num_stages", *more)
     return [dict(zip(names, tile, strict=True)) for tile in tiles]
 
 
 # What rotates on load reads half as much as what rotates into scratch first, and rotates each row for each tile.
+# "tma" reads k and v by TMA (sm_90 and later), "warp_specialize" leaves these reads to warps of their own: 4 that read
+# and 8 that compute, of which the 4 of "num_warps" are the first. Both only where `_Call.described` says so.
 CANDIDATES = {
     "forward": _tiles(
-        (128, 128, 0, 8, 3), (128, 128, 1, 8, 3), (128, 128, 0, 8, 2), (256, 64, 0, 8, 3), (128, 64, 0, 8, 3),
-        (128, 64, 1, 8, 3), (128, 64, 0, 4, 3), (128, 64, 1, 4, 3), (128, 64, 0, 4, 2), (128, 32, 0, 4, 3),
-        (64, 128, 0, 4, 3), (64, 64, 0, 4, 3)),
+        (128, 128, 0, 8, 3, 0, 0), (128, 128, 1, 8, 3, 0, 0), (128, 128, 0, 8, 2, 0, 0), (256, 64, 0, 8, 3, 0, 0),
+        (128, 64, 0, 8, 3, 0, 0), (128, 64, 1, 8, 3, 0, 0), (128, 64, 0, 4, 3, 0, 0), (128, 64, 1, 4, 3, 0, 0),
+        (128, 64, 0, 4, 2, 0, 0), (128, 32, 0, 4, 3, 0, 0), (64, 128, 0, 4, 3, 0, 0), (64, 64, 0, 4, 3, 0, 0),
+        (128, 128, 0, 8, 3, 1, 0), (128, 128, 0, 8, 2, 1, 0), (128, 64, 0, 8, 3, 1, 0), (128, 128, 0, 4, 2, 1, 1),
+        (128, 128, 0, 4, 3, 1, 1), (128, 64, 0, 4, 2, 1, 1),
+        more=("tma", "warp_specialize")),
     "backward_dq": _tiles(
         (128, 128, 0, 8, 2), (128, 128, 1, 8, 2), (128, 64, 0, 8, 2), (128, 64, 1, 8, 2), (128, 64, 0, 8, 3),
         (128, 32, 0, 4, 2), (64, 128, 0, 8, 2), (64, 64, 0, 4, 2), (64, 64, 0, 8, 2), (64, 32, 0, 4, 2)),
@@ -57,16 +66,36 @@ def launch_forward(
     call = _Call(q, k, v, scheme, cu_seqlens)
     if not out.numel():
         return out, lse
-    t = call.tile("forward")
-    on_load = call.rotates and bool(t["rotate_on_load"])
     q, k, v = call.readable(q), call.readable(k), call.readable(v)
+    described = call.described(q, k, v)
+    t = call.tile("forward", described=described)
+    on_load = call.rotates_on_load(t)
     if call.rotates and not on_load:
         k = call.rotated(k)
-    attention_forward_kernel[call.grid(call.n_queries, t["block_m"])](
-        q, k, v, out, lse, scale_log2=scheme.scale * math.log2(math.e), ROTATE_Q=call.rotates, ROTATE_K=on_load,
-        **call.arguments(call.n_queries, t["block_m"], t), **call.strides(q=q, k=k, v=v),
+    tma = described and bool(t["tma"]) and not on_load
+    specialized = tma and bool(t["warp_specialize"]) and not call.rotates and scheme.dropout is None
+    read_k, read_v = (call.descriptor(x, t["block_n"]) if tma else x for x in (k, v))
+
+    launch = partial(
+        attention_forward_kernel[call.grid(call.n_queries, t["block_m"])],
+        q, read_k, read_v, out, lse, scale_log2=scheme.scale * math.log2(math.e), ROTATE_Q=call.rotates,
+        ROTATE_K=on_load, TMA=tma, WARP_SPECIALIZE=specialized, **call.arguments(call.n_queries, t["block_m"], t),
+        **call.strides(q=q, k=k, v=v),
     )
+    if specialized:
+        _with_scratch(launch)
+    else:
+        launch()
     return out, lse
+
+
+def _with_scratch(launch: Callable[[], object]) -> None:
+    """Launch a kernel that makes descriptors, with memory for them. The caller's allocator, a context variable, stays.
+    """
+    context = copy_context()
+    context.run(triton.set_allocator, lambda size, alignment, stream: torch.empty(size, dtype=torch.int8,
+                                                                                   device="cuda"))
+    context.run(launch)
 
 
 def launch_backward(
@@ -84,14 +113,14 @@ def launch_backward(
     q, k, v = call.readable(q), call.readable(k), call.readable(v)
     dout, out, delta = dout.contiguous(), out.contiguous(), torch.empty_like(lse)
     t = call.tile("backward_dq")
-    on_load = call.rotates and bool(t["rotate_on_load"])
+    on_load = call.rotates_on_load(t)
     k_read = call.rotated(k) if call.rotates and not on_load else k
     attention_backward_dq_kernel[call.grid(call.n_queries, t["block_m"])](
         dout, q, k_read, v, out, lse, delta, dq, scale=scheme.scale, ROTATE_Q=call.rotates, ROTATE_K=on_load,
         **call.arguments(call.n_queries, t["block_m"], t), **call.strides(q=q, k=k_read, v=v, dq=dq),
     )
     t = call.tile("backward_dkdv")
-    on_load = call.rotates and bool(t["rotate_on_load"])
+    on_load = call.rotates_on_load(t)
     q_read = call.rotated(q) if call.rotates and not on_load else q
     attention_backward_dkdv_kernel[call.grid(call.n_keys, t["block_n"])](
         dout, q_read, k, v, lse, delta, dk, dv, scale=scheme.scale, ROTATE_Q=on_load, ROTATE_K=call.rotates,
@@ -116,18 +145,32 @@ class _Call:
         if self.head_size > MAX_HEAD_SIZE:
             raise NotImplementedError(f"attention: the Triton kernels take a head size of at most {MAX_HEAD_SIZE}; got "
                                       f"{self.head_size}; backend('reference') takes any size")
-        if self.half & (self.half - 1):
-            raise NotImplementedError("attention_qkv: the Triton kernels rotate a power of two of dimensions; got "
-                                      f"{2 * self.half}; backend('reference') takes any number")
 
-    def tile(self, kernel: str) -> dict[str, int]:
+    def tile(self, kernel: str, **more: bool) -> dict[str, int]:
         return tile("attention", kernel, self.device, head_size=self.head_size, bits=8 * self.dtype.itemsize,
-                    causal=self.scheme.causal, dropout=self.scheme.dropout is not None, rotates=self.rotates)
+                    causal=self.scheme.causal, dropout=self.scheme.dropout is not None, rotates=self.rotates, **more)
 
     def readable(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, T, H, K] with elements of a head side by side, and, of packed documents, with all rows equally far."""
+        """x [B, T, H, K] with elements of a head side by side, with offsets within a tile in 32 bits, and, of packed
+        documents, with all rows equally far."""
         even = self.cuts is None or x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
-        return x if x.stride(3) == 1 and even else x.contiguous()
+        return x if x.stride(3) == 1 and x.stride(1) <= MAX_STRIDE and even else x.contiguous()
+
+    def described(self, *operands: torch.Tensor) -> bool:
+        """Whether TMA can read operands [B, T, H, K]: it wants multiples of 16 bytes, and masks only what lies past
+        the end of a sample."""
+        size = self.dtype.itemsize
+        return self.cuts is None and self.scheme.seq_starts is None and all(
+            x.data_ptr() % 16 == 0 and all(stride > 0 and stride * size % 16 == 0 for stride in x.stride()[:3])
+            for x in operands)
+
+    def descriptor(self, x: torch.Tensor, rows: int) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(x, [1, rows, 1, self.block_d])
+
+    def rotates_on_load(self, t: dict[str, int]) -> bool:
+        """Whether each tile that is read is rotated. Not where this takes an exchange between threads: see
+        `rotate_columns`, which on sm_90 would also need 247,808 bytes of shared memory."""
+        return self.rotates and bool(t["rotate_on_load"]) and not self.half & (self.half - 1)
 
     def rotated(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, T, H, K] rotated, in memory of its own."""

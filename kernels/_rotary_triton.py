@@ -88,6 +88,9 @@ def launch_rotary(
     n_rows, parts, n_heads, head_dim = x.shape
     if not x.numel():
         return
+    if x.stride(3) * head_dim >= 2**31:
+        raise NotImplementedError("rotary: the Triton kernel takes elements of a head that are at most "
+                                  f"{2**31 // head_dim} from the next; got {x.stride(3)}")
     in_place = out is x
     half = cos.shape[1]
     t = tile("rotary", "rotate", x.device, half=half)

@@ -24,7 +24,8 @@ launches = importlib.import_module("phi1.kernels._attention_triton")
 FOLDER = Path(launches.__file__).parent
 FILES = ("_attention_rows_triton", "_attention_forward_triton", "_attention_backward_triton")
 KERNELS = ("attention_forward_kernel", "attention_backward_dq_kernel", "attention_backward_dkdv_kernel")
-SMALL = {"block_m": 32, "block_n": 32, "rotate_on_load": 0, "num_warps": 4, "num_stages": 2}
+SMALL = {"block_m": 32, "block_n": 32, "rotate_on_load": 0, "num_warps": 4, "num_stages": 2, "tma": 1,
+         "warp_specialize": 0}
 RNG = torch.tensor([5, 7], device=DEVICE)
 
 MUTATIONS = {  # name: (file, text, its replacement, how often it occurs, the check that notices)
@@ -33,28 +34,33 @@ MUTATIONS = {  # name: (file, text, its replacement, how often it occurs, the ch
     "no end of the keys": ("rows", "seen = key < n_keys", "seen = key < n_keys + 1", 1, "full"),
     "padding is seen": ("rows", "seen & (key >= start) & (query >= start)", "seen & (query >= start)", 1, "padded"),
     "padding attends": ("rows", "seen & (key >= start) & (query >= start)", "seen & (key >= start)", 1, "padded"),
-    "document begins early": ("rows", "origin = first.to(tl.int64)", "origin = (first - (first > 0)).to(tl.int64)",
+    "document begins early": ("rows", "origin = begin.to(tl.int64)", "origin = (begin - (begin > 0)).to(tl.int64)",
                               1, "packed"),
     "next document is seen": ("rows", "seen = key < n_keys", "seen = key < n_keys + 1", 1, "packed full"),
     "document found too early": ("rows", "+ middle <= slot", "+ middle < slot", 1, "packed"),
     "document's number": ("rows", "sample = document - 1", "sample = document", 1, "packed"),
-    "rotation's sign": ("rows", "other=0.0) * SIGN", "other=0.0)", 1, "rotated"),
+    "rotation's sign": ("rows", "other=0.0) * SIGN", "other=0.0)", 2, "rotated"),
     "rotated the other way": ("rows", "a * c - b * s, b * c + a * s", "a * c + b * s, b * c - a * s", 1, "rotated"),
-    "dq rotated twice": ("backward", "n_queries, n_positions, -1", "n_queries, n_positions, 1", 1, "rotated"),
-    "dk rotated twice": ("backward", "n_keys, n_positions, -1", "n_keys, n_positions, 1", 1, "rotated"),
+    "sign of columns that are exchanged": ("rows", "tl.where(offs_d < HALF, -s, s)", "s", 1, "rotated by 6"),
+    "partner of columns that are exchanged": ("rows", "offs_d < 2 * HALF, offs_d - HALF, offs_d", "offs_d < 2 * HALF, "
+                                              "offs_d - HALF + 1, offs_d", 1, "rotated by 6"),
+    "dq rotated twice": ("backward", "first, n_queries, -1", "first, n_queries, 1", 1, "rotated"),
+    "dk rotated twice": ("backward", "first, n_keys, -1", "first, n_keys, 1", 1, "rotated"),
     "forward's scale": ("forward", "exp2(s * scale_log2", "exp2(s", 1, "causal"),
     "sum not faded": ("forward", "total = total * fade", "total = total", 1, "causal"),
     "output not faded": ("forward", "acc * fade[:, None]", "acc", 1, "causal"),
     "lse without the maximum": ("forward", "(m + tl.log2(total))", "tl.log2(total)", 1, "causal"),
     "lse in base 2": ("forward", "tl.log2(total)) / LOG2E", "tl.log2(total))", 1, "causal"),
-    "first tile of keys too late": ("forward", "begin, middle = start // BLOCK_N * BLOCK_N,",
-                                    "begin, middle = start // BLOCK_N * BLOCK_N + BLOCK_N,", 1, "padded"),
-    "whole tiles reach the diagonal": ("forward", "whole = tl.minimum(n_keys, first + 1", "whole = tl.minimum(n_keys, "
-                                       "first + BLOCK_N", 1, "causal"),
+    "first tile of keys too late": ("rows", "begin, whole, end = start // BLOCK_N * BLOCK_N,",
+                                    "begin, whole, end = start // BLOCK_N * BLOCK_N + BLOCK_N,", 1, "padded"),
+    "whole tiles reach the diagonal": ("rows", "first + offset + 1)", "first + offset + BLOCK_N)", 1, "causal"),
+    "last tile of keys left out": ("rows", "first + offset + BLOCK_M)", "first + offset)", 1, "causal"),
+    "another head's keys by TMA": ("forward", "ptr.load([sample, first, head.to(tl.int32), 0])",
+                                   "ptr.load([sample, first, 0, 0])", 1, "dropped"),
     "forward's dropout column": ("forward", "keep_mask(key, query, n,", "keep_mask(key, query, 0,", 1, "dropped"),
-    "dropout's head": ("forward", "stream += head.to(tl.int32)", "stream += 0", 1, "dropped"),
+    "dropout's head": ("rows", "stream + head.to(tl.int32)", "stream", 1, "dropped"),
     "dropout's scale": ("rows", "65536.0 / (65536 - threshold)", "1.0 + threshold * 0", 1, "dropped"),
-    "dq's scale": ("backward", "BLOCK_N, True) * scale", "BLOCK_N, True)", 1, "causal"),
+    "dq's scale": ("backward", "        True) * scale", "        True)", 1, "causal"),
     "dk's scale": ("backward", "dk *= scale", "dk *= 1", 1, "causal"),
     "delta left out of dq": ("backward", "dp - delta[:, None]", "dp", 1, "causal"),
     "delta left out of dk": ("backward", "dp - delta[None, :]", "dp", 1, "causal"),
@@ -73,8 +79,8 @@ def ints(*values):
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-def tables():
-    angle = torch.outer(torch.arange(50.0), torch.tensor([1.0, 0.3, 0.1, 0.03]))
+def tables(half):
+    angle = torch.outer(torch.arange(50.0), torch.tensor([1.0, 0.3, 0.1, 0.03])[:half])
     return angle.cos().to(DEVICE), angle.sin().to(DEVICE)
 
 
@@ -96,9 +102,10 @@ def check(name):
         "dropped": (inputs(40, 70, n_heads=2), {"dropout": Dropout(0.3, RNG)}),
     }
     operation, reference = attention, attention_reference
-    if name == "rotated":
+    if name.startswith("rotated"):
         generator = torch.Generator().manual_seed(0)
-        tensors, options = {"qkv": torch.randn(40, 3, 1, 16, generator=generator).to(DEVICE)}, {"rotary": tables()}
+        tensors = {"qkv": torch.randn(40, 3, 1, 16, generator=generator).to(DEVICE)}
+        options = {"rotary": tables(3 if name == "rotated by 6" else 4)}
         operation, reference = attention_qkv, attention_qkv_reference
     else:
         tensors, options = cases[name]
