@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -114,7 +115,7 @@ def _forward(q, k, v, out, lse, scheme: Scheme) -> None:
             if scheme.dropout is not None:
                 p.mul_(_kept(scheme, samples, heads, first, last, n_queries, n_keys, end))
             p_low = _copy(p, low)
-            rows.copy_(torch.bmm(p_low, v_tile[:, :end]).to(out.dtype).view(rows.shape))
+            rows.copy_(_product(p_low, v_tile[:, :end], 1.0).to(out.dtype).view(rows.shape))
 
 
 def _backward(
@@ -156,7 +157,7 @@ def _backward(
             _store(dq[samples, first:last, heads], _product(ds, k_low[:, :end], scheme.scale),
                    scheme.tables(batch, samples, slice(first, last)))
             dk_sum = _accumulate(dk_sum, _product(ds.transpose(1, 2), q_low[:, first:last], scheme.scale), first > 0)
-            dv_sum = _accumulate(dv_sum, torch.bmm(dropped.transpose(1, 2), dout_low[:, first:last]), first > 0)
+            dv_sum = _accumulate(dv_sum, _product(dropped.transpose(1, 2), dout_low[:, first:last], 1.0), first > 0)
         _store(dk[samples, :, heads], dk_sum, tables)
         _store(dv[samples, :, heads], dv_sum, None)
 
@@ -172,7 +173,7 @@ def _scores(
     torch.bmm(q_tile[:, first:last], k_tile[:, :end].transpose(1, 2), out=s)
     if scheme.causal and size > 1:
         # The last keys are the tile's own queries. Adding is 8 times as fast as masked_fill_ on a CPU.
-        s[:, :, end - size :] += torch.full((size, size), -torch.inf, device=s.device).triu_(1)
+        s[:, :, end - size :] += _above_diagonal(size, s.device)
     if scheme.seq_starts is not None:
         starts, by_sample = scheme.seq_starts[samples], s.unflatten(0, (samples.stop - samples.start, -1))
         by_sample += _hidden(starts, 0, end)[:, None, None]
@@ -181,6 +182,12 @@ def _scores(
             offset = n_keys - n_queries
             by_sample += _hidden(starts, offset + first, offset + last)[:, None, :, None]
     return s, end
+
+
+@lru_cache(maxsize=8)
+def _above_diagonal(size: int, device: torch.device) -> torch.Tensor:
+    """[size, size]: -inf above the diagonal, else 0."""
+    return torch.full((size, size), -torch.inf, device=device).triu_(1)
 
 
 def _hidden(starts: torch.Tensor, first: int, last: int) -> torch.Tensor:
@@ -219,13 +226,14 @@ def _tiles(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice, int
 
 def _product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     """scale a b, scaled before it is rounded."""
-    return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale)
+    out = empty((*a.shape[:2], b.shape[2]), dtype=a.dtype, device=a.device)
+    return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale, out=out)
 
 
 def _accumulate(total: torch.Tensor | None, part: torch.Tensor, more_follow: bool) -> torch.Tensor:
     """total += part over the keys that part has; float32 unless the first part is the only one."""
     if total is None:
-        return part.float() if more_follow else part
+        return _copy(part, torch.float32) if more_follow and part.dtype != torch.float32 else part
     total[:, : part.shape[1]] += part
     return total
 
@@ -257,7 +265,7 @@ def _store(
         heads.zero_()
         return
     if tables is not None:
-        grad = grad.float()
+        grad = _copy(grad, torch.float32)
         rotate_(grad.view(heads.shape), *tables, inverse=True)
     heads.copy_(grad.view(heads.shape))
 

@@ -138,7 +138,8 @@ def _output(
         # One product and one rounding: copying att beside act costs less than a second product.
         joined = _room_for_both(att, pre)
         gelu_forward(pre, out=joined[:, width:])
-        return torch.addmm(x + out_bias.sum(0), joined, out_weight.t())
+        y = torch.add(x, out_bias.sum(0), out=empty(x.shape, dtype=x.dtype, device=x.device))
+        return y.addmm_(joined, out_weight.t())
     dense_weight, fc2_weight = out_weight.t().split_with_sizes([width, pre.shape[1]])
     y = dropped(torch.addmm(out_bias[0], att, dense_weight), layout.dense_dropout, layout.cu_seqlens)
     y += x  # into y, which is contiguous whatever x is

@@ -131,7 +131,7 @@ def scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> 
         return launch_scale(gradient, factor, dtype)
     if gradient.is_cpu and gradient.dtype == dtype:
         # The CPU kernel multiplies 16-bit elements by a scalar in float32.
-        return gradient * factor.item()
+        return torch.mul(gradient, factor.item(), out=empty(gradient.shape, dtype=dtype, device=gradient.device))
     return (gradient.float() * factor).to(dtype)
 
 

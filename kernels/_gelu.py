@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 
@@ -77,7 +78,12 @@ def _exponential(x: torch.Tensor, square: torch.Tensor, out: torch.Tensor) -> to
 
 def _line(constant: float, slope: float, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """constant + slope x, in one pass."""
-    return torch.add(x.new_tensor(constant), x, alpha=slope, out=out)
+    return torch.add(_constant(constant), x, alpha=slope, out=out)
+
+
+@cache
+def _constant(x: float) -> torch.Tensor:
+    return torch.tensor(x)
 
 
 def _strips(x: torch.Tensor) -> Iterator[tuple[slice, list[torch.Tensor]]]:

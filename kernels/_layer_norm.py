@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from phi1.kernels._backend import use_triton
+from phi1.kernels._memory import empty
 
 MAX_WIDTH = 8192  # of the kernels, which keep a row in registers
 
@@ -83,7 +84,8 @@ def _torch_backward(
     # On bfloat16 rows the CPU kernel sums dweight and dbias in bfloat16: 7 % wrong over 2048 rows. Widening the rows
     # costs no time there, for the float32 kernel is faster by as much.
     wide = weight.float()
+    dy_wide, x_wide = (empty(t.shape, dtype=torch.float32, device=x.device).copy_(t) for t in (dy, x))
     dx, dw, db = torch.ops.aten.native_layer_norm_backward(
-        dy.float(), x.float(), (x.shape[-1],), mean.view(-1, 1), rstd.view(-1, 1), wide, wide, (True, True, True)
+        dy_wide, x_wide, (x.shape[-1],), mean.view(-1, 1), rstd.view(-1, 1), wide, wide, (True, True, True)
     )
     return dx.to(x.dtype), dw.to(weight.dtype), db.to(weight.dtype)

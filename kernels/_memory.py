@@ -38,7 +38,10 @@ def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> 
     n_bytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or n_bytes < SMALL_BYTES or _holders is None:
         return torch.empty(shape, dtype=dtype, device=device)
-    with _lock, torch.inference_mode(False):  # memory of an inference tensor could not be used in training later
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # memory of an inference tensor could not be used in training later
+            return empty(shape, dtype=dtype, device=device)
+    with _lock:
         # Not a view of the bytes: an operator's output has no base.
         tensor = torch.empty(0, dtype=dtype, device="cpu").set_(_block(n_bytes), 0, shape)  # type: ignore[call-overload]
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from phi1.kernels._checks import check_device, check_range, check_rank, check_shape, require
+from phi1.kernels._memory import empty
 from phi1.kernels._philox import document_positions
 
 
@@ -67,7 +68,7 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool
     # In two steps each way: PyTorch converts only contiguous elements fast.
     wide = rotated if x.dtype == torch.float32 else rotated.clone(memory_format=torch.contiguous_format).float()
     a, b = wide.chunk(2, dim=-1)
-    swapped = torch.cat((b, a), dim=-1)
+    swapped = torch.cat((b, a), dim=-1, out=empty(wide.shape, dtype=wide.dtype, device=x.device))
     wide.mul_(cos).addcmul_(swapped, sin, value=-1 if inverse else 1)
     if wide is not rotated:
         rotated.copy_(wide.to(x.dtype))
