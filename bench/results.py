@@ -39,6 +39,9 @@ class ResultsFile:
     def _write(self) -> None:
         if self.path is None:
             return
+        if self.path.exists() and not self.path.is_file():  # a pipe or a device, which a rename would replace
+            self.path.write_text(as_text(self.content), encoding="utf-8")
+            return
         temporary = self.path.with_name(self.path.name + ".tmp")
         temporary.write_text(as_text(self.content), encoding="utf-8")
         os.replace(temporary, self.path)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
@@ -64,6 +65,15 @@ def test_every_case_is_on_the_disk_before_the_next(tmp_path):
     file.add(record())
     assert [case["op"] for case in results.read(path)["cases"]] == ["layer_norm"]
     assert [p.name for p in path.parent.iterdir()] == ["r.json"]
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_NONBLOCK), "rb", buffering=0) as pipe:
+        results.ResultsFile(path, {"gpu": "x"}, {})
+        assert json.loads(pipe.read(1 << 16))["cases"] == []
+    assert path.is_fifo()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"benchmark": "cpu_training"}', '{"format": "phi1 bench 99"}'])

@@ -7,12 +7,12 @@ loss is exported, or with --checkpoint.best humaneval the one that solves most o
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+from phi1.train.launch import leave
 from phi1.train.pretrain import main
 
 RECIPE = Path(__file__).parent / "configs" / "phi1.toml"
 
 if __name__ == "__main__":
-    sys.exit(main(RECIPE, __doc__))
+    leave(main(RECIPE, __doc__))

@@ -93,6 +93,19 @@ def stop_with(message: str, place: Place, program: str = "pretrain") -> NoReturn
     os._exit(2)  # a rank that waits inside a collective would otherwise be joined at exit
 
 
+def leave(code: int) -> NoReturn:
+    """End this process, whose work is done, without Python's own ending.
+
+    A thread of gloo that still drops what a collective held would meet an interpreter that is gone, and abort.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = 141  # 128 + SIGPIPE: the reader of our output has gone away
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _write_root_cause(line: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:

@@ -19,6 +19,7 @@ from phi1.train.launch import (
     RunError,
     announce,
     connect,
+    leave,
     limit_spinning,
     stop_with,
     wait_for_announcement,
@@ -117,4 +118,4 @@ def start_or_resume(recipe: Recipe, folder: RunFolder, place: Place) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
