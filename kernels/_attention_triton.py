@@ -72,7 +72,7 @@ def launch_forward(
     on_load = call.rotates_on_load(t)
     if call.rotates and not on_load:
         k = call.rotated(k)
-    tma = described and bool(t["tma"]) and not on_load
+    tma = described and bool(t["tma"]) and not on_load and call.described(k, v)  # of k as it is read
     specialized = tma and bool(t["warp_specialize"]) and not call.rotates and scheme.dropout is None
     read_k, read_v = (call.descriptor(x, t["block_n"]) if tma else x for x in (k, v))
 
@@ -136,7 +136,7 @@ class _Call:
         self.batch, self.n_queries, self.n_heads, self.head_size = q.shape
         self.n_keys, self.n_rows, self.scheme = k.shape[1], q.shape[0] * q.shape[1], scheme
         self.dtype, self.device = q.dtype, q.device
-        self.rotary = scheme.rotary or (None, None, None)
+        self.rotary = (None, None, None) if scheme.rotary is None else tuple(x.contiguous() for x in scheme.rotary)
         self.rotates = scheme.rotary is not None and not scheme.rotary_applied
         self.half = 0 if scheme.rotary is None else scheme.rotary[0].shape[1]
         self.cuts, self.n_samples = None, self.batch
@@ -200,10 +200,10 @@ class _Call:
         dropout, (cos, sin, positions) = self.scheme.dropout, self.rotary
         stream = 0 if dropout is None else dropout.layer << 16 | dropout.kind << 12
         return {
-            "cu_seqlens_ptr": self.cuts, "seq_starts_ptr": self.scheme.seq_starts,
+            "cu_seqlens_ptr": self.cuts, "seq_starts_ptr": _dense(self.scheme.seq_starts),
             "cos_ptr": cos, "sin_ptr": sin, "positions_ptr": positions,
-            "rng_ptr": None if dropout is None else dropout.rng,
-            "sample_ids_ptr": None if dropout is None else dropout.sample_ids,
+            "rng_ptr": None if dropout is None else dropout.rng.contiguous(),
+            "sample_ids_ptr": None if dropout is None else _dense(dropout.sample_ids),
             "n_queries": self.n_queries, "n_keys": self.n_keys, "n_rows": self.n_rows, "n_heads": self.n_heads,
             "n_blocks": self.blocks(n_tokens, block), "n_samples": self.n_samples,
             "n_positions": 0 if cos is None else cos.shape[0],
@@ -221,6 +221,10 @@ class _Call:
             found[f"stride_{name}_b"] = x.stride(0) if self.cuts is None else x.stride(1)
             found[f"stride_{name}_t"], found[f"stride_{name}_h"] = x.stride(1), x.stride(2)
         return found
+
+
+def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _cuts(cu_seqlens: torch.Tensor, n_rows: int) -> torch.Tensor:

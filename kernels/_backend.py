@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,14 +53,16 @@ def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[...
 
     It writes into no argument but those named in `mutates`; an operator that writes into any can have no backward.
 
-    Autocast is off inside: the dtypes of the arguments decide, as the fake implementation and the backward say.
+    Autocast is off inside: the dtypes of the arguments decide, as the fake implementation and the backward say. Their
+    GPU is the current one inside, for Triton launches there.
     """
     def register(function: Callable[..., Any]) -> torch.library.CustomOpDef:
         def run(*args: Any) -> Any:
-            kind = next(x for x in args if isinstance(x, torch.Tensor)).device.type
-            if not torch.is_autocast_enabled(kind):
+            device = next(x for x in args if isinstance(x, torch.Tensor)).device
+            elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+            if not elsewhere and not torch.is_autocast_enabled(device.type):
                 return function(*args)
-            with torch.autocast(kind, enabled=False):
+            with torch.autocast(device.type, enabled=False), torch.cuda.device(device) if elsewhere else nullcontext():
                 return function(*args)
 
         schema = torch.library.infer_schema(function, mutates_args=mutates)

@@ -76,7 +76,7 @@ def add_rows(
     tl.store(partial_ptr + pid_p.to(tl.int64) * N_COLS + offs_f, tl.sum(total, axis=0), mask=mask_f)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_samples"])
 def branch_gradients_kernel(
     dy_ptr,  # [N, D]
     dense_ptr,  # [N, D] dy as it reaches the dense branch

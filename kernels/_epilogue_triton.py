@@ -36,7 +36,7 @@ CANDIDATES = {
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_samples"])
 def epilogue_forward_kernel(
     x_ptr,  # [N, F]
     residual_ptr,  # [N, F], or None
@@ -75,7 +75,7 @@ def epilogue_forward_kernel(
     tl.store(out_ptr + offs_n[:, None] * stride_out_n + offs_f[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_samples"])
 def epilogue_backward_kernel(
     dout_ptr,  # [N, F]
     pre_ptr,  # [N, F], or None without gelu_new

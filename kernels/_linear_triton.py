@@ -47,7 +47,7 @@ CANDIDATES = {
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_samples"])
 def linear_forward_kernel(
     x_ptr,  # [N, K] input, or its descriptor where TMA
     weight_ptr,  # [M, K], or its descriptor

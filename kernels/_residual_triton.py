@@ -70,14 +70,18 @@ def document_of(
 
 
 def mask_arguments(dropout: Dropout | None, cu_seqlens: torch.Tensor | None = None) -> dict[str, Any]:
-    """What a kernel needs of `dropout`, by the names of its arguments; rows are packed documents with cu_seqlens."""
+    """What a kernel needs of `dropout`, by the names of its arguments; rows are packed documents with cu_seqlens.
+
+    Kernels take n_samples unspecialised: it changes with each batch of documents, and where it is the constant 1, the
+    bisection goes, over which Triton 3.6 fails.
+    """
     if dropout is None or not is_active(dropout):
         return NOTHING
     ids = dropout.sample_ids
     return {
         "rng_ptr": dropout.rng.contiguous(),
         "sample_ids_ptr": None if ids is None else ids.contiguous(),
-        "cu_seqlens_ptr": None if ids is None or cu_seqlens is None else cu_seqlens.contiguous(),
+        "cu_seqlens_ptr": None if ids is None or cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous(),
         "n_samples": 1 if ids is None else ids.shape[0],
         "stream": mask_stream(dropout),
         "threshold": threshold(dropout.p),

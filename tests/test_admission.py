@@ -10,7 +10,7 @@ from phi1.train.admission import check_untrained, prepare_data
 from phi1.train.launch import RunError
 from phi1.train.ledger import cut_back, has_saved, read_ledger
 from phi1.train.prepare import prepare
-from phi1.train.recipe import Recipe
+from phi1.train.recipe import Recipe, Train
 from phi1.train.runfolder import RunFolder
 from phi1.train.shards import DataError
 from phi1.train.workspace import workspace
@@ -103,3 +103,12 @@ def test_a_place_that_cannot_be_written_is_not_called_full(here):
         message = f"nothing can be written in {folder.parent}: {reason}; choose another place"
         with pytest.raises(DataError, match=f"^{re.escape(message)}$"), workspace(folder, 0):
             pass
+
+
+def test_a_recipe_that_cannot_be_kept_is_one_line(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.store(Recipe())
+    (tmp_path / "config.tmp").mkdir()
+    folder.store(Recipe())  # says nothing new
+    line = refusal(folder.store, Recipe(train=Train(steps=7)))
+    assert line == f"{tmp_path / 'config.toml'} cannot be written: Is a directory"

@@ -351,6 +351,17 @@ def test_non_contiguous_inputs():
     assert torch.equal(merged, before)
 
 
+def test_tables_masks_and_starts_of_any_strides():
+    cos, sin = tables(8)
+    apart = torch.stack((cos, sin), dim=-1)
+    spread = torch.tensor([[5, 1], [7, 2]], device=DEVICE)
+    options = {
+        "rotary": (apart[..., 0], apart[..., 1]), "positions": torch.arange(68, device=DEVICE)[::2],
+        "seq_starts": ints(0, 9, 5, 9)[::2], "dropout": Dropout(0.3, spread[:, 0], spread[:, 1]),
+    }
+    check_qkv(make_qkv(34), batch=2, **options)
+
+
 def test_empty_input():
     for shape in ((0, 3, 3, 2, 16), (2, 0, 0, 2, 16), (2, 0, 5, 2, 16)):
         check(make(shape))

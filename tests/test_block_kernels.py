@@ -93,9 +93,11 @@ def test_products_of_cublas_match_reference(monkeypatch, kernel, dtype):
 
 @pytest.mark.parametrize("packing", [
     {"cu_seqlens": ints(0, 1, 1, 20, 34)},
+    {"cu_seqlens": ints(0, 20, 34).long(), "dropouts": drops(0.1, 0.2, 0.3, torch.tensor([40, 3], device=DEVICE))},
+    {"cu_seqlens": ints(0, 34), "dropouts": drops(0.1, 0.2, 0.3, torch.tensor([40], device=DEVICE))},
     {"batch": 2, "seq_starts": ints(0, 5)},
     {"batch": 2, "positions": torch.arange(34, device=DEVICE).flip(0)},
-], ids=["packed", "left-padded", "positions"])
+], ids=["packed", "packed-int64-dropout", "one-document-dropout", "left-padded", "positions"])
 def test_packing_matches_reference(packing):
     check(PACKED, torch.float16, **packing)
 
@@ -310,8 +312,10 @@ def test_non_contiguous_and_empty_inputs():
     tensors = {name: x.t().contiguous().t() if x.dim() == 2 else x.repeat_interleave(2)[::2]
                for name, x in make(PACKED).items()}
     with backend("triton"):
+        cos, sin = tables(8).values()
+        apart = torch.stack((cos, sin), dim=-1)
         testing.assert_matches_reference(parallel_block, parallel_block_reference, tensors, roundings=8, n_heads=2,
-                                         batch=2, **tables(8))
+                                         batch=2, cos=apart[..., 0], sin=apart[..., 1])
         empty = {**make(PACKED), "x": make(PACKED)["x"][:0]}
         testing.assert_matches_reference(parallel_block, parallel_block_reference, empty, n_heads=2, **tables(8))
 

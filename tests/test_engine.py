@@ -217,3 +217,11 @@ def test_a_group_that_does_not_divide_is_refused():
         Place(0, 6, 0, 4).shard_group(0)
     with pytest.raises(RunError, match=r"run\.shard_group must divide the number of processes, 8; got 3$"):
         Place(0, 8, 0, 4).shard_group(3)
+
+
+def test_the_order_of_sums_is_part_of_what_equal_bits_need():
+    def environment(world_size, reshard):
+        return engine_module.Engine(torch.device("cpu"), "fp32", 1, world_size, 0, reshard).environment()
+
+    assert environment(2, True) != environment(2, False)
+    assert environment(1, True) == environment(1, False)

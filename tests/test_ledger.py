@@ -118,6 +118,19 @@ def boards(folder, finished=0, **wanted):
     return open_boards(folder, finished, {"train": {"lr": 0.1}}, **({"tensorboard": False, "wandb": False} | wanted))
 
 
+def test_a_tensorboard_that_does_not_start_or_end_is_left_out(tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("phi1.train.boards.TensorBoard.__init__", broken)
+    assert boards(tmp_path, tensorboard=True) == []
+    assert capsys.readouterr().out == "warning: TensorBoard: No space left on device; it is left out\n"
+    monkeypatch.setattr("phi1.train.boards.TensorBoard.__init__", lambda *_: None)
+    monkeypatch.setattr("phi1.train.boards.TensorBoard.close", broken)
+    Ledger(tmp_path / "ledger.jsonl", 0, boards(tmp_path, tensorboard=True)).close()
+    assert capsys.readouterr().out == "warning: TensorBoard: No space left on device\n"
+
+
 def test_wandb_gets_every_tenth_step_and_the_evaluations_and_the_same_run_goes_on(tmp_path, monkeypatch, capsys):
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "wandb.py").write_text(FAKE_WANDB)

@@ -55,6 +55,10 @@ def test_what_cannot_be_proven_or_continued_bit_for_bit_is_refused(place, undist
     line = error_line(run(place, "whole", run__prove_resume=21))
     assert ("--prove-resume 21 needs a checkpoint as many steps before the newest in whole/checkpoints; there: "
             "step-40, step-60; ") in line
+    shutil.copytree(place / "whole", place / "torn")
+    with open(place / "torn" / "ledger.jsonl", "a") as file:
+        file.write('{"step": 61, "lo')
+    assert "--prove-resume: torn/ledger.jsonl cannot be read: " in error_line(run(place, "torn", run__prove_resume=20))
     line = error_line(run(place, "whole", run__prove_resume=20, train__threads=2))
     assert "step-40 cannot go on bit for bit here: threads was 1, is 2; give what it was" in line
     line = error_line(run(place, "whole", train__steps=70, run__bitwise="true", train__precision="bf16"))

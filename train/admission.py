@@ -15,7 +15,7 @@ from phi1.train.batches import Layout
 from phi1.train.checkpoint_files import checkpoints, choose, read_state, remove_after, step_of
 from phi1.train.data import Corpus, open_corpus
 from phi1.train.launch import Place, RunError
-from phi1.train.ledger import has_saved
+from phi1.train.ledger import has_saved, read_ledger
 from phi1.train.profiling import profiled_steps
 from phi1.train.recipe import Recipe
 from phi1.train.report import show_complete
@@ -127,6 +127,10 @@ def admit_proof(recipe: Recipe, folder: RunFolder, place: Place) -> str:
         there = ", ".join(path.name for path in found) or "none"
         raise RunError(f"--prove-resume {recipe.run.prove_resume} needs a checkpoint as many steps before the newest "
                        f"in {folder.checkpoints}; there: {there}; --checkpoint.keep and keep_every keep more")
+    try:
+        read_ledger(folder.ledger)
+    except (OSError, ValueError) as error:
+        raise RunError(f"--prove-resume: {folder.ledger} cannot be read: {error}") from None
     environment, (train, _, _) = environment_of(recipe, start_engine(recipe, place)), open_data(recipe)
     for path in (before[-1], found[-1]):
         choose(folder.checkpoints, path.name)

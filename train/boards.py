@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,8 +76,12 @@ def open_boards(folder: Path, finished: int, config: dict[str, Any], *, tensorbo
     """
     boards: list[Board] = []
     if tensorboard:
-        with contextlib.suppress(ImportError):  # asked for by default, so that it may be absent
+        try:
             boards.append(TensorBoard(folder / "tensorboard", finished))
+        except ImportError:
+            pass  # asked for by default, so that it may be absent
+        except Exception as error:  # a full disk, or packages that do not fit it: no reason to train nothing
+            print(f"warning: TensorBoard: {error}; it is left out", flush=True)
     if wandb:
         boards.append(WandB(folder / "wandb", config))
     return boards

@@ -89,7 +89,10 @@ class Ledger:
         if self._waiting:
             raise RunError(f"{self.path}: its last {self._waiting.count(10)} lines could not be written")
         for board in self._boards:
-            board.close()
+            try:
+                board.close()
+            except Exception as error:  # as in _draw
+                print(f"warning: {board.name}: {error}", flush=True)
 
     def _draw(self, step: int, figures: dict[str, float]) -> None:
         for board in tuple(self._boards):

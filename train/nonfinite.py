@@ -19,6 +19,7 @@ from phi1 import Phi1
 
 # FSDP's own operations are not looked at: their buffers begin with whatever was in memory, and hold others' gradients.
 WATCHED = ("aten::embedding", "aten::embedding_dense_backward", "aten::mul")
+EMBEDDINGS = ("aten::embedding", "phi1::embedding")  # the latter on CPUs in 16 bits
 
 
 def find_nonfinite(model: Phi1, accumulate: Callable[[], object], ids: list[Tensor]) -> str:
@@ -49,7 +50,7 @@ class _Finder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
-        self.micro_step += name == "aten::embedding"  # with which each forward pass begins
+        self.micro_step += name in EMBEDDINGS  # with which each forward pass begins
         if not self.found and (name.startswith("phi1::") or name in WATCHED):
             results = result if isinstance(result, tuple | list) else (result,)
             bad = [tensor for tensor in results if _is_bad(tensor)]

@@ -130,8 +130,9 @@ class Run:
     device: Annotated[Literal["auto", "cpu", "cuda"], doc("auto: cuda where there is one")] = "auto"
     shard_group: Annotated[CountOrZero, doc("processes that share out one copy of the states; other groups hold "
                                             "replicas (0: those of one machine)")] = 0
-    reshard: Annotated[bool, doc("give up gathered parameters after each pass of a block and reduce gradients after "
-                                 "each micro-step: the least memory, for small cards, and more communication")] = False
+    reshard: Annotated[bool, doc("give up gathered parameters after each pass of a large block and reduce gradients "
+                                 "after each micro-step: the least memory, for small cards, and more "
+                                 "communication")] = False
     watchdog: Annotated[NotNegative, doc("seconds that a step, a save or a batch of an evaluation may take before its "
                                          "process ends with its stack (0: any)")] = 1800.0
     profile: Annotated[str, doc("steps to trace, such as 7 or 7-9: a Chrome trace in the run's folder and a short "

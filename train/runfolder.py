@@ -67,10 +67,14 @@ class RunFolder:
             shutil.rmtree(self.path)
 
     def store(self, recipe: Recipe) -> None:
-        """Write config.toml."""
-        temporary = self.config.with_suffix(".tmp")
-        temporary.write_text(recipe.to_toml(), encoding="utf-8")
-        temporary.replace(self.config)
+        """Write config.toml, if it says something new. Raises RunError if it cannot be written."""
+        text, temporary = recipe.to_toml(), self.config.with_suffix(".tmp")
+        try:
+            if not self.config.exists() or self.config.read_text(encoding="utf-8") != text:
+                temporary.write_text(text, encoding="utf-8")
+                temporary.replace(self.config)
+        except OSError as error:
+            raise RunError(f"{self.config} cannot be written: {error.strerror}") from None
 
     def completed(self, steps: int) -> dict[str, Any] | None:
         """The summary, if the run has been finished with this number of steps."""
