@@ -65,8 +65,6 @@ class Saver:
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._flying: _Flying | None = None
-        self.best: int | None = None
-        """A step whose checkpoint is kept as well."""
 
     @property
     def in_flight(self) -> bool:
@@ -82,7 +80,7 @@ class Saver:
 
         Args:
             trainer: it may go on when this returns.
-            facts: JSON values to keep beside the tensors.
+            facts: JSON values to keep beside the tensors; the checkpoint of the step of "best" is kept as well.
 
         Raises:
             RunError: on every process, if there is no space, or no folder can be made.
@@ -95,7 +93,8 @@ class Saver:
         (held,) = all_sum(_local_bytes(state))
         needed = held / trainer.engine.replicas  # a shard that several processes hold is written by one of them
         notes = _counts(trainer) | facts
-        flying = _Flying(trainer.finished, final, temporary, int(needed), began)
+        best = facts["best"]["step"] if "best" in facts else None
+        flying = _Flying(trainer.finished, final, temporary, int(needed), began, best)
         try:
             together(lambda: _make_room(temporary, flying.needed) if dist.get_rank() == 0 else None)
             written: list[Any] = together(lambda: self._write(state, temporary), keep=True)
@@ -132,7 +131,7 @@ class Saver:
     def _commit(self, flying: _Flying, files: dict[str, list[int | str]]) -> None:
         write_manifest(flying.temporary, files)
         commit(flying.temporary, flying.final)
-        prune(self.folder, self.keep, self.keep_every, self.best)
+        prune(self.folder, self.keep, self.keep_every, flying.best)
 
     def _given_up(self, flying: _Flying, error: Failed) -> RunError:
         reason = _shortage(self.folder, flying.needed) or str(error)
@@ -151,6 +150,7 @@ class _Flying:
     temporary: Path
     needed: int
     began: float
+    best: int | None
     stall: float = 0.0
     job: Future[tuple[str | None, dict[str, list[int | str]] | None]] = field(default_factory=Future)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from phi1.train.recipe import Recipe
 from phi1.train.runfolder import RunFolder
 from phi1.train.samples import Samples
 from phi1.train.step import Trainer
+from phi1.train.together import Failed
 from phi1.train.utilisation import Utilisation
 from phi1.train.validation import Figures, HeldOut
 from phi1.train.watch import Watch
@@ -43,7 +44,8 @@ class Loop:
         progress: what to show; silent on all ranks but the first.
         ledger: rank 0's; None on the others.
         rank: this process's.
-        facts: JSON values that go into each checkpoint.
+        facts: JSON values that go into each checkpoint; "best" is the best step until now whose checkpoint is there,
+            "due" is there if what follows the step has been stopped, with the loss if that was found before.
         utilisation: turns speed into MFU.
         watch: told what begins.
         saver: writes checkpoints.
@@ -69,6 +71,12 @@ class Loop:
     saved: Path | None = None
     skips: int = 0
     """Steps in a row that were skipped."""
+    stopped: bool = False
+    """Whether an evaluation was stopped."""
+    standing: Standing | None = None
+    """Of the last step that was measured."""
+    _begun: dict[str, Any] = field(default_factory=dict)
+    """What becomes a fact once the checkpoint in flight is committed."""
 
     def run(self) -> bool:
         """Collective: train to the last step. Returns False if it was stopped before.
@@ -78,6 +86,9 @@ class Loop:
                 written.
         """
         last = self.recipe.train.steps
+        if "due" in self.facts and not self._follow_up():
+            self.save()
+            return False
         while self.trainer.finished < last:
             if self.control.agreed_to_stop(self.saver.writes()):
                 self.save()
@@ -85,17 +96,34 @@ class Loop:
             if self.saver.in_flight and not self.control.any_writes:
                 self._try(self._finish_saving)
             self._step()
-            # First, so that a checkpoint knows how good it is.
-            figures = self.evaluate() if self._due(self.recipe.eval.every) else None
-            solved = self.solve() if self.humaneval and self._due(self.recipe.checkpoint.every) else None
-            if figures:
-                self._note_best(Standing(self.trainer.finished, figures.loss, solved))
-            if self._due(self.recipe.eval.completions_every):
-                self.watch.report(f"the completions after step {self.trainer.finished}")
-                self._try(lambda: self.samples.write(self.trainer, self.rank))
-            if self._due(self.recipe.checkpoint.every):
-                self._try(self._begin_saving)
+            if not self._follow_up():
+                self.save()
+                return False
         self.save()
+        return True
+
+    def _follow_up(self) -> bool:
+        """What is due after the finished step, its checkpoint last, so that it knows how good it is.
+
+        Returns:
+            False if a stop came first; a checkpoint that is saved now says what is still due.
+        """
+        before, step = self.facts.pop("due", None), self.trainer.finished
+        loss, solved = (before or {}).get("loss"), None
+        if loss is None and self._due(self.recipe.eval.every) and (figures := self.evaluate()):
+            loss = figures.loss
+        if not self.stopped and self.humaneval and self._due(self.recipe.checkpoint.every):
+            solved = self.solve()
+        if self.stopped:
+            self.facts["due"] = {} if loss is None else {"loss": loss}
+            return False
+        if loss is not None and (solved is not None or self.recipe.checkpoint.best != "humaneval"):
+            self.standing = Standing(step, loss, solved)
+        if self._due(self.recipe.eval.completions_every):
+            self.watch.report(f"the completions after step {step}")
+            self._try(lambda: self.samples.write(self.trainer, self.rank))
+        if before is not None or self._due(self.recipe.checkpoint.every):
+            self._try(self._begin_saving)
         return True
 
     def save(self) -> Path:
@@ -106,17 +134,11 @@ class Loop:
         """
         if self.saver.in_flight:
             self._try(self._finish_saving)
-        if self.saved is None or self.saved.name != checkpoint_name(self.trainer.finished):
+        if self.saved is None or self.saved.name != checkpoint_name(self.trainer.finished) or "due" in self.facts:
             self._begin_saving()
             self._finish_saving()
         assert self.saved
         return self.saved
-
-    def _note_best(self, now: Standing) -> None:
-        rule = self.recipe.checkpoint.best
-        if rule and now.beats(self.best, rule):
-            self.facts["best"] = asdict(now)
-            self.saver.best = now.step
 
     @property
     def best(self) -> Standing | None:
@@ -127,30 +149,33 @@ class Loop:
         if self.saver.in_flight:  # a disk slower than the checkpoints are frequent
             self._try(self._finish_saving)
         self.watch.report(f"the checkpoint of step {self.trainer.finished}")
-        self.saver.begin(self.trainer, self.facts)
+        now, rule = self.standing, self.recipe.checkpoint.best
+        best = rule and now and now.step == self.trainer.finished and now.beats(self.best, rule)
+        self._begun = {"best": asdict(now)} if now and best else {}
+        self.saver.begin(self.trainer, self.facts | self._begun)
 
     def _finish_saving(self) -> None:
         self.watch.report("the end of a checkpoint")
         done = self.saver.finish()
         self.saved = done.path
+        self.facts |= self._begun
         self._note(lambda ledger: ledger.saved(done.step, done.measured()))
 
     def assess(self) -> tuple[Figures, float | None] | None:
         """Collective, at the end: what was reached, with HumanEval's pass@1; None if a stop was asked for meanwhile."""
         figures = self.evaluate()
         solved = self.solve() if figures and self.humaneval else None
-        return (figures, solved) if figures and (solved is not None or not self.humaneval) else None
+        return (figures, solved) if figures and not self.stopped else None
 
     def solve(self) -> float | None:
-        """Collective: HumanEval's pass@1; None if a stop was asked for meanwhile."""
+        """Collective: HumanEval's pass@1; None if a stop was asked for meanwhile, or some process could not run it."""
         assert self.humaneval
         step, humaneval = self.trainer.finished, self.humaneval
-
-        def stop() -> bool:
-            self.watch.report(f"HumanEval after step {step}")
-            return self.control.agreed_to_stop()
-
-        attempts = humaneval.evaluate(self.trainer, self.rank, stop)
+        try:
+            attempts = humaneval.evaluate(self.trainer, self.rank, lambda: self._stop(f"HumanEval after step {step}"))
+        except Failed as error:
+            self.progress.say(f"warning: HumanEval after step {step} is missing: {error}; the run goes on")
+            return None
         if attempts is None:
             return None
         if self.rank == 0:
@@ -163,17 +188,18 @@ class Loop:
     def evaluate(self) -> Figures | None:
         """Collective: figures on the held-out text; None if a stop was asked for meanwhile."""
         trainer = self.trainer
-
-        def stop() -> bool:
-            self.watch.report(f"the evaluation after step {trainer.finished}")
-            return self.control.agreed_to_stop()
-
-        figures = self.held_out.evaluate(trainer.model, trainer.engine, self.rank, trainer.layout.micro_batch, stop)
+        figures = self.held_out.evaluate(trainer.model, trainer.engine, self.rank, trainer.layout.micro_batch,
+                                         lambda: self._stop(f"the evaluation after step {trainer.finished}"))
         if figures:
             self._note(lambda ledger: ledger.evaluation(trainer.finished, figures.as_dict()))
             self.progress.say(f"step {trainer.finished:,}: validation loss {figures.loss:.4f}, "
                               f"{figures.bits_per_byte:.4f} bits per byte")
         return figures
+
+    def _stop(self, what: str) -> bool:
+        self.watch.report(what)
+        self.stopped = self.control.agreed_to_stop()
+        return self.stopped
 
     def _due(self, every: int) -> bool:
         """Whether something is due after this step; what comes at the end comes by itself."""

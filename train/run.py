@@ -78,8 +78,7 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
         facts = {"defining": defining(recipe), "schedule": schedule_end(recipe.train), "data": corpus.fingerprint,
                  "environment": environment_of(recipe, engine)}
         saver = Saver(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
-        if "best" in stored:
-            facts["best"], saver.best = stored["best"], stored["best"]["step"]
+        facts |= {key: stored[key] for key in ("best", "due") if key in stored}
         watch = Watch(place.rank, recipe.run.watchdog, folder.heartbeat if place.rank == 0 else None)
         profiled = profiled_steps(recipe.run.profile if place.rank == 0 else "", recipe.train.steps)
         if profiled and profiled[-1] <= trainer.finished:
@@ -105,11 +104,21 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
                           time.monotonic() - began, trainer.skipped, solved)
         last, rule = Standing(trainer.finished, figures.loss, solved), recipe.checkpoint.best
         if rule and loop.best and loop.best.beats(last, rule):
-            chosen = folder.checkpoints / checkpoint_name(loop.best.step)
-            print(f"exporting {chosen.name}, the best by {rule}: {loop.best}; the last step: {last}", flush=True)
-            weights, _ = read_weights(chosen)
+            weights = weights_of_best(folder.checkpoints / checkpoint_name(loop.best.step), weights,
+                                      f"the best by {rule}: {loop.best}; the last step: {last}")
         finish(reached, weights, recipe, samples, folder)
     return None
+
+
+def weights_of_best(chosen: Path, last: dict[str, Tensor], why: str) -> dict[str, Tensor]:
+    """Rank 0: what a checkpoint holds, or the `last` step's weights if it is damaged or gone."""
+    try:
+        weights, _ = read_weights(chosen)
+    except (RunError, OSError) as error:
+        print(f"warning: {error}; exporting the last step instead of {why}", flush=True)
+        return last
+    print(f"exporting {chosen.name}, {why}", flush=True)
+    return weights
 
 
 def finish(reached: Reached, weights: Mapping[str, Tensor], recipe: Recipe, samples: Samples,
