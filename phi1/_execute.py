@@ -18,16 +18,20 @@ import tempfile
 MEMORY_BYTES = 4 << 30
 PASSED = "passed"
 TIMED_OUT = "timed out"
+NOT_RUN = "not run: "
 
 # What the process runs. Its verdict goes through a pipe of its own as the last act, so that a program that ends early,
 # with exit code 0 even, has not passed; RLIMIT_NPROC keeps all but root from starting processes, and namespaces
 # of its own, where the kernel gives them to everyone, keep it from the network.
 _CHILD = """
 import ctypes, os, resource, sys
-pipe, seconds, memory = (int(word) for word in sys.argv[1:])
-word, _, program = sys.stdin.buffer.read().partition(b"\\n")
+pipe, seconds, memory, parent = (int(word) for word in sys.argv[1:])
 if sys.platform == "linux":
     ctypes.CDLL(None).unshare(0x50000000)  # CLONE_NEWUSER | CLONE_NEWNET
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL; last, since a new user namespace clears it
+    if os.getppid() != parent:
+        os._exit(1)
+word, _, program = sys.stdin.buffer.read().partition(b"\\n")
 for name, most in (("AS", memory), ("CPU", seconds), ("FSIZE", 1 << 24), ("NOFILE", 64), ("CORE", 0), ("NPROC", 0)):
     limit = getattr(resource, "RLIMIT_" + name)
     hard = resource.getrlimit(limit)[1]
@@ -55,14 +59,23 @@ def execute(program: str, seconds: float, memory: int = MEMORY_BYTES) -> str:
         memory: bytes of address space.
 
     Returns:
-        "passed" if it came to its end, else what it died of: "failed: NameError: ...", "timed out", "ended early, ...".
+        "passed" if it came to its end, else what it died of: "failed: NameError: ...", "timed out", "ended early, ...";
+        "not run: ..." if the system gave no folder, pipe or process for it.
     """
+    try:
+        return _execute(program, seconds, memory)
+    except OSError as error:
+        return f"{NOT_RUN}{type(error).__name__}: {error}"
+
+
+def _execute(program: str, seconds: float, memory: int) -> str:
     nonce = secrets.token_hex(16)
     reading, writing = os.pipe()
     try:
         with tempfile.TemporaryDirectory(prefix="phi1-execute-", ignore_cleanup_errors=True) as folder:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _CHILD, str(writing), str(math.ceil(seconds) + 1), str(memory)],
+                [sys.executable, "-I", "-S", "-c", _CHILD, str(writing), str(math.ceil(seconds) + 1), str(memory),
+                 str(os.getpid())],
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, env={},
                 pass_fds=(writing,), start_new_session=True)
             try:

@@ -1,9 +1,12 @@
 """Programs that nobody has read: what they may not do to the process that runs them."""
 
+import errno
 import os
 import shutil
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -54,6 +57,30 @@ def test_the_network_is_out_of_reach_where_the_system_has_user_namespaces():
     with socket.create_server(("127.0.0.1", 0)) as server:
         found = execute(f"import socket\nsocket.create_connection({server.getsockname()!r}, timeout=5)", ENOUGH)
     assert found == "failed: OSError: [Errno 101] Network is unreachable"
+
+
+@pytest.mark.parametrize(("owner", "name"), [(tempfile, "TemporaryDirectory"), (subprocess, "Popen"), (os, "pipe")])
+def test_a_system_that_gives_nothing_is_a_result(owner, name, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(owner, name, full)
+    assert execute("pass", ENOUGH) == "not run: OSError: [Errno 28] No space left on device"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone kills a process with its parent")
+def test_a_program_dies_with_who_runs_it(tmp_path):
+    there = tmp_path / "child"
+    program = f"import os, time\nopen({str(there)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)"
+    runner = subprocess.Popen([sys.executable, "-c", f"from phi1._execute import execute\nexecute({program!r}, 60)"])
+    end = time.monotonic() + 30
+    while not (there.exists() and there.read_text()):
+        assert time.monotonic() < end, "it did not begin"
+    child = Path("/proc") / there.read_text()
+    runner.kill()
+    runner.wait()
+    while child.exists() and "State:\tZ" not in (child / "status").read_text():
+        assert time.monotonic() < end, "the program runs on"
 
 
 def test_files_and_processes_do_not_outlive_it(tmp_path):

@@ -1,20 +1,23 @@
 """What a model under training writes, and that writing it changes nothing."""
 
 import json
+import tempfile
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from phi1 import Phi1, preset
+from phi1.humaneval import Attempt, Problem
 from phi1.tokenizer import train_bpe
-from phi1.train import samples
+from phi1.train import humaneval, samples
 from phi1.train.admission import check_recipe
 from phi1.train.best import Standing
 from phi1.train.launch import Place, RunError
 from phi1.train.ledger import read_ledger
 from phi1.train.recipe_file import read_recipe
 from phi1.train.testing import steps, train, weights
+from phi1.train.together import Failed
 
 
 def test_completions_are_written_and_change_no_bit(place, undisturbed):
@@ -60,6 +63,22 @@ def test_two_processes_write_and_solve_together_and_keep_their_bits(place, undis
     assert "HumanEval        pass@1 50.0 %\n" in out
 
 
+def test_no_process_dies_of_a_system_that_runs_no_programs(engines, monkeypatch, tmp_path):
+    own = [Problem(entry["task_id"], entry["prompt"], f"f{i}", "", entry["test"]) for i, entry in enumerate(problems())]
+    monkeypatch.setattr(humaneval, "whole_model", lambda *_: "model")
+    monkeypatch.setattr(humaneval, "complete", lambda model, tokenizer, some: [Attempt(p.task_id, "") for p in some])
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", full)
+    evaluation, asked = humaneval.HumanEval(tmp_path, None, own, 1.0), []
+    trainer = SimpleNamespace(model=None, engine=engines["fp32"])
+    with pytest.raises(Failed, match=r"^not run: OSError: \[Errno 28\] No space left on device$"):
+        evaluation.evaluate(trainer, 0, lambda: asked.append(1))
+    assert len(asked) == 2  # as often as where all goes well
+
+
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
 def test_the_best_step_is_that_of_the_rule():
     first, better, solves = Standing(1, 2.0, 0.1), Standing(2, 1.5, 0.1), Standing(3, 2.5, 0.2)
     assert first.beats(None, "validation")
@@ -86,17 +105,20 @@ def test_what_humaneval_needs_is_refused_in_one_line(changes, message):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("trouble", ["nan", "disk"])
+@pytest.mark.parametrize("trouble", ["nan", "memory", "disk"])
 def test_completions_that_fail_are_one_line_for_the_run_to_go_on_with(tmp_path, monkeypatch, trouble):
     model, tokenizer = Phi1(preset("nano", vocab_size=300, num_hidden_layers=1)), train_bpe(["def f(x):\n"] * 9, 300)
     if trouble == "nan":
         torch.nn.init.constant_(model.head.bias, float("nan"))
+    elif trouble == "memory":
+        monkeypatch.setattr(samples, "complete", lambda *_: (_ for _ in ()).throw(MemoryError("no memory")))
     else:
         (tmp_path / "samples").write_text("in the way")
     monkeypatch.setattr(samples, "whole_model", lambda *args, here: model if here else None)
     trainer = SimpleNamespace(model=model, engine=None, finished=3)
     writer = samples.Samples(tmp_path / "samples", tokenizer, ["def f(x):\n"], seed=1)
-    reason = {"nan": "generate: the model's logits hold nan", "disk": ".*File exists"}[trouble]
+    reason = {"nan": "generate: the model's logits hold nan", "memory": "no memory",
+              "disk": ".*File exists"}[trouble]
     with pytest.raises(RunError, match=f"^the completions of step 3 are missing: {reason}"):
         writer.write(trainer, rank=0)
     writer.write(trainer, rank=1)

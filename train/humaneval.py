@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
-
 from phi1 import Phi1
+from phi1._execute import NOT_RUN
 from phi1.humaneval import BATCH, NOT_FINITE, Attempt, Problem, complete, judge
 from phi1.tokenizer import Tokenizer
 from phi1.train.launch import RunError
 from phi1.train.samples import whole_model
 from phi1.train.step import Trainer
+from phi1.train.together import attempt, fail, together
 
 
 @dataclass(frozen=True)
@@ -42,25 +43,35 @@ class HumanEval:
 
         Returns:
             One result a problem, the same on all processes; None if it was stopped.
+
+        Raises:
+            Failed: on every process, if one cannot run programs, or not let the model write them.
         """
         model = whole_model(trainer.model, trainer.engine)
         assert model
         own: list[Attempt] = []
+        error: str | None = None
         world = trainer.engine.world_size
         for first in range(rank * BATCH, len(self.problems) + rank * BATCH, world * BATCH):  # as often on each process
             if stop():
                 return None
-            own += self._attempts(model, self.problems[first : first + BATCH])
-        shares: list[list[Attempt]] = [[] for _ in range(world)]
-        dist.all_gather_object(shares, own)
+            if error is None:  # the others wait for this process in `stop`, whatever becomes of its share
+                share = self.problems[first : first + BATCH]
+                error, found = attempt(partial(self._attempts, model, share))
+                own += found or []
+        shares = together(lambda: fail(error) if error else own)
         order = {problem.task_id: at for at, problem in enumerate(self.problems)}
-        return sorted((attempt for share in shares for attempt in share), key=lambda attempt: order[attempt.task_id])
+        return sorted((one for share in shares for one in share), key=lambda one: order[one.task_id])
 
     def _attempts(self, model: Phi1, problems: list[Problem]) -> list[Attempt]:
         try:
-            return list(judge(problems, complete(model, self.tokenizer, problems), self.seconds))
+            done = list(judge(problems, complete(model, self.tokenizer, problems), self.seconds))
         except FloatingPointError:
             return [Attempt(problem.task_id, "", NOT_FINITE) for problem in problems]
+        for one in done:
+            if one.result and one.result.startswith(NOT_RUN):  # says nothing of the model
+                fail(one.result)
+        return done
 
     def write(self, attempts: list[Attempt], step: int) -> None:
         """Write humaneval-N.jsonl. Raises RunError if that is not possible."""

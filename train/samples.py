@@ -15,6 +15,7 @@ from phi1.tokenizer import Tokenizer
 from phi1.train.engine import DTYPES, Engine
 from phi1.train.launch import RunError
 from phi1.train.step import Trainer
+from phi1.train.together import attempt
 
 TEMPERATURE = 0.7
 COMPLETION_TOKENS = 80
@@ -85,18 +86,21 @@ class Samples:
         Neither the weights nor any random number of the training is touched.
 
         Raises:
-            RunError: the model computes nan, or the file cannot be written; on rank 0 alone.
+            RunError: the model computes nan, memory ends, or the file cannot be written; on rank 0 alone, for which
+                no other waits.
         """
         if not self.headers:
             return
         model = whole_model(trainer.model, trainer.engine, here=rank == 0)
         if model is None:
             return
-        path = self.folder / f"step-{trainer.finished}.md"
-        try:
-            pieces = complete(model, self.tokenizer, self.headers, self.seed)
-            self.folder.mkdir(exist_ok=True)
-            path.write_text(f"# Step {trainer.finished}\n\nTemperature {TEMPERATURE}, seed {self.seed}.\n"
-                            + "".join(f"\n```python\n{piece}```\n" for piece in pieces), encoding="utf-8")
-        except (OSError, FloatingPointError) as error:
-            raise RunError(f"the completions of step {trainer.finished} are missing: {error}") from None
+        error, _ = attempt(lambda: self._write(model, trainer.finished))
+        if error:
+            raise RunError(f"the completions of step {trainer.finished} are missing: {error}")
+
+    def _write(self, model: Phi1, step: int) -> None:
+        pieces = complete(model, self.tokenizer, self.headers, self.seed)
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / f"step-{step}.md").write_text(
+            f"# Step {step}\n\nTemperature {TEMPERATURE}, seed {self.seed}.\n"
+            + "".join(f"\n```python\n{piece}```\n" for piece in pieces), encoding="utf-8")
