@@ -41,7 +41,7 @@ from phi1.train.checkpoint_files import (
     read_state,
     write_manifest,
 )
-from phi1.train.engine import all_sum
+from phi1.train.engine import PATIENCE, all_sum
 from phi1.train.launch import RunError
 from phi1.train.step import Trainer
 from phi1.train.together import Failed, attempt, fail, reason_of, together
@@ -62,7 +62,7 @@ class Saver:
     def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
         # A group of its own: its collectives run in another thread, beside the training's.
-        self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.get_world_size() > 1 else None
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._flying: _Flying | None = None
 
