@@ -89,10 +89,8 @@ def undisturbed(place, processes):
     return WHOLE[processes]
 
 
-SHORT = {("SIGKILL of a rank in a step", 4), ("SIGKILL of a rank in a save", 2),
-         ("SIGKILL of a rank in an evaluation", 2), ("SIGKILL before a checkpoint's rename", 2),
-         ("a rank that hangs", 2), ("SIGTERM to torchrun", 2), ("a flipped byte in the newest checkpoint", 2),
-         ("a full disk", 2)}
+SHORT = {("SIGKILL of a rank in a step", 4), ("SIGKILL of a rank in a save", 2), ("a rank that hangs", 2),
+         ("a flipped byte in the newest checkpoint", 2), ("a full disk", 2)}
 EVERY = [(fault, processes) for fault in FAULTS for processes in ((1, 2, 4) if fault in BY_PROCESSES else (2,))]
 
 
