@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from phi1.bench.case import BOTH, Case, Function, Inputs, Provider, named
@@ -43,7 +44,7 @@ def _case(op: str, shape: dict[str, Any], dtype: str, devices: tuple[str, ...] =
 
 
 def _batches() -> Case:
-    """Rows of a memory-mapped corpus in a random order, as a step of training reads them."""
+    """Rows of a corpus in a random order, as a step of training reads them."""
     @cache
     def corpus() -> Any:
         from phi1.train.data import open_corpus
@@ -58,7 +59,7 @@ def _batches() -> Case:
         return {"samples": torch.randint(n_samples, (BATCH,), generator=generator, device=on).cpu()}
 
     def theirs(case: Case) -> Function:
-        """PyTorch's own loader over the same memory map, in this process."""
+        """PyTorch's own loader over a memory map of the same file, in this process."""
         stream = _Stream(corpus())
 
         def run(inputs: Inputs) -> torch.Tensor:
@@ -68,7 +69,7 @@ def _batches() -> Case:
         return run
 
     def exact(inputs: Inputs) -> torch.Tensor:
-        whole = torch.cat([torch.from_numpy(shard.astype("int64")) for shard in corpus().shards])
+        whole = torch.from_numpy(corpus().rows(np.array([0]), corpus().n_tokens - 1)[0])
         return torch.stack([whole[i * SEQ_LEN : (i + 1) * SEQ_LEN + 1] for i in inputs["samples"].tolist()])
 
     # Read two bytes a token, write eight.
@@ -81,7 +82,9 @@ class _Stream(torch.utils.data.Dataset):
     """The corpus as a map-style dataset."""
 
     def __init__(self, corpus: Any) -> None:
-        self.shard, self.count = corpus.shards[0], corpus.n_samples(SEQ_LEN)
+        shard = corpus.shards[0]
+        self.shard = np.memmap(shard.path, "<u2", "r", shard.header_bytes).view(np.ndarray)  # as its users do it
+        self.count = corpus.n_samples(SEQ_LEN)
 
     def __len__(self) -> int:
         return self.count

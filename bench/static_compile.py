@@ -31,11 +31,13 @@ def measure(case: Case, arch: str) -> Report:
     unknown = (set(case.types) | set(case.constexprs)) - set(names)
     assert not unknown, f"{case.name}: the kernel has no argument {sorted(unknown)}"
     # Without the alignment that a launch finds out, vector loads vanish.
-    aligned = [i for i, n in enumerate(names) if case.types.get(n, "").startswith("*") and n not in case.unaligned]
+    types, constants, multiples = case.arguments()
+    aligned = [i for i, n in enumerate(names)
+               if n in multiples or (types.get(n, "").startswith("*") and n not in case.unaligned)]
     source = ASTSource(
         case.kernel,
-        signature={name: case.types.get(name, "constexpr") for name in names},
-        constexprs=dict(case.constexprs),
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}

@@ -21,10 +21,12 @@ from phi1.bench.static_case import Case
 
 def key_of(case: Case) -> str:
     """12 hexadecimal digits that change when the compiled code may change."""
+    types, constants, multiples = case.arguments()
     parts = {
         "source": sorted(_sources(case.kernel).items()),
-        "types": sorted(case.types.items()),
-        "constexprs": sorted((name, _constant(value)) for name, value in case.constexprs.items()),
+        "types": sorted(types.items()),
+        "constexprs": sorted((name, _constant(value)) for name, value in constants.items()),
+        "multiples": multiples,
         "unaligned": sorted(case.unaligned),
         "tile": [case.num_warps, case.num_stages],
     }

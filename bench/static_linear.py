@@ -30,10 +30,11 @@ def cases(arch: str) -> list[Case]:
     ]
     if arch in ("sm_90", "sm_100"):  # operands that TMA cannot take
         found += [_linear_case(arch, "fp16", N, F, D, DROPOUT, tma=False), _dgelu_case(arch, "fp16", tma=False)]
-    way, persistent = arch != "sm_80", arch != "gfx942"  # on sm_90 and sm_100 by TMA; not on AMD, where it spills
-    if persistent:
+    way = arch != "sm_80"  # on sm_90 and sm_100 by TMA
+    if arch != "gfx942":  # persistent: what spills, on AMD and dgelu on sm_100, is for a tuner to try
         found += [_linear_case(arch, "fp16", N, k, m, epilogue, own=_persistent(linear.CANDIDATES["forward"], way))
                   for k, m, epilogue in ((D, F, GELU), (F, D, DROPOUT))]
+    if arch in ("sm_80", "sm_90"):
         found.append(_dgelu_case(arch, "fp16", own=_persistent(mlp.CANDIDATES["dgelu"], way)))
     if arch in ANY:
         found += [_linear_case(arch, dtype, N, k, m, epilogue, table="any") for dtype in ("fp16", "fp32")
@@ -67,15 +68,18 @@ def _linear_case(
         num_warps=t["num_warps"],
         num_stages=t["num_stages"],
         tensor_core=dtype != "fp32",
-        # The bias falls to threads two columns at a time, as the accumulator does; and seed, step, ids, documents.
-        narrow_loads=32 + 16 * ("dropout" in epilogue) + 8 * ("packed" in epilogue),
+        spill_bytes=8 if arch == "sm_80" and "packed" in epilogue else 0,  # around the search for a row's document
+        # The bias falls to threads two columns at a time, as the accumulator does; and seed, step, ids, documents. A
+        # persistent kernel has its epilogue twice, the second time for a product without inputs.
+        narrow_loads=(32 + 16 * ("dropout" in epilogue) + 8 * ("packed" in epilogue)) * (1 + ("persistent" in t)),
         # AMD's accumulator has four columns a thread, and the compiler stores 16-bit values from there.
         narrow_stores=32 if arch == "gfx942" else 0,
     )
 
 
 def _dgelu_case(arch: str, dtype: str, table: str = "", tma: bool = True, own: Tile | None = None) -> Case:
-    t = own or tile_for("mlp", "dgelu", table or arch, dtype=TRITON_NAMES[dtype], rows=N, width=D, inner=F)
+    t = own or tile_for("mlp", "dgelu", table or arch, dtype=TRITON_NAMES[dtype], rows=N, width=D, inner=F,
+                        described=tma)
     t = t | {"tma": t["tma"] and tma}
     pointers = dict.fromkeys(("pre_ptr", "dpre_ptr", "act_ptr"), f"*{dtype}") | {
         "dout_ptr": _operand(t, dtype, t["block_m"], t["block_k"]),

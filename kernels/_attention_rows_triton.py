@@ -187,8 +187,7 @@ def load_statistics(ptr, first, n_rows, other, ROWS: tl.constexpr):
     """Float32 statistics of rows first.., [ROWS]; other past n_rows.
 
     The sum over one element keeps the compiler from loading in the layout of the use: there a thread would load 16 of
-    the values, 4 bytes at a time, and hold 16 addresses (dk and dv on sm_90: 239 registers with it, 255 and spills
-    without).
+    the values, 4 bytes at a time, and hold 16 addresses.
     """
     rows = first + tl.arange(0, ROWS)
     x = tl.load(ptr + rows, mask=rows < n_rows, other=other)

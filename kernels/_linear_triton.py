@@ -7,7 +7,7 @@ the backward, which computes it again from pre, sees the same values; out is rou
 would not fit the registers together, the epilogue works on one half or quarter of the columns after the other.
 
 A tile with "persistent" runs that many programs a multiprocessor, each taking tiles in turn, and hides a tile's first
-loads behind the epilogue before it, for 6 to 76 registers a thread more. Nobody has timed it yet, so that no table
+loads behind the epilogue before it, for up to 41 registers a thread more. Nobody has timed it yet, so that no table
 takes it: without it the GPU balances tiles over its multiprocessors by itself. Warp specialisation, which would hide
 all of the epilogue, does not compile under Triton 3.9 with descriptors made on the host.
 
@@ -150,7 +150,7 @@ def launch_forward(
     x, weight = one_unit_stride(x), one_unit_stride(weight)
     residual = residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
     check_rows("linear", t["block_m"], out, residual)
-    tma = describable(t, x, weight)
+    tma = bool(t["tma"]) and describable(x, weight)
     linear_forward_kernel[(n_programs(t, *shape, x.device),)](
         operand(x, t, "block_m", tma), operand(weight, t, "block_n", tma),
         None if bias is None else bias.contiguous(), residual, out, pre if gelu else None,

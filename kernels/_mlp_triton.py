@@ -124,16 +124,17 @@ def launch_dgelu_partial(
 ) -> torch.Tensor:
     """`launch_dgelu`, with db1 as partial sums [P, F] float32."""
     n_rows, n_cols = pre.shape
+    dout, weight = one_unit_stride(dout), one_unit_stride(weight)
+    described = describable(dout, weight)
     t = tile("mlp", "dgelu", pre.device, dtype=str(pre.dtype).removeprefix("torch."), rows=n_rows, width=dout.shape[1],
-             inner=n_cols)
+             inner=n_cols, described=described)
     if "cublas" in t:
         partial = launch_backward_partial(torch.mm(dout, weight), pre, None, dpre=dpre, act=act)
         assert partial is not None
         return partial
-    dout, weight = one_unit_stride(dout), one_unit_stride(weight)
     partial = pre.new_empty((triton.cdiv(n_rows, t["block_m"]), n_cols), dtype=torch.float32)
     check_rows("mlp", t["block_m"], pre, dpre, act)
-    tma = describable(t, dout, weight)
+    tma = bool(t["tma"]) and described
     if pre.numel():
         dgelu_kernel[(n_programs(t, n_rows, n_cols, pre.device),)](
             operand(dout, t, "block_m", tma), operand(weight, t, "block_k", tma, "block_n"), pre, dpre, act, partial,

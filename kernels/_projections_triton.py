@@ -252,7 +252,7 @@ def launch_in_proj(
                             for columns, wanted in ((3 * width, qkv), (inner, pre), (inner, act)))
     tiles = (2 * width, width, inner) if qkv else (inner,)
     grid = triton.cdiv(n_rows, t["block_m"]) * sum(triton.cdiv(columns, t["block_n"]) for columns in tiles)
-    weight, tma = weight.contiguous(), describable(t, h, weight)
+    weight, tma = weight.contiguous(), bool(t["tma"]) and describable(h, weight)
     if n_rows:
         in_proj_kernel[(grid,)](
             operand(h, t, "block_m", tma), operand(weight, t, "block_n", tma), bias.contiguous(), cos.contiguous(),
@@ -273,7 +273,7 @@ def launch_out_proj(
         torch.addmm(x + bias.sum(0), att, weight[:, :width].t(), out=y)
         return y.addmm_(act, weight[:, width:].t())
     weight = weight.contiguous()
-    tma = describable(t, att, act, weight)
+    tma = bool(t["tma"]) and describable(att, act, weight)
     if n_rows:
         out_proj_kernel[(triton.cdiv(n_rows, t["block_m"]) * triton.cdiv(width, t["block_n"]),)](
             operand(att, t, "block_m", tma), operand(act, t, "block_m", tma), x.contiguous(),

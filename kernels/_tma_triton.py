@@ -81,9 +81,9 @@ def tile_product(
     return acc
 
 
-def describable(t: dict[str, int], *operands: torch.Tensor) -> bool:
-    """Whether a tile is for TMA, and operands are as it wants them: dense rows that start at multiples of 16 bytes."""
-    return bool(t["tma"]) and all(
+def describable(*operands: torch.Tensor) -> bool:
+    """Whether operands are as TMA wants them: dense rows that start at multiples of 16 bytes."""
+    return all(
         x.numel() > 0 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
         and x.stride(0) * x.dtype.itemsize % 16 == 0 and x.data_ptr() % 16 == 0 for x in operands
     )

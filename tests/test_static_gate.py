@@ -96,6 +96,23 @@ def test_too_much_shared_memory_is_refused():
     assert replace(over, shared=0).occupancy("sm_80") == 16  # 65,536 registers / (128 * 32)
 
 
+@triton.jit(do_not_specialize=["free"])
+def sizes_kernel(x_ptr, n, free, BLOCK: tl.constexpr):
+    tl.store(x_ptr + n + free + tl.arange(0, BLOCK), 0.0)
+
+
+@pytest.mark.parametrize(("n", "free", "expected"), [
+    (1, 1, ({"free": "i32"}, {"n": 1}, [])),
+    (32, 32, ({"n": "i32", "free": "i32"}, {}, ["n"])),
+    (20, 20, ({"n": "i32", "free": "i32"}, {}, [])),
+    (1 << 31, 2, ({"n": "i64", "free": "i32"}, {}, ["n"])),
+])
+def test_the_compiler_knows_of_sizes_what_a_launch_tells_it(n, free, expected):
+    types, constants, multiples = Case("sizes", sizes_kernel, {"x_ptr": "*fp32"},
+                                       {"n": n, "free": free, "BLOCK": 16}).arguments()
+    assert (types, constants, multiples) == (expected[0] | {"x_ptr": "*fp32"}, expected[1] | {"BLOCK": 16}, expected[2])
+
+
 def test_assembly_without_accesses_is_refused():
     report = replace(static_compile.measure(WHOLE_COPY, "sm_90"), loads={}, stores={})
     assert len(static_gate.complaints(WHOLE_COPY, "sm_90", report)) == 2
