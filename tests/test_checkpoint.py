@@ -7,12 +7,19 @@ import threading
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 from phi1.train import checkpoint as checkpoint_module
+from phi1.train.batches import Layout
 from phi1.train.checkpoint import Saver, load_checkpoint, save_checkpoint
 from phi1.train.checkpoint_files import checkpoints, choose, find_damage, prune, remove_after
+from phi1.train.data import open_corpus
+from phi1.train.engine import build_model, connect_processes, start
 from phi1.train.launch import RunError
-from phi1.train.testing import make_trainer, weights_of
+from phi1.train.recipe import Train
+from phi1.train.step import Trainer
+from phi1.train.testing import SMALL, in_processes, make_trainer, weights_of
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -163,3 +170,50 @@ def test_the_notes_are_plain_json(two_saved):
     notes = json.loads((two_saved / "step-3" / "trainer.json").read_text())
     assert notes["step"] == 3
     assert notes["skipped"] == 0
+
+
+class Fails:
+    """Puts something that fails on one rank in a function's place, until the block ends."""
+
+    def __init__(self, owner, name, here, error):
+        self.owner, self.name, self.here, self.error = owner, name, here, error
+
+    def __enter__(self):
+        self.whole = getattr(self.owner, self.name)
+        if self.here:
+            setattr(self.owner, self.name, self.fail)
+
+    def __exit__(self, *_):
+        setattr(self.owner, self.name, self.whole)
+
+    def fail(self, *_, **__):
+        raise self.error
+
+
+def saves_that_cannot_begin_on_rank_1(rank, store, data, folder):
+    """The lines of two such saves, and what the third leaves, for which nothing is missing."""
+    engine = start(rank, "cpu", "fp32", 1)
+    connect_processes(engine, rank, store)
+    trainer = Trainer(build_model(SMALL, engine, seed=1), Train(batch_size=4), 32, open_corpus(data, verify=False),
+                      Layout.of(4, 2, rank.rank, 2), engine)
+    saver, lines = Saver(folder, keep=2), []
+    for owner, name, error in ((threading.Thread, "start", RuntimeError("can't start new thread")),
+                               (dcp.FileSystemWriter, "stage", MemoryError())):
+        with Fails(owner, name, rank.rank == 1, error), pytest.raises(RunError) as failure:
+            saver.begin(trainer, {})
+        lines.append((str(failure.value), saver.in_flight))
+        trainer.run_step()
+    saver.begin(trainer, {})
+    path = saver.finish().path
+    dist.destroy_process_group()
+    return lines, find_damage(path), sorted(found.name for where in (folder, path) for found in where.iterdir())
+
+
+def test_a_save_that_cannot_begin_on_one_process_is_given_up_by_all_and_the_next_one_works(small_corpus, tmp_path):
+    folder = tmp_path / "checkpoints"
+    data = small_corpus.folder
+    for lines, damage, files in in_processes(2, saves_that_cannot_begin_on_rank_1, tmp_path, data, folder):
+        assert lines == [(f"checkpoint {folder}/step-0 could not be written: can't start new thread", False),
+                         (f"checkpoint {folder}/step-1 could not be written: MemoryError", False)]
+        assert damage is None
+        assert files == [".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json", "step-2", "trainer.json"]

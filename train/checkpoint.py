@@ -11,7 +11,6 @@ import hashlib
 import json
 import shutil
 import time
-import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,12 +94,13 @@ class Saver:
         notes = _counts(trainer) | facts
         best = facts["best"]["step"] if "best" in facts else None
         flying = _Flying(trainer.finished, final, temporary, int(needed), began, best)
+        writer = dcp.FileSystemWriter(temporary)
         try:
             together(lambda: _make_room(temporary, flying.needed) if dist.get_rank() == 0 else None)
-            written: list[Any] = together(lambda: self._write(state, temporary), keep=True)
+            (copied,) = together(lambda: self._copy(state, writer), keep=True)
         except Failed as error:
             raise self._given_up(flying, error) from None
-        flying.job = self._pool.submit(attempt, lambda: _describe_own(written[0].result(), temporary, notes))
+        flying.job = self._pool.submit(attempt, lambda: self._write(copied, writer, notes))
         flying.stall = time.perf_counter() - began
         self._flying = flying
 
@@ -123,10 +123,19 @@ class Saver:
         now = time.perf_counter()
         return Saved(flying.final, flying.step, flying.needed, flying.stall + now - began, now - flying.began)
 
-    def _write(self, state: dict[str, Any], temporary: Path) -> Any:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch.distributed.*single process")
-            return dcp.async_save(state, storage_writer=dcp.FileSystemWriter(temporary), process_group=self._group)
+    def _copy(self, state: dict[str, Any], writer: dcp.FileSystemWriter) -> dict[str, Any]:
+        """The state in this process's memory, with a thread that waits to write it.
+
+        dcp.async_save does both and begins its collectives at once: where memory or threads lack on one process alone,
+        the others would be left in them, and the next save would read their messages.
+        """
+        self._pool.submit(int).result()
+        return writer.stage(state)
+
+    def _write(self, copied: dict[str, Any], writer: dcp.FileSystemWriter,
+               notes: dict[str, Any]) -> dict[str, list[int | str]]:
+        dcp.save(copied, storage_writer=writer, process_group=self._group)
+        return _describe_own(Path(writer.path), notes)
 
     def _commit(self, flying: _Flying, files: dict[str, list[int | str]]) -> None:
         write_manifest(flying.temporary, files)
@@ -264,7 +273,7 @@ def _shortage(folder: Path, needed: int) -> str:
             f"{(needed - free) / 1e6:.1f} MB more, or give another --run.folder")
 
 
-def _describe_own(_: object, temporary: Path, notes: dict[str, Any]) -> dict[str, list[int | str]]:
+def _describe_own(temporary: Path, notes: dict[str, Any]) -> dict[str, list[int | str]]:
     """Sizes and hashes of the files that this process wrote; rank 0 also writes the notes."""
     rank = dist.get_rank()
     own = list(temporary.glob(f"__{rank}_*.distcp"))
