@@ -1,5 +1,8 @@
 """The next step's batch: read while this one runs, the same as without, and one line where it cannot be read."""
 
+import errno
+import os
+import re
 import threading
 
 import numpy as np
@@ -9,13 +12,14 @@ import torch.distributed as dist
 
 from phi1.config import preset
 from phi1.train.batches import Layout, micro_batches, samples_of_step
-from phi1.train.data import Corpus, open_corpus
+from phi1.train.data import open_corpus
 from phi1.train.engine import build_model, connect_processes, start
 from phi1.train.launch import RunError
 from phi1.train.prefetch import Batch, Prefetch
 from phi1.train.recipe import Train
 from phi1.train.step import Trainer
 from phi1.train.testing import in_processes
+from phi1.train.validation import HeldOut
 
 TINY = preset("nano", vocab_size=512, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
               max_position_embeddings=64)
@@ -72,33 +76,33 @@ def test_what_was_read_ahead_is_given_up_for_another_batch(place, tmp_path):
     assert changed.loss == pytest.approx(steady.loss, rel=1e-6)
 
 
-class Unreadable(Corpus):
-    """A corpus whose disk fails after some reads."""
-
-    def rows(self, indices, seq_len):
-        self.reads.append(len(indices))
-        if len(self.reads) > 2:
-            raise OSError(5, "Input/output error", "train-00000.bin")
-        return super().rows(indices, seq_len)
-
-
 def third_step_with_a_broken_disk(rank, store, data):
-    engine = start(rank, "cpu", "fp32", 1)
+    engine, reads, preadv = start(rank, "cpu", "fp32", 1), [], os.preadv
+
+    def breaking(file, *where):
+        reads.append(file)
+        if rank.rank == 1 and len(reads) > 4:  # two rows a step
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(file, *where)
+
+    os.preadv = breaking  # in this process, which ends with the test
     connect_processes(engine, rank, store)
-    corpus = open_corpus(data, verify=False)
-    if rank.rank == 1:
-        corpus = Unreadable(**vars(corpus))
-        object.__setattr__(corpus, "reads", [])
+    corpus, validation = (open_corpus(data, split, verify=False) for split in ("train", "val"))
     model, layout = build_model(TINY, engine, 1), Layout.of(4, 0, rank.rank, 2)
     trainer = Trainer(model, Train(batch_size=4), 32, corpus, layout, engine)
     trainer.run_step()
     trainer.run_step()
-    with pytest.raises(RunError) as raised:
+    with pytest.raises(RunError) as in_a_step:
         trainer.run_step()
+    with pytest.raises(RunError) as held_out:
+        HeldOut(validation, corpus.load_tokenizer(), 32, 8)
     dist.destroy_process_group()
-    return str(raised.value)
+    return str(in_a_step.value), str(held_out.value)
 
 
 def test_what_one_process_cannot_read_stops_all_in_the_step_that_needs_it(place, tmp_path):
-    for line in in_processes(2, third_step_with_a_broken_disk, tmp_path, place / "data"):
-        assert line == "data of step 3 could not be read: [Errno 5] Input/output error: 'train-00000.bin'"
+    data = place / "data"
+    for in_a_step, held_out in in_processes(2, third_step_with_a_broken_disk, tmp_path, data):
+        assert re.fullmatch(f"rank 1 could not read its data of step 3: {data}/train-00000.bin: cannot be read at byte "
+                            rf"[\d,]+: Input/output error; phi1 verify {data} says more", in_a_step)
+        assert held_out == f"{data}/val-00000.bin: cannot be read at byte 4,096: Input/output error"

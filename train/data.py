@@ -1,9 +1,11 @@
-"""The corpus as training sees it: checked when opened, memory-mapped, cut into rows in an order that needs no state."""
+"""The corpus as training sees it: checked when opened, cut into rows in an order that needs no state."""
 
 from __future__ import annotations
 
+import io
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 
 from phi1.tokenizer import Tokenizer
 from phi1.train.order import sample_order
-from phi1.train.shards import DOCUMENT, TOKEN, DataError, damaged_block, file_hash, read_header, read_manifest
+from phi1.train.shards import TOKEN, DataError, Shard, damaged_block, file_hash, read_manifest
 
 __all__ = ["SPLITS", "Corpus", "DataError", "open_corpus", "sample_order"]
 
@@ -34,10 +36,15 @@ class Corpus:
     vocab_size: int
     """Tokens of the tokenizer; every id is below it."""
     eos_id: int
-    documents: np.ndarray = field(repr=False)
-    """One DOCUMENT record a document: offset, tokens, bytes, hash. Memory-mapped."""
-    shards: tuple[np.ndarray, ...] = field(repr=False)
-    """uint16 [n], memory-mapped; all but the last of one length."""
+    shards: tuple[Shard, ...] = field(repr=False)
+    """All but the last of one length."""
+
+    @cached_property
+    def documents(self) -> np.ndarray:
+        """One DOCUMENT record a document: offset, tokens, bytes, hash."""
+        # Training needs none of them: 32 bytes each, which a process holds only if it asks. NumPy would take an error
+        # of the disk for the end of the file.
+        return np.load(io.BytesIO((self.folder / f"{self.split}-documents.npy").read_bytes()))
 
     def n_samples(self, seq_len: int) -> int:
         """Rows of `seq_len` inputs and as many targets in the stream; rows share no input, a last short one is left."""
@@ -66,35 +73,36 @@ class Corpus:
 
         Raises:
             ValueError: an index is out of range.
+            DataError: a shard cannot be read any more.
         """
         indices = np.asarray(indices)
         n_samples = self.n_samples(seq_len)
         if indices.size and not 0 <= indices.min() <= indices.max() < n_samples:
             raise ValueError(f"rows: indices must be from 0 to {n_samples - 1} (seq_len {seq_len}); "
                              f"got {indices.min()} to {indices.max()}")
-        out = np.empty((indices.size, seq_len + 1), dtype=np.int64)
+        out = np.empty((indices.size, seq_len + 1), dtype=TOKEN)
         for row, index in zip(out, indices.tolist(), strict=True):
-            self._copy(index * seq_len, row)
-        return out
+            self._read(index * seq_len, row)
+        return out.astype(np.int64)
 
     def document(self, index: int) -> np.ndarray:
         """Tokens, int64 [n], of one document, without the `<|endoftext|>` after it."""
         record = self.documents[index]
-        out = np.empty(int(record["tokens"]), dtype=np.int64)
-        self._copy(int(record["offset"]), out)
-        return out
+        out = np.empty(int(record["tokens"]), dtype=TOKEN)
+        self._read(int(record["offset"]), out)
+        return out.astype(np.int64)
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that the ids belong to."""
         return Tokenizer.from_folder(self.folder / "tokenizer")
 
-    def _copy(self, start: int, out: np.ndarray) -> None:
+    def _read(self, start: int, out: np.ndarray) -> None:
         """Fill `out` with the stream's tokens from `start` on, across shards where need be."""
         filled = 0
         while filled < out.size:
             number, at = divmod(start + filled, self.shards[0].size)
-            piece = self.shards[number][at:at + out.size - filled]
-            out[filled:filled + piece.size] = piece
+            piece = out[filled:filled + self.shards[number].size - at]
+            self.shards[number].read(at, piece)
             filled += piece.size
 
 
@@ -115,7 +123,7 @@ def open_corpus(folder: str | Path, split: str = "train", *, verify: bool = True
     try:
         return _open(Path(folder), split, verify)
     except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
+        raise DataError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
 
 
 def _open(folder: Path, split: str, verify: bool) -> Corpus:
@@ -126,12 +134,11 @@ def _open(folder: Path, split: str, verify: bool) -> Corpus:
     for name, expected in content["files"].items():
         if name.startswith((f"{split}-", "tokenizer/")):
             _check_file(folder, name, expected, verify)
-    shards = tuple(_map_shard(folder / name, content["tokenizer"]) for name in part["shards"])
-    documents = np.load(folder / f"{split}-documents.npy", mmap_mode="r")
-    if documents.dtype != DOCUMENT or sum(shard.size for shard in shards) != part["tokens"]:
-        raise DataError(f"{folder}: the {split} split's shards and index do not hold what the manifest says")
+    shards = tuple(Shard(folder / name, content["tokenizer"]) for name in part["shards"])
+    if sum(shard.size for shard in shards) != part["tokens"]:
+        raise DataError(f"{folder}: the {split} split's shards do not hold what the manifest says")
     return Corpus(folder, split, manifest["fingerprint"], part["tokens"], part["bytes"], content["vocab_size"],
-                  content["eos_id"], documents, shards)
+                  content["eos_id"], shards)
 
 
 def _check_names(folder: Path, expected: set[str]) -> None:
@@ -154,13 +161,3 @@ def _check_file(folder: Path, name: str, expected: dict[str, Any], verify: bool)
     if verify and file_hash(path) != expected["xxh3_128"]:
         where = f": {damaged_block(path)}" if path.suffix == ".bin" else ""
         raise DataError(f"{path}: damaged: its content hash is wrong{where}; restore it or prepare the corpus again")
-
-
-def _map_shard(path: Path, tokenizer: str) -> np.ndarray:
-    header = read_header(path)
-    if path.stat().st_size != header.header_bytes + header.n_tokens * TOKEN.itemsize:
-        raise DataError(f"{path}: damaged: its size is not that of the {header.n_tokens:,} tokens in its header")
-    if header.tokenizer != tokenizer:
-        raise DataError(f"{path}: its tokenizer ({header.tokenizer[:12]}) is not the corpus' ({tokenizer[:12]})")
-    mapped = np.memmap(path, dtype=TOKEN, mode="r", offset=header.header_bytes, shape=(header.n_tokens,))
-    return mapped.view(np.ndarray)  # the same memory; a slice of np.memmap itself costs 1 us more

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,61 @@ def read_header(path: Path) -> ShardHeader:
                        struct.unpack(f"<{n_blocks}Q", rest[:8 * n_blocks]))
 
 
+class Shard:
+    """A shard's tokens, read from its file whenever they are asked for, by several threads if need be.
+
+    Not through a memory map: there an error of the disk, or a file that is cut short, ends the process by SIGBUS,
+    without a word. The file stays open, one descriptor a shard (67 for phi-1's 7 billion tokens), so that a run goes on
+    with the file that was checked if another takes its name.
+
+    Args:
+        path: of the shard.
+        tokenizer: sha256 of the one that its ids must belong to.
+
+    Raises:
+        DataError: it is not such a shard, or its header is damaged.
+    """
+
+    def __init__(self, path: Path, tokenizer: str) -> None:
+        header = read_header(path)
+        self.path, self.tokenizer, self.size, self.header_bytes = path, tokenizer, header.n_tokens, header.header_bytes
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        if os.fstat(self._file).st_size != header.header_bytes + header.n_tokens * TOKEN.itemsize:
+            raise DataError(f"{path}: damaged: its size is not that of the {header.n_tokens:,} tokens in its header")
+        if header.tokenizer != tokenizer:
+            raise DataError(f"{path}: its tokenizer ({header.tokenizer[:12]}) is not the corpus' ({tokenizer[:12]})")
+
+    def __reduce__(self) -> tuple[type[Shard], tuple[Path, str]]:
+        return Shard, (self.path, self.tokenizer)  # a process that is not a fork opens it anew
+
+    def read(self, first: int, out: np.ndarray) -> None:
+        """Fill `out`, uint16 [n], with the tokens from `first` on.
+
+        Raises:
+            DataError: the disk fails, or the file has been cut short.
+        """
+        begin, done = self.header_bytes + first * TOKEN.itemsize, 0
+        while done < out.nbytes:
+            rest = out.view(np.uint8)[done:] if done else out  # a view costs a third of a read, which is rarely short
+            got = _read(self.path, self._file, rest, begin + done)
+            if not got:
+                raise DataError(f"{self.path}: cut short since it was opened: it has no byte {begin + done:,} any more")
+            done += got
+
+
+def _read(path: Path, file: int, buffer: Any, at: int) -> int:
+    """Read from byte `at` of a file on into a buffer; returns how many bytes came, 0 at the end.
+
+    Raises:
+        DataError: it cannot be read; what the system says of that does not name the file.
+    """
+    try:
+        return os.preadv(file, [buffer], at)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read at byte {at:,}: {error.strerror}") from None
+
+
 def damaged_block(path: Path) -> str:
     """Which tokens of a shard with a wrong content hash are damaged, in words."""
     header = read_header(path)
@@ -107,12 +164,12 @@ def damaged_block(path: Path) -> str:
 
 def file_hash(path: Path) -> str:
     """xxh3-128 of a file's content, in hex, as `xxhsum -H2` prints it."""
-    digest = xxhash.xxh3_128()
-    buffer = bytearray(1 << 22)
-    view = memoryview(buffer)
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            digest.update(view[:size])
+    digest, at = xxhash.xxh3_128(), 0
+    buffer = memoryview(bytearray(1 << 22))
+    with path.open("rb") as file:
+        while size := _read(path, file.fileno(), buffer, at):
+            digest.update(buffer[:size])
+            at += size
     return digest.hexdigest()
 
 

@@ -130,7 +130,8 @@ class Trainer:
         try:
             batch = self._prefetch.take(step)
         except (OSError, ValueError) as error:
-            problem = f"data of step {step + 1} could not be read: {error}"
+            problem = (f"rank {self.layout.rank} could not read its data of step {step + 1}: {error}; phi1 verify "
+                       f"{self.corpus.folder} says more")
         count, failures = all_sum(batch.n_targets if batch else 0, batch is None)
         if failures:
             problems = [problem] * self.engine.world_size

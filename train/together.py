@@ -8,10 +8,12 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from phi1.train.launch import RunError
+
 T = TypeVar("T")
 
 
-class Failed(Exception):
+class Failed(RunError):
     """Some process could not do its part; every process raises this with the same text."""
 
 
@@ -48,4 +50,4 @@ def reason_of(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(f"{error}".split())[:200] or type(error).__name__
+    return " ".join(f"{error}".split())[:500] or type(error).__name__

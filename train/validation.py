@@ -14,6 +14,7 @@ from phi1 import Phi1
 from phi1.tokenizer import Tokenizer
 from phi1.train.data import Corpus
 from phi1.train.engine import Engine, all_sum, reshard
+from phi1.train.together import together
 
 IGNORED = -100
 
@@ -34,19 +35,23 @@ class Figures:
 
 
 class HeldOut:
-    """The first `sequences` rows of the validation split, which are consecutive text from held-out documents.
+    """Collective: the first `sequences` rows of the validation split, consecutive text from held-out documents.
 
     Args:
         corpus: validation split.
         tokenizer: the corpus's.
         seq_len: T; a token sees at most the T - 1 before it in its row.
         sequences: rows to take; 0 takes all.
+
+    Raises:
+        Failed: on every process, if one cannot read them.
     """
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, seq_len: int, sequences: int) -> None:
         there = corpus.n_samples(seq_len)
         count = min(sequences, there) if sequences else there
-        self.rows = corpus.rows(np.arange(count, dtype=np.int64), seq_len)  # [count, T + 1]
+        first = np.arange(count, dtype=np.int64)
+        [self.rows] = together(lambda: corpus.rows(first, seq_len), keep=True)  # [count, T + 1]
         targets = self.rows[:, 1:].ravel()
         self.text = tokenizer.decode_bytes(targets[targets != tokenizer.eos_id].tolist())
 
