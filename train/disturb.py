@@ -156,6 +156,16 @@ def flip(shard: Path) -> None:
     shard.write_bytes(content)
 
 
+def cut_the_corpus(victim: Victim) -> None:
+    """While it is read; it is whole again once the run has ended."""
+    victim.wait_for_step()
+    shard = victim.place / "data" / "train-00000.bin"
+    content = shard.read_bytes()
+    os.truncate(shard, len(content) // 2)
+    victim.launcher.wait()
+    shard.write_bytes(content)
+
+
 def second_run(victim: Victim) -> None:
     victim.wait_for_step(1)
     refused = testing.error_line(testing.run(victim.place, victim.run, **STEPS))
@@ -195,6 +205,8 @@ FAULTS = {
     "a deleted shard": Fault(damage(Path.unlink), BEFORE, said="distcp is missing"),
     "a duplicated shard": Fault(damage(lambda shard: (shard.parent / "__9_0.distcp").write_bytes(shard.read_bytes())),
                                 BEFORE, said="__9_0.distcp is not one of its files"),
+    "a file of the corpus cut short in place": Fault(
+        cut_the_corpus, BEFORE, said=r"rank \d could not read its data of step \d+: \S+: cut short since it"),
     "a second run in the folder": Fault(second_run, "a refusal of the second in one line"),
     "a clock that jumps back a day": Fault(Victim.wait_for_step, "nothing: only monotonic clocks are asked",
                                            inject=CLOCK),
