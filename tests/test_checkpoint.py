@@ -4,22 +4,27 @@ import json
 import re
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from phi1 import Phi1
 from phi1.train import checkpoint as checkpoint_module
+from phi1.train import engine as engine_module
 from phi1.train.batches import Layout
-from phi1.train.checkpoint import Saver, load_checkpoint, save_checkpoint
+from phi1.train.checkpoint import Saver, gather_weights, load_checkpoint, save_checkpoint
 from phi1.train.checkpoint_files import checkpoints, choose, find_damage, prune, remove_after
 from phi1.train.data import open_corpus
-from phi1.train.engine import build_model, connect_processes, start
+from phi1.train.engine import build_model, connect_processes, gather, start
 from phi1.train.launch import RunError
 from phi1.train.recipe import Train
+from phi1.train.samples import whole_model
 from phi1.train.step import Trainer
 from phi1.train.testing import SMALL, in_processes, make_trainer, weights_of
+from phi1.train.together import Failed
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -172,35 +177,57 @@ def test_the_notes_are_plain_json(two_saved):
     assert notes["skipped"] == 0
 
 
-class Fails:
-    """Puts something that fails on one rank in a function's place, until the block ends."""
+def failing(error):
+    """A function that does nothing else."""
+    def fail(*_, **__):
+        raise error
+    return fail
 
-    def __init__(self, owner, name, here, error):
-        self.owner, self.name, self.here, self.error = owner, name, here, error
 
-    def __enter__(self):
-        self.whole = getattr(self.owner, self.name)
-        if self.here:
-            setattr(self.owner, self.name, self.fail)
+def two_processes(rank, store, data):
+    """A trainer of which each holds a half."""
+    engine = start(rank, "cpu", "fp32", 1)
+    connect_processes(engine, rank, store)
+    return Trainer(build_model(SMALL, engine, seed=1), Train(batch_size=4), 32, open_corpus(data, verify=False),
+                   Layout.of(4, 2, rank.rank, 2), engine)
 
-    def __exit__(self, *_):
-        setattr(self.owner, self.name, self.whole)
 
-    def fail(self, *_, **__):
-        raise self.error
+def gathers_for_which_one_process_lacks_memory(rank, store, data):
+    """What is said of three such ones, and whether a fourth, for which there is enough, gives rank 0 all parameters."""
+    trainer, lines = two_processes(rank, store, data), []
+    lacks = failing(MemoryError("no memory"))
+    for owner, name, there in ((Phi1, "to_empty", lacks),
+                               (engine_module, "torch", SimpleNamespace(Tensor=torch.Tensor, empty=lacks))):
+        with pytest.MonkeyPatch.context() as patch:
+            if rank.rank == 1:
+                patch.setattr(owner, name, there)
+            with pytest.raises(Failed) as failure:
+                whole_model(trainer.model, trainer.engine)
+        lines.append(str(failure.value))
+    with pytest.raises(Failed) as failure:
+        gather(trainer.model, lacks if rank.rank == 0 else lambda name, whole: None)
+    lines.append(str(failure.value))
+    whole, copy = gather_weights(trainer.model), whole_model(trainer.model, trainer.engine)
+    dist.destroy_process_group()
+    return lines, rank.rank or all(torch.equal(whole[name], tensor) for name, tensor in copy.named_parameters())
+
+
+def test_a_gather_for_which_one_process_lacks_memory_fails_on_all(small_corpus, tmp_path):
+    found = in_processes(2, gathers_for_which_one_process_lacks_memory, tmp_path, small_corpus.folder)
+    assert found == [(["no memory"] * 3, True), (["no memory"] * 3, 1)]
 
 
 def saves_that_cannot_begin_on_rank_1(rank, store, data, folder):
     """The lines of two such saves, and what the third leaves, for which nothing is missing."""
-    engine = start(rank, "cpu", "fp32", 1)
-    connect_processes(engine, rank, store)
-    trainer = Trainer(build_model(SMALL, engine, seed=1), Train(batch_size=4), 32, open_corpus(data, verify=False),
-                      Layout.of(4, 2, rank.rank, 2), engine)
+    trainer = two_processes(rank, store, data)
     saver, lines = Saver(folder, keep=2), []
     for owner, name, error in ((threading.Thread, "start", RuntimeError("can't start new thread")),
                                (dcp.FileSystemWriter, "stage", MemoryError())):
-        with Fails(owner, name, rank.rank == 1, error), pytest.raises(RunError) as failure:
-            saver.begin(trainer, {})
+        with pytest.MonkeyPatch.context() as patch:
+            if rank.rank == 1:
+                patch.setattr(owner, name, failing(error))
+            with pytest.raises(RunError) as failure:
+                saver.begin(trainer, {})
         lines.append((str(failure.value), saver.in_flight))
         trainer.run_step()
     saver.begin(trainer, {})

@@ -21,12 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
 from phi1 import Phi1
@@ -40,7 +35,7 @@ from phi1.train.checkpoint_files import (
     read_state,
     write_manifest,
 )
-from phi1.train.engine import PATIENCE, all_sum
+from phi1.train.engine import PATIENCE, all_sum, gather
 from phi1.train.launch import RunError
 from phi1.train.step import Trainer
 from phi1.train.together import Failed, attempt, fail, reason_of, together
@@ -231,9 +226,11 @@ def state_hash(trainer: Trainer) -> str:
 
 
 def gather_weights(model: Phi1) -> dict[str, Tensor]:
-    """Collective: the whole fp32 parameters on rank 0's CPU; nothing on the other processes."""
-    gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return {name: tensor for name, tensor in gathered.items() if isinstance(tensor, Tensor)}
+    """Collective: the whole fp32 parameters on rank 0's CPU; nothing on the other processes. Raises as `gather`."""
+    weights: dict[str, Tensor] = {}
+    own = dist.get_rank() == 0
+    gather(model, lambda name, whole: weights.update({name: whole.cpu()}) if own else None)
+    return weights
 
 
 def _state(trainer: Trainer) -> dict[str, Any]:

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from phi1 import Phi1, Phi1Config, load
 from phi1.kernels import empty
 from phi1.train.launch import Place, RunError
 from phi1.train.provenance import versions
+from phi1.train.together import attempt, fail, together
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -217,6 +220,26 @@ def reshard(model: Phi1) -> None:
     """Give up gathered parameters after forward passes that had no backward."""
     for module in _sharded_modules(model):
         module.reshard()
+
+
+def gather(model: Phi1, take: Callable[[str, torch.Tensor], object]) -> None:
+    """Collective: on every process, call `take` with each parameter's name and the whole of it, in fp32.
+
+    Raises:
+        Failed: on every process, if one has no memory for that, or its `take` has failed.
+    """
+    parameters, error = dict(model.named_parameters()), None
+    largest = max(parameters.values(), key=torch.Tensor.numel)
+    # full_tensor() takes twice the parameter; a process that lacked it there would leave the others in a collective.
+    room = 3 * largest.numel() if dist.get_world_size() > 1 else 0
+    together(lambda: torch.empty(room, device=largest.device), keep=True)
+    for name, parameter in parameters.items():
+        assert isinstance(parameter, DTensor), f"{name} is gathered: a step or an evaluation has not ended"
+        with torch.no_grad():
+            whole = parameter.full_tensor()
+            if error is None:
+                error, _ = attempt(partial(take, name, whole))
+    together(lambda: fail(error) if error else None)
 
 
 def all_sum(*values: float) -> list[float]:

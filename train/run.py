@@ -34,6 +34,7 @@ from phi1.train.runfolder import RunFolder, defining, notes
 from phi1.train.samples import Samples, function_headers
 from phi1.train.schedule import schedule_end
 from phi1.train.step import Trainer
+from phi1.train.together import Failed
 from phi1.train.utilisation import Utilisation
 from phi1.train.validation import HeldOut, xz_bits_per_byte
 from phi1.train.watch import Watch
@@ -91,7 +92,11 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
         profiler.finish()
     if ledger:
         ledger.close()
-    weights = gather_weights(trainer.model) if found else {}
+    try:
+        weights = gather_weights(trainer.model) if found else {}
+    except Failed as error:
+        raise RunError(f"the trained weights could not be gathered: {error}; they are saved in {loop.saved}, which "
+                       f"phi1 convert --model {loop.saved} --out FOLDER exports as well") from None
     dist.destroy_process_group()
     if found is None:
         return (f"stopped by {control.signal_name or 'a signal'} after step {trainer.finished:,} of "

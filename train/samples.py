@@ -6,16 +6,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch.distributed.tensor import DTensor
-
 import phi1
 from phi1 import Phi1
 from phi1.tokenizer import Tokenizer
-from phi1.train.engine import DTYPES, Engine
+from phi1.train.engine import DTYPES, Engine, gather
 from phi1.train.launch import RunError
 from phi1.train.step import Trainer
-from phi1.train.together import attempt
+from phi1.train.together import Failed, attempt, together
 
 TEMPERATURE = 0.7
 COMPLETION_TOKENS = 80
@@ -49,19 +46,20 @@ def whole_model(model: Phi1, engine: Engine, here: bool = True) -> Phi1 | None:
 
     A copy, since processes may use it differently often: the sharded model itself would gather parameters in each pass,
     for which all must call it together, and would have to give them up before the next step.
+
+    Raises:
+        Failed: on every process, if one has no memory for it.
     """
-    copy = Phi1(model.config, device="meta", dtype=DTYPES[engine.precision]).to_empty(device=engine.device) \
-        if here else None
+    (copy,) = together(lambda: _empty_copy(model, engine) if here else None, keep=True)
     own = dict(copy.named_parameters()) if copy else {}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            assert isinstance(parameter, DTensor), f"{name} is gathered: a step or an evaluation has not ended"
-            whole = parameter.full_tensor()
-            if own:
-                own[name].copy_(whole)
-    if copy:
-        copy.init_tables()
-    return copy.eval() if copy else None
+    gather(model, lambda name, whole: own[name].copy_(whole) if own else None)
+    return copy
+
+
+def _empty_copy(model: Phi1, engine: Engine) -> Phi1:
+    copy = Phi1(model.config, device="meta", dtype=DTYPES[engine.precision]).to_empty(device=engine.device)
+    copy.init_tables()
+    return copy.eval()
 
 
 @dataclass(frozen=True)
@@ -86,15 +84,17 @@ class Samples:
         Neither the weights nor any random number of the training is touched.
 
         Raises:
-            RunError: the model computes nan, memory ends, or the file cannot be written; on rank 0 alone, for which
-                no other waits.
+            RunError: on every process, if one has no memory for it; on rank 0 alone, for which no other waits, if the
+                model computes nan or the file cannot be written.
         """
         if not self.headers:
             return
-        model = whole_model(trainer.model, trainer.engine, here=rank == 0)
-        if model is None:
-            return
-        error, _ = attempt(lambda: self._write(model, trainer.finished))
+        try:
+            model = whole_model(trainer.model, trainer.engine, here=rank == 0)
+        except Failed as failure:
+            error: str | None = str(failure)
+        else:
+            error, _ = attempt(lambda: self._write(model, trainer.finished) if model else None)
         if error:
             raise RunError(f"the completions of step {trainer.finished} are missing: {error}")
 
