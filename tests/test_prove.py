@@ -8,7 +8,7 @@ import pytest
 
 from phi1.train.checkpoint_files import describe, write_manifest
 from phi1.train.pretrain import parse
-from phi1.train.testing import error_line, run, steps
+from phi1.train.testing import error_line, run, start, steps
 
 
 def contents(folder):
@@ -37,6 +37,13 @@ def test_what_differs_is_named(place, undisturbed):
     assert done.returncode == 1
     assert re.search(r"^not proven: steps 41 to 60 of doubted: lr of step 47 was 1\.\d+, is 0\.\d+$", done.stdout,
                      re.MULTILINE), done.stdout
+
+    restart = {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "1",
+               "TORCHELASTIC_ERROR_FILE": str(place / "cause.json")}
+    again = start(place, "doubted", environment=restart, run__prove_resume=20)
+    assert again.communicate() == ("", "")  # as for every error, attempt 0 has said it
+    assert again.returncode == 2
+    assert f"error: {done.stdout.strip()}" in (place / "cause.json").read_text()
 
     lines[at] = lines[at].replace('"lr": 1.', '"lr": 0.')
     ledger.write_text("".join(lines))

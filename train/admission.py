@@ -117,9 +117,12 @@ def admit_proof(recipe: Recipe, folder: RunFolder, place: Place) -> str:
         The names of the checkpoint to begin with and of the newest, which is to come out.
 
     Raises:
-        RunError: they cannot.
+        RunError: they cannot, or torchrun has restarted a proof that had come to its end.
     """
     folder.lock()
+    if place.attempt and folder.not_proven.exists():
+        raise RunError(folder.not_proven.read_text(encoding="utf-8"))
+    folder.not_proven.unlink(missing_ok=True)
     found = checkpoints(folder.checkpoints)
     newest = step_of(found[-1]) if found else 0
     before = [path for path in found if step_of(path) <= newest - recipe.run.prove_resume]

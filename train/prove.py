@@ -2,11 +2,13 @@
 
 The steps are those after a checkpoint that is at least K steps older than the newest. What a replay reproduces of their
 lines in the ledger is compared line by line, and in the end parameters, optimizer and counters with the newest
-checkpoint's. Nothing is written.
+checkpoint's. Nothing is written, but for not-proven.txt: whatever ends with an error is restarted by torchrun where
+--max-restarts is given, and the restart answers with that file instead of running all steps once more.
 """
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from phi1.train.recipe import Recipe
 from phi1.train.run import make_trainer
 from phi1.train.runfolder import RunFolder
 from phi1.train.step import Trainer
+from phi1.train.together import together
 from phi1.train.watch import Watch
 
 if TYPE_CHECKING:
@@ -42,13 +45,21 @@ def prove(recipe: Recipe, folder: RunFolder, place: Place, store: Store, first: 
     trainer, _ = make_trainer(recipe, engine, corpus, place, first)
     with Watch(place.rank, recipe.run.watchdog) as watch:
         wrong = _compare(trainer, newest, read_ledger(folder.ledger), watch)
+        # Together, since torchrun stops the other ranks, the first one too, when one has ended with an error.
+        together(lambda: _say(wrong, folder, first, newest) if place.rank == 0 else None)
     dist.destroy_process_group()
-    if place.rank == 0:
-        span = f"steps {step_of(first) + 1:,} to {step_of(newest):,} of {folder.path}"
-        print(f"not proven: {span}: {wrong}" if wrong else
-              f"proven: {span}, run again from {first.name}, gave the ledger's loss, norm, scale and samples and "
-              f"{newest.name}'s weights and optimizer, bit for bit", flush=True)
     return 1 if wrong else 0
+
+
+def _say(wrong: str, folder: RunFolder, first: Path, newest: Path) -> None:
+    span = f"steps {step_of(first) + 1:,} to {step_of(newest):,} of {folder.path}"
+    verdict = f"not proven: {span}: {wrong}" if wrong else (
+        f"proven: {span}, run again from {first.name}, gave the ledger's loss, norm, scale and samples and "
+        f"{newest.name}'s weights and optimizer, bit for bit")
+    print(verdict, flush=True)
+    if wrong:
+        with contextlib.suppress(OSError):  # a full disk: then a restart runs the steps again
+            folder.not_proven.write_text(verdict, encoding="utf-8")
 
 
 def _compare(trainer: Trainer, newest: Path, ledger: list[dict[str, Any]], watch: Watch) -> str:

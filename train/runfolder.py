@@ -1,7 +1,7 @@
 """A run's folder: its lock, its stored recipe, and whether a recipe continues what is there.
 
     config.toml   ledger.jsonl   heartbeat.json   checkpoints/step-N/   samples/   export/   summary.json
-    tensorboard/   wandb/
+    tensorboard/   wandb/   not-proven.txt
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class RunFolder:
         self.samples = self.path / "samples"
         self.export = self.path / "export"
         self.summary = self.path / "summary.json"
+        self.not_proven = self.path / "not-proven.txt"
         self._lock: int | None = None
         self._is_new = False
 
