@@ -218,6 +218,17 @@ def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
         assert "it changed while it was read" in str(error.value.__cause__)
 
 
+def test_a_file_that_cannot_be_read_any_more_is_named_in_one_line(tmp_path, monkeypatch, capsys):
+    source = write_files(tmp_path / "src", {"a.py": "a = 1\n", "b.py": "b = 2\n"})
+    found = find_source(str(source))
+    (source / "b.py").unlink()
+    monkeypatch.setattr(prepare_module, "find_source", lambda *_: found)
+    assert main(["--source", str(source), "--out", str(tmp_path / "out"), "--tokenizer", "train"]) == 2
+    error = capsys.readouterr().err
+    assert error == f"phi1 prepare: error: {source / 'b.py'}: cannot be read: No such file or directory\n"
+    assert os.listdir(tmp_path) == ["src"]
+
+
 def test_json_lines(tmp_path):
     lines = ['{"text": "a = 1"}', "", '{"id": 3, "text": "b = \\u00e9"}', '{"text": ""}', '{"text": null}',
              '{"text": "\\ud800"}', '{"text": "a = 1"}']

@@ -1,7 +1,10 @@
 """`phi1 verify` on what the trainer and the preparation leave, whole and damaged."""
 
+import errno
 import hashlib
 import json
+import os
+import re
 
 import pytest
 
@@ -55,6 +58,18 @@ def test_one_flipped_byte_is_named_and_the_others_are_still_read(run, corpus, ca
     assert first.startswith(f"{corpus}: {tokens.name}: damaged: its content hash is wrong")
     assert second == f"{run}/checkpoints/step-10: __0_0.distcp is not as it was written (SHA-256 differs)"
     assert third == f"{run}/checkpoints/step-20: whole"
+
+
+def test_what_a_disk_cannot_read_is_damaged(run, corpus, capsys, monkeypatch):
+    def failing(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(hashlib, "file_digest", failing)
+    monkeypatch.setattr(os, "preadv", failing)
+    assert main(["verify", str(corpus), str(run / "checkpoints" / "step-20")]) == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"{re.escape(str(corpus))}: \S+: cannot be read at byte 0: Input/output error", first)
+    assert second == f"{run}/checkpoints/step-20: __0_0.distcp cannot be read: Input/output error"
 
 
 @pytest.mark.parametrize(("make", "message"), [

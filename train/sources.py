@@ -163,7 +163,10 @@ def _documents(parts: Sequence[tuple[str, Sequence[Stamp], Any]], column: str) -
         if kind == "rows":
             yield from (_document(row[column], "a row") for row in rows)
         for stamp in files:
-            yield from _from_lines(stamp, column) if kind == "lines" else _from_file(stamp)
+            try:
+                yield from _from_lines(stamp, column) if kind == "lines" else _from_file(stamp)
+            except OSError as error:  # the system names no file that it has opened and cannot read
+                raise DataError(f"{stamp[0]}: cannot be read: {error.strerror}") from None
 
 
 def _from_file(stamp: Stamp) -> Iterator[dict[str, Any]]:
