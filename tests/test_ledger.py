@@ -86,6 +86,25 @@ def test_the_ledger_is_cut_back_to_a_step(tmp_path):
     assert not (tmp_path / "absent.jsonl").exists()
 
 
+def test_what_is_done_again_after_a_stop_is_noted_once(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path, 0)
+    ledger.step(outcome(1), {})
+    ledger.evaluation(1, {"loss": 3.0})
+    ledger.step(outcome(2), {})
+    ledger.saved(1, {"bytes": 10})  # it was written meanwhile
+    ledger.step(outcome(3), {})
+    ledger.close()
+    left = read_ledger(path)
+    for _ in range(2):
+        ledger = Ledger(path, 1)
+        ledger.evaluation(1, {"loss": 3.0})
+        ledger.humaneval(1, 0.5, 2)
+        ledger.saved(1, {"bytes": 10})
+        ledger.close()
+        assert read_ledger(path) == [*left[:2], left[3], {"humaneval": {"step": 1, "pass@1": 0.5, "problems": 2}}]
+
+
 FAKE_WANDB = '''
 import json, os
 

@@ -3,7 +3,8 @@
 A line holds what a replay reproduces bit for bit (step, loss, lr, norm, scale, skipped, hash of the sample ids) and,
 apart from it under "measured", what depends on the day (tokens/s, memory, and MFU where the GPU is known). A line
 {"start": ...} is written each time the run starts or resumes, with versions, commit, the recipe and what changed in it;
-{"eval": ...} and {"humaneval": ...} after each evaluation, {"saved": step} after each checkpoint.
+{"eval": ...} and {"humaneval": ...} after each evaluation, {"saved": step} after each checkpoint, once a step: what a
+run does again after a stop or a kill is not noted again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 # Boards draw curves; the ledger alone is complete.
 BOARD_EVERY = 10
+KINDS = ("start", "step", "eval", "humaneval", "saved")
 
 
 class Ledger:
@@ -45,7 +47,8 @@ class Ledger:
         self._boards = list(boards)
         self._waiting = bytearray()
         try:
-            kept = cut_back(path, finished)
+            self._noted = cut_back(path, finished)
+            kept = max((step for _, step in self._noted), default=0)
             if kept < finished:
                 print(f"warning: {path}: nothing readable after step {kept:,}; what it said of the steps up to "
                       f"{finished:,} is lost", flush=True)
@@ -69,17 +72,17 @@ class Ledger:
 
     def evaluation(self, step: int, figures: dict[str, float]) -> None:
         """Note an evaluation after `step` finished steps."""
-        self._write({"eval": {"step": step} | figures})
+        self._write_once("eval", step, {"eval": {"step": step} | figures})
         self._draw(step, {f"validation/{name}": value for name, value in figures.items()})
 
     def humaneval(self, step: int, solved: float, problems: int) -> None:
         """Note pass@1 on HumanEval after `step` finished steps."""
-        self._write({"humaneval": {"step": step, "pass@1": solved, "problems": problems}})
+        self._write_once("humaneval", step, {"humaneval": {"step": step, "pass@1": solved, "problems": problems}})
         self._draw(step, {"validation/humaneval": solved})
 
     def saved(self, step: int, measured: dict[str, float]) -> None:
         """Note that a checkpoint of `step` finished steps is there, and force all lines to the disk."""
-        self._write({"saved": step, "measured": measured})
+        self._write_once("saved", step, {"saved": step, "measured": measured})
         with contextlib.suppress(OSError):  # a full disk, which _write reports
             os.fsync(self._file.fileno())
 
@@ -102,6 +105,11 @@ class Ledger:
                 self._boards.remove(board)
                 print(f"warning: {board.name} at step {step}: {error}; from here on it is left out", flush=True)
 
+    def _write_once(self, kind: str, step: int, line: dict[str, Any]) -> None:
+        if (kind, step) not in self._noted:
+            self._noted.add((kind, step))
+            self._write(line)
+
     def _write(self, line: dict[str, Any]) -> None:
         """Write a line and what waits before it. While the disk is full they wait; the first time that is raised."""
         were_waiting = bool(self._waiting)
@@ -119,19 +127,34 @@ def as_line(outcome: Outcome) -> dict[str, Any]:
     return _without_nan(asdict(outcome))
 
 
-def cut_back(path: Path, finished: int) -> int:
-    """Remove the lines of steps after `finished`, and what follows a damaged line. Returns the last step left."""
+def cut_back(path: Path, finished: int) -> set[tuple[str, int]]:
+    """Remove the lines of steps after `finished`, and what follows a damaged line.
+
+    Returns:
+        What the others speak of: ("eval", 20) for the evaluation after step 20.
+    """
+    left: set[tuple[str, int]] = set()
     if not path.exists():
-        return 0
-    keep = last = 0
+        return left
+    keep, late = 0, None
     with open(path, "rb") as file:
         for raw in file:
-            step = _step_of(raw)
-            if step is None or step > finished:
+            what = _subject(raw)
+            if what is None:
                 break
-            keep, last = keep + len(raw), step
+            if what[1] > finished:
+                late = late or bytearray()
+                continue
+            left.add(what)
+            if late is None:
+                keep += len(raw)
+            else:  # that a checkpoint is there, which later steps did not wait for
+                late += raw
     os.truncate(path, keep)
-    return last
+    if late:
+        with open(path, "ab") as file:
+            file.write(late)
+    return left
 
 
 def has_saved(path: Path) -> bool:
@@ -158,18 +181,16 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def _step_of(raw: bytes) -> int | None:
-    """The step that a line speaks of; None for a line that is cut short or is not the ledger's."""
+def _subject(raw: bytes) -> tuple[str, int] | None:
+    """What a line speaks of, and of which step; None for a line that is cut short or is not the ledger's."""
     try:
         line = json.loads(raw) if raw.endswith(b"\n") else None
     except ValueError:
         return None
-    if not isinstance(line, dict):
-        return None
-    if "start" in line:
-        return line["start"].get("finished", 0)
-    evaluated = line.get("eval") or line.get("humaneval")
-    return evaluated["step"] if evaluated else line.get("saved", line.get("step"))
+    kind, content = next(iter(line.items()), ("", None)) if isinstance(line, dict) else ("", None)
+    if isinstance(content, dict):
+        content = content.get("finished" if kind == "start" else "step", 0)
+    return (kind, content) if kind in KINDS and isinstance(content, int) else None
 
 
 def _without_nan(value: Any) -> Any:
