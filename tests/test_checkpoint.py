@@ -15,7 +15,7 @@ from phi1 import Phi1
 from phi1.train import checkpoint as checkpoint_module
 from phi1.train import engine as engine_module
 from phi1.train.batches import Layout
-from phi1.train.checkpoint import Saver, gather_weights, load_checkpoint, save_checkpoint
+from phi1.train.checkpoint import Saver, gather_weights, load_checkpoint
 from phi1.train.checkpoint_files import checkpoints, choose, find_damage, prune, remove_after
 from phi1.train.data import open_corpus
 from phi1.train.engine import build_model, connect_processes, gather, start
@@ -23,7 +23,7 @@ from phi1.train.launch import RunError
 from phi1.train.recipe import Train
 from phi1.train.samples import whole_model
 from phi1.train.step import Trainer
-from phi1.train.testing import SMALL, in_processes, make_trainer, weights_of
+from phi1.train.testing import SMALL, in_processes, make_trainer, save_checkpoint, weights_of
 from phi1.train.together import Failed
 
 

@@ -15,13 +15,13 @@ from phi1.config import preset
 from phi1.train import engine as engine_module
 from phi1.train import step as step_module
 from phi1.train.batches import Layout
-from phi1.train.checkpoint import gather_weights, load_checkpoint, save_checkpoint
+from phi1.train.checkpoint import gather_weights, load_checkpoint
 from phi1.train.data import open_corpus
 from phi1.train.launch import Place, RunError
 from phi1.train.ledger import read_ledger
 from phi1.train.recipe import Train
 from phi1.train.step import Trainer
-from phi1.train.testing import STEPS, command, in_processes, steps
+from phi1.train.testing import STEPS, command, in_processes, save_checkpoint, steps
 
 CONFIG = preset("nano", vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                 num_attention_heads=2, max_position_embeddings=64, attention_dropout=0.1, residual_dropout=0.1)

@@ -6,7 +6,7 @@ import torch
 
 from phi1.train.best import Standing
 from phi1.train.checkpoint import Saver
-from phi1.train.checkpoint_files import checkpoints, read_state
+from phi1.train.checkpoint_files import Notes, checkpoints
 from phi1.train.launch import RunError
 from phi1.train.loop import Loop
 from phi1.train.recipe_file import read_recipe
@@ -64,7 +64,7 @@ def test_what_a_stop_left_out_is_done_first_when_the_run_goes_on(small_corpus, e
         first = Scene(trainer, folder, LOSSES, "passed", {stop}, **rules)
         assert not first.loop.run()
         assert ("humaneval", 2) not in first.lines
-        stored = read_state(folder / "step-2")
+        stored = Notes(folder / "step-2")
         assert stored["best"]["step"] == 1
         assert [path.name for path in checkpoints(folder)] == ["step-1", "step-2"]
 
@@ -73,7 +73,7 @@ def test_what_a_stop_left_out_is_done_first_when_the_run_goes_on(small_corpus, e
         assert second.loop.run()
         assert [line for line in second.lines if line[1] == 2] == [*((what, 2) for what in done), ("saved", 2)]
         assert second.loop.best == Standing(2, 2.0, 1.0)
-        assert "due" not in read_state(folder / "step-2")
+        assert "due" not in Notes(folder / "step-2")
         assert [path.name for path in checkpoints(folder)] == ["step-2", "step-6"]
 
 
@@ -93,7 +93,7 @@ def test_a_checkpoint_that_was_not_written_is_never_the_best(small_corpus, engin
     assert "warning: no disk space; the run goes on" in scene.said
     assert scene.loop.best == Standing(1, 3.0)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-1", "step-6"]
-    assert read_state(tmp_path / "step-6")["best"]["step"] == 1
+    assert Notes(tmp_path / "step-6")["best"]["step"] == 1
 
 
 def test_the_last_step_is_exported_if_the_best_is_gone(tmp_path, capsys):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from phi1.train.batches import Layout
-from phi1.train.checkpoint import load_checkpoint, save_checkpoint
+from phi1.train.checkpoint import load_checkpoint
 from phi1.train.recipe import Train
 from phi1.train.schedule import learning_rate
-from phi1.train.testing import make_trainer, weights_of
+from phi1.train.testing import make_trainer, save_checkpoint, weights_of
 
 
 def test_the_loss_falls_and_every_parameter_moves(small_corpus, engines):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi1.tokenizer import Tokenizer
 from phi1.train.batches import Layout
-from phi1.train.checkpoint_files import checkpoints, choose, read_state, remove_after, step_of
+from phi1.train.checkpoint_files import Notes, checkpoints, choose, remove_after, step_of
 from phi1.train.data import Corpus, open_corpus
 from phi1.train.launch import Place, RunError
 from phi1.train.ledger import has_saved, read_ledger
@@ -91,7 +91,7 @@ def admit(recipe: Recipe, folder: RunFolder, place: Place) -> str:
     if checkpoint is None:
         check_untrained(folder)
     else:
-        stored = read_state(checkpoint)
+        stored = Notes(checkpoint)
         check_continues(folder, checkpoint, stored, recipe)
         summary = folder.completed(recipe.train.steps)
         if summary and stored["step"] == recipe.train.steps:
@@ -137,7 +137,7 @@ def admit_proof(recipe: Recipe, folder: RunFolder, place: Place) -> str:
     environment, (train, _, _) = environment_of(recipe, start_engine(recipe, place)), open_data(recipe)
     for path in (before[-1], found[-1]):
         choose(folder.checkpoints, path.name)
-        stored = read_state(path)
+        stored = Notes(path)
         check_continues(folder, path, stored, recipe)
         check_bitwise(path, stored, environment)
         check_data(path, stored, train)

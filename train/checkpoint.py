@@ -27,12 +27,12 @@ from torch.distributed.tensor import DTensor
 from phi1 import Phi1
 from phi1.train.checkpoint_files import (
     STATE,
+    Notes,
     checkpoint_name,
     checkpoints,
     commit,
     describe,
     prune,
-    read_state,
     write_manifest,
 )
 from phi1.train.engine import PATIENCE, all_sum, gather
@@ -175,21 +175,16 @@ class Saved:
         return {"bytes": self.n_bytes, "stall_seconds": self.stall, "seconds": self.seconds}
 
 
-def save_checkpoint(trainer: Trainer, folder: Path, facts: dict[str, Any], keep: int, keep_every: int = 0) -> Path:
-    """Collective: write `folder`/step-N and wait for it; arguments and errors as of `Saver`. Returns its path."""
-    saver = Saver(folder, keep, keep_every)
-    saver.begin(trainer, facts)
-    return saver.finish().path
-
-
 def load_checkpoint(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
     """Collective: bring a new trainer to a verified checkpoint's state, at any number of processes.
+
+    One from before the usual loss was noted begins that anew, which matters to train.max_loss_jump alone.
 
     Returns:
         The facts that were saved with it.
 
     Raises:
-        RunError: it does not fit the trainer's model.
+        RunError: it does not fit the trainer's model, or its notes lack something.
     """
     state = _state(trainer)
     try:
@@ -198,9 +193,10 @@ def load_checkpoint(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
         raise RunError(f"checkpoint {checkpoint} cannot be loaded: {reason_of(error)}") from None
     set_state_dict(trainer.model, trainer.optimizer, model_state_dict=state["model"],
                    optim_state_dict=state["optimizer"])
-    notes = read_state(checkpoint)
+    notes = Notes(checkpoint)
     trainer.scaler.load_state_dict(notes["scaler"])
-    trainer.finished, trainer.skipped, trainer.usual_loss = notes["step"], notes["skipped"], notes["usual_loss"]
+    trainer.finished, trainer.skipped = notes["step"], notes["skipped"]
+    trainer.usual_loss = notes.get("usual_loss", 0.0)
     return notes
 
 

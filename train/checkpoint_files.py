@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from phi1.train.launch import RunError
 
@@ -86,9 +86,20 @@ def _newest_whole(folder: Path, found: list[Path], report: Callable[[str], None]
     return None
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What rank 0 noted beside the tensors: step, scaler, recipe, data, environment."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+class Notes(dict[str, Any]):
+    """What rank 0 noted beside a checkpoint's tensors: step, scaler, recipe, data, environment.
+
+    Raises:
+        RunError: something is asked for that an older or newer version of the trainer did not note.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+        self._path = checkpoint
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise RunError(f"checkpoint {self._path} was written by another version of phi1, which noted no {key!r} in "
+                       f"{STATE}; go on with that version, or begin another --run.folder")
 
 
 def describe(path: Path) -> list[int | str]:

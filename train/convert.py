@@ -10,25 +10,32 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from phi1 import Phi1, Phi1Config
-from phi1.train.checkpoint_files import find_damage, read_state
+from phi1.train.checkpoint_files import Notes, find_damage
 from phi1.train.launch import RunError
+from phi1.train.together import attempt
 
 
 def read_weights(checkpoint: Path) -> tuple[dict[str, torch.Tensor], Phi1Config]:
     """The fp32 parameters and the model's configuration.
 
     Raises:
-        RunError: the checkpoint is damaged.
+        RunError: the checkpoint is damaged, or from a version with other models than this one's.
     """
     if damage := find_damage(checkpoint):
         raise RunError(f"checkpoint {checkpoint} is damaged: {damage}")
-    shape = {key.removeprefix("model."): value for key, value in read_state(checkpoint)["defining"].items()
+    shape = {key.removeprefix("model."): value for key, value in Notes(checkpoint)["defining"].items()
              if key.startswith("model.")}
-    config = Phi1Config(**shape)
+    try:
+        config = Phi1Config(**shape)
+    except (TypeError, ValueError) as error:
+        raise RunError(f"checkpoint {checkpoint}: this version of phi1 has no such model: {error}") from None
     weights = {name: torch.empty(tensor.shape, dtype=torch.float32)
                for name, tensor in Phi1(config, device="meta").state_dict().items()}
     with warnings.catch_warnings(action="ignore"):  # that there is one process, which is the intent
-        dcp.load({"model": weights}, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
+        reader = dcp.FileSystemReader(checkpoint)
+        problem, _ = attempt(lambda: dcp.load({"model": weights}, storage_reader=reader, no_dist=True))
+    if problem:
+        raise RunError(f"checkpoint {checkpoint} cannot be loaded: {problem}")
     return weights, config
 
 
@@ -54,7 +61,7 @@ def convert(checkpoint: Path, out: Path, tokenizer: str | Path | None, dtype: st
         dtype: "float16", "bfloat16" or "float32"; by default float32, as the run holds them.
 
     Raises:
-        RunError: the checkpoint is damaged.
+        RunError: as `read_weights`.
         ValueError, OSError: as `phi1.save`.
     """
     from phi1.tokenizer import load_tokenizer

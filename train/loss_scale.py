@@ -48,6 +48,9 @@ class LossScale:
         return {"scale": self.scale, "clean": self.clean, "patience": self.patience} if self.enabled else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state, if both runs have one: fp32 may go on as fp16, and starts with the first scale."""
-        if self.enabled and state:
-            self.scale, self.clean, self.patience = state["scale"], state["clean"], state["patience"]
+        """Go on from a saved state, if both runs have one: fp32 may go on as fp16, and starts with the first scale.
+
+        So does what an older version did not save: only when the scale next changes depends on it.
+        """
+        if self.enabled:
+            vars(self).update({name: state[name] for name in self.state_dict().keys() & state.keys()})

@@ -1,7 +1,8 @@
 """The configuration of a run: one typed, frozen object. `recipe_file.py` reads it.
 
 Every key has a default, a rule and a line of documentation, all in the classes below; `--help` prints them. The
-defaults are the `nano` run, which `train/configs/nano.toml` spells out.
+defaults are the `nano` run, which `train/configs/nano.toml` spells out. The default of a new key is what was done
+before there was one: recipes and checkpoints that are older take it.
 """
 
 from __future__ import annotations

@@ -111,12 +111,14 @@ def defining(recipe: Recipe) -> dict[str, Any]:
 def check_continues(folder: RunFolder, checkpoint: Path, stored: dict[str, Any], recipe: Recipe) -> None:
     """Compare what defined the run when a checkpoint was saved with what defines it now.
 
+    A key that is newer than the checkpoint had its default, which is to say what the trainer did before.
+
     Raises:
         RunError: they differ; the line names the keys with both values. Or the run is beyond its new end.
     """
-    now = defining(recipe)
-    changed = [f"{key} was {stored['defining'].get(key)!r}, is {value!r}" for key, value in now.items()
-               if stored["defining"].get(key) != value]
+    before = defining(Recipe()) | stored["defining"]
+    changed = [f"{key} was {before[key]!r}, is {value!r}" for key, value in defining(recipe).items()
+               if before[key] != value]
     if changed:
         raise RunError(f"{checkpoint} belongs to another run: {'; '.join(changed)}; go on with --config "
                        f"{folder.config}, or start another run with --run.folder")
@@ -127,14 +129,17 @@ def check_continues(folder: RunFolder, checkpoint: Path, stored: dict[str, Any],
 
 def check_bitwise(checkpoint: Path, stored: dict[str, Any], environment: dict[str, Any]) -> None:
     """Raise RunError if a run that goes on from a checkpoint in this environment would not have the same bits."""
-    if changed := _changed_environment(stored, environment):
+    changed = _changed_environment(stored, environment)
+    if "usual_loss" not in stored:
+        changed = changed or "usual_loss was not recorded"
+    if changed:
         raise RunError(f"{checkpoint} cannot go on bit for bit here: {changed}; give what it was, or leave --bitwise "
                        "out to go on with other rounding")
 
 
 def _changed_environment(stored: dict[str, Any], environment: dict[str, Any]) -> str:
     before = stored["environment"]
-    return "; ".join(f"{key} was {before.get(key)}, is {value}" for key, value in environment.items()
+    return "; ".join(f"{key} was {before.get(key, 'not recorded')}, is {value}" for key, value in environment.items()
                      if before.get(key) != value)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from phi1.config import preset
 from phi1.train.batches import Layout
-from phi1.train.checkpoint import gather_weights
+from phi1.train.checkpoint import Saver, gather_weights
 from phi1.train.data import Corpus
 from phi1.train.engine import Engine, build_model
 from phi1.train.launch import Place as Rank
@@ -180,6 +180,13 @@ def make_trainer(corpus: Corpus, engines: dict[str, Engine], precision: str = "f
     train = Train(**({"steps": 20, "warmup_steps": 2, "batch_size": 4, "micro_batch_size": 2, "lr": 1e-2} | changes))
     model = build_model(SMALL, engines[precision], seed=1)
     return Trainer(model, train, 32, corpus, Layout.of(4, 2, 0, 1), engines[precision])
+
+
+def save_checkpoint(trainer: Trainer, folder: Path, facts: dict[str, Any], keep: int) -> Path:
+    """Collective: write `folder`/step-N and wait for it; arguments and errors as of `Saver`. Returns its path."""
+    saver = Saver(folder, keep)
+    saver.begin(trainer, facts)
+    return saver.finish().path
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:
