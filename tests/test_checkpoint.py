@@ -161,11 +161,9 @@ def test_training_goes_on_while_a_slow_disk_writes(small_corpus, engines, tmp_pa
 
 
 def test_a_save_that_fails_midway_leaves_no_trace(small_corpus, engines, two_saved, monkeypatch):
-    def fail(*args):
-        raise OSError(28, "No space left on device")
-
     trainer = make_trainer(small_corpus, engines)
-    monkeypatch.setattr(checkpoint_module, "write_manifest", fail)
+    full = failing(OSError(28, "No space left on device"))
+    monkeypatch.setattr("phi1.train.checkpoint_files.write_manifest", full)
     with pytest.raises(RunError, match="could not be written: No space left on device; earlier checkpoints are intact"):
         save_checkpoint(trainer, two_saved, {}, keep=2)
     assert [path.name for path in sorted(two_saved.iterdir())] == ["step-2", "step-3"]

@@ -25,16 +25,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 
 from phi1 import Phi1
-from phi1.train.checkpoint_files import (
-    STATE,
-    Notes,
-    checkpoint_name,
-    checkpoints,
-    commit,
-    describe,
-    prune,
-    write_manifest,
-)
+from phi1.train.checkpoint_files import STATE, Notes, checkpoint_name, checkpoints, commit, describe, prune
 from phi1.train.engine import PATIENCE, all_sum, gather
 from phi1.train.launch import RunError
 from phi1.train.step import Trainer
@@ -133,8 +124,7 @@ class Saver:
         return _describe_own(Path(writer.path), notes)
 
     def _commit(self, flying: _Flying, files: dict[str, list[int | str]]) -> None:
-        write_manifest(flying.temporary, files)
-        commit(flying.temporary, flying.final)
+        commit(flying.temporary, flying.final, files)
         prune(self.folder, self.keep, self.keep_every, flying.best)
 
     def _given_up(self, flying: _Flying, error: Failed) -> RunError:

@@ -152,8 +152,9 @@ def _manifest_text(files: dict[str, list[int | str]]) -> str:
     return f'{{"files": {listed},\n"sha256": "{own}"}}\n'
 
 
-def commit(temporary: Path, final: Path) -> None:
-    """Give a finished checkpoint its name, and make the name durable."""
+def commit(temporary: Path, final: Path, files: dict[str, list[int | str]]) -> None:
+    """Add the manifest to what has been written, give the checkpoint its name, and make the name durable."""
+    write_manifest(temporary, files)
     sync_folder(temporary)
     aside = final.with_name(f".{final.name}.old.tmp")
     if final.exists():  # the same step again
