@@ -115,7 +115,7 @@ def _forward(q, k, v, out, lse, scheme: Scheme) -> None:
             if scheme.dropout is not None:
                 p.mul_(_kept(scheme, samples, heads, first, last, n_queries, n_keys, end))
             p_low = _copy(p, low)
-            rows.copy_(_product(p_low, v_tile[:, :end], 1.0).to(out.dtype).view(rows.shape))
+            rows.copy_(_product(p_low, v_tile[:, :end]).to(out.dtype).view(rows.shape))
 
 
 def _backward(
@@ -128,38 +128,41 @@ def _backward(
     for samples, heads, step in _tiles(q, k):
         tables = scheme.tables(batch, samples, slice(None))
         read = None if scheme.rotary_applied else tables
-        dout_low = _heads_first(dout[samples, :, heads]).to(low)
         v_low = _heads_first(v[samples, :, heads]).to(low)
         q_wide, k_wide = _wide(q[samples, :, heads], read), _wide(k[samples, :, heads], read)
-        q_low = _copy(q_wide, low)
         k_low = k_wide if low == torch.float32 else _copy(k_wide, low)
+        q_and_dout = empty((2, *q_wide.shape), dtype=low, device=q.device)  # [2, G, Tq, K]: dk and dv are one product
+        q_low, dout_low = q_and_dout
+        q_low.copy_(q_wide)
+        dout_low.unflatten(0, (-1, heads.stop - heads.start)).copy_(dout[samples, :, heads].transpose(1, 2))
         q_scaled = q_wide.mul_(scheme.scale * LOG2E)
         lse_tile = (lse[samples, heads] * LOG2E).flatten(0, 1)[..., None]  # [G, Tq, 1]
-        dk_sum = dv_sum = None
+        sums = None
         for first in reversed(range(0, n_queries, step)):
             last = min(first + step, n_queries)
             s, end = _scores(q_scaled, k_wide, first, last, n_queries, scheme, samples)
             p = s.sub_(lse_tile[:, first:last]).exp2_()
-            dp_low = empty(s.shape, dtype=low, device=s.device)
-            torch.bmm(dout_low[:, first:last], v_low[:, :end].transpose(1, 2), out=dp_low)
-            dp = _copy(dp_low, torch.float32)
+            ds_and_p = empty((2, *s.shape), dtype=low, device=s.device)
+            ds, dropped = ds_and_p
+            dp = _copy(torch.bmm(dout_low[:, first:last], v_low[:, :end].transpose(1, 2), out=ds), torch.float32)
             if scheme.dropout is None:
-                dropped = _copy(p, low)
+                dropped.copy_(p)
             else:
                 kept = _kept(scheme, samples, heads, first, last, n_queries, n_keys, end)
-                dropped = (p * kept).to(low)
+                dropped.copy_(p * kept)
                 dp.mul_(kept)
             delta = dp.mul_(p).sum(-1, keepdim=True)
             if low == torch.float32:
                 # P's rows sum to 1 but for the rounding of lse, which P (dP - delta) would multiply by delta.
                 delta.div_(p.sum(-1, keepdim=True).clamp_(min=0.5))  # 0 where a query sees no key
-            ds = dp_low.copy_(dp.addcmul_(p, delta, value=-1))
-            _store(dq[samples, first:last, heads], _product(ds, k_low[:, :end], scheme.scale),
+            ds.copy_(dp.addcmul_(p, delta, value=-1))
+            _store(dq[samples, first:last, heads], _product(ds, k_low[:, :end]), scheme.scale,
                    scheme.tables(batch, samples, slice(first, last)))
-            dk_sum = _accumulate(dk_sum, _product(ds.transpose(1, 2), q_low[:, first:last], scheme.scale), first > 0)
-            dv_sum = _accumulate(dv_sum, _product(dropped.transpose(1, 2), dout_low[:, first:last], 1.0), first > 0)
-        _store(dk[samples, :, heads], dk_sum, tables)
-        _store(dv[samples, :, heads], dv_sum, None)
+            part = _product(ds_and_p.flatten(0, 1).transpose(1, 2), q_and_dout[:, :, first:last].flatten(0, 1))
+            sums = _accumulate(sums, part, first > 0)
+        dk_sum, dv_sum = (None, None) if sums is None else sums.chunk(2)
+        _store(dk[samples, :, heads], dk_sum, scheme.scale, tables)
+        _store(dv[samples, :, heads], dv_sum, 1.0, None)
 
 
 def _scores(
@@ -224,10 +227,8 @@ def _tiles(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice, int
                    slice(head, min(head + heads_at_once, n_heads)), step)
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale a b, scaled before it is rounded."""
-    out = empty((*a.shape[:2], b.shape[2]), dtype=a.dtype, device=a.device)
-    return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale, out=out)
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(a, b, out=empty((*a.shape[:2], b.shape[2]), dtype=a.dtype, device=a.device))
 
 
 def _accumulate(total: torch.Tensor | None, part: torch.Tensor, more_follow: bool) -> torch.Tensor:
@@ -257,15 +258,17 @@ def _wide(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None) -> 
 
 
 def _store(
-    target: torch.Tensor, grad: torch.Tensor | None, tables: tuple[torch.Tensor, torch.Tensor] | None
+    target: torch.Tensor, grad: torch.Tensor | None, scale: float, tables: tuple[torch.Tensor, torch.Tensor] | None
 ) -> None:
-    """Write grad [G, T, K], rotated back if there are tables, to target [B, T, H, K]; None is 0."""
+    """Write scale * grad [G, T, K], rotated back if there are tables, to target [B, T, H, K]; None is 0."""
     heads = target.transpose(1, 2)
     if grad is None:
         heads.zero_()
         return
+    if scale != 1:
+        grad = _copy(grad, torch.float32).mul_(scale)
     if tables is not None:
-        grad = _copy(grad, torch.float32)
+        grad = grad if grad.dtype == torch.float32 else _copy(grad, torch.float32)
         rotate_(grad.view(heads.shape), *tables, inverse=True)
     heads.copy_(grad.view(heads.shape))
 

@@ -2,26 +2,32 @@
 
 PyTorch returns every large CPU block to the system when it is freed, and takes it back page by page on first use: a
 tenth of a training step of nano, which needs 200 MB a step. Here a block that no tensor holds any more is lent again to
-the next request of its size.
+the next request of its size. Where the system has huge pages, blocks lie in them: looking up the addresses of pages of
+4 KiB makes the step 2 % longer.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 import sys
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
 SMALL_BYTES = 128 << 10  # the C library keeps smaller blocks itself
 KEEP_BYTES = 2 << 30  # in all, lent and not
+HUGE_PAGE_BYTES = 2 << 20
+CHUNK_BYTES = 32 << 20  # that blocks are cut from; what none of them has touched takes no memory
 
 # How many hold a storage; PyTorch's own CUDA graphs ask it. Without it nothing is kept.
 _holders = getattr(torch._C, "_storage_Use_Count", None)
 _lock = threading.Lock()
 _blocks: dict[int, list[torch.UntypedStorage]] = defaultdict(list)
+_rest = memoryview(b"")  # of the newest chunk
 
 
 def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -33,7 +39,7 @@ def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> 
         device: any; on another device than a CPU this is torch.empty.
 
     Returns:
-        An uninitialised tensor, aligned to 64 bytes. Its storage may be an eighth larger than it.
+        An uninitialised tensor, aligned to 64 bytes. Its storage may be an eighth larger, and cannot be resized.
     """
     n_bytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or n_bytes < SMALL_BYTES or _holders is None:
@@ -60,10 +66,31 @@ def _block(n_bytes: int) -> torch.UntypedStorage:
     if _kept_bytes() + size > KEEP_BYTES:
         for blocks in _blocks.values():
             blocks[:] = [block for block in blocks if not _is_free(block)]
-    block = torch.empty(size, dtype=torch.uint8, device="cpu").untyped_storage()
-    if _kept_bytes() + size <= KEEP_BYTES:
-        _blocks[size].append(block)
+    if _kept_bytes() + size > KEEP_BYTES:
+        return torch.empty(size, dtype=torch.uint8, device="cpu").untyped_storage()
+    block = _new_block(size)
+    _blocks[size].append(block)
     return block
+
+
+def _new_block(size: int) -> torch.UntypedStorage:
+    """A block cut from a chunk, which goes back to the system with the last of its blocks."""
+    global _rest
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8, device="cpu").untyped_storage()
+    if len(_rest) < size:
+        _rest = _chunk(max(size, CHUNK_BYTES))
+    block, _rest = _rest[:size], _rest[size:]
+    return torch.frombuffer(block, dtype=torch.uint8).untyped_storage()
+
+
+def _chunk(n_bytes: int) -> memoryview:
+    """Fresh memory that starts with a page, which is huge if the system has such."""
+    memory = mmap.mmap(-1, n_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel that was built without
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE_PAGE_BYTES
+    return memoryview(memory)[start : start + n_bytes]
 
 
 def _is_free(block: torch.UntypedStorage) -> bool:

@@ -1,15 +1,20 @@
 """Memory that stays with the process: never in two hands at once, and back when nobody holds it."""
 
 import gc
+import mmap
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
 from phi1.kernels import _memory
-from phi1.kernels._memory import SMALL_BYTES, empty
+from phi1.kernels._memory import CHUNK_BYTES, HUGE_PAGE_BYTES, SMALL_BYTES, empty
 
 CPU = torch.device("cpu")
+MAP = mmap.mmap
 
 
 def of_bytes(n, dtype=torch.uint8):
@@ -19,6 +24,7 @@ def of_bytes(n, dtype=torch.uint8):
 @pytest.fixture(autouse=True)
 def nothing_is_kept(monkeypatch):
     monkeypatch.setattr(_memory, "_blocks", type(_memory._blocks)(list))
+    monkeypatch.setattr(_memory, "_rest", memoryview(b""))
 
 
 def test_a_block_is_taken_again_when_its_tensor_has_gone():
@@ -54,6 +60,44 @@ def test_what_is_kept_is_bounded_and_unused_sizes_make_room(monkeypatch):
     del tensors, larger
     of_bytes(3 << 19)
     assert _memory._kept_bytes() == 3 << 19
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="a system without huge pages")
+def test_blocks_lie_in_huge_pages_and_a_chunk_goes_with_its_last_block(monkeypatch):
+    chunks = []
+
+    def recorded(*args, **kwargs):
+        chunk = MAP(*args, **kwargs)
+        chunks.append(weakref.ref(chunk))
+        return chunk
+
+    monkeypatch.setattr(mmap, "mmap", recorded)
+    tensors = [of_bytes(n) for n in (CHUNK_BYTES - (4 << 20), 2 << 20, 2 << 20, CHUNK_BYTES + (8 << 20))]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    assert addresses[0] % HUGE_PAGE_BYTES == addresses[3] % HUGE_PAGE_BYTES == 0
+    ends = sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.numel()) for tensor in tensors)
+    assert all(end <= start for (_, end), (start, _) in pairwise(ends))
+    assert all("hg" in flags_of_mapping(address) for address in addresses)
+    assert len(chunks) == 2
+    _memory._blocks.clear()
+    del tensors[1:3]
+    assert chunks[0]()
+    del tensors[:2]
+    assert not chunks[0]()
+    assert chunks[1]()
+
+
+def flags_of_mapping(address):
+    """What the system notes of the mapping that holds an address; "hg" is the advice to use huge pages."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            start, end = (int(part, 16) for part in first.split("-"))
+            inside = start <= address < end
+        elif inside and first == "VmFlags:":
+            return line.split()[1:]
+    raise LookupError(address)
 
 
 def test_threads_never_get_the_same_block():

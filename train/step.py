@@ -99,12 +99,13 @@ class Trainer:
         batch, count = self._batch(step)
         lr, scale = learning_rate(step, train), self.scaler.scale
         loss = self._accumulate(step, batch.micro_batches, count)
-        norm = self._norm() / scale
+        gradients = local_gradients(self.model)
+        norm = self._norm(gradients) / scale
         finite = math.isfinite(norm) and math.isfinite(loss)
         limit = train.max_loss_jump * self.usual_loss or math.inf
         taken = finite and loss <= limit
         if taken:
-            self._update(lr, norm, scale)
+            self._update(gradients, lr, norm, scale)
             self.usual_loss += (loss - self.usual_loss) * (0.02 if self.usual_loss else 1.0)
         elif finite:
             self.problem = f"its loss is beyond {limit:.4g} (train.max_loss_jump)"
@@ -161,20 +162,20 @@ class Trainer:
         (loss_sum,) = all_sum(total.item())
         return loss_sum / count
 
-    def _norm(self) -> float:
+    def _norm(self, gradients: list[Tensor]) -> float:
         """Global norm of the scaled gradient: the same bits on every process and on a replay."""
         # Row by row, then in float64: over a million elements at once PyTorch's float32 norm is off by 1e-5 on CPUs,
         # and differently so for each way of sharding, which the clipping would carry into the parameters.
-        rows = [torch.linalg.vector_norm(gradient, dim=-1).double() for gradient in local_gradients(self.model)]
-        (squares,) = all_sum(torch.stack([norms.square().sum() for norms in rows]).sum().item())
+        rows = torch.cat([torch.linalg.vector_norm(gradient, dim=-1).flatten() for gradient in gradients])
+        (squares,) = all_sum(rows.double().square().sum().item())
         return math.sqrt(squares / self.engine.replicas) if squares >= 0 else math.nan
 
-    def _update(self, lr: float, norm: float, scale: float) -> None:
+    def _update(self, gradients: list[Tensor], lr: float, norm: float, scale: float) -> None:
         """Unscale and clip the gradient, which is known to be finite on every process, and follow it."""
         clip = self.train.clip
         factor = (clip / norm if clip and norm > clip else 1.0) / scale
         if factor != 1:
-            for gradient in local_gradients(self.model):
+            for gradient in gradients:
                 gradient.mul_(factor)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
