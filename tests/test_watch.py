@@ -1,6 +1,7 @@
 """The heartbeat, and the end of what hangs; the run's provenance and its MFU."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from phi1.train import provenance
 from phi1.train.engine import Engine
 from phi1.train.provenance import changed, commit, versions
 from phi1.train.recipe_file import read_recipe
@@ -67,6 +69,18 @@ def test_a_process_that_hangs_ends_with_its_stack():
     assert "in wait_for_nothing" in done.stderr
 
 
+def test_a_process_that_was_suspended_is_not_one_that_hangs():
+    code = ("import time\nfrom phi1.train.watch import Watch\nwith Watch(0, 1.0):\n    print('begun', flush=True)\n"
+            "    for _ in range(30):\n        time.sleep(0.01)\n")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1.2)
+    process.send_signal(signal.SIGCONT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+
+
 def test_what_changed_between_two_starts():
     before = {"train": {"lr": 1e-3, "steps": 10}, "run": {"folder": "a"}}
     now = {"train": {"lr": 1e-3, "steps": 20, "clip": 1.0}}
@@ -78,6 +92,19 @@ def test_versions_and_commit_are_those_of_this_process():
     assert versions()["torch"] == torch.__version__
     head = commit()
     assert head is None or len(head.removesuffix("+changes")) >= 7
+
+
+def test_a_repository_around_an_installation_is_not_its_commit(tmp_path, monkeypatch):
+    inside = tmp_path / "venv" / "provenance.py"
+    inside.parent.mkdir()
+    inside.write_text("")
+    commands = "init -q", "-c user.name=a -c user.email=a@b commit -q --allow-empty -m a"
+    for words in map(str.split, commands):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    monkeypatch.setattr(provenance, "__file__", str(inside))
+    assert commit() is None
+    subprocess.run(["git", "-C", tmp_path, "add", inside], check=True)
+    assert commit()
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("fp16", 0.505), ("fp32", 0.505 * 312 / 19.5)])

@@ -3,6 +3,9 @@
 A thread looks on, so that the training itself pays nothing. A process that has not reported for `limit` seconds prints
 its rank, what it was doing and the stacks of its threads, and ends, whether it hangs itself or waits for one that does;
 torchrun then ends the others, and starts all again if it was given --max-restarts.
+
+Only the time in which the thread could look on counts: a run that was suspended (Ctrl-Z, a batch system) goes on when
+it wakes. One process that is stopped alone is found by those that wait for it.
 """
 
 from __future__ import annotations
@@ -35,15 +38,14 @@ class Watch:
     def __init__(self, rank: int, limit: float, heartbeat: Path | None = None,
                  end: Callable[[str], None] | None = None) -> None:
         self.rank, self.limit, self.heartbeat = rank, limit, heartbeat
-        self._doing, self._since = "starting", time.monotonic()
+        self._report = ("the start",)
         self._end = end or _end
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look_on, name="watch", daemon=True)
 
     def report(self, doing: str) -> None:
         """Say what begins now, for example "step 7"."""
-        # One assignment, which the thread reads as a whole. The monotonic clock: the other may jump.
-        self._doing, self._since = doing, time.monotonic()
+        self._report = (doing,)  # a new object each time: by that the thread tells it from the one before
 
     def __enter__(self) -> Watch:
         self._thread.start()
@@ -53,19 +55,22 @@ class Watch:
                  trace: TracebackType | None) -> None:
         self._over.set()
         self._thread.join()
-        self._beat("ended" if error is None else f"ended by {error}", 0.0)
+        self._beat("ended" if error is None else f"ended by {str(error) or type(error).__name__}", 0.0)
 
     def _look_on(self) -> None:
         pause = min(HEARTBEAT_SECONDS, self.limit / 4) if self.limit else HEARTBEAT_SECONDS
+        last, silent = self._report, 0.0
         while True:
-            doing, silent = self._doing, time.monotonic() - self._since
+            (doing,) = last
             self._beat(doing, silent)
-            if self.limit and silent > self.limit:
+            if self.limit and silent >= self.limit:
                 # A rank that waits for another in a collective sees no more than this; its stack tells which it is.
                 self._end(f"rank {self.rank} has been in {doing} for {silent:.0f} s, where run.watchdog allows "
                           f"{self.limit:g}: it hangs, or waits for a rank that does; its threads:")
             if self._over.wait(pause):
                 return
+            report = self._report
+            last, silent = report, silent + pause if report is last else 0.0
 
     def _beat(self, doing: str, silent: float) -> None:
         if self.heartbeat is None:
