@@ -21,7 +21,12 @@ def main(argv: list[str], parser_class: type) -> int:
     if (Path(args.model) / "trainer.json").is_file():
         return _convert_checkpoint(args)
 
+    from phi1.train.checkpoint_files import checkpoints
     from phi1.weights import load, save
+
+    if found := checkpoints(Path(args.model) / "checkpoints"):
+        raise ValueError(f"--model {args.model} is a run: give one of its checkpoints, such as {found[-1]}, or its "
+                         "export")
 
     folder = locate_model(args)
     tokenizer = None

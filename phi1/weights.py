@@ -57,7 +57,7 @@ def load(name_or_folder: str | Path, *, device: torch.device | str | None = None
     target_dtype = None if dtype is None else _as_dtype("load", dtype)
     target_device = _as_device(device)
     folder = locate(name_or_folder, revision)
-    config = _read_config(folder / "config.json")
+    config = config_of(folder / "config.json")
     table, homes, file_dtype = _survey(folder, config)
     model = Phi1(config, device="meta", dtype=target_dtype or file_dtype)
     model.to_empty(device=target_device)
@@ -88,7 +88,8 @@ def _as_device(device: torch.device | str | None) -> torch.device:
     return found
 
 
-def _read_config(path: Path) -> Phi1Config:
+def config_of(path: Path) -> Phi1Config:
+    """What a config.json of any published layout says. Raises as `load`."""
     try:
         return read_config(read_json(path))
     except NotImplementedError as error:

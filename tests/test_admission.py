@@ -6,11 +6,14 @@ import re
 
 import pytest
 
+from phi1 import Phi1, save
+from phi1.train import admission
 from phi1.train.admission import check_untrained, prepare_data
-from phi1.train.launch import RunError
+from phi1.train.launch import Place, RunError
 from phi1.train.ledger import cut_back, has_saved, read_ledger
 from phi1.train.prepare import prepare
-from phi1.train.recipe import Recipe, Train
+from phi1.train.recipe import Model, Recipe, Train
+from phi1.train.recipe_file import read_recipe
 from phi1.train.runfolder import RunFolder
 from phi1.train.shards import DataError
 from phi1.train.workspace import workspace
@@ -64,6 +67,50 @@ def test_a_ledger_keeps_the_note_of_the_checkpoint_that_it_is_cut_back_to(tmp_pa
     assert has_saved(path)
     cut_back(path, 0)
     assert not has_saved(path)
+
+
+def test_a_ledger_is_read_without_the_line_that_a_kill_cut_short(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_ledger(path) == [{"step": 1}]
+    path.write_text('{"step": 1, "lo\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 1"):
+        read_ledger(path)
+
+
+def test_an_older_checkpoint_is_gone_on_from_once(tmp_path, monkeypatch, capsys):
+    asked, folder = [], RunFolder(tmp_path / "run")
+    again = dataclasses.replace(Recipe(), checkpoint=dataclasses.replace(Recipe().checkpoint, resume="step-20"))
+
+    def choose(_, resume):
+        asked.append(resume)
+        raise RunError("far enough")
+
+    monkeypatch.setattr(admission, "choose", choose)
+    for attempt in (0, 1):
+        assert refusal(admission.admit, again, RunFolder(tmp_path / f"{attempt}"), Place(attempt=attempt)) \
+            == "far enough"
+    assert asked == ["step-20", "auto"]
+    assert capsys.readouterr().out == ("note: torchrun has restarted the run, which goes on from its newest "
+                                       "checkpoint; step-20 was where it began\n")
+    folder.path.mkdir()
+    folder.store(again)
+    assert read_recipe(folder.config, {}) == Recipe()
+
+
+def test_weights_to_start_from_are_of_the_runs_model(tmp_path):
+    config = Recipe().phi1_config()
+    save(Phi1(dataclasses.replace(config, num_hidden_layers=1, max_position_embeddings=64)), tmp_path / "init")
+    layers = {"num_hidden_layers": 1, "hidden_size": 256}
+    shaped = dataclasses.replace(Recipe(), model=Model(init=str(tmp_path / "init"), **layers))
+    admission.check_init(Recipe())
+    admission.check_init(shaped)
+    other = dataclasses.replace(shaped, model=dataclasses.replace(shaped.model, num_attention_heads=8))
+    assert refusal(admission.check_init, other) == (
+        f"model.init {tmp_path}/init is another model: its num_attention_heads is 4, the run's is 8")
+    nowhere = dataclasses.replace(shaped, model=Model(init=f"{tmp_path}/nowhere"))
+    assert refusal(admission.check_init, nowhere) == (
+        f"model.init {tmp_path}/nowhere: load: there is no folder {tmp_path}/nowhere")
 
 
 def test_a_source_is_the_same_by_any_name_of_its_folder(here):

@@ -144,6 +144,8 @@ MISTAKES = {
     "convert to a full folder": (["convert", "--model", "MODEL", "--out", "MODEL"],
                                  "--out must be a new or empty folder"),
     "convert nothing": (["convert", "--model", "/no/such", "--out", "OUT"], "--model: there is no folder /no/such"),
+    "convert a run": (["convert", "--model", "RUN", "--out", "OUT"],
+                      "run is a run: give one of its checkpoints, such as "),
     "convert dtype": (["convert", "--model", "MODEL", "--out", "OUT", "--dtype", "int8"],
                       "--dtype: invalid choice: 'int8'"),
     "doctor option": (["doctor", "--fast"], "unrecognized arguments: --fast"),
@@ -154,7 +156,8 @@ MISTAKES = {
 def test_a_mistake_gives_one_line_and_exit_code_2(folder, tmp_path, capsys, mistake):
     argv, message = MISTAKES[mistake]
     (tmp_path / "binary").write_bytes(b"ab\xff")
-    places = {"MODEL": folder, "BINARY": tmp_path / "binary", "OUT": tmp_path / "out"}
+    (tmp_path / "run" / "checkpoints" / "step-20").mkdir(parents=True)
+    places = {"MODEL": folder, "BINARY": tmp_path / "binary", "OUT": tmp_path / "out", "RUN": tmp_path / "run"}
     assert run(*(places.get(item, item) for item in argv)) == 2
     line = error_line(capsys)
     assert message in line

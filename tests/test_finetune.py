@@ -53,7 +53,8 @@ def test_finetuning_starts_from_weights_and_exports_the_best(place, undisturbed)
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"model__init": "nosuch"}, "model.init nosuch: load: there is no folder nosuch"),
-    ({"model__init": "whole/export", "model__intermediate_size": 64}, "model.init whole/export: Error.* size mismatch"),
+    ({"model__init": "whole/export", "model__intermediate_size": 64},
+     "model.init whole/export is another model: its intermediate_size is 128, the run's is 64"),
     ({"model__init": "whole/export", "eval__every": 15}, "checkpoint.best needs eval.every to be a multiple of"),
 ])
 def test_finetuning_refuses_in_one_line(place, undisturbed, changes, message):

@@ -61,7 +61,7 @@ def test_the_plot_or_what_it_needs(run, tmp_path, capsys):
 @pytest.mark.parametrize(("content", "message"), [
     (None, "ledger.jsonl: No such file or directory"),
     ("", "ledger.jsonl: no step has been finished yet"),
-    ("{]", "ledger.jsonl: not a ledger: "),
+    ("{]\n", "ledger.jsonl: not a ledger: "),
 ])
 def test_what_is_no_ledger_is_one_line(content, message, tmp_path, capsys):
     if content is not None:

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from phi1.train.checkpoint_files import describe, write_manifest
+from phi1.train.launch import RunError
 from phi1.train.pretrain import parse
 from phi1.train.testing import error_line, run, start, steps
 
@@ -64,7 +65,7 @@ def test_what_cannot_be_proven_or_continued_bit_for_bit_is_refused(place, undist
             "step-40, step-60; ") in line
     shutil.copytree(place / "whole", place / "torn")
     with open(place / "torn" / "ledger.jsonl", "a") as file:
-        file.write('{"step": 61, "lo')
+        file.write('{"step": 61, "lo\n')
     assert "--prove-resume: torn/ledger.jsonl cannot be read: " in error_line(run(place, "torn", run__prove_resume=20))
     line = error_line(run(place, "whole", run__prove_resume=20, train__threads=2))
     assert "step-40 cannot go on bit for bit here: threads was 1, is 2; give what it was" in line
@@ -78,3 +79,7 @@ def test_the_short_forms_stand_for_keys():
     recipe = parse(["--bitwise", "--prove-resume", "5", "--train.steps", "9"])
     assert (recipe.run.bitwise, recipe.run.prove_resume, recipe.train.steps) == (True, 5, 9)
     assert parse(["--prove-resume=7"]).run.prove_resume == 7
+    for words, problem in ((["--prove-resume"], "--prove-resume needs a value"),
+                           (["--bitwse"], "'bitwse' is not a key; the nearest is run.bitwise")):
+        with pytest.raises(RunError, match=problem):
+            parse(words)

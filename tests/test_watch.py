@@ -11,9 +11,13 @@ import pytest
 import torch
 
 from phi1.train import provenance
+from phi1.train import run as run_module
+from phi1.train import watch as watch_module
 from phi1.train.engine import Engine
+from phi1.train.launch import Place, RunError
 from phi1.train.provenance import changed, commit, versions
 from phi1.train.recipe_file import read_recipe
+from phi1.train.runfolder import RunFolder
 from phi1.train.utilisation import Utilisation
 from phi1.train.watch import HUNG, Watch
 
@@ -79,6 +83,28 @@ def test_a_process_that_was_suspended_is_not_one_that_hangs():
     process.send_signal(signal.SIGCONT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
+
+
+@pytest.mark.parametrize("hangs", ["open_data", "connect_processes", "make_trainer"])
+def test_a_process_that_hangs_before_the_first_step_is_found(tmp_path, monkeypatch, hangs):
+    said = []
+
+    def hang(*_, **__):
+        end = time.monotonic() + 3
+        while not said and time.monotonic() < end:
+            time.sleep(0.01)
+        raise RunError("enough")
+
+    monkeypatch.setattr(watch_module, "_end", said.append)
+    monkeypatch.setattr(run_module, "open_data", lambda *_, **__: (None, None, None))
+    monkeypatch.setattr(run_module, "connect_processes", lambda *_: None)
+    monkeypatch.setattr(run_module, hangs, hang)
+    recipe, folder = read_recipe(None, {"run.watchdog": "0.2", "run.device": "cpu"}), RunFolder(tmp_path)
+    with pytest.raises(RunError, match="enough"):
+        run_module.run(recipe, folder, Place(), None, None)
+    assert said
+    assert said[0].startswith("rank 0 has been in the start for 0 s, where run.watchdog allows 0.2: it hangs")
+    assert json.loads(folder.heartbeat.read_text())["doing"] == "ended by enough"
 
 
 def test_what_changed_between_two_starts():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from phi1.train.engine import Engine
 
 COMPLETE = "complete"
+# Between the weights that a run starts from and its model: neither shape nor function depends on these.
+MAY_DIFFER = ("attention_dropout", "residual_dropout", "initializer_range", "max_position_embeddings")
 
 
 def check_recipe(recipe: Recipe, place: Place) -> None:
@@ -86,10 +89,16 @@ def admit(recipe: Recipe, folder: RunFolder, place: Place) -> str:
         RunError: the run cannot start.
     """
     folder.lock()
-    checkpoint = choose(folder.checkpoints, recipe.checkpoint.resume)
+    resume = recipe.checkpoint.resume
+    if place.attempt and resume != "auto":
+        print(f"note: torchrun has restarted the run, which goes on from its newest checkpoint; {resume} was where it "
+              "began", flush=True)
+        resume = "auto"
+    checkpoint = choose(folder.checkpoints, resume)
     stored = None
     if checkpoint is None:
         check_untrained(folder)
+        check_init(recipe)
     else:
         stored = Notes(checkpoint)
         check_continues(folder, checkpoint, stored, recipe)
@@ -180,6 +189,28 @@ def check_untrained(folder: RunFolder) -> None:
         raise RunError(f"run.folder {folder.path}: it was trained before, but no checkpoint is left in "
                        f"{folder.checkpoints} to go on from; give another --run.folder, or remove {names} to "
                        "start over")
+
+
+def check_init(recipe: Recipe) -> None:
+    """See that the weights to start from are there, and of the run's model. They are read when that is built.
+
+    Raises:
+        RunError: they are not.
+    """
+    init = recipe.model.init
+    if init is None:
+        return
+    from phi1._checkpoint import locate
+    from phi1.weights import config_of
+
+    try:
+        given, own = asdict(config_of(locate(init) / "config.json")), asdict(recipe.phi1_config())
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise RunError(f"model.init {init}: {' '.join(str(error).split())}") from None
+    other = [f"{key} is {given[key]!r}, the run's is {value!r}" for key, value in own.items()
+             if given[key] != value and key not in MAY_DIFFER]
+    if other:
+        raise RunError(f"model.init {init} is another model: its {'; '.join(other)}")
 
 
 def open_data(recipe: Recipe, verify: bool = True) -> tuple[Corpus, Corpus, Tokenizer]:

@@ -159,7 +159,7 @@ def cut_back(path: Path, finished: int) -> set[tuple[str, int]]:
 
 def has_saved(path: Path) -> bool:
     """Whether a checkpoint was ever saved. A run that was killed before its first may begin anew, others may not."""
-    if not path.exists():
+    if not path.is_file():
         return False
     with open(path, "rb") as file:
         return any(raw.startswith(b'{"saved"') for raw in file)
@@ -176,9 +176,9 @@ def last_config(path: Path) -> dict[str, Any] | None:
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """All lines; those of steps have the key "step"."""
+    """All lines but one that is cut short at the end; those of steps have the key "step"."""
     with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        return [json.loads(line) for line in file if line.endswith("\n")]
 
 
 def _subject(raw: bytes) -> tuple[str, int] | None:

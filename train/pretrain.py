@@ -24,8 +24,8 @@ from phi1.train.launch import (
     stop_with,
     wait_for_announcement,
 )
-from phi1.train.recipe import Recipe
-from phi1.train.recipe_file import SHOWN_PATH, help_text, read_recipe
+from phi1.train.recipe import KEYS, Recipe
+from phi1.train.recipe_file import SHOWN_PATH, help_text, read_recipe, unknown
 from phi1.train.runfolder import RunFolder
 
 SHORT = {"prove-resume": "run.prove_resume", "profile": "run.profile"}
@@ -48,7 +48,7 @@ def parse(arguments: list[str], file: Path | None = None) -> Recipe | None:
         key, equals, value = ("--run.bitwise=true" if word == "--bitwise" else word)[2:].partition("=")
         if not equals:
             if not rest:
-                raise RunError(f"{word} needs a value")
+                raise RunError(f"{word} needs a value" if SHORT.get(key, key) in (*KEYS, "config") else unknown(key))
             value = rest.pop(0)
         if key == "config":
             file = Path(value)

@@ -26,6 +26,7 @@ def commit() -> str | None:
     """The commit of the checkout that this package runs from, with "+changes" where files differ; None outside one."""
     here = Path(__file__).resolve().parent
     try:
+        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)  # not of a repository around the installation
         head = _git(here, "rev-parse", "--short=12", "HEAD")
         return head + ("+changes" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):

@@ -104,8 +104,8 @@ class Checkpoint:
     best: Annotated[Literal["validation", "humaneval"] | None,
                     doc("also keep the checkpoint with the lowest validation loss, or with the highest pass@1 on "
                         "HumanEval, and export that one (unset: the last one)")] = None
-    resume: Annotated[str, doc("auto (the newest that is whole), or a checkpoint's name such as step-500; later ones "
-                               "are removed")] = "auto"
+    resume: Annotated[str, doc("auto (the newest that is whole), or once a checkpoint's name such as step-500; later "
+                               "ones are removed")] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,14 +39,14 @@ def read_recipe(file: Path | None, overrides: dict[str, str], shown: str | None 
             if section in {known.name for known in fields(Recipe)}:
                 raise RunError(f"{name}: {section} must be a section, a line [{section}] with the keys below it; got "
                                f"{content!r}")
-            raise RunError(f"{name}: {_unknown(section)}")
+            raise RunError(f"{name}: {unknown(section)}")
         flat |= {f"{section}.{key}": value for key, value in content.items()}
     for key in flat:
         if key not in KEYS:
-            raise RunError(f"{name}: {_unknown(key)}")
+            raise RunError(f"{name}: {unknown(key)}")
     for key, text in overrides.items():
         if key not in KEYS:
-            raise RunError(_unknown(key))
+            raise RunError(unknown(key))
         flat[key] = _from_text(key, text)
     sections: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
@@ -66,7 +66,7 @@ def _read_toml(file: Path, name: str) -> dict[str, Any]:
         raise RunError(f"--config {name}: not valid TOML: {error}") from None
 
 
-def _unknown(key: str) -> str:
+def unknown(key: str) -> str:
     """Say that the key is unknown, with the known one that is nearest, by its whole name or by its last part."""
     leaf = key.rsplit(".", 1)[-1]
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,11 @@ class RunFolder:
             shutil.rmtree(self.path)
 
     def store(self, recipe: Recipe) -> None:
-        """Write config.toml, if it says something new. Raises RunError if it cannot be written."""
+        """Write config.toml, if it says something new. Raises RunError if it cannot be written.
+
+        To go on from an older checkpoint is meant once: it is not stored.
+        """
+        recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, resume="auto"))
         text, temporary = recipe.to_toml(), self.config.with_suffix(".tmp")
         try:
             if not self.config.exists() or self.config.read_text(encoding="utf-8") != text:
