@@ -2,8 +2,10 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
+from phi1.train import checkpoint
 from phi1.train.best import Standing
 from phi1.train.checkpoint import Saver
 from phi1.train.checkpoint_files import Notes, checkpoints
@@ -102,6 +104,22 @@ def test_the_last_step_is_exported_if_the_best_is_gone(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     assert out.startswith(f"warning: checkpoint {tmp_path / 'step-3'} is damaged: manifest.json is missing; exporting")
+
+
+def test_the_weights_are_gathered_under_the_eyes_of_the_watch(small_corpus, engines, tmp_path, monkeypatch):
+    scene = Scene(make_trainer(small_corpus, engines), tmp_path, LOSSES)
+    assert scene.loop.weights()["head.bias"].shape == (320,)
+    assert scene.now == "the export"
+
+    def gather(model, take):
+        raise Failed("no memory")
+
+    monkeypatch.setattr(checkpoint, "gather", gather)
+    scene.loop.save()
+    step = tmp_path / "step-0"
+    expected = f"no memory; they are saved in {step}, which phi1 convert --model {step} --out FOLDER exports as well"
+    with pytest.raises(RunError, match=f"the trained weights could not be gathered: {expected}"):
+        scene.loop.weights()
 
 
 def test_a_run_goes_on_without_a_humaneval_that_cannot_be_run(small_corpus, engines, tmp_path):

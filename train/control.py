@@ -18,9 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from phi1.train.engine import all_sum
-from phi1.train.launch import Place, RunError
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from phi1.train.launch import Place, RunError, on_signals
 
 
 class Control:
@@ -45,8 +43,7 @@ class Control:
 
         A second signal is the same wish: a terminal sends Ctrl-C to the workers, and torchrun sends them another one.
         """
-        for number in SIGNALS:
-            signal.signal(number, self._note)
+        on_signals(self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
@@ -73,12 +70,6 @@ class Control:
         if failures:
             raise self.failure or RunError("another process has failed")
         return wishes > 0
-
-    @staticmethod
-    def ignore() -> None:
-        """Signals end the process again: nothing that a stop would have to save is left."""
-        for number in SIGNALS:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def _age(process: int) -> float:

@@ -12,8 +12,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -116,6 +118,12 @@ def _write_root_cause(line: str) -> None:
             json.dump({"message": {"message": line, "extraInfo": detail}}, file)
     except OSError:
         pass  # the line is on stderr already
+
+
+def on_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
+    """From now on SIGINT, SIGTERM and SIGUSR1 do this in this process."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, handler)
 
 
 def limit_spinning() -> None:

@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from phi1.humaneval import scores
 from phi1.train.best import Standing
-from phi1.train.checkpoint import Saver
+from phi1.train.checkpoint import Saver, gather_weights
 from phi1.train.checkpoint_files import checkpoint_name
 from phi1.train.control import Control
 from phi1.train.engine import peak_memory_gib
@@ -86,21 +88,14 @@ class Loop:
                 written.
         """
         last = self.recipe.train.steps
-        if "due" in self.facts and not self._follow_up():
-            self.save()
-            return False
-        while self.trainer.finished < last:
-            if self.control.agreed_to_stop(self.saver.writes()):
-                self.save()
-                return False
+        going = "due" not in self.facts or self._follow_up()
+        while going and self.trainer.finished < last and not self.control.agreed_to_stop(self.saver.writes()):
             if self.saver.in_flight and not self.control.any_writes:
                 self._try(self._finish_saving)
             self._step()
-            if not self._follow_up():
-                self.save()
-                return False
+            going = self._follow_up()
         self.save()
-        return True
+        return going and self.trainer.finished == last
 
     def _follow_up(self) -> bool:
         """What is due after the finished step, its checkpoint last, so that it knows how good it is.
@@ -166,6 +161,19 @@ class Loop:
         figures = self.evaluate()
         solved = self.solve() if figures and self.humaneval else None
         return (figures, solved) if figures and not self.stopped else None
+
+    def weights(self) -> dict[str, Tensor]:
+        """Collective, at the end: what was trained, on rank 0's CPU; nothing on the other processes.
+
+        Raises:
+            RunError: some process has no memory for that.
+        """
+        self.watch.report("the export")
+        try:
+            return gather_weights(self.trainer.model)
+        except Failed as error:
+            raise RunError(f"the trained weights could not be gathered: {error}; they are saved in {self.saved}, which "
+                           f"phi1 convert --model {self.saved} --out FOLDER exports as well") from None
 
     def solve(self) -> float | None:
         """Collective: HumanEval's pass@1; None if a stop was asked for meanwhile, or some process could not run it."""

@@ -39,11 +39,11 @@ def prove(recipe: Recipe, folder: RunFolder, place: Place, store: Store, first: 
         first: checkpoint to begin with.
         newest: checkpoint that is to come out.
     """
-    engine = start_engine(recipe, place)
-    corpus, _, _ = open_data(recipe, verify=False)
-    connect_processes(engine, place, store)
-    trainer, _ = make_trainer(recipe, engine, corpus, place, first)
     with Watch(place.rank, recipe.run.watchdog) as watch:
+        engine = start_engine(recipe, place)
+        corpus, _, _ = open_data(recipe, verify=False)
+        connect_processes(engine, place, store)
+        trainer, _ = make_trainer(recipe, engine, corpus, place, first)
         wrong = _compare(trainer, newest, read_ledger(folder.ledger), watch)
         # Together, since torchrun stops the other ranks, the first one too, when one has ended with an error.
         together(lambda: _say(wrong, folder, first, newest) if place.rank == 0 else None)

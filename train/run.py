@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +15,14 @@ from phi1.train.admission import environment_of, open_data, start_engine
 from phi1.train.batches import Layout
 from phi1.train.best import Standing
 from phi1.train.boards import open_boards
-from phi1.train.checkpoint import Saver, gather_weights, load_checkpoint
+from phi1.train.checkpoint import Saver, load_checkpoint
 from phi1.train.checkpoint_files import checkpoint_name
 from phi1.train.control import Control
 from phi1.train.convert import read_weights
 from phi1.train.data import Corpus
 from phi1.train.engine import Engine, build_model, connect_processes
 from phi1.train.humaneval import HumanEval
-from phi1.train.launch import Place, RunError
+from phi1.train.launch import Place, RunError, on_signals
 from phi1.train.ledger import Ledger
 from phi1.train.loop import Loop
 from phi1.train.out_of_memory import explained
@@ -34,9 +34,8 @@ from phi1.train.runfolder import RunFolder, defining, notes
 from phi1.train.samples import Samples, function_headers
 from phi1.train.schedule import schedule_end
 from phi1.train.step import Trainer
-from phi1.train.together import Failed
 from phi1.train.utilisation import Utilisation
-from phi1.train.validation import HeldOut, xz_bits_per_byte
+from phi1.train.validation import Figures, HeldOut, xz_bits_per_byte
 from phi1.train.watch import Watch
 
 if TYPE_CHECKING:
@@ -60,49 +59,17 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
         RunError: the run cannot go on; every process raises it.
     """
     began = time.monotonic()
-    engine = start_engine(recipe, place)
-    corpus, validation, tokenizer = open_data(recipe, verify=False)
-    connect_processes(engine, place, store)
-    control = Control(place, recipe.run.time_limit)
-    control.listen()
-    with explained(recipe, engine, folder.path, place):
-        trainer, stored = make_trainer(recipe, engine, corpus, place, checkpoint)
-    held_out = HeldOut(validation, tokenizer, recipe.data.seq_len, recipe.eval.sequences)
-    samples = Samples(folder.samples, tokenizer, function_headers(held_out.text, recipe.eval.completions),
-                      recipe.train.seed)
-    humaneval = HumanEval(folder.samples, tokenizer, read_problems(recipe.eval.humaneval), recipe.eval.timeout) \
-        if recipe.eval.humaneval else None
-    with Progress(recipe.train.steps, trainer.finished, recipe.train.batch_size * recipe.data.seq_len,
-                  silent=place.rank > 0) as progress:
-        _announce_start(progress, recipe, trainer, stored)
-        ledger = _ledger(folder, recipe, trainer, control) if place.rank == 0 else None
-        facts = {"defining": defining(recipe), "schedule": schedule_end(recipe.train), "data": corpus.fingerprint,
-                 "environment": environment_of(recipe, engine)}
-        saver = Saver(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
-        facts |= {key: stored[key] for key in ("best", "due") if key in stored}
-        watch = Watch(place.rank, recipe.run.watchdog, folder.heartbeat if place.rank == 0 else None)
-        profiled = profiled_steps(recipe.run.profile if place.rank == 0 else "", recipe.train.steps)
-        if profiled and profiled[-1] <= trainer.finished:
-            progress.say(f"note: nothing is traced, since step {profiled[-1]} is finished (run.profile)")
-        profiler = Profiler(profiled, folder.path, progress.say)
-        loop = Loop(recipe, folder, trainer, held_out, samples, humaneval, control, progress, ledger, place.rank, facts,
-                    Utilisation.of_run(recipe, engine), watch, saver, profiler, checkpoint)
-        with watch, explained(recipe, engine, folder.path, place):
-            found = loop.assess() if loop.run() else None
-        profiler.finish()
-    if ledger:
-        ledger.close()
-    try:
-        weights = gather_weights(trainer.model) if found else {}
-    except Failed as error:
-        raise RunError(f"the trained weights could not be gathered: {error}; they are saved in {loop.saved}, which "
-                       f"phi1 convert --model {loop.saved} --out FOLDER exports as well") from None
+    with Watch(place.rank, recipe.run.watchdog, folder.heartbeat if place.rank == 0 else None) as watch:
+        loop, found, weights = train(recipe, folder, place, store, checkpoint, watch)
     dist.destroy_process_group()
+    trainer, held_out, samples, progress = loop.trainer, loop.held_out, loop.samples, loop.progress
     if found is None:
-        return (f"stopped by {control.signal_name or 'a signal'} after step {trainer.finished:,} of "
+        return (f"stopped by {loop.control.signal_name or 'a signal'} after step {trainer.finished:,} of "
                 f"{recipe.train.steps:,}, which is saved in {loop.saved}")
-    control.ignore()
     if place.rank == 0:
+        on_signals(signal.default_int_handler)  # nothing that a stop would have to save is left
+        if loop.control.signal_name:  # since all last agreed to go on
+            raise KeyboardInterrupt
         figures, solved = found
         reached = Reached(trainer.finished, figures.loss, figures.bits_per_byte, xz_bits_per_byte(held_out.text),
                           figures.n_bytes, trainer.finished * progress.tokens, progress.tokens_per_s(trainer.finished),
@@ -111,8 +78,51 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
         if rule and loop.best and loop.best.beats(last, rule):
             weights = weights_of_best(folder.checkpoints / checkpoint_name(loop.best.step), weights,
                                       f"the best by {rule}: {loop.best}; the last step: {last}")
-        finish(reached, weights, recipe, samples, folder)
+        export(weights, recipe.phi1_config(), samples.tokenizer, folder)
+        write_summary(reached, folder)
+        show_completions(folder, samples.headers, samples.seed)
+        show_summary(reached, folder, samples.headers)
     return None
+
+
+def train(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoint: Path | None,
+          watch: Watch) -> tuple[Loop, tuple[Figures, float | None] | None, dict[str, Tensor]]:
+    """Collective: connect, build, load and train; the loop, what was reached in the end, and the weights on rank 0.
+
+    Nothing was reached, and no weights are gathered, where the run was stopped. A signal before the first step has
+    nothing to save, and ends the process as it would any other.
+    """
+    engine = start_engine(recipe, place)
+    corpus, validation, tokenizer = open_data(recipe, verify=False)
+    connect_processes(engine, place, store)
+    control = Control(place, recipe.run.time_limit)
+    with explained(recipe, engine, folder.path, place):
+        trainer, stored = make_trainer(recipe, engine, corpus, place, checkpoint)
+        control.listen()
+        held_out = HeldOut(validation, tokenizer, recipe.data.seq_len, recipe.eval.sequences)
+        samples = Samples(folder.samples, tokenizer, function_headers(held_out.text, recipe.eval.completions),
+                          recipe.train.seed)
+        humaneval = HumanEval(folder.samples, tokenizer, read_problems(recipe.eval.humaneval), recipe.eval.timeout) \
+            if recipe.eval.humaneval else None
+        facts = {"defining": defining(recipe), "schedule": schedule_end(recipe.train), "data": corpus.fingerprint,
+                 "environment": environment_of(recipe, engine)}
+        facts |= {key: stored[key] for key in ("best", "due") if key in stored}
+        with Progress(recipe.train.steps, trainer.finished, recipe.train.batch_size * recipe.data.seq_len,
+                      silent=place.rank > 0) as progress:
+            _announce_start(progress, recipe, trainer, stored)
+            ledger = _ledger(folder, recipe, trainer, control) if place.rank == 0 else None
+            saver = Saver(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
+            profiled = profiled_steps(recipe.run.profile if place.rank == 0 else "", recipe.train.steps)
+            if profiled and profiled[-1] <= trainer.finished:
+                progress.say(f"note: nothing is traced, since step {profiled[-1]} is finished (run.profile)")
+            profiler = Profiler(profiled, folder.path, progress.say)
+            loop = Loop(recipe, folder, trainer, held_out, samples, humaneval, control, progress, ledger, place.rank,
+                        facts, Utilisation.of_run(recipe, engine), watch, saver, profiler, checkpoint)
+            found = loop.assess() if loop.run() else None
+            profiler.finish()
+        if ledger:
+            ledger.close()
+        return loop, found, loop.weights() if found else {}
 
 
 def weights_of_best(chosen: Path, last: dict[str, Tensor], why: str) -> dict[str, Tensor]:
@@ -124,15 +134,6 @@ def weights_of_best(chosen: Path, last: dict[str, Tensor], why: str) -> dict[str
         return last
     print(f"exporting {chosen.name}, {why}", flush=True)
     return weights
-
-
-def finish(reached: Reached, weights: Mapping[str, Tensor], recipe: Recipe, samples: Samples,
-           folder: RunFolder) -> None:
-    """Rank 0: export, complete some function headers from the held-out text, and sum up."""
-    export(weights, recipe.phi1_config(), samples.tokenizer, folder)
-    write_summary(reached, folder)
-    show_completions(folder, samples.headers, samples.seed)
-    show_summary(reached, folder, samples.headers)
 
 
 def make_trainer(recipe: Recipe, engine: Engine, corpus: Corpus, place: Place,

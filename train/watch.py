@@ -61,11 +61,10 @@ class Watch:
         pause = min(HEARTBEAT_SECONDS, self.limit / 4) if self.limit else HEARTBEAT_SECONDS
         last, silent = self._report, 0.0
         while True:
-            (doing,) = last
-            self._beat(doing, silent)
+            self._beat(*last, silent)
             if self.limit and silent >= self.limit:
                 # A rank that waits for another in a collective sees no more than this; its stack tells which it is.
-                self._end(f"rank {self.rank} has been in {doing} for {silent:.0f} s, where run.watchdog allows "
+                self._end(f"rank {self.rank} has been in {last[0]} for {silent:.0f} s, where run.watchdog allows "
                           f"{self.limit:g}: it hangs, or waits for a rank that does; its threads:")
             if self._over.wait(pause):
                 return
