@@ -1,5 +1,7 @@
-"""Root pytest configuration: keep the checkout off sys.path and register `--benchmark`, `--slow` and `--full`."""
+"""Root pytest configuration: keep the checkout off sys.path, register `--benchmark`, `--slow` and `--full`, and share
+the machine out where `-n` runs tests side by side."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +10,12 @@ import pytest
 # transformers probes for a package called `kernels`; with the checkout on sys.path it would find ours.
 ROOT = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+MOST_WORKERS = 8  # each takes up to 1 GB
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:  # before anything imports torch: more threads than cores wait for each other, spinning
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // WORKERS)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,7 +49,28 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
     commit_info["phi1"] = commit()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """What `-n auto` is."""
+    return min(MOST_WORKERS, CORES)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Workers that have nothing left take tests from the others; `--dist` says otherwise."""
+    if config.option.dist != "load":
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if WORKERS > 1:
+        items.sort(key=lambda item: item.get_closest_marker("long") is None)
+        for item in items:
+            if "alone" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="speed: run without -n"))
     if config.option.slow or config.option.full:
         return
     skip = pytest.mark.skip(reason="slow: run with --slow")

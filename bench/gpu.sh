@@ -42,7 +42,8 @@ exec "$python" -c 'import sys; from phi1.cli import main; sys.exit(main())' "\$@
 END
 chmod +x "$overlay/bin/phi1"
 export PYTHONPATH="$overlay:$overlay/site${PYTHONPATH:+:$PYTHONPATH}" PATH="$overlay/bin:$PATH"
-export PYTHONPYCACHEPREFIX="$overlay/cache" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# The first command compiles what it imports, PyTorch too, and the others find it there.
+export PYTHONPYCACHEPREFIX="$overlay/cache" PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [ ${#rehearse[@]} -gt 0 ]; then export CUDA_VISIBLE_DEVICES=; fi
 
 install() {  # a package from the folder of wheels, without what it depends on

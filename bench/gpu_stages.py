@@ -27,9 +27,8 @@ BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 STAGE_SECONDS = 530
 SHOWN_LINES = 12
-# A line a test, so that what ran is known where the time was not enough; on several cores where pytest-xdist is there.
-PYTEST = ("-m", "pytest", "-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib",
-          *(("-n", "6") if importlib.util.find_spec("xdist") else ()))
+# A line a test, so that what ran is known where the time was not enough.
+PYTEST = ("-m", "pytest", "-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib")
 
 NEEDS = {
     "check": ("pytest", "pytest_benchmark", "hypothesis", "transformers", "phi1.weights", "phi1.train.run",
@@ -89,11 +88,15 @@ def _check(sanitize: str) -> list[Command]:
     rest = [str(path) for path in tests if str(path) not in kernels
             and path.name not in ("test_interpreter.py", "test_packaging.py", "test_gpu_rehearsal.py")]
     return [
-        Command("kernels", (*PYTEST, *kernels), 240),
+        Command("kernels", (*PYTEST, *_side_by_side(6), *kernels), 240),
         Command("sanitizer", ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable,
                               sanitize), 100, program="compute-sanitizer"),
-        Command("suite", (*PYTEST, *rest), 250),
+        Command("suite", (*PYTEST, *_side_by_side(6), *rest), 250),
     ]
+
+
+def _side_by_side(workers: int) -> tuple[str, ...]:
+    return ("-n", str(workers)) if importlib.util.find_spec("xdist") else ()
 
 
 def _rehearsed_check(sanitize: str) -> list[Command]:

@@ -1,4 +1,8 @@
-"""Runs every test_*_kernels.py in Triton's interpreter: a process of its own, for TRITON_INTERPRET acts on import."""
+"""Runs every test_*_kernels.py in Triton's interpreter: a process of its own, for TRITON_INTERPRET acts on import.
+
+Each uses one core. Under `pytest -n` the workers take them one by one, as other tests; else as many as there are cores
+run at once.
+"""
 
 import os
 import re
@@ -9,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-KERNEL_TESTS = sorted(Path(__file__).parent.glob("test_*_kernels.py"))
+# Those that take longest first, as far as their sizes tell.
+KERNEL_TESTS = sorted(Path(__file__).parent.glob("test_*_kernels.py"), key=lambda path: (-path.stat().st_size, path))
 
 
 def interpret(path):
@@ -29,16 +34,21 @@ def check(path, done):
 
 @pytest.fixture(scope="module")
 def interpreted(request):
-    """The files that were asked for, all begun at once on as many cores as there are: the interpreter uses one."""
+    """What `interpret` returns for a file, which may have begun before it is asked for."""
+    if hasattr(request.config, "workerinput"):  # of pytest-xdist
+        yield interpret
+        return
     chosen = [item.callspec.params["path"] for item in request.session.items
               if getattr(item, "originalname", "") == "test_kernels_in_the_interpreter"]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        yield {path: pool.submit(interpret, path) for path in chosen}
+        begun = {path: pool.submit(interpret, path) for path in chosen}
+        yield lambda path: begun[path].result()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", KERNEL_TESTS, ids=lambda path: path.stem)
 def test_kernels_in_the_interpreter(path, interpreted):
-    check(path, interpreted[path].result())
+    check(path, interpreted(path))
 
 
 def test_there_are_kernel_tests():

@@ -105,6 +105,7 @@ def test_the_same_bytes_for_any_number_of_workers(code, tmp_path, monkeypatch):
         assert folder_content(tmp_path / other) == one
 
 
+@pytest.mark.alone
 def test_one_core_tokenises_fast_enough(code, tmp_path):
     sources = [str(code), str(STDLIB / "unittest"), str(STDLIB / "multiprocessing"), str(STDLIB / "idlelib")]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
