@@ -89,14 +89,16 @@ def undisturbed(place, processes):
     return WHOLE[processes]
 
 
-SHORT = {("SIGKILL of a rank in a step", 4), ("SIGKILL of a rank in a save", 2), ("a rank that hangs", 2),
-         ("a flipped byte in the newest checkpoint", 2), ("a full disk", 2)}
+SHORT = [("SIGKILL of a rank in a step", 4), ("SIGKILL of a rank in a save", 2), ("a rank that hangs", 2),
+         ("a flipped byte in the newest checkpoint", 2), ("a full disk", 2)]
 EVERY = [(fault, processes) for fault in FAULTS for processes in ((1, 2, 4) if fault in BY_PROCESSES else (2,))]
 
 
-def skip_unless_chosen(request, fault, processes):
-    if not request.config.option.full and (fault, processes) not in SHORT:
-        pytest.skip("run with --full")
+def pytest_generate_tests(metafunc):
+    if "fault" in metafunc.fixturenames:
+        chosen = EVERY if metafunc.config.option.full else SHORT
+        of_disks = metafunc.function is test_a_disk_that_cannot_be_written_costs_checkpoints_alone
+        metafunc.parametrize(("fault", "processes"), [case for case in chosen if (case[0] in DISKS) == of_disks])
 
 
 def assert_as_undisturbed(place, run, processes):
@@ -106,9 +108,7 @@ def assert_as_undisturbed(place, run, processes):
     assert weights(place, run) == weights(place, whole)
 
 
-@pytest.mark.parametrize(("fault", "processes"), [case for case in EVERY if case[0] not in DISKS])
-def test_a_run_ends_as_if_nothing_had_happened(place, request, fault, processes):
-    skip_unless_chosen(request, fault, processes)
+def test_a_run_ends_as_if_nothing_had_happened(place, fault, processes):
     undisturbed(place, processes)
     what, run = FAULTS[fault], f"{'-'.join(re.findall('[A-Za-z]+', fault))}-{processes}"
     limit = {"run__watchdog": WATCHDOG[processes]} if "hangs" in fault else {}
@@ -138,9 +138,7 @@ def test_a_run_ends_as_if_nothing_had_happened(place, request, fault, processes)
     note(fault, processes, lost)
 
 
-@pytest.mark.parametrize(("fault", "processes"), [case for case in EVERY if case[0] in DISKS])
-def test_a_disk_that_cannot_be_written_costs_checkpoints_alone(place, request, fault, processes):
-    skip_unless_chosen(request, fault, processes)
+def test_a_disk_that_cannot_be_written_costs_checkpoints_alone(place, fault, processes):
     names = ["unshare", "--mount"] + (["--map-root-user"] if os.geteuid() else [])
     if subprocess.run([*names, "true"], capture_output=True).returncode:
         pytest.skip("mounting a small file system takes root or user namespaces")
