@@ -89,17 +89,19 @@ def train(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpo
           watch: Watch) -> tuple[Loop, tuple[Figures, float | None] | None, dict[str, Tensor]]:
     """Collective: connect, build, load and train; the loop, what was reached in the end, and the weights on rank 0.
 
-    Nothing was reached, and no weights are gathered, where the run was stopped. A signal before the first step has
-    nothing to save, and ends the process as it would any other.
+    Nothing was reached, and no weights are gathered, where the run was stopped. Until all have built and loaded, there
+    is nothing that a stop would have to save, and signals end the process.
     """
+    if place.world_size > 1:  # one that waits for another would not come to a handler in Python
+        on_signals(signal.SIG_DFL)
     engine = start_engine(recipe, place)
     corpus, validation, tokenizer = open_data(recipe, verify=False)
     connect_processes(engine, place, store)
     control = Control(place, recipe.run.time_limit)
     with explained(recipe, engine, folder.path, place):
         trainer, stored = make_trainer(recipe, engine, corpus, place, checkpoint)
+        held_out = HeldOut(validation, tokenizer, recipe.data.seq_len, recipe.eval.sequences)  # waits for all
         control.listen()
-        held_out = HeldOut(validation, tokenizer, recipe.data.seq_len, recipe.eval.sequences)
         samples = Samples(folder.samples, tokenizer, function_headers(held_out.text, recipe.eval.completions),
                           recipe.train.seed)
         humaneval = HumanEval(folder.samples, tokenizer, read_problems(recipe.eval.humaneval), recipe.eval.timeout) \
