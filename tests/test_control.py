@@ -1,21 +1,30 @@
-"""How processes agree to stop: the time limit, counted from the launch, and where in the data a run goes on."""
+"""How processes agree to stop: the time limit, counted from the launch, and where in the data a run goes on.
+
+And what a signal does before the first step and after the last.
+"""
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 from torch.distributed import HashStore
 
+from phi1.train import pretrain
+from phi1.train import run as run_module
 from phi1.train.batches import Layout, micro_batches, samples_of_step
 from phi1.train.control import Control, _age
 from phi1.train.data import Corpus
 from phi1.train.launch import Place
 from phi1.train.recipe_file import read_recipe
+from phi1.train.runfolder import RunFolder
 from phi1.train.shards import Shard, ShardHeader
 from phi1.train.testing import SCRIPT, start, steps, train, weights
+from phi1.train.validation import Figures
 
 
 @pytest.fixture
@@ -47,6 +56,58 @@ def test_a_run_at_its_time_limit_saves_and_the_same_command_goes_on(place, undis
     train(place, "limited")
     assert steps(place, "limited") == steps(place, "whole")
     assert weights(place, "limited") == weights(place, "whole")
+
+
+@pytest.mark.parametrize(("there", "options", "then"), [
+    ("checkpoints/step-3", [], "goes on from the newest checkpoint"),
+    ("checkpoints/step-3", ["--prove-resume", "2"], "begins anew"),
+    ("checkpoints/.step-3.tmp", [], "begins anew"),
+])
+def test_an_interruption_says_what_the_same_command_will_do(tmp_path, monkeypatch, capsys, there, options, then):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    (tmp_path / there).mkdir(parents=True)
+    ignored = []
+    monkeypatch.setattr(pretrain, "on_signals", ignored.append)
+    monkeypatch.setattr(pretrain, "start_or_resume", interrupted)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--run.folder", str(tmp_path), *options])
+    assert pretrain.main() == 130
+    assert capsys.readouterr().err == f"pretrain: interrupted; the same command {then}\n"
+    assert ignored == [signal.SIG_IGN]  # the second one of a Ctrl-C
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py"])
+def test_an_interruption_while_modules_are_imported_is_one_line(tmp_path, script):
+    (tmp_path / "pydantic.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run([sys.executable, SCRIPT.with_name(script)], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == f"{script.removesuffix('.py')}: interrupted; the same command begins anew\n"
+
+
+@pytest.mark.parametrize("signalled", [None, "SIGTERM"])
+def test_a_signal_in_the_export_interrupts_it(tmp_path, monkeypatch, signalled):
+    def export(*_):
+        handlers.extend(signal.getsignal(number) for number in numbers)
+        raise KeyboardInterrupt
+
+    numbers, handlers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), []
+    before = [signal.getsignal(number) for number in numbers]
+    loop = SimpleNamespace(
+        trainer=SimpleNamespace(finished=9, skipped=0), held_out=SimpleNamespace(text=b"x"), best=None,
+        samples=SimpleNamespace(tokenizer=None), control=SimpleNamespace(signal_name=signalled),
+        progress=SimpleNamespace(tokens=4, tokens_per_s=lambda finished: 1.0))
+    monkeypatch.setattr(run_module, "train", lambda *_: (loop, (Figures(1.0, 1.0, 1, 1), None), {}))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(run_module, "export", export)
+    try:
+        with pytest.raises(KeyboardInterrupt):  # main's to say
+            run_module.run(read_recipe(None, {}), RunFolder(tmp_path), Place(), None, None)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    assert handlers == ([] if signalled else [signal.default_int_handler] * 3)
 
 
 def test_the_data_are_positioned_at_any_step_within_a_second(tmp_path):

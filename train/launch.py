@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -109,15 +110,10 @@ def leave(code: int) -> NoReturn:
 
 
 def _write_root_cause(line: str) -> None:
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not path:
-        return
-    detail = {"py_callstack": line, "timestamp": str(int(time.time()))}  # torchrun shows the "call stack" alone
-    try:
-        with open(path, "w") as file:
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        detail = {"py_callstack": line, "timestamp": str(int(time.time()))}  # torchrun shows the "call stack" alone
+        with suppress(OSError), open(path, "w") as file:  # the line is on stderr already
             json.dump({"message": {"message": line, "extraInfo": detail}}, file)
-    except OSError:
-        pass  # the line is on stderr already
 
 
 def on_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:

@@ -121,7 +121,7 @@ class Loop:
             self._try(self._begin_saving)
         return True
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """Collective: a checkpoint of this step, unless it is there; nothing is being written when this returns.
 
         Raises:
@@ -132,8 +132,6 @@ class Loop:
         if self.saved is None or self.saved.name != checkpoint_name(self.trainer.finished) or "due" in self.facts:
             self._begin_saving()
             self._finish_saving()
-        assert self.saved
-        return self.saved
 
     @property
     def best(self) -> Standing | None:

@@ -12,8 +12,9 @@ import shlex
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from phi1.train.admission import COMPLETE, admit, admit_proof, check_recipe
+from phi1.train.checkpoint_files import checkpoints
 from phi1.train.launch import (
     Place,
     RunError,
@@ -21,12 +22,14 @@ from phi1.train.launch import (
     connect,
     leave,
     limit_spinning,
+    on_signals,
     stop_with,
     wait_for_announcement,
 )
-from phi1.train.recipe import KEYS, Recipe
-from phi1.train.recipe_file import SHOWN_PATH, help_text, read_recipe, unknown
-from phi1.train.runfolder import RunFolder
+
+if TYPE_CHECKING:  # what takes long to import is imported by main, where Ctrl-C finds somebody to catch it
+    from phi1.train.recipe import Recipe
+    from phi1.train.runfolder import RunFolder
 
 SHORT = {"prove-resume": "run.prove_resume", "profile": "run.profile"}
 
@@ -37,6 +40,9 @@ def parse(arguments: list[str], file: Path | None = None) -> Recipe | None:
     Raises:
         RunError: not understood.
     """
+    from phi1.train.recipe import KEYS
+    from phi1.train.recipe_file import read_recipe, unknown
+
     overrides: dict[str, str] = {}
     rest = list(arguments)
     while rest:
@@ -64,6 +70,11 @@ def main(file: Path | None = None, purpose: str | None = __doc__) -> int:  # typ
     folder: RunFolder | None = None
     try:
         recipe = parse(sys.argv[1:], file)
+
+        from phi1.train.admission import check_recipe
+        from phi1.train.recipe_file import SHOWN_PATH, help_text
+        from phi1.train.runfolder import RunFolder
+
         if recipe is None:
             if place.rank == 0:
                 print(f"{purpose}\nWithout --config: {file or SHOWN_PATH}. Keys, with what stands where no file sets "
@@ -77,10 +88,13 @@ def main(file: Path | None = None, purpose: str | None = __doc__) -> int:  # typ
             folder.discard_if_new()
         stop_with(str(error), place, program)
     except KeyboardInterrupt:
+        on_signals(signal.SIG_IGN)  # Ctrl-C comes twice under torchrun: from the terminal and from it
         if folder:
             folder.discard_if_new()
         if place.rank == 0:
-            print(f"{program}: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+            resumes = folder and checkpoints(folder.checkpoints) and recipe and not recipe.run.prove_resume
+            then = "goes on from the newest checkpoint" if resumes else "begins anew"
+            print(f"{program}: interrupted; the same command {then}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -89,9 +103,11 @@ def main(file: Path | None = None, purpose: str | None = __doc__) -> int:  # typ
 
 def start_or_resume(recipe: Recipe, folder: RunFolder, place: Place) -> int:
     """Rank 0 admits the run and prepares its data, and then all processes run it."""
+    from phi1.train.admission import COMPLETE, admit, admit_proof
+
     if place.rank == 0:
         # Stopped here, the preparation clears up after itself; later on Control listens.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        on_signals(signal.default_int_handler)
         word = (admit_proof if recipe.run.prove_resume else admit)(recipe, folder, place)
         if place.world_size == 1 and word == COMPLETE:
             return 0

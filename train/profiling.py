@@ -33,12 +33,15 @@ class Profiler:
         steps: numbers of the steps; empty on all ranks but the first.
         folder: for the trace.
         say: called with each line of the table.
+        finished: steps that are done already; if all of those are, that is said.
     """
 
-    def __init__(self, steps: range, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, steps: range, folder: Path, say: Callable[[str], None], finished: int = 0) -> None:
         self.steps, self.folder, self.say = steps, folder, say
         self._recording: Any = None
         self._recorded: list[int] = []
+        if steps and steps[-1] <= finished:
+            say(f"note: nothing is traced, since step {steps[-1]} is finished (run.profile)")
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:

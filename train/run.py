@@ -114,10 +114,8 @@ def train(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpo
             _announce_start(progress, recipe, trainer, stored)
             ledger = _ledger(folder, recipe, trainer, control) if place.rank == 0 else None
             saver = Saver(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
-            profiled = profiled_steps(recipe.run.profile if place.rank == 0 else "", recipe.train.steps)
-            if profiled and profiled[-1] <= trainer.finished:
-                progress.say(f"note: nothing is traced, since step {profiled[-1]} is finished (run.profile)")
-            profiler = Profiler(profiled, folder.path, progress.say)
+            profiler = Profiler(profiled_steps(recipe.run.profile if place.rank == 0 else "", recipe.train.steps),
+                                folder.path, progress.say, trainer.finished)
             loop = Loop(recipe, folder, trainer, held_out, samples, humaneval, control, progress, ledger, place.rank,
                         facts, Utilisation.of_run(recipe, engine), watch, saver, profiler, checkpoint)
             found = loop.assess() if loop.run() else None

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -77,11 +78,9 @@ class Watch:
         now = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(), "doing": doing,
                "for_seconds": round(silent, 1)}
         temporary = self.heartbeat.with_suffix(".tmp")
-        try:
+        with suppress(OSError):  # a full disk is the checkpoints' and the ledger's to report
             temporary.write_text(json.dumps(now) + "\n", encoding="utf-8")
             temporary.replace(self.heartbeat)
-        except OSError:
-            pass  # a full disk is the checkpoints' and the ledger's to report
 
 
 def _end(message: str) -> NoReturn:
