@@ -107,8 +107,25 @@ def test_what_does_not_fit_is_said_with_the_setting_to_change():
     text = "\n".join(report(BASE, small))
     assert "DOES NOT FIT" in text
     assert "set train.micro_batch_size to 8, the largest that fits" in text
-    tiny = Cluster(replace(GPUS["a100-40"], memory_gib=8.0), 8)
-    assert "no micro-batch fits: set run.reshard to true, or take more GPUs" in "\n".join(report(BASE, tiny))
+    tiny = replace(small, gpu=replace(small.gpu, memory_gib=8.0))
+    assert ("no micro-batch fits: set run.reshard to true and train.activations to block, or take GPUs with more memory"
+            in report(BASE, tiny))
+
+
+@pytest.mark.parametrize(("layers", "gpus", "nodes", "memory_gib", "ways"), [
+    (24, 1, 1, 28.0, "set run.reshard to true, or take 2 GPUs, or "),
+    (24, 1, 1, 20.0, "take 2 GPUs and set run.reshard to true, or take 4 GPUs, or "),
+    (24, 2, 1, 24.0, "set train.activations to recompute-mlp: then 1 fits, for 9% more arithmetic, or set run.reshard "
+                     "to true, or take 4 GPUs, or "),
+    (96, 1, 1, 39.4, "take 4 GPUs and set run.reshard to true, or "),
+    (96, 2, 2, 39.4, "take 8 GPUs and set run.reshard to true, or "),  # four on each node, which holds a copy
+    (96, 8, 1, 39.4, "set run.reshard to true, or "),  # a node is full
+    (96, 1, 1, 8.0, ""),
+])
+def test_where_nothing_fits_only_what_helps_is_proposed(layers, gpus, nodes, memory_gib, ways):
+    recipe = replace(BASE, model=replace(BASE.model, num_hidden_layers=layers))
+    cluster = Cluster(replace(GPUS["a100-40"], memory_gib=memory_gib), gpus, nodes)
+    assert f"no micro-batch fits: {ways}take GPUs with more memory" in report(recipe, cluster)
 
 
 def test_keeping_less_is_proposed_with_its_price():

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import mmap
 import re
 import subprocess
 from types import SimpleNamespace
@@ -92,11 +93,35 @@ def test_out_of_memory_is_a_line_with_the_setting_to_change_and_a_table(place):
     assert re.search(r"out of memory: set train\.micro_batch_size to 2, the largest that fits.*; the plan's table is "
                      r"in small/out-of-memory-0\.txt$", line), line
     table = (place / "small" / "out-of-memory-0.txt").read_text()
-    for part in ("parameters, fp32, sharded", "activations of 4 sequences", "held at most by tensors: ",
+    for part in ("parameters, fp32, sharded", "activations of 4 sequences", "held at most: ",
                  "Tried to allocate 2.00 GiB"):
         assert part in table
-    line = error_line(out_of_memory(place, "least", [0], train__micro_batch_size=1))
-    assert re.search("out of memory: no micro-batch fits: .*set run.reshard to true, or take more GPUs", line), line
+
+
+@pytest.mark.parametrize("error", [
+    lambda: torch.empty(1 << 55),  # 2^57 bytes, more than an address can be
+    lambda: bytearray(1 << 62),
+    lambda: mmap.mmap(-1, 1 << 55),
+])
+def test_too_little_memory_on_a_cpu_is_a_line_as_well(tmp_path, error):
+    recipe = read_recipe(None, {"train.batch_size": "1", "train.activations": "block"})
+    engine = Engine(torch.device("cpu"), "fp32", 1, 1)
+    with pytest.raises(RunError) as raised, explained(recipe, engine, tmp_path, Place()):
+        error()
+    assert str(raised.value) == ("out of memory: no micro-batch fits: set run.reshard to true, or give each process "
+                                 f"more memory; the plan's table is in {tmp_path}/out-of-memory-0.txt")
+    table = (tmp_path / "out-of-memory-0.txt").read_text()
+    for part in ("memory of a process, GiB", "parameters, gathered, 32 bits", "Python and PyTorch", "held at most: "):
+        assert part in table
+    assert "CUDA" not in table
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a mistake"), FileNotFoundError(2, "No such file")])
+def test_what_is_no_lack_of_memory_stays_what_it_is(tmp_path, error):
+    recipe, engine = read_recipe(None, {}), Engine(torch.device("cpu"), "fp32", 1, 1)
+    with pytest.raises(type(error)) as raised, explained(recipe, engine, tmp_path, Place()):
+        raise error
+    assert raised.value is error
 
 
 def test_on_a_gpu_the_record_of_allocations_is_left_as_well(tmp_path, monkeypatch):

@@ -23,9 +23,11 @@ GIB = 1 << 30
 ELEMENT_BYTES = {"auto": 2, "fp16": 2, "bf16": 2, "fp32": 4}
 WORKSPACE_BYTES = 256 << 20  # linear_cross_entropy's default
 CONTEXT_BYTES = 1.5 * GIB  # CUDA's context, cuBLAS' workspaces and NCCL's buffers: an assumption
+PYTHON_BYTES = 0.3 * GIB  # resident with all modules imported, torch 2.13 on a CPU
 FRAGMENTATION = 0.04  # of the GPU's memory, kept free: an assumption
 ASSUMED_MFU = 0.40  # phi-1's card comes to 0.38 on A100, published runs of this size to 0.42-0.60
 NODE_LINK_GB_PER_S = 25.0  # of each GPU to other nodes: a 200 Gbit/s card, an assumption
+NODE_GPUS = 8  # the most that a plan proposes for a node
 LINK_EFFICIENCY = 0.75  # of the data sheet's, in a large all-gather: an assumption
 CARD_TOKENS, CARD_DAYS, CARD_GPUS = 54e9, 6.0, 8
 SCHEDULE_TOKENS = 36_000 * 1024 * 2048
@@ -42,6 +44,8 @@ class Cluster:
     price: float | None = None
     mfu: float = ASSUMED_MFU
     mfu_source: str = "assumed"
+    of: str = "GPU"
+    """Whose memory is planned: a GPU's, or on CPUs that of each process."""
 
 
 def states(config: Phi1Config, shards: int, element: int, micro_steps: int, reshard: bool = False) -> dict[str, float]:
@@ -114,7 +118,8 @@ def memory(recipe: Recipe, cluster: Cluster, micro_batch: int) -> dict[str, floa
         **states(config, shards, element, micro_steps, recipe.run.reshard),
         f"activations of {micro_batch} sequences": micro_batch * activations(config, seq_len, element, mode),
         f"for a moment: {largest}": passing,
-        "CUDA, cuBLAS and NCCL (assumed)": CONTEXT_BYTES,
+        **({"CUDA, cuBLAS and NCCL (assumed)": CONTEXT_BYTES} if cluster.of == "GPU" else
+           {"Python and PyTorch": PYTHON_BYTES}),
         "fragmentation (assumed)": FRAGMENTATION * cluster.gpu.memory_gib * GIB,
     }
 
@@ -192,19 +197,49 @@ def _title(recipe: Recipe, cluster: Cluster, micro_batch: int, share: int) -> st
 def memory_lines(recipe: Recipe, cluster: Cluster, micro_batch: int, best: int) -> list[str]:
     parts = memory(recipe, cluster, micro_batch)
     need, have = sum(parts.values()) / GIB, cluster.gpu.memory_gib
-    lines = ["memory of a GPU, GiB", *(f"  {name:<46}{n_bytes / GIB:8.2f}" for name, n_bytes in parts.items()),
+    lines = [f"memory of a {cluster.of}, GiB",
+             *(f"  {name:<46}{n_bytes / GIB:8.2f}" for name, n_bytes in parts.items()),
              f"  {'in all':<46}{need:8.2f}  of {have:.1f}: {'fits' if need <= have else 'DOES NOT FIT'}",
              "  less at other moments: " + "; ".join(f"{name} {n_bytes / GIB:.2f}" for name, n_bytes in
                                                      moments(recipe, cluster, micro_batch)[1:])]
     if best == 0:
-        ways = [*_proposal(recipe, cluster, 1), *([] if recipe.run.reshard else ["set run.reshard to true"])]
-        lines.append("no micro-batch fits: " + ", or ".join([*ways, "take more GPUs, or GPUs with more memory"]))
+        lines.append("no micro-batch fits: " + ", or ".join(_ways_out(recipe, cluster)))
     elif need > have:
         lines.append(", or ".join([f"set train.micro_batch_size to {best}, the largest that fits",
                                    *_proposal(recipe, cluster, micro_batch)]))
     elif best > micro_batch:
         lines.append(f"train.micro_batch_size up to {best} fits")
     return lines
+
+
+def _ways_out(recipe: Recipe, cluster: Cluster) -> list[str]:
+    """What lets a sequence fit where none does: settings, or the smallest number of GPUs, by doubling, in a node."""
+    ways = _settings(recipe, cluster)
+    if cluster.of != "GPU":
+        return [*ways, f"give each {cluster.of} more memory"]
+    for gpus in (cluster.gpus << doubled for doubled in range(1, 4)):
+        if gpus > NODE_GPUS * cluster.nodes or recipe.train.batch_size % gpus:
+            break
+        more = replace(cluster, gpus=gpus)
+        if largest_micro_batch(recipe, more):
+            ways.append(f"take {gpus} GPUs")
+            break
+        if not ways and (settings := _settings(recipe, more)):
+            ways.append(f"take {gpus} GPUs and {settings[0]}")
+    return [*ways, "take GPUs with more memory"]
+
+
+def _settings(recipe: Recipe, cluster: Cluster) -> list[str]:
+    """Each setting that lets a sequence fit, or the two that do so together."""
+    ways, resharding = _proposal(recipe, cluster, 1), replace(recipe, run=replace(recipe.run, reshard=True))
+    if recipe.run.reshard:
+        return ways
+    if largest_micro_batch(resharding, cluster):
+        return [*ways, "set run.reshard to true"]
+    least = replace(resharding, train=replace(recipe.train, activations=ACTIVATIONS[-1]))
+    if not ways and largest_micro_batch(least, cluster):
+        return [f"set run.reshard to true and train.activations to {ACTIVATIONS[-1]}"]
+    return ways
 
 
 def _proposal(recipe: Recipe, cluster: Cluster, micro_batch: int) -> list[str]:
