@@ -61,6 +61,9 @@ VARIANTS = (
     Variant(rotary="inside", rotary_size=24),  # no power of two
     Variant(rotary="", causal=False),
     Variant(rotary="", packed=True),
+    *(Variant(packed=True, dropout=dropout) for dropout in (False, True)),
+    *(Variant(dtype, rotary="inside", dropout=True) for dtype in ("fp16", "bf16")),
+    Variant(rotary="inside", packed=True, dropout=True),
     Variant(rotary="", padded=True),
     Variant(head_size=80, rotary="inside", dropout=True),
     *(Variant(head_size=128, rotary="", dropout=dropout) for dropout in (False, True)),
@@ -69,7 +72,12 @@ VARIANTS = (
 
 
 # Of GPUs that have no rows of their own, NVIDIA's: their instructions are those of sm_80, their limit is 64 KiB.
-ANY_VARIANTS = (*(Variant(dropout=dropout) for dropout in (False, True)), Variant(head_size=128, dropout=True))
+ANY_VARIANTS = (
+    *(Variant(packed=packed, dropout=dropout) for packed in (False, True) for dropout in (False, True)),
+    Variant("bf16", rotary="inside"),
+    *(Variant(rotary="inside", packed=packed, dropout=True) for packed in (False, True)),
+    Variant(head_size=128, dropout=True),
+)
 
 
 def _described(arch: str) -> list[Variant]:
@@ -104,7 +112,7 @@ def _case(arch: str, kernel: str, variant: Variant) -> Case:
     v, inside = variant, variant.rotary == "inside"
     described = {"described": not (v.packed or v.padded)} if kernel == "forward" else {}
     t = dict(v.tile) or tile_for("attention", kernel, arch, bits=32 if v.dtype == "fp32" else 16, causal=v.causal,
-                                 head_size=v.head_size, dropout=v.dropout, rotates=inside, **described)
+                                 head_size=v.head_size, dropout=v.dropout, rotates=inside, packed=v.packed, **described)
     block_d = triton.next_power_of_2(v.head_size)
     on_load = inside and bool(t["rotate_on_load"]) and v.rotary_size == ROTARY
     names = KERNELS[kernel].arg_names
@@ -148,14 +156,27 @@ def _case(arch: str, kernel: str, variant: Variant) -> Case:
 
 def _spills(arch: str, kernel: str, v: Variant) -> int:
     """Bytes of spilled registers that are known, none in a loop."""
-    # One to six values that live from before the loops to after them, some of them under one Triton version alone.
+    # One to ten values that live from before the loops to after them, some of them under one Triton version alone.
     known = {("sm_80", "backward_dq", "fp32 K=128 rotary applied"): 8,
              ("sm_80", "backward_dkdv", "fp32 K=128 rotary applied"): 8,
              ("sm_100", "backward_dkdv", "fp16 K=128 dropout"): 24,
              ("sm_100", "backward_dq", "fp16 K=80 dropout rotary inside"): 8,
              ("sm_80", "backward_dkdv", "fp16 K=64 padded"): 16,
              ("sm_80", "backward_dkdv", "fp32 K=64 rotary applied"): 8,
-             ("gfx942", "backward_dq", "fp16 K=64 rotary inside R=24"): 20}
+             ("sm_80", "backward_dkdv", "fp16 K=64 dropout rotary inside"): 8,
+             ("sm_80", "backward_dkdv", "bf16 K=64 dropout rotary inside"): 8,
+             ("sm_80", "backward_dkdv", "fp16 K=64 dropout packed rotary inside"): 8,
+             ("sm_80", "forward", "fp16 K=64 dropout packed rotary inside"): 8,
+             ("gfx942", "backward_dq", "fp16 K=64 rotary inside R=24"): 20,
+             ("any", "forward", "fp16 K=64 packed rotary applied"): 16,
+             ("any", "forward", "fp16 K=64 dropout packed rotary applied"): 16,
+             ("any", "forward", "fp16 K=64 dropout packed rotary inside"): 24,
+             ("any", "backward_dq", "bf16 K=64 rotary inside"): 8,
+             ("any", "backward_dq", "fp16 K=64 dropout rotary inside"): 16,
+             ("any", "backward_dq", "fp16 K=64 dropout packed rotary inside"): 40,
+             ("any", "backward_dkdv", "fp16 K=64 packed rotary applied"): 8,
+             ("any", "backward_dkdv", "fp16 K=64 dropout rotary inside"): 8,
+             ("any", "backward_dkdv", "fp16 K=64 dropout packed rotary inside"): 8}
     return known.get((arch, kernel, str(v)), 0)
 
 

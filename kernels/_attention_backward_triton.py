@@ -6,7 +6,8 @@ dv's. That one holds S^T, keys as rows: it spares the registers that S would cos
 both rotate their gradients back in float32, as they are written.
 
 q, k, v, dout and the gradients are loaded and stored in their own dtype, in which P and dS are multiplied too; sums and
-exponentials are float32.
+exponentials are float32. delta comes from the rounded out, so that dq and dk of a query that sees one key are not 0 but
+a rounding of it.
 
 N rows, H heads, K head size, R rotary dimension, B samples.
 """

@@ -5,14 +5,13 @@ B batch, Tq queries, Tk keys, H heads, K head size, N rows.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from phi1.kernels._checks import (
     check_device,
     check_range,
     check_rank,
+    check_real,
     check_shape,
     check_tensors,
     require,
@@ -29,10 +28,11 @@ from phi1.kernels._philox import (
 
 
 def check_scale(op: str, scale: float | None, head_size: int) -> float:
-    """The scale on q k^T, 1 / sqrt(K) by default. Raise ValueError unless it is a finite number above 0."""
+    """The scale on q k^T, 1 / sqrt(K) by default. Raise unless it is a finite number above 0."""
     if scale is None:
         return head_size**-0.5
-    require(math.isfinite(scale) and scale > 0, op, "scale must be a finite number greater than 0", scale)
+    check_real(op, scale=scale)
+    require(scale > 0, op, "scale must be greater than 0", scale)
     return float(scale)
 
 

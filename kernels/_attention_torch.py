@@ -144,7 +144,9 @@ def _backward(
             p = s.sub_(lse_tile[:, first:last]).exp2_()
             ds_and_p = empty((2, *s.shape), dtype=low, device=s.device)
             ds, dropped = ds_and_p
-            dp = _copy(torch.bmm(dout_low[:, first:last], v_low[:, :end].transpose(1, 2), out=ds), torch.float32)
+            # scale dP: everything that follows is linear in it, and here the scale costs no pass and no rounding.
+            dp = _copy(_product(dout_low[:, first:last], v_low[:, :end].transpose(1, 2), scheme.scale, out=ds),
+                       torch.float32)
             if scheme.dropout is None:
                 dropped.copy_(p)
             else:
@@ -156,13 +158,13 @@ def _backward(
                 # P's rows sum to 1 but for the rounding of lse, which P (dP - delta) would multiply by delta.
                 delta.div_(p.sum(-1, keepdim=True).clamp_(min=0.5))  # 0 where a query sees no key
             ds.copy_(dp.addcmul_(p, delta, value=-1))
-            _store(dq[samples, first:last, heads], _product(ds, k_low[:, :end]), scheme.scale,
+            _store(dq[samples, first:last, heads], _product(ds, k_low[:, :end]),
                    scheme.tables(batch, samples, slice(first, last)))
             part = _product(ds_and_p.flatten(0, 1).transpose(1, 2), q_and_dout[:, :, first:last].flatten(0, 1))
             sums = _accumulate(sums, part, first > 0)
         dk_sum, dv_sum = (None, None) if sums is None else sums.chunk(2)
-        _store(dk[samples, :, heads], dk_sum, scheme.scale, tables)
-        _store(dv[samples, :, heads], dv_sum, 1.0, None)
+        _store(dk[samples, :, heads], dk_sum, tables)
+        _store(dv[samples, :, heads], dv_sum, None)
 
 
 def _scores(
@@ -227,8 +229,10 @@ def _tiles(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice, int
                    slice(head, min(head + heads_at_once, n_heads)), step)
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.bmm(a, b, out=empty((*a.shape[:2], b.shape[2]), dtype=a.dtype, device=a.device))
+def _product(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0, out: torch.Tensor | None = None) -> torch.Tensor:
+    """scale a b, scaled before it is rounded."""
+    out = empty((*a.shape[:2], b.shape[2]), dtype=a.dtype, device=a.device) if out is None else out
+    return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale, out=out)
 
 
 def _accumulate(total: torch.Tensor | None, part: torch.Tensor, more_follow: bool) -> torch.Tensor:
@@ -258,15 +262,13 @@ def _wide(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None) -> 
 
 
 def _store(
-    target: torch.Tensor, grad: torch.Tensor | None, scale: float, tables: tuple[torch.Tensor, torch.Tensor] | None
+    target: torch.Tensor, grad: torch.Tensor | None, tables: tuple[torch.Tensor, torch.Tensor] | None
 ) -> None:
-    """Write scale * grad [G, T, K], rotated back if there are tables, to target [B, T, H, K]; None is 0."""
+    """Write grad [G, T, K], rotated back if there are tables, to target [B, T, H, K]; None is 0."""
     heads = target.transpose(1, 2)
     if grad is None:
         heads.zero_()
         return
-    if scale != 1:
-        grad = _copy(grad, torch.float32).mul_(scale)
     if tables is not None:
         grad = grad if grad.dtype == torch.float32 else _copy(grad, torch.float32)
         rotate_(grad.view(heads.shape), *tables, inverse=True)

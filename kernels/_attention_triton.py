@@ -148,7 +148,8 @@ class _Call:
 
     def tile(self, kernel: str, **more: bool) -> dict[str, int]:
         return tile("attention", kernel, self.device, head_size=self.head_size, bits=8 * self.dtype.itemsize,
-                    causal=self.scheme.causal, dropout=self.scheme.dropout is not None, rotates=self.rotates, **more)
+                    causal=self.scheme.causal, dropout=self.scheme.dropout is not None, rotates=self.rotates,
+                    packed=self.cuts is not None, **more)
 
     def readable(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, T, H, K] with elements of a head side by side, with offsets within a tile in 32 bits, and, of packed

@@ -10,8 +10,10 @@ from phi1.kernels._checks import (
     check_dropout,
     check_float,
     check_rank,
+    check_real,
     check_shape,
     check_tensors,
+    check_whole,
     require,
 )
 from phi1.kernels._rotary import check_positions, check_tables, default_positions
@@ -40,6 +42,8 @@ def _check_parameters(op, x, given, n_heads, eps) -> None:
     check_rank(op, "x", x, "N, D")
     check_rank(op, "in_weight", parameters["in_weight"], "3D + F, D")
     width, rows = x.shape[1], parameters["in_weight"].shape[0]
+    check_whole(op, n_heads=n_heads)
+    check_real(op, eps=eps)
     require(n_heads >= 1 and width % n_heads == 0, op, f"n_heads must divide the {width} columns of x", n_heads)
     require(eps > 0, op, "eps must be greater than 0", eps)
     require(rows > 3 * width, op, f"in_weight must have more rows than 3 x the {width} columns of x", rows)
@@ -53,6 +57,7 @@ def _check_rows(op, x, batch, cu_seqlens, seq_starts, dropouts, n_heads) -> int:
     n_rows = x.shape[0]
     require(batch is None or cu_seqlens is None, op, "at most one of batch and cu_seqlens may be given", "both")
     batch = 1 if batch is None else batch
+    check_whole(op, batch=batch)
     require(batch >= 1 and n_rows % batch == 0, op, f"batch must divide the {n_rows} rows of x", batch)
     check_packing(op, x, batch, n_rows, n_rows // batch, cu_seqlens, seq_starts)
     require(len(dropouts) == 3, op, "dropouts must be three: attention, dense, fc2", len(dropouts))

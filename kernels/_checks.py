@@ -6,8 +6,10 @@ A message names the operation, the argument, the rule and what was given:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import SupportsFloat
 
 import torch
 
@@ -50,6 +52,22 @@ def require(holds: bool, op: str, rule: str, got: object) -> None:
     """Raise ValueError "op: rule; got ..." unless `holds`."""
     if not holds:
         raise ValueError(f"{op}: {rule}; got {got}")
+
+
+def check_whole(op: str, **numbers: object) -> None:
+    """Raise TypeError unless every argument is a whole number."""
+    for name, x in numbers.items():
+        if not hasattr(x, "__index__"):
+            raise TypeError(f"{op}: {name} must be a whole number; got {x!r}")
+
+
+def check_real(op: str, **numbers: object) -> None:
+    """Raise unless every argument is a finite number."""
+    for name, x in numbers.items():
+        if not isinstance(x, SupportsFloat):
+            raise TypeError(f"{op}: {name} must be a number; got {x!r}")
+        if isinstance(x, float):  # what torch.compile traces has no value yet
+            require(math.isfinite(x), op, f"{name} must be finite", x)
 
 
 def check_tensors(op: str, **tensors: object) -> None:

@@ -77,7 +77,7 @@ def _line(constant: float, slope: float, x: torch.Tensor, out: torch.Tensor) -> 
 
 @cache
 def _constant(x: float) -> torch.Tensor:
-    return torch.tensor(x)
+    return torch.tensor(x, dtype=torch.float32, device="cpu")
 
 
 def _strips(x: torch.Tensor, n: int) -> Iterator[tuple[slice, list[torch.Tensor]]]:

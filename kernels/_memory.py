@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import sys
 import threading
 from collections import defaultdict
@@ -63,6 +64,8 @@ def _block(n_bytes: int) -> torch.UntypedStorage:
     for block in reversed(_blocks[size]):  # the newest is the likeliest to be in a cache
         if _is_free(block):
             return block
+    # What was moved to shared memory is another process's as well, and not a block any more.
+    _blocks[size] = [block for block in _blocks[size] if not block.is_shared()]
     if _kept_bytes() + size > KEEP_BYTES:
         for blocks in _blocks.values():
             blocks[:] = [block for block in blocks if not _is_free(block)]
@@ -76,10 +79,11 @@ def _block(n_bytes: int) -> torch.UntypedStorage:
 def _new_block(size: int) -> torch.UntypedStorage:
     """A block cut from a chunk, which goes back to the system with the last of its blocks."""
     global _rest
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8, device="cpu").untyped_storage()
     if len(_rest) < size:
-        _rest = _chunk(max(size, CHUNK_BYTES))
+        try:
+            _rest = _chunk(max(size, CHUNK_BYTES))
+        except (AttributeError, OSError):  # a system without huge pages, or without so much memory in one piece
+            return torch.empty(size, dtype=torch.uint8, device="cpu").untyped_storage()
     block, _rest = _rest[:size], _rest[size:]
     return torch.frombuffer(block, dtype=torch.uint8).untyped_storage()
 
@@ -93,10 +97,20 @@ def _chunk(n_bytes: int) -> memoryview:
     return memoryview(memory)[start : start + n_bytes]
 
 
+def _after_fork() -> None:
+    """In the child: another thread of the parent may have held the lock, and is not here to give it back."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def _is_free(block: torch.UntypedStorage) -> bool:
     """True where no tensor and no Python variable holds the block; the list, the caller and the calls here do."""
     assert _holders is not None
-    return _holders(block._cdata) == 1 and sys.getrefcount(block) <= 4
+    return _holders(block._cdata) == 1 and sys.getrefcount(block) <= 4 and not block.is_shared()
 
 
 def _kept_bytes() -> int:

@@ -52,7 +52,7 @@ class Dropout:
         kind: which mask of the layer: 0 attention, 1 the attention's output projection, 2 the MLP's; 0..15.
 
     Raises:
-        TypeError: rng or sample_ids is not an int64 tensor.
+        TypeError: rng or sample_ids is not an int64 tensor, or another field no number.
         ValueError: another field is out of its range or shape.
     """
 
@@ -63,6 +63,8 @@ class Dropout:
     kind: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.p, int | float):
+            raise TypeError(f"Dropout: p must be a number; got {self.p!r}")
         if not (0 <= self.p < 1 and threshold(self.p) <= 0xFFFF):
             raise ValueError(f"Dropout: p must be at least 0 and at most 65535/65536; got {self.p}")
         _check_int64("rng", self.rng)
@@ -73,6 +75,9 @@ class Dropout:
             if self.sample_ids.dim() != 1 or self.sample_ids.device != self.rng.device:
                 raise ValueError(f"Dropout: sample_ids must be [B] on rng's device ({self.rng.device}); got shape "
                                  f"{tuple(self.sample_ids.shape)} on {self.sample_ids.device}")
+        for name in ("layer", "kind"):
+            if not hasattr(getattr(self, name), "__index__"):
+                raise TypeError(f"Dropout: {name} must be a whole number; got {getattr(self, name)!r}")
         if not 0 <= self.layer <= MAX_LAYER:
             raise ValueError(f"Dropout: layer must be 0..{MAX_LAYER}; got {self.layer}")
         if not 0 <= self.kind <= MAX_KIND:

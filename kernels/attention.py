@@ -20,6 +20,7 @@ from phi1.kernels._checks import (
     check_shape,
     check_tensors,
     require,
+    shape_of,
 )
 from phi1.kernels._philox import Dropout, dropout_fields, dropout_from_fields
 
@@ -151,6 +152,7 @@ def _check(q, k, v, causal, scale, cu_seqlens, seq_starts, dropout) -> float:
     n_keys = k.shape[1]
     check_shape(op, "k", k, (batch, n_keys, n_heads, head_size), f"q's but for the tokens (q has {list(q.shape)})")
     check_shape(op, "v", v, k.shape, "k's")
+    require(n_heads >= 1 and head_size >= 1, op, "q must have a head of at least one element", shape_of(q))
     require(n_keys >= n_queries or not causal, op, f"k must have at least q's {n_queries} tokens if causal", n_keys)
     require(n_keys >= 1 or n_queries == 0, op, "k must have at least one token", n_keys)
     require(n_keys >= n_queries or seq_starts is None, op,

@@ -13,7 +13,15 @@ import torch
 from phi1.kernels._attention import Scheme, attention_backward, attention_forward
 from phi1.kernels._attention_rules import attend_reference, check_packing, check_scale
 from phi1.kernels._backend import operator, reference_forced
-from phi1.kernels._checks import check_dropout, check_float, check_rank, check_tensors, require
+from phi1.kernels._checks import (
+    check_dropout,
+    check_float,
+    check_rank,
+    check_tensors,
+    check_whole,
+    require,
+    shape_of,
+)
 from phi1.kernels._philox import Dropout, dropout_fields, dropout_from_fields
 from phi1.kernels._rotary import (
     check_positions,
@@ -170,8 +178,10 @@ def _check(qkv, batch, cu_seqlens, scale, seq_starts, dropout) -> tuple[int, flo
     check_rank(op, "qkv", qkv, "N, 3, H, K")
     n_rows, three, n_heads, head_size = qkv.shape
     require(three == 3, op, "qkv.shape[1] must be 3: q, k and v", three)
+    require(n_heads >= 1 and head_size >= 1, op, "qkv must have a head of at least one element", shape_of(qkv))
     require(batch is None or cu_seqlens is None, op, "at most one of batch and cu_seqlens may be given", "both")
     batch = 1 if batch is None else batch
+    check_whole(op, batch=batch)
     require(batch >= 1 and n_rows % batch == 0, op, f"batch must divide the {n_rows} rows of qkv", batch)
     check_packing(op, qkv, batch, n_rows, n_rows // batch, cu_seqlens, seq_starts)
     n_samples = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -185,6 +195,8 @@ def _positions(qkv, batch, rotary, rotary_applied, positions, cu_seqlens, seq_st
         require(not rotary_applied, op, "rotary_applied needs rotary, to rotate the gradient back by", "no rotary")
         require(positions is None, op, "positions may be given only with rotary", "no rotary")
         return None
+    require(isinstance(rotary, tuple | list) and len(rotary) == 2, op, "rotary must be a pair, cos and sin",
+            type(rotary).__name__)
     check_tensors(op, cos=rotary[0], sin=rotary[1])
     check_tables(op, *rotary, qkv, qkv.shape[3])
     if positions is None:

@@ -19,8 +19,10 @@ from phi1.kernels._checks import (
     check_float,
     check_range,
     check_rank,
+    check_real,
     check_shape,
     check_tensors,
+    check_whole,
     require,
 )
 from phi1.kernels._cross_entropy import LossRule, Needs, gradient_dtype, losses_and_gradients, scale_of, scaled
@@ -179,7 +181,8 @@ def linear_cross_entropy(
             "none" for [N].
         ignore_index: the target whose rows have loss 0 and no gradient.
         label_smoothing: at least 0 and less than 1: this part of the target's weight goes to all columns alike.
-        z_loss: factor of lse^2 added to each row's loss, at least 0.
+        z_loss: factor of lse^2 added to each row's loss, at least 0. In float16 gradients overflow from
+            z_loss * lse = 31 on.
         valid_vocab: columns from this one on take no part; V by default.
         return_lse: also return log sum exp of each row's logits, float32 [N], which carries no gradient.
         workspace_mb: MiB for logits and temporaries. Not counted: the gradients, a few numbers for each row, and a
@@ -225,10 +228,12 @@ def _check(op, x, weight, bias, targets, reduction, ignore_index, label_smoothin
     check_device(op, "targets", targets, "x", x)
     check_shape(op, "targets", targets, x.shape[:1], f"one per row of x {list(x.shape)}")
     require(reduction in REDUCTIONS, op, f"reduction must be one of {', '.join(REDUCTIONS)}", repr(reduction))
+    valid_vocab = vocab if valid_vocab is None else valid_vocab
+    check_whole(op, ignore_index=ignore_index, workspace_mb=workspace_mb, valid_vocab=valid_vocab)
+    check_real(op, label_smoothing=label_smoothing, z_loss=z_loss)
     require(0 <= label_smoothing < 1, op, "label_smoothing must be at least 0 and less than 1", label_smoothing)
     require(z_loss >= 0, op, "z_loss must be at least 0", z_loss)
     require(workspace_mb >= 1, op, "workspace_mb must be at least 1", workspace_mb)
-    valid_vocab = vocab if valid_vocab is None else valid_vocab
     require(1 <= valid_vocab <= vocab, op, f"valid_vocab must be between 1 and weight's {vocab} rows", valid_vocab)
     check_range(op, "targets", targets, 0, valid_vocab, "the valid vocabulary", also=ignore_index)
     return valid_vocab

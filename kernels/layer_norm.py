@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from phi1.kernels._backend import operator, reference_forced, use_triton
-from phi1.kernels._checks import check_alike, check_float, check_shape, check_tensors, require, shape_of
+from phi1.kernels._checks import check_alike, check_float, check_real, check_shape, check_tensors, require, shape_of
 from phi1.kernels._layer_norm import MAX_WIDTH, add_layer_norm_forward, layer_norm_backward, layer_norm_forward
 
 
@@ -155,6 +155,7 @@ def _check(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, e
     require(x.dim() >= 1 and x.shape[-1] >= 1, op, "x must have a last axis of at least 1", shape_of(x))
     for name, parameter in (("weight", weight), ("bias", bias)):
         check_shape(op, name, parameter, x.shape[-1:], f"the last axis of x {shape_of(x)}")
+    check_real(op, eps=eps)
     require(eps > 0, op, "eps must be greater than 0", eps)
     if x.shape[-1] > MAX_WIDTH and use_triton(x):
         raise NotImplementedError(f"{op}: the Triton kernel keeps a row in registers, so the last axis of x must be at "

@@ -18,6 +18,7 @@ SHAPES = [  # B, Tq, Tk, H, K
     (2, 1, 33, 4, 64),  # decoding
     (2, 5, 40, 2, 80),  # several tokens after a cache, phi-2's head
     (1, 130, 259, 2, 16),  # two tiles after a cache
+    (2, 130, 130, 2, 96),  # a scale that is no power of two, and two tiles
 ]
 RNG = torch.tensor([5, 7])
 
@@ -212,8 +213,10 @@ def bad(shape=(2, 6, 6, 2, 16), **changes):
     (bad(v=torch.zeros(2, 7, 2, 16)), ValueError, r"v.shape must be \(2, 6, 2, 16\), k's"),
     (bad((2, 6, 5, 2, 16)), ValueError, "k must have at least q's 6 tokens if causal; got 5"),
     (bad((2, 6, 0, 2, 16), causal=False), ValueError, "k must have at least one token; got 0"),
-    (bad(scale=0.0), ValueError, r"scale must be a finite number greater than 0; got 0\.0"),
-    (bad(scale=math.nan), ValueError, "scale must be a finite number greater than 0; got nan"),
+    (bad(scale=0.0), ValueError, r"scale must be greater than 0; got 0\.0"),
+    (bad(scale=math.nan), ValueError, "scale must be finite; got nan"),
+    (bad(scale="1"), TypeError, "scale must be a number; got '1'"),
+    (bad((2, 6, 6, 0, 16)), ValueError, r"q must have a head of at least one element; got \[2, 6, 0, 16\]"),
     (bad(cu_seqlens=starts(0, 12), seq_starts=starts(0, 0)), ValueError, "at most one of cu_seqlens and seq_starts"),
     (bad((2, 6, 7, 2, 16), cu_seqlens=starts(0, 12)), ValueError, "k must have q's 6 tokens with cu_seqlens; got 7"),
     (bad((2, 6, 5, 2, 16), causal=False, seq_starts=starts(0, 0)), ValueError,

@@ -5,6 +5,7 @@ import torch
 
 from phi1 import testing
 from phi1.kernels import backend, gelu
+from phi1.kernels._gelu import _constant
 from phi1.kernels.gelu import gelu_reference
 
 SHAPES = [
@@ -43,6 +44,16 @@ def test_ends_of_the_number_line(dtype):
 def test_nan_stays_in_its_place():
     y = gelu(torch.tensor([[1.0, torch.nan, -1.0]]))
     assert y.isnan().tolist() == [[False, True, False]]
+
+
+def test_the_default_dtype_does_not_matter():
+    x = make((128, 64))
+    _constant.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        testing.assert_matches_reference(gelu, gelu_reference, x)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_non_contiguous_input():

@@ -176,6 +176,7 @@ ERRORS = [
     ({"residual": torch.zeros(1, 8)}, ValueError, r"residual.shape must be \(2, 8\), x's; got \(1, 8\)"),
     ({"weight": torch.zeros(8, device="meta")}, ValueError, r"weight must be on x's device \(cpu\); got meta"),
     ({"eps": 0.0}, ValueError, r"eps must be greater than 0; got 0.0"),
+    ({"eps": None}, TypeError, r"eps must be a number; got None"),
 ]
 
 

@@ -2,6 +2,8 @@
 
 import gc
 import mmap
+import os
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -98,6 +100,39 @@ def flags_of_mapping(address):
         elif inside and first == "VmFlags:":
             return line.split()[1:]
     raise LookupError(address)
+
+
+def test_what_was_moved_to_shared_memory_is_given_up():
+    shared = of_bytes(1 << 20).fill_(1)
+    shared.share_memory_()
+    address = shared.data_ptr()
+    del shared
+    assert of_bytes(1 << 20).data_ptr() != address
+    assert _memory._kept_bytes() == 1 << 20
+
+
+def test_without_room_for_a_chunk_blocks_come_from_pytorch(monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", full)
+    address = of_bytes(1 << 20).data_ptr()
+    assert of_bytes(1 << 20).data_ptr() == address
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+def test_a_child_forked_while_another_thread_takes_a_block_takes_its_own():
+    with _memory._lock:
+        child = os.fork()
+        if not child:
+            of_bytes(1 << 20)
+            os._exit(0)
+    end = time.monotonic() + 20
+    while not (found := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > end:
+            os.kill(child, 9)
+        time.sleep(0.01)
+    assert found[1] == 0
 
 
 def test_threads_never_get_the_same_block():

@@ -180,6 +180,8 @@ def test_fields_round_trip():
         ({"rng": torch.zeros(2)}, TypeError, r"Dropout: rng must be an int64 tensor; got torch.float32"),
         ({"rng": torch.tensor([1, 2, 3])}, ValueError, r"Dropout: rng.shape must be \(2,\).*got \(3,\)"),
         ({"sample_ids": torch.zeros(2, 2, dtype=torch.int64)}, ValueError, r"sample_ids must be \[B\].*\(2, 2\)"),
+        ({"p": "0.1"}, TypeError, r"Dropout: p must be a number; got '0.1'"),
+        ({"layer": 1.5}, TypeError, r"Dropout: layer must be a whole number; got 1.5"),
         ({"layer": 65536}, ValueError, r"layer must be 0..65535; got 65536"),
         ({"kind": 16}, ValueError, r"kind must be 0..15; got 16"),
     ],

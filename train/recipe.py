@@ -134,8 +134,10 @@ class Run:
     reshard: Annotated[bool, doc("give up gathered parameters after each pass of a large block and reduce gradients "
                                  "after each micro-step: the least memory, for small cards, and more "
                                  "communication")] = False
-    watchdog: Annotated[NotNegative, doc("seconds that a step, a save or a batch of an evaluation may take before its "
-                                         "process ends with its stack (0: any)")] = 1800.0
+    watchdog: Annotated[NotNegative, doc("seconds that the start with its loading, a step, a save, a batch of an "
+                                         "evaluation or the gathering of the weights may take before its process ends "
+                                         "with its stack; time in which the run is suspended does not count (0: "
+                                         "any)")] = 1800.0
     profile: Annotated[str, doc("steps to trace, such as 7 or 7-9: a Chrome trace in the run's folder and a short "
                                 "table (unset: none); also --profile")] = ""
     tensorboard: Annotated[bool, doc("also write TensorBoard's files, if it is installed")] = True
