@@ -1,17 +1,21 @@
 """Train the full phi-1 in fp16 with the trainer's own step: the largest micro-batch, then tokens/s, MFU and the loss.
 
     python bench/gpu_train.py search --out DIR      micro-batches of growing size until the memory is full
-    python bench/gpu_train.py run --out DIR         50 or more steps at the fastest of them
+    python bench/gpu_train.py run --out DIR         50 or more steps at the fastest of them that fits
 
-Two processes, for one that has run out of memory is not used again. The text is this Python's standard library. Each
-size and each step is a line in DIR as soon as it is done; --rehearse takes a tiny model on the CPU.
+A process that has run out of memory is not used again: `run` tries each size in one of its own (`attempt`). The text is
+this Python's standard library. Each size and each step is a line in DIR as soon as it is done; --rehearse takes a tiny
+model on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -33,8 +37,12 @@ from phi1.train.recipe import Train
 from phi1.train.step import Trainer
 
 SEARCHED, RUN, RESULT = "micro_batches.jsonl", "steps.jsonl", "train.json"
+# From the second micro-step on gradients add up in a buffer of their own, 5.3 GiB: the sizes are tried with it.
+SEARCH_MICRO_STEPS = 2
 STEP_SECONDS = 2.5  # of one optimizer step: the micro-batches of a step are as many as fit
 DROPOUT_STEPS = 3
+OUT_OF_MEMORY = 12
+"""Exit code of an attempt that a smaller micro-batch may follow."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +69,17 @@ class Training:
 
     Args:
         size: what is trained.
-        out: the prepared text is kept here.
+        corpus: folder of the prepared text, which is made if it is not there.
     """
 
-    def __init__(self, size: Size, out: Path) -> None:
+    def __init__(self, size: Size, corpus: Path) -> None:
         place = Place()
         self.size = size
         self.machine = engine.start(place, size.device, "fp16", 0)
         engine.connect_processes(self.machine, place, connect(place))
-        prepare(size.source, out / "corpus", tokenizer=size.tokenizer, vocab_size=512,
+        prepare(size.source, corpus, tokenizer=size.tokenizer, vocab_size=512,
                 report=lambda line: print(line, flush=True))
-        self.corpus: Corpus = open_corpus(out / "corpus", "train")
+        self.corpus: Corpus = open_corpus(corpus, "train")
         self.model: Phi1 = engine.build_model(size.config, self.machine, seed=1)
         # A batch is far smaller than phi-1's 1024 sequences, and so is the rate.
         train = replace(Train(), batch_size=1, lr=3e-4, warmup_steps=size.steps // 3, steps=size.steps,
@@ -108,61 +116,89 @@ class Training:
         return round(peak, 2)
 
 
-def search(size: Size, out: Path, end: float) -> int:
+def search(size: Size, out: Path, corpus: Path, end: float) -> int:
     """Time micro-batches one after another, until one does not fit or the time is up."""
-    training = Training(size, out)
+    (out / SEARCHED).unlink(missing_ok=True)
+    training = Training(size, corpus)
     for micro_batch in size.micro_batches:
         if time.monotonic() > end:
             break
-        training.set_batch(micro_batch, 1)
+        training.set_batch(micro_batch, SEARCH_MICRO_STEPS)
         try:
             training.step()
             training.peak_gib()
-            steps = [training.step() for _ in range(3)]
+            steps = [training.step() for _ in range(2)]
         except torch.OutOfMemoryError:
             _append(out / SEARCHED, {"micro_batch": micro_batch, "error": "out of memory"})
             print(f"micro-batch {micro_batch:3}: out of memory", flush=True)
             break
-        seconds = statistics.median(step["seconds"] for step in steps)
-        line = {"micro_batch": micro_batch, "seconds": seconds, "peak_gib": training.peak_gib(),
+        seconds = statistics.median(step["seconds"] for step in steps) / SEARCH_MICRO_STEPS
+        line = {"micro_batch": micro_batch, "seconds": round(seconds, 4), "peak_gib": training.peak_gib(),
                 "tokens_per_s": round(micro_batch * size.tokens / seconds)}
         _append(out / SEARCHED, line)
-        print(f"micro-batch {micro_batch:3}: {line['tokens_per_s']:,} tokens/s with an optimizer step each, "
-              f"{line['peak_gib']} GiB", flush=True)
+        print(f"micro-batch {micro_batch:3}: {line['tokens_per_s']:,} tokens/s with an optimizer step every "
+              f"{SEARCH_MICRO_STEPS}, {line['peak_gib']} GiB", flush=True)
     return 0
 
 
-def run(size: Size, out: Path, end: float) -> int:
+def fastest(searched: Path) -> dict[str, Any] | None:
+    """The fastest micro-batch that was timed and is smaller than all that have run out of memory; None if none is."""
+    lines = list(_lines(searched))
+    limit = min((line["micro_batch"] for line in lines if "error" in line), default=math.inf)
+    timed = [line for line in lines if "seconds" in line and line["micro_batch"] < limit]
+    return max(timed, key=lambda line: line["tokens_per_s"], default=None)
+
+
+def run(options: argparse.Namespace, end: float) -> int:
+    """Attempts, each in a process of its own, until a micro-batch fits."""
+    code = OUT_OF_MEMORY
+    while code == OUT_OF_MEMORY:
+        minutes = max(0.0, end - time.monotonic()) / 60
+        words = ["--out", options.out, "--corpus", options.corpus, "--minutes", minutes]
+        code = subprocess.run([sys.executable, __file__, "attempt", *map(str, words),
+                               *(["--rehearse"] if options.rehearse else [])]).returncode
+    return code
+
+
+def attempt(size: Size, out: Path, corpus: Path, end: float) -> int:
     """Steps at the fastest micro-batch, then a few with phi-1's dropout. 1 if the loss has not fallen."""
-    timed = [line for line in _lines(out / SEARCHED) if "seconds" in line]
-    if not timed:
-        print("gpu_train: error: no micro-batch was timed; run `search` first", file=sys.stderr)
+    best = fastest(out / SEARCHED)
+    if best is None:
+        print("gpu_train: error: no micro-batch was timed that fits; run `search` first", file=sys.stderr)
         return 2
-    best = max(timed, key=lambda line: line["tokens_per_s"])
-    micro_steps = max(1, min(64, int(STEP_SECONDS / best["seconds"]))) if size is FULL else 2
-    training = Training(size, out)
+    micro_steps = max(2, min(64, int(STEP_SECONDS / best["seconds"]))) if size is FULL else 2
+    training = Training(size, corpus)
     training.set_batch(best["micro_batch"], micro_steps)
     (out / RUN).unlink(missing_ok=True)
     steps: list[dict[str, Any]] = []
     peak = 0.0
-    while len(steps) < size.steps and time.monotonic() < end:
-        steps.append(training.step())
+    while not steps or (len(steps) < size.steps and time.monotonic() < end):
+        try:
+            steps.append(training.step())
+        except torch.OutOfMemoryError:
+            _append(out / SEARCHED, {"micro_batch": best["micro_batch"], "error": f"out of memory at {micro_steps} a "
+                                     f"step, after {len(steps)} steps"})
+            print(f"micro-batch {best['micro_batch']:3}: out of memory; a smaller one follows", flush=True)
+            return OUT_OF_MEMORY
         _append(out / RUN, steps[-1])
         if len(steps) % 5 == 0:
             peak = max(peak, training.peak_gib())
-            _write(size, out, best, micro_steps, steps, peak, None)
+            _write(size, out, best, micro_steps, steps, peak, [])
             last = steps[-1]
             print(f"step {len(steps)}: loss {last['loss']:.3f}, {last['tokens_per_s']:,} tokens/s", flush=True)
     peak = max(peak, training.peak_gib())
+    _write(size, out, best, micro_steps, steps, peak, [])
     training.set_dropout(0.1)
-    dropped = [training.step() for _ in range(DROPOUT_STEPS)]
+    dropped: list[dict[str, Any]] = []
+    with contextlib.suppress(torch.OutOfMemoryError):
+        dropped += [training.step() for _ in range(DROPOUT_STEPS)]
     result = _write(size, out, best, micro_steps, steps, peak, dropped)
     _print(result)
     return 0 if result["loss_last"] < result["loss_first"] else 1
 
 
 def _write(size: Size, out: Path, best: dict[str, Any], micro_steps: int, steps: list[dict[str, Any]], peak: float,
-           dropped: list[dict[str, Any]] | None) -> dict[str, Any]:
+           dropped: list[dict[str, Any]]) -> dict[str, Any]:
     """The result so far."""
     facts = environment(size.device)
     # The first steps compile kernels and fill the allocator.
@@ -188,9 +224,10 @@ def _write(size: Size, out: Path, best: dict[str, Any], micro_steps: int, steps:
 
 def _print(result: dict[str, Any]) -> None:
     mfu = result["mfu"] or {}
+    dropped = result.get("tokens_per_s_dropout_0.1")
     print(f"""micro-batch      {result['micro_batch']} x {result['tokens']} tokens, {result['micro_steps']} a step
 tokens/s         {result['tokens_per_s']:,.0f} (median of {result['steps']} steps, {result['skipped']} skipped); \
-with dropout 0.1 {result['tokens_per_s_dropout_0.1']:,.0f}""")
+with dropout 0.1 {f'{dropped:,.0f}' if dropped else 'out of memory'}""")
     for name, share in mfu.items():
         print(f"MFU {name:18} {100 * share:.1f} %")
     if not mfu:
@@ -211,20 +248,22 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("part", choices=("search", "run"))
+    parser.add_argument("part", choices=("search", "run", "attempt"))
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--corpus", type=Path, metavar="DIR", help="keeps the prepared text (OUT/corpus)")
     parser.add_argument("--minutes", type=float, default=5.0, help="begin no step after this long (%(default)s)")
     parser.add_argument("--rehearse", action="store_true", help="a tiny model on the CPU")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    options.corpus = options.corpus or options.out / "corpus"
     end = time.monotonic() + 60 * options.minutes
     size = TINY if options.rehearse else FULL
     if size.device == "cuda" and not torch.cuda.is_available():
         print("gpu_train: error: there is no CUDA device; --rehearse trains a tiny model on the CPU", file=sys.stderr)
         return 2
-    if options.part == "search":
-        (options.out / SEARCHED).unlink(missing_ok=True)
-    code = {"search": search, "run": run}[options.part](size, options.out, end)
+    if options.part == "run":
+        return run(options, end)
+    code = {"search": search, "attempt": attempt}[options.part](size, options.out, options.corpus, end)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return code

@@ -1,0 +1,83 @@
+"""bench/gpu_train.py where memory runs out, which a machine without a GPU has to pretend."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from phi1.bench import gpu_train
+from phi1.bench.gpu_train import OUT_OF_MEMORY, RESULT, RUN, SEARCHED, TINY, attempt, fastest, search
+
+
+class Memory:
+    """Takes the place of `Training`: steps that fit up to a number of sequences, fewer beside gradients that add up."""
+
+    largest, largest_with_dropout = 3, 3
+
+    def __init__(self, size, corpus):
+        self.size, self.dropout, self.steps = size, 0.0, 0
+
+    def set_batch(self, micro_batch, micro_steps):
+        self.micro_batch, self.micro_steps = micro_batch, micro_steps
+
+    def set_dropout(self, p):
+        self.dropout = p
+
+    def step(self):
+        largest = self.largest_with_dropout if self.dropout else self.largest + 2 * (self.micro_steps == 1)
+        if self.micro_batch > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.steps += 1
+        return {"step": self.steps, "loss": 9 - 0.1 * self.steps, "skipped": False, "seconds": 1.0,
+                "tokens_per_s": self.size.tokens * self.micro_batch * self.micro_steps}
+
+    def peak_gib(self):
+        return 70.0
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    monkeypatch.setattr(gpu_train, "Training", Memory)
+    return monkeypatch
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_search_tries_sizes_with_the_buffer_that_the_run_needs(memory, tmp_path):
+    size = replace(TINY, micro_batches=(1, 2, 3, 4, 5, 6))
+    assert search(size, tmp_path, tmp_path, float("inf")) == 0
+    assert [(line["micro_batch"], "error" in line) for line in lines(tmp_path / SEARCHED)] == \
+        [(1, False), (2, False), (3, False), (4, True)]
+    assert lines(tmp_path / SEARCHED)[2] == {"micro_batch": 3, "seconds": 0.5, "peak_gib": 70.0, "tokens_per_s": 192}
+
+
+def test_a_run_that_does_not_fit_leaves_its_place_to_the_next_smaller(memory, tmp_path, capsys):
+    rows = [{"micro_batch": size, "seconds": 0.1, "tokens_per_s": 10 * size} for size in (1, 2, 4, 6)]
+    (tmp_path / SEARCHED).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for expected in (6, 4):
+        assert fastest(tmp_path / SEARCHED)["micro_batch"] == expected
+        assert attempt(TINY, tmp_path, tmp_path, float("inf")) == OUT_OF_MEMORY
+    assert attempt(TINY, tmp_path, tmp_path, float("inf")) == 0
+    assert json.loads((tmp_path / RESULT).read_text())["micro_batch"] == 2
+    assert len(lines(tmp_path / RUN)) == TINY.steps
+    assert "with dropout 0.1 128" in capsys.readouterr().out
+
+
+def test_the_result_is_there_where_only_dropout_does_not_fit(memory, tmp_path, capsys):
+    memory.setattr(Memory, "largest_with_dropout", 1)
+    (tmp_path / SEARCHED).write_text('{"micro_batch": 2, "seconds": 0.1, "tokens_per_s": 20}\n')
+    assert attempt(TINY, tmp_path, tmp_path, float("inf")) == 0
+    result = json.loads((tmp_path / RESULT).read_text())
+    assert result["steps"] == TINY.steps
+    assert "tokens_per_s_dropout_0.1" not in result
+    assert "with dropout 0.1 out of memory" in capsys.readouterr().out
+
+
+def test_without_a_size_that_fits_a_run_ends_in_one_line(tmp_path, capsys):
+    (tmp_path / SEARCHED).write_text('{"micro_batch": 1, "error": "out of memory"}\n')
+    assert attempt(TINY, tmp_path, tmp_path, float("inf")) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "gpu_train: error: no micro-batch was timed that fits; run `search` first"]
