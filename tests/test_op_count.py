@@ -29,6 +29,10 @@ def counted(function):
     return counter.launches
 
 
+def accumulate(total, a, b):
+    torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
@@ -42,8 +46,10 @@ def counted(function):
         (lambda: torch.nn.functional.embedding(meta(4, dtype=torch.int64), meta(1000, 8)),
          [Launch("embedding", 4 * 8 + 2 * 64)]),
         (lambda: torch.mm(meta(4, 8), meta(8, 16), out=meta(4, 16)), [Launch("mm", 2 * (32 + 128 + 64), 1024)]),
+        (lambda: accumulate(meta(4, 16, dtype=torch.float32), meta(4, 8), meta(8, 16)),
+         [Launch("addmm", 4 * 64 + 2 * (32 + 128) + 4 * 64, 1024)]),
     ],
-    ids=["mm", "addmm", "in place", "copy", "fill", "views", "broadcast", "embedding", "out"],
+    ids=["mm", "addmm", "in place", "copy", "fill", "views", "broadcast", "embedding", "out", "wider out"],
 )
 def test_operators_are_counted_by_their_reads_and_writes(function, expected):
     assert counted(function) == expected
