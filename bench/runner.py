@@ -163,15 +163,7 @@ class Runner:
                 row.status = "wrong" if verdict.complaint else "ok"
         except Exception as error:  # a peer may raise anything; its row says what
             row.fail(error)
-            self._still_there()
-
-    def _still_there(self) -> None:
-        release(self.device)
-        if self.device.type == "cuda":
-            try:
-                torch.cuda.synchronize()
-            except RuntimeError as error:
-                raise DeviceLostError(f"the GPU does not answer any more: {one_line(error)}") from error
+            still_there(self.device)
 
     def _time(self, case: Case, rows: list[Row], copies: list[Inputs]) -> Roof | None:
         """Fill the rows' rounds. On a CPU returns the roof of the same rounds."""
@@ -187,7 +179,7 @@ class Runner:
                 calls.append((row, call))
             except Exception as error:
                 row.fail(error)
-                self._still_there()
+                still_there(self.device)
         probes = RoundProbes(self.device, case.dtype, self.quick) if self.device.type == "cpu" and calls else None
         rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(self.seconds / max(seconds, 1e-9))))
         for turn in range(rounds):
@@ -206,7 +198,7 @@ class Runner:
         except Exception as error:
             row.fail(error)
             row.rounds.clear()
-            self._still_there()
+            still_there(self.device)
 
 
 def bind(case: Case, function: Function | None, copies: list[Inputs]) -> Call:
@@ -291,3 +283,13 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def still_there(device: torch.device) -> None:
+    """Give memory back after an error, and raise DeviceLostError if the device does not answer any more."""
+    try:
+        release(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise DeviceLostError(f"the GPU does not answer any more: {one_line(error)}") from error

@@ -192,12 +192,13 @@ def test_a_lost_device_ends_the_run(monkeypatch):
     def gone():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    one = Runner(CPU)
-    one.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", gone)
-    monkeypatch.setattr(runner, "release", lambda device: None)
     with pytest.raises(runner.DeviceLostError, match="illegal memory access"):
-        one._still_there()
+        runner.still_there(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", gone)  # which meets the error first
+    with pytest.raises(runner.DeviceLostError, match="illegal memory access"):
+        runner.still_there(torch.device("cuda"))
 
 
 class FakeCuda:
