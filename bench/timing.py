@@ -137,3 +137,13 @@ def quantile(values: list[float], q: float) -> float:
 def spread(values: list[float]) -> list[float]:
     """[median, p20, p80], to four digits."""
     return [float(f"{quantile(values, q):.4g}") for q in (0.5, 0.2, 0.8)]
+
+
+def peak_mb(call: Call) -> float:
+    """Megabytes that a call on the GPU allocates at most at one time, beyond what was there before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call(0)
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6

@@ -81,6 +81,18 @@ def test_peers_may_be_ten_times_as_far_off_and_no_more():
     assert entries["phi1"]["status"] == "wrong"
 
 
+@pytest.mark.parametrize("peers", [None, []], ids=["with torch", "without"])
+def test_what_is_right_does_not_depend_on_the_peers_that_run(peers):
+    def off(by):
+        return plain("torch", lambda inputs: 2 * inputs["x"] * (1 + by))
+
+    eps = torch.finfo(torch.float32).eps
+    ours = {"function": lambda inputs: 2 * inputs["x"] * (1 + 8 * eps)}
+    assert run(make(off(8 * eps), **ours), peers=peers)[1]["phi1"]["status"] == "ok"
+    assert run(make(off(0), **ours), peers=peers)[1]["phi1"]["status"] == "wrong"
+    assert run(make(plain("torch", lambda inputs: 1 / 0), **ours), peers=peers)[1]["phi1"]["status"] == "wrong"
+
+
 def test_peers_that_fail_or_are_absent_are_rows_with_a_reason(monkeypatch):
     def load(case):
         raise ImportError("no such symbol\nand a second line")
