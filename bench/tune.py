@@ -3,15 +3,16 @@
 Each operation of the benchmarks' registry runs at phi-1's shapes, forward and backward, and what its kernels look up in
 the tables is noted. Then each candidate tile of each of these kernels is forced in turn: what the operation computes is
 held against the reference in float64, and it is timed. The fastest tile that is right goes into the GPU's table at
-once, so that a search that is stopped has lost nothing; the same command goes on with it.
+once, so that a search that is stopped has lost nothing; the same command goes on with it. After a tile that has taken
+the GPU away from the process the exit code is 3: the same command goes on behind that tile.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import pkgutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,19 +25,22 @@ import torch
 import phi1.kernels
 from phi1.bench import check
 from phi1.bench.case import Case, Inputs
-from phi1.bench.cases import operations, select
+from phi1.bench.cases import operations
 from phi1.bench.command import MakeParser, plain_parser
-from phi1.bench.runner import bind, one_line, release
+from phi1.bench.runner import DeviceLostError, bind, one_line, release, still_there
 from phi1.bench.timing import Call, CudaClock, quantile
+from phi1.bench.tune_cases import chosen_cases, lookups_on_paper
+from phi1.bench.tune_compile import compile_ahead
 from phi1.bench.tune_store import Store, Tile, trial_key, when_of
 from phi1.kernels import _tuned
 from phi1.kernels._tuned import Lookup
 
 TABLES = Path(phi1.kernels.__path__[0]) / "tuned" / "gpus"
-DIRECTIONS = ("forward", "backward")
 WORTH = 0.99  # a tile must take under 99 % of the table's time to replace it: less is noise
 ROUNDS = 7
 COMPILE_SHARE = 0.4  # of the time budget, at most, for compiling all candidates at once
+LOST, INTERRUPTED = 3, 130
+NO_TILES_FAULT = (TypeError, AttributeError, NameError, LookupError, KeyboardInterrupt)
 Timer = Callable[[Call], float]
 
 
@@ -142,8 +146,13 @@ class Tuner:
                     return self.store.note(key, **facts, error=f"wrong: {complaint}")
                 function = task.case.providers[0].prepare(task.case, self.device)
                 ms = self.timer(bind(task.case, function, [inputs]))
+            except NO_TILES_FAULT:
+                self.store.forget(key)
+                raise
             except Exception as error:  # out of shared memory, registers or patience: the next tile may do
-                return self.store.note(key, **facts, error=one_line(error))
+                noted = self.store.note(key, **facts, error=one_line(error))
+                still_there(self.device)
+                return noted
         return self.store.note(key, **facts, ms=float(f"{ms:.4g}"))
 
     def _conclude(self, task: Task, timed: list[tuple[float, Tile]], failed: int, finished: int) -> None:
@@ -170,7 +179,7 @@ def _judge(case: Case, inputs: Inputs) -> Callable[[], str]:
     function = case.providers[0].prepare(case, next(x.device for x in inputs.values() if hasattr(x, "device")))
     try:
         exact = check.Exact(case, inputs)
-        return lambda: exact.judge(function, ours=True).complaint
+        return lambda: exact.judge(function, "phi1").complaint
     except torch.OutOfMemoryError:
         release(inputs[case.leaves[0]].device)
     expected = check.results(case, function, inputs, None)
@@ -192,41 +201,12 @@ def cuda_timer(call: Call) -> float:
     return quantile([ms for turn in range(ROUNDS) for ms in clock.sample(call, turn)], 0.5)
 
 
-def chosen_cases(kind: str, ops: Sequence[str], dtype: str) -> list[Case]:
-    """The cases that are tuned, the short selection first; a backward that is not timed by itself with its forward."""
-    cases = [case for case in select(kind, ops, ("kernel", "block")) if case.dtype == dtype]
-    alone = {(case.op, str(case.shape)) for case in cases if case.direction == "backward"}
-    tuned = [case for case in cases if case.direction in DIRECTIONS
-             or (case.direction == "forward+backward" and (case.op, str(case.shape)) not in alone)]
-    return sorted(tuned, key=lambda case: not case.quick)
-
-
-def lookups_on_paper(case: Case, arch: str) -> list[Lookup]:
-    """What a case would look up on a GPU, found on tensors without values: nothing is compiled for it."""
-    from phi1.bench.op_count import counting
-
-    device = torch.device("meta")
-    with counting(arch), _tuned.recorded() as lookups:
-        inputs = check.leaves_of(case, case.inputs(device, torch.Generator()))
-        outputs = check.as_tuple(case.providers[0].prepare(case, device)(inputs))
-        if case.direction in check.GRADIENTS:
-            leaves = [inputs[name] for name in case.leaves if inputs[name] is not None]
-            torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs])
-        return list(dict.fromkeys(lookups))
-
-
 def _compile_ahead(options: argparse.Namespace, seconds: float) -> None:
-    """Let several processes run every candidate once, so that the search finds all of them compiled."""
-    command = [sys.executable, __file__, "--dtype", options.dtype, "--minutes", str(seconds / 60)]
+    command = [sys.executable, __file__, "--dtype", options.dtype, "--minutes", str(seconds / 60),
+               "--out", str(options.out)]
     command += [word for op in options.op for word in ("--op", op)]
-    workers = [subprocess.Popen([*command, "--compile-share", f"{i}/{options.compilers}"], stdout=subprocess.DEVNULL,
-                                stderr=subprocess.DEVNULL) for i in range(options.compilers)]
-    end = time.monotonic() + seconds + 30
-    for worker in workers:
-        try:
-            worker.wait(max(1.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            worker.kill()
+    if complaint := compile_ahead(command, options.compilers, seconds + 30):
+        print(f"phi1 tune: {complaint}", file=sys.stderr)
 
 
 def _compile_share(options: argparse.Namespace, tuner: Tuner, tasks: Sequence[Task]) -> int:
@@ -239,8 +219,10 @@ def _compile_share(options: argparse.Namespace, tuner: Tuner, tasks: Sequence[Ta
             try:
                 function = task.case.providers[0].prepare(task.case, tuner.device)
                 bind(task.case, function, [tuner._inputs(task.case)])(0)
-            except Exception as error:  # the search meets it again and notes it
-                print(f"{_name(task.lookup)}: {one_line(error)}")
+            except NO_TILES_FAULT:
+                raise
+            except Exception:  # the search meets it again and notes it
+                still_there(tuner.device)
     return 0
 
 
@@ -255,8 +237,8 @@ def _parse(argv: Sequence[str], make_parser: MakeParser) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="list what would be tried; needs no GPU")
     parser.add_argument("--compile-share", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if not options.minutes > 0 or options.compilers < 0:
-        parser.error("--minutes must be over 0, and --compilers at least 0")
+    if not 0 < options.minutes < math.inf or options.compilers < 0:
+        parser.error("--minutes must be over 0 and finite, and --compilers at least 0")
     return options
 
 
@@ -266,8 +248,8 @@ def _dry_run(options: argparse.Namespace) -> int:
         for lookup in lookups_on_paper(case, "sm_90"):
             found.setdefault(lookup, case.name)
     tiles = {lookup: len(candidates_of(lookup)) for lookup in found}
-    for lookup, case in found.items():
-        print(f"{_name(lookup)}: {tiles[lookup]} tiles, timed as {case}")
+    for lookup, name in found.items():
+        print(f"{_name(lookup)}: {tiles[lookup]} tiles, timed as {name}")
     print(f"phi1 tune: {len(found)} kernels and shapes, {sum(tiles.values())} tiles; nothing was run")
     return 0
 
@@ -281,18 +263,29 @@ def main(argv: Sequence[str], make_parser: MakeParser = plain_parser) -> int:
               file=sys.stderr)
         return 2
     device, start = torch.device("cuda"), time.monotonic()
-    gpu = torch.cuda.get_device_name()
-    tuner = Tuner(device, Store(options.out, gpu), cuda_timer, start + 60 * options.minutes,
-                  lambda line: print(line, flush=True))
-    arch = _tuned.architecture(device)
+    store = Store(options.out, torch.cuda.get_device_name())
+    tuner = Tuner(device, store, cuda_timer, start + 60 * options.minutes, lambda line: print(line, flush=True))
+    try:
+        return _tune(options, tuner)
+    except DeviceLostError as error:
+        print(f"phi1 tune: {error}; the same command goes on behind this tile", file=sys.stderr)
+        return LOST
+    except KeyboardInterrupt:
+        print("phi1 tune: stopped; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _tune(options: argparse.Namespace, tuner: Tuner) -> int:
+    arch = _tuned.architecture(tuner.device)
     tasks = tuner.tasks(chosen_cases("cuda", options.op, options.dtype), lambda case: lookups_on_paper(case, arch))
     if options.compile_share:
         return _compile_share(options, tuner, tasks)
     if options.compilers:
         _compile_ahead(options, COMPILE_SHARE * 60 * options.minutes)
     done = tuner.run(tasks)
-    print(f"phi1 tune: {gpu}, {len(tasks)} kernels and shapes, {'all tried' if done else 'time is up'}; "
-          f"{tuner.store.table}" + ("" if done else "; the same command goes on"), flush=True)
+    print(f"phi1 tune: {torch.cuda.get_device_name()}, {len(tasks)} kernels and shapes, "
+          f"{'all tried' if done else 'time is up'}; {tuner.store.table}"
+          f"{'' if done else '; the same command goes on'}", flush=True)
     return 0
 
 

@@ -59,7 +59,9 @@ class Store:
     def trial(self, key: str) -> dict[str, Any] | None:
         """What came of a trial: its "ms", or its "error". None if it has not been tried."""
         entry = self._trials.get(key)
-        return {**entry, "error": CRASHED} if entry and not {"ms", "error"} & set(entry) else entry
+        if entry is None or "forgotten" in entry:
+            return None
+        return entry if {"ms", "error"} & set(entry) else {**entry, "error": CRASHED}
 
     def note(self, key: str, **facts: Any) -> dict[str, Any]:
         """Write a line about a trial; without "ms" or "error" it says that the trial starts."""
@@ -69,6 +71,10 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
         return self._trials[key]
+
+    def forget(self, key: str) -> None:
+        """Take a trial's start back: what ended it was not the tile."""
+        self.note(key, forgotten=True)
 
     def write_winner(self, lookup: Lookup, when: Mapping[str, Any], tile: Tile) -> None:
         """Put a row into the table, in place of one with the same "when"."""

@@ -1,12 +1,15 @@
 """What the tuner keeps and writes, and what its command line refuses; test_tune_kernels.py runs a search."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 from phi1 import cli
 from phi1.bench import tune
+from phi1.bench.runner import DeviceLostError
+from phi1.bench.tune_compile import compile_ahead
 from phi1.bench.tune_store import CRASHED, Store, trial_key, when_of
 from phi1.kernels import _tuned
 from phi1.kernels._tuned import Lookup
@@ -26,6 +29,8 @@ def test_what_was_tried_is_known_to_the_next_process(tmp_path):
     store.note("a", op="x", ms=0.5)
     store.note("b", op="x", error="out of shared memory")
     store.note("c", op="x")
+    store.note("e", op="x")
+    store.forget("e")
     with store.log.open("a") as file:
         file.write('{"key": "d", "m')  # cut off by a lost machine
     again = Store(tmp_path, GPU)
@@ -33,6 +38,7 @@ def test_what_was_tried_is_known_to_the_next_process(tmp_path):
     assert again.trial("b")["error"] == "out of shared memory"
     assert again.trial("c")["error"] == CRASHED
     assert again.trial("d") is None
+    assert again.trial("e") is None
 
 
 def test_a_trial_belongs_to_its_tile_case_and_versions():
@@ -103,6 +109,44 @@ def test_every_shipped_table_has_candidates_of_its_own_form():
                 assert form in forms, f"a candidate of {op} {kernel} has other keys than the table's tiles"
 
 
+def on_a_gpu(monkeypatch, tmp_path, run):
+    """`phi1 tune` with a search that is made up; its exit code."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
+    monkeypatch.setattr(_tuned, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tune.Tuner, "run", run)
+    return cli.main(["tune", "--op", "layer_norm", "--compilers", "2", "--minutes", "0.1", "--out", str(tmp_path)])
+
+
+def test_a_lost_gpu_is_one_line_and_an_exit_code(monkeypatch, tmp_path, capsys):
+    def run(tuner, tasks):
+        raise DeviceLostError("the GPU does not answer any more: AcceleratorError: CUDA error")
+
+    monkeypatch.setattr(tune, "compile_ahead", lambda *arguments: "")
+    assert on_a_gpu(monkeypatch, tmp_path, run) == tune.LOST == 3
+    assert capsys.readouterr().err.splitlines() == [
+        "phi1 tune: the GPU does not answer any more: AcceleratorError: CUDA error; "
+        "the same command goes on behind this tile"]
+
+
+def test_the_processes_that_compile_have_the_searchs_folder_and_their_failures_are_named(monkeypatch, tmp_path, capsys):
+    def compile_ahead(command, count, seconds):
+        assert command[command.index("--out") + 1] == str(tmp_path)
+        return "1 of 2 failed"
+
+    monkeypatch.setattr(tune, "compile_ahead", compile_ahead)
+    assert on_a_gpu(monkeypatch, tmp_path, lambda tuner, tasks: True) == 0
+    assert capsys.readouterr().err == "phi1 tune: 1 of 2 failed\n"
+
+
+def test_of_processes_that_fail_the_number_and_a_last_line_are_told():
+    code = "import sys; second = sys.argv[-1] == '1/2'; sys.exit('\\n  no room  \\n' if second else 0)"
+    assert compile_ahead([sys.executable, "-c", code], 2, 60.0) == \
+        "1 of 2 processes that compile ahead failed: no room"
+    assert compile_ahead([sys.executable, "-c", ""], 2, 60.0) == ""
+    assert compile_ahead([sys.executable, "-c", "import time; time.sleep(60)"], 1, 0.0).endswith("its time was up")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_ends_in_one_line(capsys):
     assert cli.main(["tune", "--op", "layer_norm"]) == 2
@@ -128,7 +172,8 @@ def test_a_backward_without_a_case_of_its_own_is_tuned_with_its_forward():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [(["--op", "norm"], "invalid choice: 'norm'"),
-                                                    (["--minutes", "0"], "--minutes must be over 0")])
+                                                    (["--minutes", "0"], "--minutes must be over 0"),
+                                                    (["--minutes", "inf"], "--minutes must be over 0 and finite")])
 def test_bad_usage_is_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["tune", *arguments])
