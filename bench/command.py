@@ -54,6 +54,7 @@ def parse(argv: list[str], make_parser: MakeParser) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="without it cuda where there is a device")
     parser.add_argument("--seconds", type=float, help="time for the rounds of a case (4; 1 with --quick)")
     parser.add_argument("--minutes", type=float, help="start no case after this long; those not reached are named")
+    parser.add_argument("--last", type=Path, metavar="FILE", help="cases that this results file has come last")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file, case by case")
     parser.add_argument("--save", action="store_true", help="write the results to bench/results/<machine>/")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and of their providers")
@@ -69,13 +70,15 @@ def parse(argv: list[str], make_parser: MakeParser) -> argparse.Namespace:
 
 def chosen_cases(args: argparse.Namespace) -> list[Any]:
     from phi1.bench.cases import select
+    from phi1.bench.results import read
 
     cases = select(args.device, args.op, args.unit, args.case, args.quick)
     known = sorted({provider.name for case in cases for provider in case.providers[1:]})
     unknown = [name for name in args.peers or [] if name not in known]
     if unknown:
         raise ValueError(f"--peers: no case has a peer {unknown[0]!r}; they have {', '.join(known)}")
-    return cases
+    done = {record["case"] for record in read(args.last)["cases"]} if args.last else set()
+    return sorted(cases, key=lambda case: case.name in done)
 
 
 def choose_device(args: argparse.Namespace) -> None:

@@ -4,9 +4,13 @@
 #   bench/gpu.sh STAGE [STAGE ...]         check kernels block train decode tune profile
 #   bench/gpu.sh --rehearse [STAGE ...]    the same scripts on a CPU, with tiny shapes; without a stage all of them
 #
-# OUT     folder for results (default runs/gpu); what is done is in it as soon as it is done
-# WHEELS  folder of wheels: packages that are missing are taken from it, and benchmarked peers that lie in it
-# PYTHON  the interpreter that has PyTorch (default python3)
+# OUT          folder for results (default runs/gpu); what is done is in it as soon as it is done
+# WHEELS       folder of wheels: what lies in it and is not installed is taken from it, peers and what they depend on
+# PYTHON       the interpreter that has PyTorch (default python3)
+# PHI1_COMMIT  the sources' commit, for the results, where there is no .git: $(git rev-parse --short HEAD)
+#
+# Back in the repository, `phi1 bench report OUT` puts what OUT has into bench/results/<gpu>/<date>-<commit>.json, and
+# its table into the README.
 #
 # The package runs from the source tree: links in a temporary folder map kernels/, train/ and bench/ into phi1.
 set -euo pipefail
@@ -14,7 +18,6 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
 out=${OUT:-$root/runs/gpu}
 stages=(check kernels block train decode tune profile)
-peers=(liger-kernel quack-kernels flash-attn flash-attn-4 cut-cross-entropy)
 
 fail() { echo "gpu.sh: error: $1" >&2; exit 2; }
 
@@ -28,12 +31,14 @@ fi
 for stage in "$@"; do
     [[ " ${stages[*]} " == *" $stage "* ]] || fail "there is no stage '$stage'; there are ${stages[*]}"
 done
+[ -z "${WHEELS:-}" ] || [ -d "$WHEELS" ] || fail "WHEELS=$WHEELS is no folder"
 "$python" -c 'import torch, triton' 2>/dev/null || fail "$python has no torch and triton; PYTHON names another"
 
 overlay=$(mktemp -d)
 trap 'rm -rf "$overlay"' EXIT
-mkdir -p "$overlay/phi1" "$overlay/bin" "$overlay/site" "$out"
+mkdir -p "$overlay/phi1" "$overlay/bin" "$overlay/site" "$overlay/scratch" "$out"
 out=$(cd "$out" && pwd)
+if [ -n "${WHEELS:-}" ]; then WHEELS=$(cd "$WHEELS" && pwd); fi
 for path in "$root"/phi1/*; do ln -s "$path" "$overlay/phi1/"; done
 for room in kernels train bench; do ln -s "$root/$room" "$overlay/phi1/$room"; done
 cat > "$overlay/bin/phi1" <<END
@@ -57,7 +62,14 @@ while missing=$("$python" "$root/bench/gpu_stages.py" --needs "$@") && [ -n "$mi
 wheels for $("$python" -V) into a folder and give it as WHEELS"
     done
 done
-[ -z "${WHEELS:-}" ] || for name in "${peers[@]}"; do
-    "$python" -m pip show --quiet "$name" 2>/dev/null || install "$name" || true
+[ -z "${WHEELS:-}" ] || for name in $("$python" "$root/bench/gpu_stages.py" --absent "$WHEELS"); do
+    install "$name" || echo "gpu.sh: $name has a wheel, but cannot be installed: $out/wheels.log says why" >&2
 done
-"$python" "$root/bench/gpu_stages.py" "$@" --out "$out" "${rehearse[@]}"
+# In the background, since bash acts on a signal only between commands.
+"$python" "$root/bench/gpu_stages.py" "$@" --out "$out" --scratch "$overlay/scratch" "${rehearse[@]}" &
+running=$!
+trap 'kill "$running" 2>/dev/null' TERM INT HUP
+code=0
+wait "$running" || code=$?
+while kill -0 "$running" 2>/dev/null; do wait "$running" || code=$?; done
+exit "$code"

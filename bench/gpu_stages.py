@@ -2,9 +2,11 @@
 
     python bench/gpu_stages.py STAGE --out DIR [--rehearse]
     python bench/gpu_stages.py --needs STAGE ...       names of packages that are missing, one a line
+    python bench/gpu_stages.py --absent WHEELS         names of packages that have a wheel there and are not installed
 
-A stage ends within nine minutes: each command has a limit of its own, and none starts when the stage's time is up. What
-a command prints goes to DIR/STAGE/NAME.log as it comes.
+A stage ends within nine minutes: each command has a limit of its own, and none starts when the stage's time is up. A
+command at its limit is interrupted, so that it can say what it knows, and killed later. What a command prints goes to
+DIR/STAGE/NAME.log as it comes.
 """
 
 from __future__ import annotations
@@ -25,10 +27,15 @@ from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
-STAGE_SECONDS = 530
+STAGE_SECONDS = 525
+LAST_WORDS_SECONDS = 10
 SHOWN_LINES = 12
 # A line a test, so that what ran is known where the time was not enough.
-PYTEST = ("-m", "pytest", "-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib")
+PYTEST = ("-m", "pytest", "-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "-p", "phi1.bench.print_failures",
+          "-o", "addopts=--import-mode=importlib")
+LAYER = "parallel_block N=16384 T=2048 D=2048 F=8192 H=32 float16 forward+backward"
+SMALL_LAYER = "parallel_block N=256 T=128 D=256 F=1024 H=4 float32 forward+backward cpu"
+LAYER_PEERS = ("torch", "torch+sdpa-cudnn", "liger+cudnn", "transformers-max")
 
 NEEDS = {
     "check": ("pytest", "pytest_benchmark", "hypothesis", "transformers", "phi1.weights", "phi1.train.run",
@@ -60,8 +67,11 @@ class Command:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def commands(stage: str, out: Path, rehearse: bool) -> list[Command]:
-    """The commands of a stage; a rehearsal runs the same scripts on a CPU, with little work."""
+def commands(stage: str, out: Path, rehearse: bool, scratch: Path) -> list[Command]:
+    """The commands of a stage; a rehearsal runs the same scripts on a CPU, with little work.
+
+    `scratch` is for what is needed while the stage runs.
+    """
     script = {name: str(BENCH / f"gpu_{name}.py") for name in ("train", "profile", "sanitize")}
     tiny = ("--rehearse",) if rehearse else ()
     if stage == "check":
@@ -70,7 +80,8 @@ def commands(stage: str, out: Path, rehearse: bool) -> list[Command]:
         return _bench(stage, out, rehearse)
     if stage == "train":
         minutes = ("--minutes", "2.5"), ("--minutes", "4.5")
-        return [Command(part, (script["train"], part, "--out", str(out), *limit, *tiny), seconds)
+        folders = ("--out", str(out), "--corpus", str(scratch / "corpus"))
+        return [Command(part, (script["train"], part, *folders, *limit, *tiny), seconds)
                 for part, limit, seconds in zip(("search", "run"), minutes, (230, 330), strict=True)]
     if stage == "tune":
         tune = (str(BENCH / "tune.py"), "--out", str(out / "tuned"))
@@ -90,7 +101,9 @@ def _check(sanitize: str) -> list[Command]:
     return [
         Command("kernels", (*PYTEST, *_side_by_side(6), *kernels), 240),
         Command("sanitizer", ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable,
-                              sanitize), 100, program="compute-sanitizer"),
+                              sanitize), 100, program="compute-sanitizer",
+                # PyTorch's allocator cuts tensors out of large blocks, within which memcheck sees no bounds.
+                environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
         Command("suite", (*PYTEST, *_side_by_side(6), *rest), 250),
     ]
 
@@ -115,18 +128,27 @@ def _bench(stage: str, out: Path, rehearse: bool) -> list[Command]:
     chosen = {"kernels": ("--unit", "kernel"), "block": ("--unit", "block"),
               "decode": ("--op", "decode", "prefill")}[stage]
     model = ("--op", "micro-step", "--quick")
+    def json(name: str) -> tuple[str, str]:
+        return "--json", str(out / f"{name}.json")
+
+    # The figure for a whole layer: its peer that is tuned for minutes has a command of its own.
+    layer = ("--case", SMALL_LAYER if rehearse else LAYER, "--peers", *LAYER_PEERS, *json("max"))
     if rehearse:
-        little = ("--device", "cpu", "--seconds", "0.01", "--peers")
-        quick = Command("quick", (*start, *chosen, "--quick", "--json", str(out / "quick.json"), *little), 150)
-        return [quick, *([Command("model", (*start, *model, *little), 60)] if stage == "block" else [])]
-    # `--minutes` starts no case too late to end before the limit, which would lose it.
-    quick = Command("quick", (*start, *chosen, "--quick", "--minutes", "3.5", "--json", str(out / "quick.json")), 260)
-    # The whole model beside its peers belongs to the block: it is what the block is for.
-    beside = [Command("model", (*start, *model, "--minutes", "2.5", "--json", str(out / "model.json")), 200)] \
-        if stage == "block" else []
-    left = "1" if beside else "3.5"
+        little = ("--device", "cpu", "--seconds", "0.01")
+        alone = (*little, "--peers")
+        quick = Command("quick", (*start, *chosen, "--quick", *json("quick"), *alone), 150)
+        rest = (*start, *chosen, "--case", "gelu", "--last", str(out / "quick.json"), *json("all"), *alone)
+        beside = [Command("max", (*start, *layer, *little), 90), Command("model", (*start, *model, *alone), 60)]
+        return [quick, *{"block": beside, "kernels": [Command("all", rest, 60)]}.get(stage, [])]
+    # `--minutes` starts no case too late to end before the limit, which would lose it. The whole model beside its peers
+    # belongs to the block: it is what the block is for.
+    minutes, seconds = ("2", 165) if stage == "block" else ("3.5", 260)
+    quick = Command("quick", (*start, *chosen, "--quick", "--minutes", minutes, *json("quick")), seconds)
+    beside = [Command("max", (*start, *layer), 185),
+              Command("model", (*start, *model, "--minutes", "2", *json("model")), 165)] if stage == "block" else []
     return [quick, *beside,
-            Command("all", (*start, *chosen, "--seconds", "1", "--minutes", left, "--json", str(out / "all.json")))]
+            Command("all", (*start, *chosen, "--seconds", "1", "--minutes", "1" if beside else "3.5", "--last",
+                            str(out / "quick.json"), *json("all")))]
 
 
 @dataclass
@@ -140,7 +162,7 @@ class Row:
 
 
 def run(command: Command, folder: Path, seconds: float) -> Row:
-    """Run one command within its limit; its whole process group ends with it."""
+    """Run one command within its limit, and then as long as its last words take; its process group ends with it."""
     if command.program and shutil.which(command.program) is None:
         return Row(command.name, "skipped", 0.0, [f"{command.program} is not installed"])
     if seconds < 10:
@@ -155,6 +177,9 @@ def run(command: Command, folder: Path, seconds: float) -> Row:
             outcome = "ok" if code == 0 else f"exit {code}"
         except subprocess.TimeoutExpired:
             outcome = "time out"
+            process.send_signal(signal.SIGINT)  # at which pytest prints what has failed
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LAST_WORDS_SECONDS)
         finally:
             with contextlib.suppress(ProcessLookupError):  # it has ended, and left nothing behind
                 os.killpg(process.pid, signal.SIGKILL)
@@ -163,13 +188,13 @@ def run(command: Command, folder: Path, seconds: float) -> Row:
     return Row(command.name, outcome, time.monotonic() - begin, text[-SHOWN_LINES:])
 
 
-def run_stage(stage: str, out: Path, rehearse: bool) -> int:
+def run_stage(stage: str, out: Path, rehearse: bool, scratch: Path | None = None) -> int:
     """Run a stage and print its table; 1 if a command failed or found no time."""
     folder = (out / stage).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + STAGE_SECONDS
     rows = []
-    for command in commands(stage, folder, rehearse):
+    for command in commands(stage, folder, rehearse, scratch or folder):
         rows.append(run(command, folder, end - time.monotonic()))
         print(f"-- {stage} {rows[-1].name}: {rows[-1].outcome}, {rows[-1].seconds:.0f} s", flush=True)
         for line in rows[-1].last:
@@ -197,18 +222,38 @@ def missing(stages: Sequence[str]) -> list[str]:
     return sorted(names)
 
 
+def absent(wheels: Path) -> list[str]:
+    """Distributions that have a wheel in the folder and are not installed."""
+    from phi1.bench.providers import installed_version
+
+    names = sorted({path.name.partition("-")[0].replace("_", "-") for path in wheels.glob("*.whl")})
+    return [name for name in names if installed_version(name) is None]
+
+
 def main() -> int:
+    # SIGINT too, which a shell lets its background processes ignore, and they theirs.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     parser = argparse.ArgumentParser(prog="gpu.sh", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("stages", nargs="+", choices=list(NEEDS), metavar="STAGE", help=", ".join(NEEDS))
+    parser.add_argument("stages", nargs="*", choices=list(NEEDS), metavar="STAGE", help=", ".join(NEEDS))
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--scratch", type=Path, help="folder for what only the stage needs (the results')")
     parser.add_argument("--needs", action="store_true")
+    parser.add_argument("--absent", type=Path, metavar="WHEELS")
     options = parser.parse_args()
-    if options.needs:
-        for name in missing(options.stages):
+    if options.needs or options.absent:
+        for name in absent(options.absent) if options.absent else missing(options.stages):
             print(name)
         return 0
-    return max([run_stage(stage, options.out, options.rehearse) for stage in options.stages])
+    if not options.stages:
+        parser.error("give a stage: " + " ".join(NEEDS))
+    from phi1.bench.environment import commit  # only here: what the package needs may be missing above
+
+    if commit() == "unknown":
+        print("gpu.sh: the sources' commit is unknown, as there is no git here: set PHI1_COMMIT, or results name none",
+              flush=True)
+    return max([run_stage(stage, options.out, options.rehearse, options.scratch) for stage in options.stages])
 
 
 if __name__ == "__main__":

@@ -63,6 +63,18 @@ def test_the_list_of_a_gpus_cases_needs_no_gpu(capsys):
     assert "attention B=1 T=16384 H=32 K=64 causal=True float16 forward  [phi1, torch, sdpa-flash," in out
 
 
+def test_cases_that_a_file_has_come_last(tmp_path, capsys):
+    assert run("--list", "--op", "gelu", "--device", "cpu") == 0
+    names = [line.split("  ")[1].strip() for line in capsys.readouterr().out.splitlines()]
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps({"format": "phi1 bench 1", "cases": [{"case": names[0]}]}))
+    assert run("--list", "--op", "gelu", "--device", "cpu", "--last", str(path)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(names) > 1
+    assert names[0] in lines[-1]
+    assert names[1] in lines[0]
+
+
 def test_a_time_limit_names_what_was_not_reached(capsys):
     assert run("--op", "gelu", *FAST, "--minutes", "0.00001") == 0
     err = capsys.readouterr().err

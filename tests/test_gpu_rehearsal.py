@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from phi1.bench import gpu_stages
+from phi1.bench.cases import all_cases
 from phi1.bench.gpu_stages import Command
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +68,19 @@ def test_a_missing_package_is_taken_from_the_wheels(tmp_path):
                   PYTHONPATH=without_tomli_w(tmp_path / "shim"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "out" / "train" / "train.json").is_file()
+    assert not list((tmp_path / "out").rglob("corpus")), "it would travel with the results"
+
+
+def test_absent_are_the_wheels_that_are_not_installed(tmp_path):
+    for name in ("torch-9.0-cp312-cp312-any", "no_such_peer-1.0-py3-none-any", "no_such_peer-1.1-py3-none-any"):
+        (tmp_path / f"{name}.whl").touch()
+    assert gpu_stages.absent(tmp_path) == ["no-such-peer"]
+
+
+@pytest.mark.parametrize("name", [gpu_stages.LAYER, gpu_stages.SMALL_LAYER])
+def test_the_layer_of_the_figure_is_a_case_with_its_peers(name):
+    (case,) = (case for case in all_cases() if name in case.name)
+    assert set(gpu_stages.LAYER_PEERS) < {provider.name for provider in case.providers}
 
 
 def test_a_stage_runs_from_the_source_tree_and_leaves_it_clean(tmp_path):
@@ -86,18 +100,69 @@ def alive(pid):
         return False
 
 
-def test_a_command_that_takes_too_long_is_killed_with_its_children(tmp_path):
+def test_a_command_that_takes_too_long_is_killed_with_its_children(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_stages, "LAST_WORDS_SECONDS", 1)
     pid_file = tmp_path / "pid"
     child = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-    parent = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    parent = ("import signal, subprocess, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+              f"print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])")
     begin = time.monotonic()
-    row = gpu_stages.run(Command("slow", ("-c", parent), 11), tmp_path, 100)
+    row = gpu_stages.run(Command("slow", ("-c", parent), 4), tmp_path, 100)
     assert time.monotonic() - begin < 20
     assert (row.outcome, row.last) == ("time out", ["begun"])
-    end = time.monotonic() + 10  # a killed process is gone a little later
-    while alive(int(pid_file.read_text())):
+    wait_until(lambda: not alive(int(pid_file.read_text())))
+
+
+def wait_until(true, seconds=20):
+    """A killed process is gone a little later."""
+    end = time.monotonic() + seconds
+    while not true():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+TESTS = """
+import time
+
+def test_wrong():
+    seven = 7
+    assert seven == 8
+
+def test_long():
+    time.sleep(600)
+"""
+
+
+def test_tests_that_take_too_long_leave_the_failures_so_far(tmp_path):
+    (tmp_path / "test_it.py").write_text(TESTS)
+    row = gpu_stages.run(Command("tests", (*gpu_stages.PYTEST, "test_it.py"), 8), tmp_path, 100)
+    assert row.outcome == "time out"
+    log = (tmp_path / "tests.log").read_text()
+    begun, ended = log.split("test_it.py::test_long", 1)
+    assert "assert 7 == 8" in begun, "at once, as what follows may not end"
+    assert "FAILED test_it.py::test_wrong" in ended
+    assert row.last[-1].endswith("KeyboardInterrupt)") or "1 failed" in row.last[-1]
+
+
+@pytest.mark.slow
+def test_a_terminated_script_ends_what_it_runs(tmp_path):
+    variables = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path), "TMPDIR": str(tmp_path)}
+    script = subprocess.Popen([SCRIPT, "--rehearse", "train"], env=variables, stdout=subprocess.DEVNULL)
+    log = tmp_path / "train" / "search.log"
+    wait_until(log.is_file, 60)
+    script.terminate()
+    assert script.wait(20) == 143
+    wait_until(lambda: not any(str(tmp_path) in line for line in command_lines()))
+    assert [path.name for path in tmp_path.iterdir()] == ["train"], "the temporary folder is gone"
+
+
+def command_lines():
+    """Of every process that runs."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            yield (folder / "cmdline").read_text()
+        except OSError:
+            continue
 
 
 def test_no_command_starts_when_the_time_is_up_and_a_missing_program_is_skipped(tmp_path):
@@ -109,7 +174,7 @@ def test_no_command_starts_when_the_time_is_up_and_a_missing_program_is_skipped(
 @pytest.mark.parametrize(("code", "expected"), [(0, 0), (3, 1)])
 def test_the_table_is_last_and_a_failure_shows(monkeypatch, tmp_path, capsys, code, expected):
     command = Command("one", ("-c", f"print('the result'); raise SystemExit({code})"))
-    monkeypatch.setattr(gpu_stages, "commands", lambda stage, out, rehearse: [command])
+    monkeypatch.setattr(gpu_stages, "commands", lambda *arguments: [command])
     assert gpu_stages.run_stage("tune", tmp_path, True) == expected
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].split()[:2] == ["one", "ok" if code == 0 else "exit"]
@@ -119,7 +184,7 @@ def test_the_table_is_last_and_a_failure_shows(monkeypatch, tmp_path, capsys, co
 @pytest.mark.parametrize("stage", list(gpu_stages.NEEDS))
 @pytest.mark.parametrize("rehearse", [True, False])
 def test_every_stage_names_scripts_that_are_there(stage, rehearse, tmp_path):
-    commands = gpu_stages.commands(stage, tmp_path, rehearse)
+    commands = gpu_stages.commands(stage, tmp_path, rehearse, tmp_path)
     assert commands
     for command in commands:
         for word in command.words:
