@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import math
 import sys
@@ -43,6 +44,10 @@ def parse(argv: list[str], make_parser: MakeParser) -> argparse.Namespace:
     lines = "\n".join(f"  {name:<9} {what}" for name, (_, what) in COMMANDS.items())
     parser.epilog = f"commands:\n{lines}\n\n`phi1 bench COMMAND --help` says what each takes."
     parser.usage = "phi1 bench [COMMAND] [OPTIONS]"
+    if argv and not argv[0].startswith("-"):
+        close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        parser.error(f"there is no command {argv[0]!r}; "
+                     + (f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"))
     parser.add_argument("--op", nargs="+", default=[], metavar="OP", help="only these operations or units of work")
     parser.add_argument("--unit", nargs="+", default=[], choices=("kernel", "block", "model", "host"),
                         help="only these kinds of case: kernel, block, model, host")
@@ -59,10 +64,9 @@ def parse(argv: list[str], make_parser: MakeParser) -> argparse.Namespace:
     parser.add_argument("--save", action="store_true", help="write the results to bench/results/<machine>/")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and of their providers")
     args = parser.parse_args(argv)
-    if args.seconds is not None and args.seconds <= 0:
-        parser.error(f"argument --seconds: must be more than 0; got {args.seconds}")
-    if args.minutes is not None and args.minutes <= 0:
-        parser.error(f"argument --minutes: must be more than 0; got {args.minutes}")
+    for name, value in (("seconds", args.seconds), ("minutes", args.minutes)):
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"argument --{name}: must be finite and more than 0; got {value}")
     if args.json and args.save:
         parser.error("give the results' place in one way: --json FILE or --save")
     return args
