@@ -138,7 +138,7 @@ def _bench(stage: str, out: Path, rehearse: bool) -> list[Command]:
         alone = (*little, "--peers")
         quick = Command("quick", (*start, *chosen, "--quick", *json("quick"), *alone), 150)
         rest = (*start, *chosen, "--case", "gelu", "--last", str(out / "quick.json"), *json("all"), *alone)
-        beside = [Command("max", (*start, *layer, *little), 90), Command("model", (*start, *model, *alone), 60)]
+        beside = [Command("max", (*start, *layer, *little), 150), Command("model", (*start, *model, *alone), 60)]
         return [quick, *{"block": beside, "kernels": [Command("all", rest, 60)]}.get(stage, [])]
     # `--minutes` starts no case too late to end before the limit, which would lose it. The whole model beside its peers
     # belongs to the block: it is what the block is for.

@@ -11,7 +11,7 @@ from typing import Any
 
 from phi1.bench.command import MakeParser
 from phi1.bench.environment import ROOT
-from phi1.bench.results import FOLDER, FORMAT, read
+from phi1.bench.results import FOLDER, FORMAT, gather, read
 from phi1.bench.table import rate, times
 
 BEGIN, END = "<!-- phi1 bench report: begin -->", "<!-- phi1 bench report: end -->"
@@ -83,12 +83,15 @@ def newest() -> list[Path]:
 def main(argv: list[str], make_parser: MakeParser) -> int:
     parser = make_parser("phi1 bench report", "Write the README's benchmark tables, and plots beside the results.")
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE",
-                        help="results files; without any the newest of each machine in bench/results/")
+                        help="results files; without any the newest of each machine in bench/results/. Those in a "
+                             "folder, as OUT of bench/gpu.sh, become one file there, beside the others' newest")
     parser.add_argument("--readme", type=Path, default=README, help="the file with the markers (the repository's)")
     parser.add_argument("--no-plots", action="store_true", help="write no plots, which need matplotlib")
     parser.add_argument("--print", action="store_true", help="print the tables and write nothing")
     args = parser.parse_args(argv)
-    paths = args.files or newest()
+    gathered = [gather(path) for path in args.files if path.is_dir()]
+    others = [path for path in newest() if path.parent not in {new.parent for new in gathered}]
+    paths = ([path for path in args.files if not path.is_dir()] or others) + gathered
     if not paths:
         raise ValueError(f"there are no results in {FOLDER}; `phi1 bench --save` writes some")
     images: list[Path] = []

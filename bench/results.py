@@ -85,3 +85,46 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a results file of `phi1 bench`: it has no format {FORMAT!r}")
     return content
+
+
+def gather(folder: Path) -> Path:
+    """Put the results below a folder, of runs on one machine at one commit, into one file in its standard place.
+
+    A case that was run more than once is the record in which most providers succeeded; those that did so in another
+    alone are added, with times and ratios of that run. Returns the file.
+
+    Raises:
+        ValueError: there are no results, or they are of several machines or commits.
+    """
+    files = sorted(path for path in folder.rglob("*.json") if f'"format": "{FORMAT}"' in path.read_text("utf-8"))
+    contents = [content for content in map(read, files) if content["cases"]]
+    if not contents:
+        raise ValueError(f"there are no results of `phi1 bench` in {folder}")
+    origins = sorted({(machine_name(content["environment"]), content["environment"]["commit"])
+                      for content in contents})
+    if len(origins) > 1:
+        raise ValueError(f"{folder} has results of several machines or commits: "
+                         + ", ".join(f"{machine} at {commit}" for machine, commit in origins))
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for content in contents:
+        for record in content["cases"]:
+            runs.setdefault(record["case"], []).append(record)
+    whole = min(contents, key=lambda content: content["date"]) | {"cases": [_merged(found) for found in runs.values()]}
+    ((machine, commit),) = origins
+    path = FOLDER / machine / f"{whole['date']}-{commit}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(as_text(whole), encoding="utf-8")
+    return path
+
+
+def _merged(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """One record of several runs of a case."""
+    def right(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        return {entry["provider"]: entry for entry in record["providers"] if entry["status"] == "ok"}
+
+    first, *others = sorted(records, key=lambda record: -len(right(record)))
+    entries = {entry["provider"]: entry for entry in first["providers"]}
+    for other in others:
+        entries |= {name: entry for name, entry in right(other).items() if name not in right(first)
+                    and name != "phi1"}
+    return first | {"providers": list(entries.values())}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from phi1.bench.static_table import VERSIONS, Rows, left_over, load, report_of, 
 
 Chosen = list[tuple[str, Case]]
 SHOWN_STALE = 5
+COMPILE_SECONDS = 4  # of a case: 2 to 5
 UPDATE = "`phi1 bench static --update` under each Triton version mends it"
 
 
@@ -89,7 +91,11 @@ def _report(chosen: Chosen, options: argparse.Namespace) -> int:
     rows = load(triton.__version__)
     due = chosen if options.all else stale(rows, chosen)
     if due:
-        print(f"compiling {len(due)} of {len(chosen)}, {options.jobs} at once", flush=True)
+        if not rows:
+            print(f"the table has no Triton {triton.__version__}, so all is compiled; --check compiles nothing and "
+                  f"holds what it has, of {' and '.join(VERSIONS)}, against the sources in seconds")
+        print(f"compiling {len(due)} of {len(chosen)}, {options.jobs} at once, about "
+              f"{math.ceil(len(due) * COMPILE_SECONDS / options.jobs / 60)} min", flush=True)
     _print_header()
     refused, fresh = 0, {(arch, case.name) for arch, case in due}
     for arch, case in chosen:

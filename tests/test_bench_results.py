@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from phi1.bench import compare, environment, report, results
+from phi1.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -266,3 +267,42 @@ def test_a_changed_number_is_noticed(tmp_path):
     changed = copy.deepcopy(content(record(ms=0.06)))
     write(path, changed)
     assert report.section([path], tmp_path) != text
+
+
+def test_results_of_several_commands_become_one_file_in_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(report, "FOLDER", tmp_path / "results")
+    write(tmp_path / "results" / "another" / "2026-11-01-0.json", content(record(case="on another")))
+    write(tmp_path / "results" / "nvidia-h100-80gb-hbm3" / "2026-11-24-z.json", content(record(case="of another day")))
+    out = tmp_path / "out"
+    quick, tuned = record(), record(ms=0.04)
+    tuned["providers"] = [entry("phi1", 0.04, 1.0), entry("tuned", 0.05, 1.25), entry("torch", 9, 9.0)]
+    tuned["providers"][2] |= {"status": "failed"}
+    write(out / "block" / "quick.json", content(quick, record(case="other")))
+    write(out / "block" / "max.json", content(tuned) | {"date": "2026-11-24"})
+    write(out / "kernels" / "quick.json", content(record(case="third")))
+    (out / "train.json").write_text('{"micro_batch": 24}')
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    assert main(["bench", "report", str(out), "--readme", str(readme), "--no-plots"]) == 0
+    path = tmp_path / "results" / "nvidia-h100-80gb-hbm3" / "2026-11-23-abc1234.json"
+    got = {case["case"]: case for case in results.read(path)["cases"]}
+    assert len(got) == 3
+    rows = {row["provider"]: row for row in got[quick["case"]]["providers"]}
+    assert list(rows) == ["phi1", "torch", "liger", "quack", "tuned"]
+    assert rows["phi1"]["ms"][0] == 0.05
+    assert rows["torch"]["status"] == "ok"
+    assert rows["tuned"]["ratio"][0] == 1.25
+    text = readme.read_text()
+    assert path.name in text
+    assert "on another" in text
+    assert "of another day" not in text
+
+
+def test_results_that_do_not_belong_together_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="there are no results of `phi1 bench` in"):
+        results.gather(tmp_path)
+    write(tmp_path / "a.json", content(record()))
+    write(tmp_path / "b.json", content(record(), commit="def5678"))
+    with pytest.raises(ValueError, match="several machines or commits: nvidia-h100-80gb-hbm3 at abc1234, nvidia-h100"):
+        results.gather(tmp_path)

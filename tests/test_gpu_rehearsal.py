@@ -133,9 +133,10 @@ def test_long():
 """
 
 
+@pytest.mark.slow
 def test_tests_that_take_too_long_leave_the_failures_so_far(tmp_path):
     (tmp_path / "test_it.py").write_text(TESTS)
-    row = gpu_stages.run(Command("tests", (*gpu_stages.PYTEST, "test_it.py"), 8), tmp_path, 100)
+    row = gpu_stages.run(Command("tests", (*gpu_stages.PYTEST, "test_it.py"), 15), tmp_path, 100)
     assert row.outcome == "time out"
     log = (tmp_path / "tests.log").read_text()
     begun, ended = log.split("test_it.py::test_long", 1)

@@ -196,3 +196,11 @@ def test_the_whole_table_is_of_both_versions():
         assert set(static_table.load(version)) == set(ARCHS), f"{version} of the committed table"
 
 
+def test_a_version_that_the_table_lacks_is_said_before_all_is_compiled(checked, monkeypatch, capsys):
+    monkeypatch.setattr(static_report, "load", lambda version: {})
+    monkeypatch.setattr(static_report, "compile_all", lambda jobs, workers: [(job, REPORT) for job in jobs])
+    monkeypatch.setattr(static_report.triton, "__version__", "3.7.1")
+    assert static_report.main(["--arch", "sm_90"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("the table has no Triton 3.7.1, so all is compiled; --check compiles nothing")
+    assert "compiling 1 of 1, 2 at once, about 1 min" in out
