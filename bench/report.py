@@ -87,7 +87,7 @@ def main(argv: list[str], make_parser: MakeParser) -> int:
                              "folder, as OUT of bench/gpu.sh, become one file there, beside the others' newest")
     parser.add_argument("--readme", type=Path, default=README, help="the file with the markers (the repository's)")
     parser.add_argument("--no-plots", action="store_true", help="write no plots, which need matplotlib")
-    parser.add_argument("--print", action="store_true", help="print the tables and write nothing")
+    parser.add_argument("--print", action="store_true", help="print the tables; write neither the README nor plots")
     args = parser.parse_args(argv)
     gathered = [gather(path) for path in args.files if path.is_dir()]
     others = [path for path in newest() if path.parent not in {new.parent for new in gathered}]
