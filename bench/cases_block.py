@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -36,7 +37,7 @@ def cases() -> list[Case]:
 def _prefill(forward: Case, batch: int) -> Case:
     """The forward that leaves keys and values as well, which are written; its peers leave none."""
     def run(inputs: Inputs) -> torch.Tensor:
-        return parallel_block_prefill(inputs["x"], *(inputs[name] for name in NAMES), inputs["cos"], inputs["sin"],
+        return parallel_block_prefill(inputs["x"], *(inputs[name] for name in (*NAMES, "cos", "sin")),
                                       n_heads=forward.shape["H"], batch=batch)[0]
 
     return replace(forward, name=forward.name.replace(forward.op, "parallel_block_prefill"),
@@ -87,13 +88,13 @@ def _dropouts(inputs: Inputs, p: float, samples: slice = slice(None)) -> tuple[D
 
 def _ours(inputs: Inputs, x: torch.Tensor, batch: int, heads: int, dropouts: tuple[Dropout | None, ...]) -> \
         torch.Tensor:
-    return parallel_block(x, *(inputs[name] for name in NAMES), inputs["cos"], inputs["sin"], n_heads=heads,
-                          batch=batch, dropouts=dropouts)  # type: ignore[arg-type]
+    return parallel_block(x, *(inputs[name] for name in (*NAMES, "cos", "sin")), n_heads=heads, batch=batch,
+                          dropouts=dropouts)  # type: ignore[arg-type]
 
 
 def _peers(batch: int, heads: int, p: float) -> tuple[Provider, ...]:
-    same = {"comparable": not p}
-    best = {"by_default": ("cuda",), **same}
+    same: dict[str, Any] = {"comparable": not p}
+    best: dict[str, Any] = {"by_default": ("cuda",), **same}
     composition = _composed(sdpa(True, p), batch, heads, p, F.layer_norm)
     return (
         plain("torch", composition, **same),

@@ -35,11 +35,12 @@ class Layout:
         """Whether a branch drops anything."""
         return self.dense_dropout is not None or self.fc2_dropout is not None
 
-    def by_sample(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def by_sample(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[N, 3D] -> q, k, v [B, T, H, K], views."""
         n_rows, columns = qkv.shape
         shape = (self.batch, n_rows // self.batch, 3, self.n_heads, columns // (3 * self.n_heads))
-        return qkv.unflatten(1, shape[2:]).unflatten(0, shape[:2]).unbind(2)
+        q, k, v = qkv.unflatten(1, shape[2:]).unflatten(0, shape[:2]).unbind(2)
+        return q, k, v
 
 
 def layout_of(

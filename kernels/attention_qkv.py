@@ -31,9 +31,10 @@ from phi1.kernels._rotary import (
 )
 
 
-def _by_sample(qkv: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
+def _by_sample(qkv: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[N, 3, H, K] -> q, k, v [B, T, H, K], views."""
-    return qkv.unflatten(0, (batch, qkv.shape[0] // max(batch, 1))).unbind(2)
+    q, k, v = qkv.unflatten(0, (batch, qkv.shape[0] // max(batch, 1))).unbind(2)
+    return q, k, v
 
 
 @operator("phi1::attention_qkv")
@@ -54,7 +55,7 @@ def _attention_qkv_op(
     layer: int,
     kind: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rotary = None if cos is None else (cos, sin, positions)
+    rotary = None if cos is None or sin is None or positions is None else (cos, sin, positions)
     dropout = dropout_from_fields(p, rng, sample_ids, layer, kind)
     scheme = Scheme(causal, scale, seq_starts, rotary, dropout, rotary_applied)
     out, lse = attention_forward(*_by_sample(qkv, batch), scheme, cu_seqlens)
@@ -88,7 +89,7 @@ def _attention_qkv_backward_op(
     layer: int,
     kind: int,
 ) -> torch.Tensor:
-    rotary = None if cos is None else (cos, sin, positions)
+    rotary = None if cos is None or sin is None or positions is None else (cos, sin, positions)
     dropout = dropout_from_fields(p, rng, sample_ids, layer, kind)
     scheme = Scheme(causal, scale, seq_starts, rotary, dropout, rotary_applied)
     dqkv = qkv.new_empty(qkv.shape)
@@ -198,7 +199,7 @@ def _positions(qkv, batch, rotary, rotary_applied, positions, cu_seqlens, seq_st
     require(isinstance(rotary, tuple | list) and len(rotary) == 2, op, "rotary must be a pair, cos and sin",
             type(rotary).__name__)
     check_tensors(op, cos=rotary[0], sin=rotary[1])
-    check_tables(op, *rotary, qkv, qkv.shape[3])
+    check_tables(op, rotary[0], rotary[1], qkv, qkv.shape[3])
     if positions is None:
         positions = default_positions(qkv.shape[0], batch, cu_seqlens, seq_starts, qkv.device)
     check_tensors(op, positions=positions)

@@ -124,8 +124,10 @@ def _parallel_block_backward_op(
     h, mean, rstd = layer_norm_forward(x, norm_weight, norm_bias, eps)
     if recompute != "none":
         qkv, pre, att, lse = branches_again(h, in_weight, in_bias, qkv, att, lse, layout, recompute)
-    dh, *others = branches_backward(dy, h, in_weight, out_weight, qkv, pre, att, lse, layout)
-    return *layer_norm_backward(dh, x, norm_weight, mean, rstd, dy), *others
+    dh, din_weight, din_bias, dout_weight, dout_bias = branches_backward(
+        dy, h, in_weight, out_weight, qkv, pre, att, lse, layout)
+    dx, dnorm_weight, dnorm_bias = layer_norm_backward(dh, x, norm_weight, mean, rstd, dy)
+    return dx, dnorm_weight, dnorm_bias, din_weight, din_bias, dout_weight, dout_bias
 
 
 @_parallel_block_backward_op.register_fake

@@ -30,8 +30,10 @@ def rotary_forward(
     return out
 
 
-def _broadcast(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
-    return [table[:, None, None] for table in rows_of_tables(cos, sin, positions)]
+def _broadcast(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> \
+        tuple[torch.Tensor, torch.Tensor]:
+    cos, sin = rows_of_tables(cos, sin, positions)
+    return cos[:, None, None], sin[:, None, None]
 
 
 @operator("phi1::rotary")

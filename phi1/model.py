@@ -13,6 +13,8 @@ B batch, T tokens, N = B * T rows, D width, H heads, K head size, F MLP width, V
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -73,19 +75,21 @@ class Block(nn.Module):
             seq_starts=seq_starts, positions=positions, eps=self.config.layer_norm_eps, recompute=recompute,
             dropouts=self._dropouts(rng, sample_ids))
 
-    def _dropouts(self, rng: Tensor | None, sample_ids: Tensor | None) -> tuple[Dropout | None, ...]:
+    def _dropouts(self, rng: Tensor | None, sample_ids: Tensor | None) -> \
+            tuple[Dropout | None, Dropout | None, Dropout | None]:
         rates = (self.config.attention_dropout, self.config.residual_dropout, self.config.residual_dropout)
         if not self.training or not any(rates):
             return None, None, None
         if rng is None:
             raise ValueError("Phi1: training with dropout needs loss(..., rng=), an int64 tensor (seed, step), and "
                              f"eval() turns dropout (attention {rates[0]}, residual {rates[1]}) off; got no rng")
-        return tuple(
+        attention, dense, fc2 = [
             Dropout(p, rng, sample_ids, self.layer, kind) if p else None
             for kind, p in zip((ATTENTION, DENSE, FC2), rates, strict=True)
-        )
+        ]
+        return attention, dense, fc2
 
-    def _parameters_in_order(self) -> tuple[Tensor, ...]:
+    def _parameters_in_order(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         return (self.norm.weight, self.norm.bias, self.in_proj.weight, self.in_proj.bias, self.out_proj.weight,
                 self.out_proj.bias)
 
@@ -231,8 +235,9 @@ class Phi1(nn.Module):
                              f"got {tuple(targets.shape)}")
         x = self._blocks(ids, None, None, None, rng=rng, sample_ids=sample_ids)
         h = layer_norm(x, self.norm.weight, self.norm.bias, self.config.layer_norm_eps)
-        return linear_cross_entropy(h, self.head.weight, self.head.bias, targets.flatten(), reduction=reduction,
-                                    ignore_index=ignore_index, valid_vocab=valid_vocab)
+        return cast(Tensor, linear_cross_entropy(  # alone, as return_lse is not asked for
+            h, self.head.weight, self.head.bias, targets.flatten(), reduction=reduction, ignore_index=ignore_index,
+            valid_vocab=valid_vocab))
 
     def _blocks(self, ids: Tensor, starts: Tensor | None, positions: Tensor | None, cache: Cache | None,
                 rng: Tensor | None = None, sample_ids: Tensor | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """The wheel holds the package and nothing beside it, and the checkout does not hide other distributions."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -18,7 +19,7 @@ def wheel_names(tmp_path_factory) -> set[str]:
     for name in filter(None, tracked.decode().split("\0")):
         target = source / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes((ROOT / name).read_bytes())
+        shutil.copyfile(ROOT / name, target, follow_symlinks=False)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", out, source]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

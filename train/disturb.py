@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from phi1.train import testing
 from phi1.train.checkpoint_files import checkpoints, find_damage
 
-STEPS = {"train__steps": 66, "eval__every": 30, "eval__sequences": 64, "eval__completions": 0}
+STEPS: dict[str, Any] = {"train__steps": 66, "eval__every": 30, "eval__sequences": 64, "eval__completions": 0}
 """Checkpoints at 20, 40, 60 and 66, evaluations at 30, 60 and 66."""
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -48,7 +49,7 @@ def _explanation(recipe: Recipe, engine: Engine, stem: Path, place: Place, error
     micro_batch = Layout.of(recipe.train.batch_size, recipe.train.micro_batch_size, place.rank,
                             place.world_size).micro_batch
     has, on_gpu = _memory_gib(engine), engine.device.type == "cuda"
-    recipe = replace(recipe, train=replace(recipe.train, precision=engine.precision))
+    recipe = replace(recipe, train=replace(recipe.train, precision=cast(Any, engine.precision)))
     cluster = Cluster(Gpu(engine.environment()["hardware"], "", has, 1, 1, 1, 1, "this machine"),  # type: ignore[arg-type]
                       engine.world_size, engine.replicas, of="GPU" if on_gpu else "process")
     table = memory_lines(recipe, cluster, micro_batch, largest_micro_batch(recipe, cluster))
