@@ -62,7 +62,7 @@ while missing=$("$python" "$root/bench/gpu_stages.py" --needs "$@") && [ -n "$mi
 wheels for $("$python" -V) into a folder and give it as WHEELS"
     done
 done
-[ -z "${WHEELS:-}" ] || for name in $("$python" "$root/bench/gpu_stages.py" --absent "$WHEELS"); do
+[ -z "${WHEELS:-}" ] || for name in $("$python" "$root/bench/gpu_stages.py" --absent "$WHEELS" "$@"); do
     install "$name" || echo "gpu.sh: $name has a wheel, but cannot be installed: $out/wheels.log says why" >&2
 done
 # In the background, since bash acts on a signal only between commands.

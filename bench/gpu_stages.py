@@ -2,7 +2,7 @@
 
     python bench/gpu_stages.py STAGE --out DIR [--rehearse]
     python bench/gpu_stages.py --needs STAGE ...       names of packages that are missing, one a line
-    python bench/gpu_stages.py --absent WHEELS         names of packages that have a wheel there and are not installed
+    python bench/gpu_stages.py --absent DIR STAGE      names of packages that have a wheel in DIR and are not installed
 
 A stage ends within nine minutes: each command has a limit of its own, and none starts when the stage's time is up. A
 command at its limit is interrupted, so that it can say what it knows, and killed later. What a command prints goes to
@@ -235,7 +235,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     parser = argparse.ArgumentParser(prog="gpu.sh", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("stages", nargs="*", choices=list(NEEDS), metavar="STAGE", help=", ".join(NEEDS))
+    parser.add_argument("stages", nargs="+", choices=list(NEEDS), metavar="STAGE", help=", ".join(NEEDS))
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--scratch", type=Path, help="folder for what only the stage needs (the results')")
@@ -246,8 +246,6 @@ def main() -> int:
         for name in absent(options.absent) if options.absent else missing(options.stages):
             print(name)
         return 0
-    if not options.stages:
-        parser.error("give a stage: " + " ".join(NEEDS))
     from phi1.bench.environment import commit  # only here: what the package needs may be missing above
 
     if commit() == "unknown":
