@@ -22,13 +22,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 STAGE_SECONDS = 525
 LAST_WORDS_SECONDS = 10
+LOST = "GPU lost"  # the tuner's exit code 3: a tile took the GPU's context with it; another process goes on behind it
+WORTH_SECONDS = 60  # for another process to find something
 SHOWN_LINES = 12
 # A line a test, so that what ran is known where the time was not enough.
 PYTEST = ("-m", "pytest", "-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "-p", "phi1.bench.print_failures",
@@ -58,6 +60,7 @@ class Command:
         seconds: its limit.
         program: skipped, and said so, where this program is not on the PATH.
         environment: added to the stage's.
+        minutes: of the tuner: its last word is these or, where the stage has less left, that.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Command:
     seconds: int = STAGE_SECONDS
     program: str = ""
     environment: dict[str, str] = field(default_factory=dict)
+    minutes: float = 0.0
 
 
 def commands(stage: str, out: Path, rehearse: bool, scratch: Path) -> list[Command]:
@@ -85,7 +89,7 @@ def commands(stage: str, out: Path, rehearse: bool, scratch: Path) -> list[Comma
                 for part, limit, seconds in zip(("search", "run"), minutes, (230, 330), strict=True)]
     if stage == "tune":
         tune = (str(BENCH / "tune.py"), "--out", str(out / "tuned"))
-        search = Command("search", (*tune, "--minutes", "8", "--compilers", "6"))
+        search = Command("search", (*tune, "--compilers", "6", "--minutes"), minutes=8.0)
         dry = Command("list", (*tune, "--dry-run"), 60)
         return [dry, *([] if rehearse else [search])]
     return [Command("trace", (script["profile"], "trace", "--out", str(out), *tiny), 200),
@@ -168,6 +172,8 @@ def run(command: Command, folder: Path, seconds: float) -> Row:
     if seconds < 10:
         return Row(command.name, "no time", 0.0, [])
     words = command.words if command.program else (sys.executable, *command.words)
+    if command.minutes:
+        words = (*words, f"{min(command.minutes, seconds / 60 - 0.5):.2f}")
     log, begin = folder / f"{command.name}.log", time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True,
@@ -194,17 +200,23 @@ def run_stage(stage: str, out: Path, rehearse: bool, scratch: Path | None = None
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + STAGE_SECONDS
     rows = []
-    for command in commands(stage, folder, rehearse, scratch or folder):
+    waiting = commands(stage, folder, rehearse, scratch or folder)
+    while waiting:
+        command = waiting.pop(0)
         rows.append(run(command, folder, end - time.monotonic()))
+        if command.minutes and rows[-1].outcome == "exit 3":
+            rows[-1].outcome = LOST
         print(f"-- {stage} {rows[-1].name}: {rows[-1].outcome}, {rows[-1].seconds:.0f} s", flush=True)
         for line in rows[-1].last:
             print(f"   {line[:160]}")
+        if rows[-1].outcome == LOST and end - time.monotonic() > WORTH_SECONDS:
+            waiting.insert(0, replace(command, name=f"{command.name}+"))
     print(f"\n{stage:10} {'outcome':10} {'s':>4}  last line")
     for row in rows:
         print(f"{row.name:10} {row.outcome:10} {row.seconds:4.0f}  {(row.last or [''])[-1][:110]}")
     print(f"results in {folder}", flush=True)
     # The long selection ends with the stage's time as a rule; what it has done is in its file.
-    bad = [row for row in rows if row.outcome not in ("ok", "skipped") and not
+    bad = [row for row in rows if row.outcome not in ("ok", "skipped", LOST) and not
            (row.name == "all" and row.outcome in ("time out", "no time"))]
     return 1 if bad else 0
 

@@ -101,6 +101,18 @@ def alive(pid):
         return False
 
 
+def test_a_search_that_loses_the_gpu_goes_on_in_another_process(tmp_path, monkeypatch, capsys):
+    counts = "import sys, pathlib; log = pathlib.Path('tried'); log.open('a').write(sys.argv[1] + '\\n')\n"
+    search = Command("search", ("-c", counts + "sys.exit(3 * (len(log.read_text().split()) < 3))"), minutes=8.0)
+    monkeypatch.setattr(gpu_stages, "commands", lambda *_: [search])
+    monkeypatch.setattr(gpu_stages, "STAGE_SECONDS", 120)
+    assert gpu_stages.run_stage("tune", tmp_path, rehearse=False) == 0
+    minutes = [float(line) for line in (tmp_path / "tune" / "tried").read_text().split()]
+    assert len(minutes) == 3
+    assert 1.0 < minutes[2] <= minutes[0] <= 1.5
+    assert "search++   ok" in capsys.readouterr().out
+
+
 def test_a_command_that_takes_too_long_is_killed_with_its_children(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_stages, "LAST_WORDS_SECONDS", 1)
     pid_file = tmp_path / "pid"
