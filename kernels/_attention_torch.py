@@ -41,7 +41,7 @@ def torch_forward(
     if cu_seqlens is None and _decodes(q, k, v, scheme):
         return _decode(q, k, v, scheme)
     if cu_seqlens is None:
-        out = q.new_empty(q.shape)
+        out = empty(q.shape, dtype=q.dtype, device=q.device)
         _forward(q, k, v, out, lse.unflatten(1, (batch, n_queries)).transpose(0, 1), scheme)
         return out, lse
     out = q.new_full(q.shape, torch.nan)  # rows that belong to no document

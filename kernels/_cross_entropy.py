@@ -173,7 +173,7 @@ class _Gradients:
         self.x, self.weight, self.needs, self.vocab = x, weight[:vocab], needs, vocab
         kept, rows = gradient_dtype(x.dtype), weight.shape[0]
         self.dw_is_one_product = one_chunk and kept == x.dtype and x.shape[0] > 0
-        self.dx = x.new_empty(x.shape if needs.x else (0,), dtype=kept)
+        self.dx = empty(x.shape if needs.x else (0,), dtype=kept, device=x.device)
         self.dw = x.new_empty(0, dtype=kept)
         if needs.weight:
             self.dw = empty(weight.shape, dtype=kept if one_chunk else torch.float32, device=x.device)
@@ -197,7 +197,10 @@ class _Gradients:
 
     def _add_dx(self, dlogits: torch.Tensor, dx: torch.Tensor) -> None:
         if not _widened(dlogits):
-            dx.copy_(_product(dlogits, self.weight, dx.dtype))
+            if dlogits.dtype == dx.dtype:
+                torch.mm(dlogits, self.weight, out=dx)
+            else:
+                dx.copy_(_product(dlogits, self.weight, dx.dtype))
             return
         dx.zero_()
         for some in self._slices():

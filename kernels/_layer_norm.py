@@ -88,4 +88,5 @@ def _torch_backward(
     dx, dw, db = torch.ops.aten.native_layer_norm_backward(
         dy_wide, x_wide, (x.shape[-1],), mean.view(-1, 1), rstd.view(-1, 1), wide, wide, (True, True, True)
     )
-    return dx.to(x.dtype), dw.to(weight.dtype), db.to(weight.dtype)
+    dx = dx if x.dtype == torch.float32 else empty(x.shape, dtype=x.dtype, device=x.device).copy_(dx)
+    return dx, dw.to(weight.dtype), db.to(weight.dtype)

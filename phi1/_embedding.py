@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from phi1.kernels import empty
+
 
 def embed(weight: Tensor, ids: Tensor) -> Tensor:
     """weight[ids]: [V, D] and [N] int64 -> [N, D]."""
@@ -37,7 +39,7 @@ def _(weight: Tensor, ids: Tensor) -> Tensor:
 def _embedding_backward(dout: Tensor, ids: Tensor, n_rows: int) -> Tensor:
     used, index = ids.unique(return_inverse=True)  # so that what is float32 has a row per token of the batch, not V
     sums = torch.ops.aten.embedding_dense_backward(dout.float(), index, used.numel(), -1, False)
-    dweight = dout.new_zeros((n_rows, dout.shape[1]))
+    dweight = empty((n_rows, dout.shape[1]), dtype=dout.dtype, device=dout.device).zero_()
     dweight[used] = sums.to(dout.dtype)
     return dweight
 

@@ -35,7 +35,7 @@ TABLE: dict[str, dict] = {}
 WHOLE: dict[int, str] = {}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # side by side, tests of other files come between these
 def place(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("faults")
     make_corpus(folder, val_fraction=0.2)

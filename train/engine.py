@@ -144,8 +144,8 @@ def build_model(config: Phi1Config, engine: Engine, seed: int, init: str | None 
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     if engine.device.type == "cpu" and engine.world_size == 1:
         for module in _sharded_modules(model):
-            module.set_custom_all_gather(_OneProcess())  # type: ignore[arg-type]  # PyTorch does not export its class
-            module.set_custom_reduce_scatter(_OneProcess())  # type: ignore[arg-type]
+            module.set_custom_all_gather(_OneProcess(False))  # type: ignore[arg-type]  # PyTorch does not export its class
+            module.set_custom_reduce_scatter(_OneProcess(True))  # type: ignore[arg-type]
     register_fsdp_forward_method(model, "loss")
     return model
 
@@ -169,11 +169,18 @@ def _take_weights(model: Phi1, source: str) -> None:
 class _OneProcess:
     """FSDP's collectives where there is nobody to talk to, in memory that stays with the process.
 
-    On a CPU, PyTorch would take the pages of these buffers anew in each step.
+    On a CPU, PyTorch would take the pages of these buffers anew in each step. Of a reduction FSDP asks for the input,
+    and then for the output: they are one, and not copied.
     """
 
+    def __init__(self, reduces: bool) -> None:
+        self._reduces = reduces
+        self._input: torch.Tensor | None = None
+
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return empty([int(n) for n in size], dtype=dtype, device=device)
+        given = empty([int(n) for n in size], dtype=dtype, device=device) if self._input is None else self._input
+        self._input = given if self._reduces and self._input is None else None
+        return given
 
     def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, **_: Any) -> None:
         if output_tensor.data_ptr() != input_tensor.data_ptr():  # FSDP gathers into a part of the output
