@@ -132,6 +132,7 @@ def _bench(stage: str, out: Path, rehearse: bool) -> list[Command]:
     chosen = {"kernels": ("--unit", "kernel"), "block": ("--unit", "block"),
               "decode": ("--op", "decode", "prefill")}[stage]
     model = ("--op", "micro-step", "--quick")
+
     def json(name: str) -> tuple[str, str]:
         return "--json", str(out / f"{name}.json")
 

@@ -37,14 +37,18 @@ class ResultsFile:
         self._write()
 
     def _write(self) -> None:
-        if self.path is None:
-            return
-        if self.path.exists() and not self.path.is_file():  # a pipe or a device, which a rename would replace
-            self.path.write_text(as_text(self.content), encoding="utf-8")
-            return
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text(as_text(self.content), encoding="utf-8")
-        os.replace(temporary, self.path)
+        if self.path is not None:
+            write(self.path, self.content)
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Put results into a file, whole or not at all; its folder is there."""
+    if path.exists() and not path.is_file():  # a pipe or a device, which a rename would replace
+        path.write_text(as_text(content), encoding="utf-8")
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(as_text(content), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def as_text(content: dict[str, Any]) -> str:
@@ -61,9 +65,9 @@ def as_text(content: dict[str, Any]) -> str:
     return "{\n" + ",\n".join([*head, ' "cases": [\n' + ",\n".join(cases) + "\n ]"]) + "\n}\n"
 
 
-def standard_path(facts: dict[str, Any]) -> Path:
-    """Where a run's results belong in the repository."""
-    return FOLDER / machine_name(facts) / f"{today()}-{facts['commit']}.json"
+def standard_path(facts: dict[str, Any], date: str = "") -> Path:
+    """Where the results of a run of that date, by default today, belong in the repository."""
+    return FOLDER / machine_name(facts) / f"{date or today()}-{facts['commit']}.json"
 
 
 def today() -> str:
@@ -110,10 +114,9 @@ def gather(folder: Path) -> Path:
         for record in content["cases"]:
             runs.setdefault(record["case"], []).append(record)
     whole = min(contents, key=lambda content: content["date"]) | {"cases": [_merged(found) for found in runs.values()]}
-    ((machine, commit),) = origins
-    path = FOLDER / machine / f"{whole['date']}-{commit}.json"
+    path = standard_path(whole["environment"], whole["date"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(as_text(whole), encoding="utf-8")
+    write(path, whole)
     return path
 
 
