@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,6 +32,13 @@ def test_accumulation_changes_nothing_but_rounding(small_corpus, engines):
         losses[micro] = torch.tensor([trainer.run_step().loss for _ in range(8)])
     assert ((losses[1] / losses[4]) - 1).abs().max() < 1e-5
     assert ((losses[2] / losses[4]) - 1).abs().max() < 1e-5
+
+
+def test_reducing_after_each_micro_step_changes_nothing_but_rounding(small_corpus, engines):
+    trainers = [make_trainer(small_corpus, {"fp32": replace(engines["fp32"], reshard=reshard)})
+                for reshard in (False, True)]
+    once, twice = (torch.tensor([trainer.run_step().loss for _ in range(8)]) for trainer in trainers)
+    assert ((once / twice) - 1).abs().max() < 1e-5
 
 
 def poisoned(loss):

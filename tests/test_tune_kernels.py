@@ -95,6 +95,17 @@ def test_less_than_noise_changes_nothing(searched):
     assert '"tile": {"rows": 8, "num_warps": 1}' in store.table.read_text()
 
 
+def test_an_index_error_of_the_compiler_is_the_tiles_fault(searched):
+    def compiling(call):
+        if _tuned._forced["layer_norm", "forward"] == SLOW:
+            raise IndexError("map::at")
+        return timer(call)
+
+    with searched(timer=compiling) as (tuner, tasks, lines, _):
+        assert tuner.run(tasks)
+    assert "5 tiles, 3 of them failed" in lines[0]
+
+
 def test_a_mistake_of_ours_is_no_tiles_fault(searched, monkeypatch):
     with searched() as (tuner, tasks, _, _), monkeypatch.context() as patch:
         patch.setattr(check.Exact, "judge", lambda self, function: "")  # it takes a provider's name as well
