@@ -1,4 +1,4 @@
-"""What the tests of runs share: a tiny corpus and recipe, and runs of them as real processes."""
+"""What the tests of corpora and runs share: files, a tiny corpus and recipe, and runs of them as real processes."""
 
 from __future__ import annotations
 
@@ -56,6 +56,19 @@ def make_corpus(place: Path, val_fraction: float = 0.1) -> None:
         (place / "source" / f"m{i}.py").write_text("".join(FUNCTION.format(i=i, j=j) for j in range(12)))
     prepare(str(place / "source"), place / "data", tokenizer="train", vocab_size=512, val_fraction=val_fraction,
             workers=1)
+
+
+def write_files(folder: Path, files: dict[str, str | bytes]) -> Path:
+    """Write files into a folder, by their paths in it. Returns the folder."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def folder_content(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file in a folder, by its path in it."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def command(run: str, processes: int = 0, script: Path = SCRIPT, launcher: tuple[str, ...] = (),
