@@ -1,4 +1,5 @@
-"""What the tests of the operations share: the tolerance rule, gradients of everything, uninitialised memory as NaN.
+"""What the tests of the operations share: the tolerance rule, gradients of everything, uninitialised memory as NaN,
+kernels broken on purpose.
 
 The bound is that of flash-attention's tests: an implementation may be twice as far from the exact result as the plain
 PyTorch reference in the same dtype is, plus a few roundings. Exact is the reference in float64.
@@ -6,12 +7,20 @@ PyTorch reference in the same dtype is, plus a few roundings. Exact is the refer
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from phi1 import kernels
+
+if TYPE_CHECKING:
+    import pytest
 
 Tensors = Mapping[str, torch.Tensor | None]
 Operation = Callable[..., Any]
@@ -159,3 +168,34 @@ def kernel_device() -> str | None:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         return "cpu"
     return "cuda" if torch.cuda.is_available() else None
+
+
+def load_kernels(
+    files: Sequence[str], constants: Mapping[tuple[str, str], Any], monkeypatch: pytest.MonkeyPatch, folder: Path,
+    file: str = "", text: str = "", replacement: str = "", times: int = 0,
+) -> None:
+    """Load files of kernels anew, one text of one of them replaced; operations import them when they run.
+
+    Args:
+        files: `gelu` for _gelu_triton.py, each behind those that it imports, up to those that the operations import.
+        constants: (file, name) -> the value that it gets there.
+        monkeypatch: takes the files back.
+        folder: where the broken file is written.
+        file, text, replacement, times: `text`, which `file` must hold so many times, becomes `replacement`.
+    """
+    for name in files:
+        path = Path(kernels.__path__[0]) / f"_{name}_triton.py"
+        if name == file:
+            source = path.read_text()
+            assert source.count(text) == times, f"{name} has {text!r} {source.count(text)} times: mend the mutation"
+            path = folder / path.name
+            path.write_text(source.replace(text, replacement))
+        spec = importlib.util.spec_from_file_location(f"phi1.kernels._{name}_triton", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        for (where, constant), value in constants.items():
+            if where == name:
+                setattr(module, constant, value)

@@ -1,12 +1,7 @@
 """Attention's kernels broken on purpose, one line at a time: the checks of the kernels must notice each break.
 
-A mutant is the kernels' source with one text replaced, imported under another name.
+A mutant is a file of kernels with one text replaced; it and all that build on it are loaded in place of the real ones.
 """
-
-import importlib
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,12 +15,10 @@ DEVICE = testing.kernel_device()
 if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
-launches = importlib.import_module("phi1.kernels._attention_triton")
-FOLDER = Path(launches.__file__).parent
-FILES = ("_attention_rows_triton", "_attention_forward_triton", "_attention_backward_triton")
-KERNELS = ("attention_forward_kernel", "attention_backward_dq_kernel", "attention_backward_dkdv_kernel")
-SMALL = {"block_m": 32, "block_n": 32, "rotate_on_load": 0, "num_warps": 4, "num_stages": 2, "tma": 1,
-         "warp_specialize": 0}
+FILES = ("attention_rows", "attention_forward", "attention_backward", "attention")  # in the order of their imports
+TILE = {"block_m": 32, "block_n": 32, "rotate_on_load": 0, "num_warps": 4, "num_stages": 2, "tma": 1,
+        "warp_specialize": 0}
+SMALL = {("attention", "tile"): lambda *_, **__: TILE}
 RNG = torch.tensor([5, 7], device=DEVICE)
 
 MUTATIONS = {  # name: (file, text, its replacement, how often it occurs, the check that notices)
@@ -113,36 +106,15 @@ def check(name):
         testing.assert_matches_reference(operation, reference, tensors, roundings=8, **options)
 
 
-def load(folder, monkeypatch, file="", text="", replacement="", times=0):
-    """The three files of kernels as modules of their own, one text of one of them replaced; the launches take them."""
-    for name in FILES:
-        source = (FOLDER / f"{name}.py").read_text()
-        for other in FILES:
-            source = source.replace(f"phi1.kernels.{other}", f"mutant{other}")
-        if name == f"_attention_{file}_triton":
-            assert source.count(text) == times, f"{name} has {text!r} {source.count(text)} times: mend the mutation"
-            source = source.replace(text, replacement)
-        path = folder / f"mutant{name}.py"
-        path.write_text(source)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, path.stem, module)
-        spec.loader.exec_module(module)
-        for kernel in KERNELS:
-            if hasattr(module, kernel):
-                monkeypatch.setattr(launches, kernel, getattr(module, kernel))
-    monkeypatch.setattr(launches, "tile", lambda *_, **__: SMALL)
-
-
 def test_without_a_mutation_every_check_passes(tmp_path, monkeypatch):
-    load(tmp_path, monkeypatch)
+    testing.load_kernels(FILES, SMALL, monkeypatch, tmp_path)
     for name in sorted({mutation[-1] for mutation in MUTATIONS.values()}):
         check(name)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_mutation_is_noticed(tmp_path, monkeypatch, mutation):
-    *change, name = MUTATIONS[mutation]
-    load(tmp_path, monkeypatch, *change)
+    file, *change, name = MUTATIONS[mutation]
+    testing.load_kernels(FILES, SMALL, monkeypatch, tmp_path, f"attention_{file}", *change)
     with pytest.raises(AssertionError, match=r"max\|out - exact\|"):
         check(name)

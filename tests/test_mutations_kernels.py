@@ -5,14 +5,10 @@ A mutant is a file of kernels with one text replaced; it and all that build on i
 """
 
 import contextlib
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-import phi1.kernels
 from phi1 import testing
 from phi1.kernels import Dropout, _tuned, add_layer_norm, backend, dropout_add, gelu, linear, linear_cross_entropy, mlp
 from phi1.kernels.cross_entropy import linear_cross_entropy_reference
@@ -26,7 +22,6 @@ DEVICE = testing.kernel_device()
 if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
-FOLDER = Path(phi1.kernels.__path__[0])
 # In the order of their imports.
 FILES = ("gelu", "residual", "gemm", "tma", "epilogue", "linear", "mlp", "layer_norm", "cross_entropy")
 RNG = torch.tensor([5, 7], device=DEVICE)
@@ -184,26 +179,8 @@ def check(name):
         testing.assert_matches_reference(operation, reference, tensors, roundings=8, **options)
 
 
-def load(folder, monkeypatch, file="", text="", replacement="", times=0):
-    """Load the files of kernels anew, one text of one of them replaced; operations import them when they run."""
-    for name in FILES:
-        path = FOLDER / f"_{name}_triton.py"
-        if name == file:
-            source = path.read_text()
-            assert source.count(text) == times, f"{name} has {text!r} {source.count(text)} times: mend the mutation"
-            path = folder / path.name
-            path.write_text(source.replace(text, replacement))
-        spec = importlib.util.spec_from_file_location(f"phi1.kernels._{name}_triton", path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        for (where, constant), value in SMALL.items():
-            if where == name:
-                monkeypatch.setattr(module, constant, value)
-
-
 def test_without_a_mutation_every_check_passes(tmp_path, monkeypatch):
-    load(tmp_path, monkeypatch)
+    testing.load_kernels(FILES, SMALL, monkeypatch, tmp_path)
     for name in sorted({mutation[-1] for mutation in MUTATIONS.values()}):
         check(name)
 
@@ -211,6 +188,6 @@ def test_without_a_mutation_every_check_passes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_mutation_is_noticed(tmp_path, monkeypatch, mutation):
     *change, name = MUTATIONS[mutation]
-    load(tmp_path, monkeypatch, *change)
+    testing.load_kernels(FILES, SMALL, monkeypatch, tmp_path, *change)
     with pytest.raises(AssertionError, match=r"max\|out - exact\|"):
         check(name)
