@@ -170,6 +170,28 @@ def kernel_device() -> str | None:
     return "cuda" if torch.cuda.is_available() else None
 
 
+def attention_inputs(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Random q, k and v where kernels run; shape: samples, queries, keys, heads, head size."""
+    batch, n_queries, n_keys, n_heads, head_size = shape
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(batch, tokens, n_heads, head_size, generator=generator).to(kernel_device(), dtype)
+            for name, tokens in (("q", n_queries), ("k", n_keys), ("v", n_keys))}
+
+
+def qkv_inputs(
+    n_rows: int, n_heads: int = 2, head_size: int = 16, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """A random [n_rows, 3, n_heads, head_size] where kernels run."""
+    generator = torch.Generator().manual_seed(0)
+    return {"qkv": torch.randn(n_rows, 3, n_heads, head_size, generator=generator).to(kernel_device(), dtype)}
+
+
+def rotary_tables(rotary_size: int, n_positions: int = 150) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary's cosines and sines, float32 [n_positions, rotary_size / 2], where kernels run."""
+    angle = torch.outer(torch.arange(n_positions).double(), 10000 ** (-torch.arange(0, rotary_size, 2) / rotary_size))
+    return angle.cos().float().to(kernel_device()), angle.sin().float().to(kernel_device())
+
+
 def load_kernels(
     files: Sequence[str], constants: Mapping[tuple[str, str], Any], monkeypatch: pytest.MonkeyPatch, folder: Path,
     file: str = "", text: str = "", replacement: str = "", times: int = 0,

@@ -1,4 +1,5 @@
-"""The Triton kernels of attention: on a GPU, or on CPU tensors in Triton's interpreter (run by test_interpreter.py).
+"""The Triton kernels of attention give what the reference gives, outputs and gradients: for any shape, packing, rotary
+mode, dropout, tile and stride, on a GPU or in Triton's interpreter (run by test_interpreter.py).
 
 The interpreter multiplies bfloat16 wrongly, so that bfloat16 is tested on a GPU alone. Tiles are small here, so that
 short inputs have several; a GPU is also given the tiles of the table.
@@ -12,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi1 import testing
-from phi1.kernels import Dropout, attention, attention_qkv, backend, check_values
+from phi1.kernels import Dropout, attention, attention_qkv, backend
 from phi1.kernels._philox import attention_keep
-from phi1.kernels._tuned import table
 from phi1.kernels.attention import attention_reference
 from phi1.kernels.attention_qkv import attention_qkv_reference
+from phi1.testing import attention_inputs, qkv_inputs, rotary_tables
 
 DEVICE = testing.kernel_device()
 if DEVICE is None:
@@ -51,23 +52,6 @@ def _small_tiles(monkeypatch):
     use_tile(monkeypatch)
 
 
-def make(shape, dtype=torch.float32):
-    batch, n_queries, n_keys, n_heads, head_size = shape
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(batch, tokens, n_heads, head_size, generator=generator).to(DEVICE, dtype)
-            for name, tokens in (("q", n_queries), ("k", n_keys), ("v", n_keys))}
-
-
-def make_qkv(n_rows, n_heads=2, head_size=16, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    return {"qkv": torch.randn(n_rows, 3, n_heads, head_size, generator=generator).to(DEVICE, dtype)}
-
-
-def tables(rotary_size, n_positions=150):
-    angle = torch.outer(torch.arange(n_positions).double(), 10000 ** (-torch.arange(0, rotary_size, 2) / rotary_size))
-    return angle.cos().float().to(DEVICE), angle.sin().float().to(DEVICE)
-
-
 def ints(*values, dtype=torch.int32):
     return torch.tensor(values, dtype=dtype, device=DEVICE)
 
@@ -97,13 +81,13 @@ def check_qkv(tensors, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_causal_attention_matches_reference(shape, dtype):
-    check(make(shape, dtype))
+    check(attention_inputs(shape, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES[1:5], (1, 40, 20, 1, 16)], ids=str)  # full: more queries than keys too
 def test_full_attention_matches_reference(shape, dtype):
-    check(make(shape, dtype), causal=False, scale=0.3)
+    check(attention_inputs(shape, dtype), causal=False, scale=0.3)
 
 
 if DEVICE == "cuda":  # the interpreter needs minutes for tiles of this size
@@ -113,24 +97,24 @@ if DEVICE == "cuda":  # the interpreter needs minutes for tiles of this size
     @pytest.mark.parametrize("p", [0.0, 0.2])
     def test_the_tables_tiles_match_reference(monkeypatch, head_size, dtype, p):
         monkeypatch.undo()
-        check(make((2, 300, 300, 2, head_size), dtype), dropout=Dropout(p, RNG))
-        check_qkv(make_qkv(600, 2, head_size, dtype), batch=2, rotary=tables(16, 300), dropout=Dropout(p, RNG))
+        check(attention_inputs((2, 300, 300, 2, head_size), dtype), dropout=Dropout(p, RNG))
+        check_qkv(qkv_inputs(600, 2, head_size, dtype), batch=2, rotary=rotary_tables(16, 300), dropout=Dropout(p, RNG))
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_the_tile_is_not_seen(monkeypatch, tile):
     use_tile(monkeypatch, *tile)
-    check(make((1, 70, 75, 1, 16)))
-    check(make((1, 70, 75, 1, 16)), dropout=Dropout(0.3, RNG))
-    check(make((1, 70, 70, 1, 16), torch.float16), cu_seqlens=ints(0, 1, 1, 34, 70))
+    check(attention_inputs((1, 70, 75, 1, 16)))
+    check(attention_inputs((1, 70, 75, 1, 16)), dropout=Dropout(0.3, RNG))
+    check(attention_inputs((1, 70, 70, 1, 16), torch.float16), cu_seqlens=ints(0, 1, 1, 34, 70))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 def test_packed_documents_match_reference(causal, dtype):
     cuts = ints(0, 1, 1, 20, 53, 54, 75)  # documents of 1 and of no rows
-    check(make((1, 75, 75, 2, 16), dtype), causal=causal, cu_seqlens=cuts)
-    check(make((3, 25, 25, 1, 16), dtype), causal=causal, cu_seqlens=cuts.long(),
+    check(attention_inputs((1, 75, 75, 2, 16), dtype), causal=causal, cu_seqlens=cuts)
+    check(attention_inputs((3, 25, 25, 1, 16), dtype), causal=causal, cu_seqlens=cuts.long(),
           dropout=Dropout(0.2, RNG, ints(9, 8, 7, 6, 5, 4, dtype=torch.int64)[: cuts.shape[0] - 1]))
 
 
@@ -140,15 +124,16 @@ def test_any_documents_match_reference(lengths, causal):
     cuts = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE)
     n_rows = sum(lengths)
     if n_rows > 1:  # of one row alone, dq and dk are differences of equal numbers
-        check_qkv(make_qkv(n_rows, 1), cu_seqlens=cuts, causal=causal)
+        check_qkv(qkv_inputs(n_rows, 1), cu_seqlens=cuts, causal=causal)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[5], (2, 40, 70, 1, 16)], ids=str)
 def test_left_padding_matches_reference(shape, causal, dtype):
-    check(make(shape, dtype), causal=causal, seq_starts=ints(0, 12))
-    check(make(shape, dtype), causal=causal, seq_starts=ints(3, shape[2], dtype=torch.int64))  # a row of padding alone
+    check(attention_inputs(shape, dtype), causal=causal, seq_starts=ints(0, 12))
+    # A row of padding alone.
+    check(attention_inputs(shape, dtype), causal=causal, seq_starts=ints(3, shape[2], dtype=torch.int64))
 
 
 PACKINGS = {
@@ -165,8 +150,8 @@ PACKINGS = {
 @pytest.mark.parametrize("mode", ["none", "inside", "on load", "applied"])
 def test_rotary_modes_match_reference(monkeypatch, mode, packing, dtype):
     use_tile(monkeypatch, rotate_on_load=int(mode == "on load"))
-    options = {} if mode == "none" else {"rotary": tables(8), "rotary_applied": mode == "applied"}
-    check_qkv(make_qkv(51, 1, 16, dtype), **PACKINGS[packing], **options)
+    options = {} if mode == "none" else {"rotary": rotary_tables(8), "rotary_applied": mode == "applied"}
+    check_qkv(qkv_inputs(51, 1, 16, dtype), **PACKINGS[packing], **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -174,15 +159,15 @@ def test_rotary_modes_match_reference(monkeypatch, mode, packing, dtype):
 @pytest.mark.parametrize("mode", ["inside", "on load", "applied"])
 def test_rotary_sizes_that_are_no_powers_of_two(monkeypatch, mode, head_size, rotary_size, dtype):
     use_tile(monkeypatch, rotate_on_load=int(mode == "on load"))
-    check_qkv(make_qkv(34, 1, head_size, dtype), rotary=tables(rotary_size), rotary_applied=mode == "applied",
+    check_qkv(qkv_inputs(34, 1, head_size, dtype), rotary=rotary_tables(rotary_size), rotary_applied=mode == "applied",
               cu_seqlens=ints(0, 1, 34))
 
 
 @pytest.mark.parametrize("rotary_size", [2, 64])
 def test_rotary_sizes_and_positions(rotary_size):
     positions = torch.randint(150, (34,), device=DEVICE)
-    check_qkv(make_qkv(34, 1, 80), rotary=tables(rotary_size), positions=positions)
-    check_qkv(make_qkv(34, 1, 64), rotary=tables(rotary_size), positions=positions.int(), rotary_applied=True)
+    check_qkv(qkv_inputs(34, 1, 80), rotary=rotary_tables(rotary_size), positions=positions)
+    check_qkv(qkv_inputs(34, 1, 64), rotary=rotary_tables(rotary_size), positions=positions.int(), rotary_applied=True)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -217,28 +202,28 @@ def described(monkeypatch, kind):
 def test_tiles_that_read_by_tma_match_reference(monkeypatch, kind, dtype):
     taken, special = described(monkeypatch, kind), kind == "warp-specialised"
     for shape in (SHAPES[1], SHAPES[3], SHAPES[5], SHAPES[6]):
-        check(make(shape, dtype))
-    check(make((2, 100, 70, 1, 16), dtype), causal=False)
-    check_qkv(make_qkv(51, 2, 32, dtype), batch=3)
-    check_qkv(make_qkv(51, 1, 16, dtype), batch=3, rotary=tables(8), rotary_applied=True)
+        check(attention_inputs(shape, dtype))
+    check(attention_inputs((2, 100, 70, 1, 16), dtype), causal=False)
+    check_qkv(qkv_inputs(51, 2, 32, dtype), batch=3)
+    check_qkv(qkv_inputs(51, 1, 16, dtype), batch=3, rotary=rotary_tables(8), rotary_applied=True)
     assert set(taken) == {(True, special)}
-    check(make(SHAPES[1], dtype), dropout=Dropout(0.2, RNG))
-    check_qkv(make_qkv(51, 1, 16, dtype), batch=3, rotary=tables(8))
+    check(attention_inputs(SHAPES[1], dtype), dropout=Dropout(0.2, RNG))
+    check_qkv(qkv_inputs(51, 1, 16, dtype), batch=3, rotary=rotary_tables(8))
     assert taken[-2:] == [(True, False)] * 2  # these two compile without warp specialisation alone
 
 
 @pytest.mark.parametrize("kind", ["tma", "warp-specialised"])
 def test_tma_reads_no_other_sample_and_leaves_what_it_cannot_mask_to_pointers(monkeypatch, kind):
     taken = described(monkeypatch, kind)
-    tensors = make((3, 40, 40, 2, 16))
+    tensors = attention_inputs((3, 40, 40, 2, 16))
     for x in tensors.values():
         x[1:] = math.nan
     with backend("triton"):
         assert attention(**tensors)[0].isfinite().all()  # its last tile of keys reaches into the next sample
     assert taken.pop()[0]
-    check(make((1, 40, 40, 2, 16)), cu_seqlens=ints(0, 11, 40))
-    check(make((2, 40, 40, 2, 16)), seq_starts=ints(0, 7))
-    check(make((2, 9, 9, 2, 18)))  # heads that start at no multiples of 16 bytes
+    check(attention_inputs((1, 40, 40, 2, 16)), cu_seqlens=ints(0, 11, 40))
+    check(attention_inputs((2, 40, 40, 2, 16)), seq_starts=ints(0, 7))
+    check(attention_inputs((2, 9, 9, 2, 18)))  # heads that start at no multiples of 16 bytes
     wide = torch.randn(2, 20, 2, 17, device=DEVICE)[..., 1:]
     check({"q": wide, "k": wide + 1, "v": wide})
     assert taken
@@ -246,95 +231,12 @@ def test_tma_reads_no_other_sample_and_leaves_what_it_cannot_mask_to_pointers(mo
 
 
 def test_dropout_counts_decoded_queries_and_negative_positions():
-    tensors, dropout = make((2, 40, 40, 2, 16)), Dropout(0.3, RNG)
+    tensors, dropout = attention_inputs((2, 40, 40, 2, 16)), Dropout(0.3, RNG)
     with backend("triton"):
         whole = attention(**tensors, dropout=dropout)
         last = attention(tensors["q"][:, -3:], tensors["k"], tensors["v"], dropout=dropout)
     torch.testing.assert_close(last, whole[:, -3:])
-    check(make((1, 40, 20, 1, 16)), causal=False, dropout=dropout)  # the first query is at -20
-
-
-def test_causal_means_no_look_ahead():
-    tensors = make((2, 80, 80, 2, 16))
-    with backend("triton"):
-        before = attention(**tensors)
-        for name in ("k", "v"):
-            tensors[name][:, 37:] += 1
-        after = attention(**tensors)
-    assert torch.equal(before[:, :37], after[:, :37])
-    assert not torch.allclose(before[:, 37:], after[:, 37:])
-
-
-def test_nan_in_another_document_or_in_padding_stays_there():
-    tensors = make((1, 60, 60, 2, 16))
-    for x in tensors.values():
-        x[:, 21:40] = math.nan
-    with backend("triton"):
-        got = testing.outputs_and_gradients(attention, tensors, cu_seqlens=ints(0, 21, 40, 60))
-    for name, x in got.items():
-        assert x[:, :21].isfinite().all(), name
-        assert x[:, 40:].isfinite().all(), name
-        assert x[:, 21:40].isnan().all(), name
-    tensors = make((2, 60, 60, 2, 16))
-    for name in ("k", "v"):
-        tensors[name][1, :35] = math.nan
-    with backend("triton"):
-        got = testing.outputs_and_gradients(attention, tensors, seq_starts=ints(0, 35))
-    assert all(x.isfinite().all() for x in got.values())
-
-
-def test_large_scores_stay_finite():
-    tensors = {name: x * (300 if name != "v" else 1) for name, x in make((1, 70, 70, 2, 64), torch.float16).items()}
-    with backend("triton"):
-        got = testing.outputs_and_gradients(attention, tensors, causal=False)
-    assert all(x.isfinite().all() for x in got.values())
-    exact = attention_reference(**{name: x.double() for name, x in tensors.items()}, causal=False)
-    testing.assert_within_bound(got["out0"], attention_reference(**tensors, causal=False), exact, roundings=4)
-
-
-def test_rows_of_no_document_are_nan():
-    tensors = make((1, 80, 80, 2, 16))
-    with backend("triton"), check_values(False), testing.empty_is_nan():
-        got = testing.outputs_and_gradients(attention, tensors, cu_seqlens=ints(5, 36, 60))
-    with backend("reference"):
-        alone = {name: x[:, 5:36] for name, x in tensors.items()}
-        expected = attention(**alone)
-    torch.testing.assert_close(got["out0"][:, 5:36], expected)
-    for name, x in got.items():
-        assert x[:, 5:60].isfinite().all(), name
-        assert x[:, :5].isnan().all(), name
-        assert x[:, 60:].isnan().all(), name
-
-
-@pytest.mark.parametrize("cuts", [(0, 50, 20, 70), (-4, 30, 99), (0,), (99, 0)], ids=str)
-def test_wild_cu_seqlens_stay_inside(cuts):
-    tensors = make((1, 70, 70, 1, 16))
-    guarded = {name: torch.nn.functional.pad(x, (0, 0, 0, 0, 9, 9), value=math.nan)[:, 9:-9]
-               for name, x in tensors.items()}
-    with backend("triton"), check_values(False):
-        got = testing.outputs_and_gradients(attention, guarded, cu_seqlens=ints(*cuts))
-    assert got["out0"].shape == (1, 70, 1, 16)
-    seen = max(0, min(70, max(cuts)) - max(0, cuts[0]))
-    assert got["out0"][0, :, 0, 0].isfinite().sum() == seen
-
-
-def test_wild_positions_give_nan():
-    positions = torch.arange(34, device=DEVICE)
-    positions[20], positions[30] = 34, -1
-    with backend("triton"), check_values(False):
-        out = attention_qkv(**make_qkv(34), rotary=tables(8, 34), positions=positions)
-    assert out[:20].isfinite().all()
-    assert out[20].isnan().all()
-
-
-def test_a_token_alone_attends_to_itself():
-    tensors = make((2, 1, 1, 2, 64))
-    with backend("triton"):
-        found = testing.outputs_and_gradients(attention, tensors)
-    assert torch.equal(found["out0"], tensors["v"])
-    # P is 1 whatever q and k are; what is left of dP - delta is a rounding of sums of 64 products.
-    assert all(found[name].abs().max() < 64 * torch.finfo(torch.float32).eps * 10 for name in ("dq", "dk"))
-    assert found["dv"].abs().min() > 0
+    check(attention_inputs((1, 40, 20, 1, 16)), causal=False, dropout=dropout)  # the first query is at -20
 
 
 def test_non_contiguous_inputs():
@@ -346,88 +248,17 @@ def test_non_contiguous_inputs():
     merged = torch.randn(34, 200, generator=generator).to(DEVICE)
     qkv = merged[:, 4:100].unflatten(1, (3, 2, 16))
     before = merged.clone()
-    check_qkv({"qkv": qkv}, batch=2, rotary=tables(8))
+    check_qkv({"qkv": qkv}, batch=2, rotary=rotary_tables(8))
     check_qkv({"qkv": qkv}, cu_seqlens=ints(0, 11, 34))
     assert torch.equal(merged, before)
 
 
 def test_tables_masks_and_starts_of_any_strides():
-    cos, sin = tables(8)
+    cos, sin = rotary_tables(8)
     apart = torch.stack((cos, sin), dim=-1)
     spread = torch.tensor([[5, 1], [7, 2]], device=DEVICE)
     options = {
         "rotary": (apart[..., 0], apart[..., 1]), "positions": torch.arange(68, device=DEVICE)[::2],
         "seq_starts": ints(0, 9, 5, 9)[::2], "dropout": Dropout(0.3, spread[:, 0], spread[:, 1]),
     }
-    check_qkv(make_qkv(34), batch=2, **options)
-
-
-def test_empty_input():
-    for shape in ((0, 3, 3, 2, 16), (2, 0, 0, 2, 16), (2, 0, 5, 2, 16)):
-        check(make(shape))
-    check(make((2, 0, 0, 2, 16)), cu_seqlens=ints(0))
-    check_qkv(make_qkv(0), rotary=tables(8))
-
-
-def test_backward_is_bitwise_repeatable():
-    tensors, options = make((1, 70, 70, 2, 16), torch.float16), {"dropout": Dropout(0.2, RNG)}
-    with backend("triton"):
-        first, second = (testing.outputs_and_gradients(attention, tensors, **options) for _ in range(2))
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-
-
-def test_the_kernels_ran_and_not_pytorch(monkeypatch):
-    from phi1.kernels import _attention_triton
-
-    launched = []
-    for name in ("launch_forward", "launch_backward"):
-        launch = getattr(_attention_triton, name)
-        monkeypatch.setattr(
-            _attention_triton, name, lambda *a, launch=launch, name=name: launched.append(name) or launch(*a)
-        )
-    with backend("triton"):
-        testing.outputs_and_gradients(attention, make((1, 4, 4, 1, 16)))
-        testing.outputs_and_gradients(attention_qkv, make_qkv(4))
-    assert launched == ["launch_forward", "launch_backward"] * 2
-
-
-def test_what_the_kernels_do_not_take_raises():
-    refusal = r"a head size of at most 128; got 129; backend\('reference'\)"
-    with backend("triton"), pytest.raises(NotImplementedError, match=refusal):
-        attention(**make((1, 3, 3, 1, 129)))
-
-
-def test_operators_are_sound_and_compile_whole():
-    q, k, v = (x.requires_grad_() for x in make((2, 9, 9, 2, 16)).values())
-    qkv = make_qkv(12)["qkv"].requires_grad_()
-    positions = torch.arange(12, device=DEVICE)
-    with backend("triton"):
-        testing.assert_operator_is_sound("attention", (q, k, v, None, ints(0, 2), True, 0.25, 0.5, RNG, None, 1, 0))
-        testing.assert_operator_is_sound(
-            "attention_qkv",
-            (qkv, *tables(8), positions, ints(0, 5, 12), None, 1, True, 0.25, True, 0.5, RNG, None, 1, 0),
-        )
-        testing.assert_compiles_whole(attention_qkv, make_qkv(12), batch=2, rotary=tables(8))
-
-
-def test_activation_checkpointing_gives_the_same_gradients():
-    from torch.utils.checkpoint import checkpoint
-
-    options = {"batch": 2, "rotary": tables(8), "dropout": Dropout(0.2, RNG)}
-    with backend("triton"):
-        plain = testing.outputs_and_gradients(attention_qkv, make_qkv(34), **options)
-        again = testing.outputs_and_gradients(
-            lambda qkv: checkpoint(attention_qkv, qkv, use_reentrant=False, **options), make_qkv(34))
-    assert all(torch.equal(x, again[name]) for name, x in plain.items())
-
-
-def test_every_tile_of_the_table_and_of_the_tuner_can_hold_a_dropout_mask():
-    from phi1.kernels._attention_triton import CANDIDATES
-
-    for kernel, rows in table("attention").items():
-        assert (rows[-1]["gpu"], rows[-1]["when"]) == ("any", {}), kernel
-        for tile in [row["tile"] for row in rows] + CANDIDATES[kernel]:
-            assert tile.keys() == CANDIDATES[kernel][0].keys(), (kernel, tile)
-            assert tile["block_m"] >= 16, (kernel, tile)
-            assert tile["block_n"] == 32 or tile["block_n"] % 64 == 0, (kernel, tile)
+    check_qkv(qkv_inputs(34), batch=2, **options)
