@@ -3,10 +3,10 @@
     python bench/cpu_training.py [--vocab 51200 4096] [--rounds 12] [--memory] [--json FILE]
 
 Both train 4 layers of width 256 on batches of 8 x 256 tokens with fused AdamW, eager, in bf16: transformers with sdpa
-attention under autocast, its usual way; phi1 with its trainer's own step (FSDP2, fp32 master weights). Both compute the
-same: gradients of the mean cross-entropy, global-norm clipping at 1, an optimizer step. Absolute speeds of a shared CPU
-mean little, so rounds alternate between the two and the ratio of each pair counts. Peak memory is the largest resident
-set of a process of its own that takes 4 steps, imports included.
+attention under autocast, its usual way; phi1 with its trainer's own step (bf16 copies of fp32 parameters). Both compute
+the same: gradients of the mean cross-entropy, global-norm clipping at 1, an optimizer step. Absolute speeds of a shared
+CPU mean little, so rounds alternate between the two and the ratio of each pair counts. Peak memory is the largest
+resident set of a process of its own that takes 4 steps, imports included.
 """
 
 from __future__ import annotations

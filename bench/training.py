@@ -1,8 +1,8 @@
 """One optimizer step on random tokens, as phi1's trainer takes it and as transformers' users write it.
 
 Both compute the same: gradients of the mean cross-entropy, global-norm clipping at 1, an AdamW update of float32 master
-weights. phi1 runs its trainer (FSDP2 at one process); transformers runs under autocast with a loss scaler, its usual
-way, in bfloat16 on a CPU and in float16 on a GPU.
+weights. phi1 runs its trainer: on a GPU FSDP2 at one process, on a CPU 16-bit copies of the weights. transformers runs
+under autocast with a loss scaler, its usual way, in bfloat16 on a CPU and in float16 on a GPU.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def always_last(model, last, reshard):
 
 def last_not_resharded(model, last, reshard):
     engine_module.set_last_micro_step(model, last)
-    engine_module.sharded(model).set_reshard_after_backward(False)
+    model.set_reshard_after_backward(False)
 
 
 def collectives(rank, store, data, cases):
@@ -116,7 +116,7 @@ def test_replicas_add_their_gradients_once_a_step(place, tmp_path):
 
 def test_a_last_micro_step_that_does_not_reshard_is_noticed(place, tmp_path):
     with pytest.raises(AssertionError, match="set_last_micro_step: no last one was run"):
-        in_processes(1, collectives, tmp_path, place / "data", [("last_not_resharded", {})])
+        in_processes(2, collectives, tmp_path, place / "data", [("last_not_resharded", {})])
 
 
 def trajectory(rank, store, data, folder, ways):

@@ -38,6 +38,7 @@ from phi1.train.launch import Place, connect
 from phi1.train.recipe import Train
 from phi1.train.step import make_optimizer
 
+engine.Engine.is_alone = False  # FSDP at one process too, as on a GPU
 place = Place.from_environment()
 machine = engine.start(place, "cpu", "bf16", 1)
 engine.connect_processes(machine, place, connect(place))

@@ -1,30 +1,32 @@
 """Processes, threads, precision and sharding: the part of a run that knows about the machine.
 
-Distribution is PyTorch's FSDP2, at one process too, so that every run takes the same path. Master weights are fp32;
-the arithmetic's precision comes from FSDP's mixed-precision policy alone, without autocast.
+Distribution is PyTorch's FSDP2, on a single GPU too; a process that is alone on a CPU has `WorkingCopies` instead, with
+the same bits. Either way parameters and gradients are fp32 DTensors between the steps, and the arithmetic's precision
+comes from the copies that are computed with, without autocast.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from phi1 import Phi1, Phi1Config, load
-from phi1.kernels import empty
 from phi1.train.launch import Place, RunError
 from phi1.train.provenance import versions
 from phi1.train.together import attempt, fail, together
+from phi1.working_copies import WorkingCopies
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -52,6 +54,11 @@ class Engine:
     def replicas(self) -> int:
         """Copies of the states."""
         return self.world_size // (self.shard_group or self.world_size)
+
+    @property
+    def is_alone(self) -> bool:
+        """A process that has nobody to share with, and nothing to overlap."""
+        return self.world_size == 1 and self.device.type == "cpu"
 
     def environment(self) -> dict[str, str | int]:
         """What a bitwise replay needs to be equal, for checkpoints and the ledger."""
@@ -134,6 +141,10 @@ def build_model(config: Phi1Config, engine: Engine, seed: int, init: str | None 
     if init is not None:
         _take_weights(model, init)
     mesh = _mesh(engine)
+    if engine.is_alone:
+        _hold_whole(model, mesh)
+        WorkingCopies(model, DTYPES[engine.precision])
+        return model
     # Inputs are not cast: the rotary tables go into each block and stay fp32.
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[engine.precision], reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
@@ -142,10 +153,6 @@ def build_model(config: Phi1Config, engine: Engine, seed: int, init: str | None 
             continue  # a part of the model's own group
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=engine.reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    if engine.device.type == "cpu" and engine.world_size == 1:
-        for module in _sharded_modules(model):
-            module.set_custom_all_gather(_OneProcess(False))  # type: ignore[arg-type]  # PyTorch does not export its class
-            module.set_custom_reduce_scatter(_OneProcess(True))  # type: ignore[arg-type]
     register_fsdp_forward_method(model, "loss")
     return model
 
@@ -166,25 +173,12 @@ def _take_weights(model: Phi1, source: str) -> None:
         raise RunError(f"model.init {source}: {' '.join(str(error).split())[:300]}") from None
 
 
-class _OneProcess:
-    """FSDP's collectives where there is nobody to talk to, in memory that stays with the process.
-
-    On a CPU, PyTorch would take the pages of these buffers anew in each step. Of a reduction FSDP asks for the input,
-    and then for the output: they are one, and not copied.
-    """
-
-    def __init__(self, reduces: bool) -> None:
-        self._reduces = reduces
-        self._input: torch.Tensor | None = None
-
-    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        given = empty([int(n) for n in size], dtype=dtype, device=device) if self._input is None else self._input
-        self._input = given if self._reduces and self._input is None else None
-        return given
-
-    def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, **_: Any) -> None:
-        if output_tensor.data_ptr() != input_tensor.data_ptr():  # FSDP gathers into a part of the output
-            output_tensor.copy_(input_tensor)
+def _hold_whole(model: Phi1, mesh: DeviceMesh) -> None:
+    """Make each parameter a DTensor of one shard, as FSDP leaves it."""
+    for module in model.modules():
+        for name, given in list(module.named_parameters(recurse=False)):
+            whole = DTensor.from_local(given.detach(), mesh, [Shard(0)], run_check=False)
+            setattr(module, name, nn.Parameter(whole))
 
 
 def _sharded_modules(model: Phi1) -> list[FSDPModule]:
@@ -210,17 +204,12 @@ def set_last_micro_step(model: Phi1, last: bool, reshard: bool = False) -> None:
     at the last one alone.
 
     Parameters that are still gathered when the optimizer steps would be stale in all later steps, without any error:
-    whoever runs the last backward of a step must have said so here.
+    whoever runs the last backward of a step must have said so here. A process alone on a CPU has nothing of all this.
     """
-    sharded(model).set_requires_gradient_sync(last or reshard)
-    sharded(model).set_reshard_after_backward(last or reshard)
-    sharded(model).set_requires_all_reduce(last)
-
-
-def sharded(model: Phi1) -> FSDPModule:
-    """The same module, seen as what fully_shard has made of it."""
-    assert isinstance(model, FSDPModule)
-    return model
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or reshard)
+        model.set_reshard_after_backward(last or reshard)
+        model.set_requires_all_reduce(last)
 
 
 def reshard(model: Phi1) -> None:

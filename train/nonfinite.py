@@ -46,11 +46,13 @@ class _Finder(TorchDispatchMode):
         super().__init__()
         self.model, self.micro_step = model, -1
         self.found, self.found_in = "", 0
+        self.names: dict[int, str] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
-        self.micro_step += name in EMBEDDINGS  # with which each forward pass begins
+        if name in EMBEDDINGS:  # with which each forward pass begins
+            self.micro_step, self.names = self.micro_step + 1, self._whole_parameters()
         if not self.found and (name.startswith("phi1::") or name in WATCHED):
             results = result if isinstance(result, tuple | list) else (result,)
             bad = [tensor for tensor in results if _is_bad(tensor)]
@@ -59,9 +61,7 @@ class _Finder(TorchDispatchMode):
         return result
 
     def _describe(self, name: str, bad: Tensor, args: tuple[Any, ...]) -> str:
-        # While an operation reads them, parameters are whole tensors.
-        names = {parameter.data_ptr(): key for key, parameter in self.model.named_parameters()
-                 if not isinstance(parameter, DTensor)}
+        names = self.names | self._whole_parameters()
         read = {names[arg.data_ptr()]: arg for arg in args if isinstance(arg, Tensor) and arg.data_ptr() in names}
         layer = next((key.removesuffix(".weight").removesuffix(".norm") for key in read),
                      "embed" if "embedding" in name else "the loss")
@@ -73,6 +73,11 @@ class _Finder(TorchDispatchMode):
         return (f"not finite: {layer}, {name}, {'backward' if backward else 'forward'}: "
                 f"{f'gradient of {of}' if of else 'result'} {list(bad.shape)} {str(bad.dtype).removeprefix('torch.')}, "
                 f"largest finite value {largest}" + (f"; {', '.join(spoilt)} is not finite itself" if spoilt else ""))
+
+    def _whole_parameters(self) -> dict[int, str]:
+        """Names by address. While an operation reads them, parameters are whole tensors."""
+        return {parameter.data_ptr(): key for key, parameter in self.model.named_parameters()
+                if not isinstance(parameter, DTensor)}
 
 
 def _is_bad(tensor: Any) -> bool:
