@@ -5,8 +5,8 @@
 Both train 4 layers of width 256 on batches of 8 x 256 tokens with fused AdamW, eager, in bf16: transformers with sdpa
 attention under autocast, its usual way; phi1 with its trainer's own step (bf16 copies of fp32 parameters). Both compute
 the same: gradients of the mean cross-entropy, global-norm clipping at 1, an optimizer step. Absolute speeds of a shared
-CPU mean little, so rounds alternate between the two and the ratio of each pair counts. Peak memory is the largest
-resident set of a process of its own that takes 4 steps, imports included.
+CPU mean little, so rounds alternate between the two and the ratio of each pair counts; each vocabulary has a process of
+its own. Peak memory is the largest resident set of a process of its own that takes 4 steps, imports included.
 """
 
 from __future__ import annotations
@@ -63,10 +63,12 @@ def compare(vocab_size: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def peak_mib(provider: str, vocab_size: int) -> float:
-    """Largest resident set, MiB, of a process that takes 4 steps."""
-    command = [sys.executable, __file__, "--peak-of", provider, "--vocab", str(vocab_size)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+def in_own_process(*arguments: str) -> str:
+    """The last line that this script prints with such arguments. What a process has done before changes its speed."""
+    done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
+    return done.stdout.splitlines()[-1]
 
 
 def own_peak_mib() -> float:
@@ -82,6 +84,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, each in its own process")
     parser.add_argument("--json", help="write the results to this file as well")
     parser.add_argument("--peak-of", choices=PROVIDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--compare", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f"argument --rounds: must be 1 or more; got {args.rounds}")
@@ -91,13 +94,17 @@ def main() -> None:
             step()
         print(own_peak_mib())
         return
+    if args.compare:
+        print(json.dumps(compare(args.vocab[0], args.rounds)))
+        return
     rows = []
     for vocab_size in args.vocab:
-        row = compare(vocab_size, args.rounds)
+        own = "--vocab", str(vocab_size)
+        row = json.loads(in_own_process("--compare", *own, "--rounds", str(args.rounds)))
         print(f"V = {vocab_size}: phi1 {row['phi1_tokens_per_s']} tokens/s, transformers "
               f"{row['transformers_tokens_per_s']}: {row['ratio_median']}x (p20-p80 {row['ratio_p20_p80']})")
         if args.memory:
-            row |= {f"{name}_peak_mib": round(peak_mib(name, vocab_size)) for name in PROVIDERS}
+            row |= {f"{name}_peak_mib": round(float(in_own_process("--peak-of", name, *own))) for name in PROVIDERS}
             row["memory_ratio"] = round(row["phi1_peak_mib"] / row["transformers_peak_mib"], 3)
             print(f"V = {vocab_size}: peak memory phi1 {row['phi1_peak_mib']} MiB, transformers "
                   f"{row['transformers_peak_mib']} MiB: {row['memory_ratio']}x")
