@@ -2,6 +2,7 @@
 the machine out where `-n` runs tests side by side."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,9 @@ MOST_WORKERS = 8  # each takes up to 1 GB
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:  # before anything imports torch: more threads than cores wait for each other, spinning
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // WORKERS)))
+# What is started with `&` in a script ignores Ctrl-C, and so would the processes that tests press it on.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

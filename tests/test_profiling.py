@@ -103,13 +103,14 @@ def test_out_of_memory_is_a_line_with_the_setting_to_change_and_a_table(place):
     lambda: bytearray(1 << 62),
     lambda: mmap.mmap(-1, 1 << 55),
 ])
-def test_too_little_memory_on_a_cpu_is_a_line_as_well(tmp_path, error):
-    recipe = read_recipe(None, {"train.batch_size": "1", "train.activations": "block"})
-    engine = Engine(torch.device("cpu"), "fp32", 1, 1)
-    with pytest.raises(RunError) as raised, explained(recipe, engine, tmp_path, Place()):
+@pytest.mark.parametrize(("processes", "setting"), [(1, ""), (2, "set run.reshard to true, or ")])
+def test_too_little_memory_on_a_cpu_is_a_line_as_well(tmp_path, error, processes, setting):
+    recipe = read_recipe(None, {"train.batch_size": f"{processes}", "train.activations": "block"})
+    engine = Engine(torch.device("cpu"), "fp32", 1, processes)
+    with pytest.raises(RunError) as raised, explained(recipe, engine, tmp_path, Place(0, processes, 0, processes)):
         error()
-    assert str(raised.value) == ("out of memory: no micro-batch fits: set run.reshard to true, or give each process "
-                                 f"more memory; the plan's table is in {tmp_path}/out-of-memory-0.txt")
+    assert str(raised.value) == (f"out of memory: no micro-batch fits: {setting}give each process more memory; the "
+                                 f"plan's table is in {tmp_path}/out-of-memory-0.txt")
     table = (tmp_path / "out-of-memory-0.txt").read_text()
     for part in ("memory of a process, GiB", "parameters, gathered, 32 bits", "Python and PyTorch", "held at most: "):
         assert part in table

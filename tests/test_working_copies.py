@@ -1,5 +1,7 @@
 """Working copies: FSDP's bits without FSDP, gradients in fp32, and parameters that are always the newest."""
 
+import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -9,6 +11,7 @@ from phi1 import Phi1
 from phi1.config import preset
 from phi1.train.batches import Layout
 from phi1.train.engine import Engine
+from phi1.train.plan import states
 from phi1.train.testing import make_trainer, weights_of
 from phi1.working_copies import WorkingCopies
 
@@ -64,6 +67,60 @@ def test_what_changes_the_parameters_is_seen():
     assert abs(loss(model).item() - before) > 0.1
 
 
+def test_a_parameter_that_is_replaced_is_refused():
+    model = make_model()
+    WorkingCopies(model, torch.bfloat16)
+    model.load_state_dict({name: x.clone() for name, x in model.state_dict().items()}, assign=True)
+    with pytest.raises(RuntimeError, match="WorkingCopies: weight of Embedding was replaced; change it in place"):
+        loss(model)
+
+
+def test_a_frozen_parameter_gets_no_gradient():
+    model = make_model()
+    WorkingCopies(model, torch.bfloat16)
+    loss(model).backward()
+    model.zero_grad()
+    model.embed.weight.requires_grad_(False)
+    loss(model).backward()
+    assert model.embed.weight.grad is None
+    assert model.head.weight.grad is not None
+
+
+def test_a_gradient_that_was_replaced_is_added_to():
+    model, other = make_model(), make_model()
+    for each in (model, other):
+        WorkingCopies(each, torch.bfloat16)
+        loss(each).backward()
+    for parameter in model.parameters():
+        parameter.grad = parameter.grad * 0.5
+    loss(model).backward()
+    for parameter, once in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(parameter.grad, once.grad * 0.5 + once.grad)
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", ["backward", "adding"])
+def test_what_an_interrupted_backward_leaves_is_gone_with_zero_grad(at, monkeypatch):
+    model, other = make_model(), make_model()
+    WorkingCopies(model, torch.bfloat16)
+    WorkingCopies(other, torch.bfloat16)
+    value = loss(model)
+    if at == "backward":
+        value.register_hook(interrupted)
+    else:
+        monkeypatch.setattr(torch.Tensor, "copy_", interrupted)  # of the first gradient that arrives
+    with pytest.raises(KeyboardInterrupt):
+        value.backward()
+    monkeypatch.undo()
+    model.zero_grad()
+    for each in (model, other):
+        loss(each).backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
 def test_a_loss_that_fails_leaves_the_parameters_where_they_were():
     model = make_model()
     own = list(model.parameters())
@@ -71,6 +128,35 @@ def test_a_loss_that_fails_leaves_the_parameters_where_they_were():
     with pytest.raises(ValueError, match="token ids must be between"):
         model.loss(IDS[0] + 128, TARGETS[0])
     assert all(a is b for a, b in zip(own, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("copies", [copy.deepcopy, pickle.dumps])
+def test_a_copy_that_would_train_nothing_is_refused(copies):
+    model = make_model()
+    WorkingCopies(model, torch.bfloat16)
+    with pytest.raises(TypeError, match="can be neither copied nor pickled; save its state_dict"):
+        copies(model)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_plan_knows_what_a_process_alone_holds(small_corpus, engines, precision):
+    trainer = make_trainer(small_corpus, engines, precision, micro_batch_size=2)
+    trainer.layout = Layout.of(4, 2, 0, 1)
+    trainer.optimizer.zero_grad = lambda **_: None
+    trainer.run_step()
+    model = trainer.model
+
+    def bytes_of(tensors):
+        return sum(x.numel() * x.element_size() for x in {x.data_ptr(): x for x in tensors}.values())
+
+    own = [x.to_local() for x in model.parameters()]
+    addresses = {x.data_ptr() for x in own}
+    held = [bytes_of(own), bytes_of(x.grad.to_local() for x in model.parameters()),
+            bytes_of(state[name].to_local() for state in trainer.optimizer.state.values()
+                     for name in ("exp_avg", "exp_avg_sq")),
+            bytes_of(x for *_, x in model.loss.__self__._places if x.data_ptr() not in addresses), 0]
+    element = 4 if precision == "fp32" else 2
+    assert list(states(model.config, 1, element, 2, alone=True).values()) == pytest.approx(held, rel=0.03)
 
 
 def test_only_a_process_alone_on_a_cpu_goes_without_fsdp(engines):

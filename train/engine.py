@@ -1,6 +1,6 @@
 """Processes, threads, precision and sharding: the part of a run that knows about the machine.
 
-Distribution is PyTorch's FSDP2, on a single GPU too; a process that is alone on a CPU has `WorkingCopies` instead, with
+Distribution is PyTorch's FSDP2, on a single GPU too; a process that is alone on a CPU has `WorkingCopies` instead, and
 the same bits. Either way parameters and gradients are fp32 DTensors between the steps, and the arithmetic's precision
 comes from the copies that are computed with, without autocast.
 """
@@ -125,7 +125,9 @@ def connect_processes(engine: Engine, place: Place, store: Store) -> None:
 
 
 def build_model(config: Phi1Config, engine: Engine, seed: int, init: str | None = None) -> Phi1:
-    """A model with initial weights from `seed`, sharded as the engine says, each large block as one group.
+    """A model with initial weights from `seed`, whose `loss` computes in the engine's precision.
+
+    It is sharded as the engine says, each large block as one group; a process alone on a CPU holds it whole.
 
     Args:
         config: of the model.

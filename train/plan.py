@@ -1,9 +1,9 @@
 """What a run will need, before any GPU is rented: memory a GPU by component, time, collectives, cost.
 
 The states (parameters, gradients, optimizer) are exact for FSDP2 as `engine.py` sets it up: parameters stay gathered
-within a step and gradients of several micro-steps add up unsharded, in float32. Activations follow from what the
-operations save. Time is arithmetic over the GPU's peak times an MFU, which is an assumption until a run on that GPU has
-measured it, and the plan says so.
+within a step and gradients of several micro-steps add up unsharded, in float32. So they are for a process alone on a
+CPU, which goes without FSDP2. Activations follow from what the operations save. Time is arithmetic over the GPU's peak
+times an MFU, which is an assumption until a run on that GPU has measured it, and the plan says so.
 
 P parameters, W GPUs, L layers, D width, F MLP, V vocabulary, H heads, T tokens of a sequence, b sequences of a
 micro-batch.
@@ -47,21 +47,30 @@ class Cluster:
     of: str = "GPU"
     """Whose memory is planned: a GPU's, or on CPUs that of each process."""
 
+    @property
+    def is_alone(self) -> bool:
+        """One process on a CPU, which goes without FSDP."""
+        return self.of != "GPU" and self.gpus == 1
 
-def states(config: Phi1Config, shards: int, element: int, micro_steps: int, reshard: bool = False) -> dict[str, float]:
+
+def states(config: Phi1Config, shards: int, element: int, micro_steps: int, reshard: bool = False,
+           alone: bool = False) -> dict[str, float]:
     """Bytes a GPU that are there at the end of a step's last backward, whatever the micro-batch.
 
     With `reshard` no more than two blocks are gathered, beside what belongs to none, and gradients add up in shards.
+    A process `alone` on a CPU has copies of the parameters, in 16 bits alone, and adds gradients up where they stay.
     """
     p, d, v = config.num_parameters, config.hidden_size, config.vocab_size
     outside = 2 * v * d + v + 2 * d
     gathered = outside + (p - outside) * min(1.0, 2 / config.num_hidden_layers) if reshard else p
+    if alone:
+        gathered = p if element < 4 else 0
     return {
         "parameters, fp32, sharded": 4 * p / shards,
         "gradients, fp32, sharded": 4 * p / shards,
         "AdamW's two moments, fp32, sharded": 8 * p / shards,
         f"parameters, gathered, {8 * element} bits": element * gathered,
-        "gradients of the micro-steps, fp32": 4 * p if micro_steps > 1 and not reshard else 0,
+        "gradients of the micro-steps, fp32": 4 * p if micro_steps > 1 and not reshard and not alone else 0,
     }
 
 
@@ -104,6 +113,8 @@ def moments(recipe: Recipe, cluster: Cluster, micro_batch: int) -> list[tuple[st
     """What lives for a part of the step, by size: the first one counts."""
     found = transients(recipe.phi1_config(), recipe.data.seq_len, ELEMENT_BYTES[recipe.train.precision], micro_batch,
                        shards_of(recipe, cluster), recipe.train.activations)
+    if cluster.is_alone:
+        del found["buffers of the largest reduction"]
     return sorted(found.items(), key=lambda item: -item[1])
 
 
@@ -115,7 +126,7 @@ def memory(recipe: Recipe, cluster: Cluster, micro_batch: int) -> dict[str, floa
     shards = shards_of(recipe, cluster)
     (largest, passing), *_ = moments(recipe, cluster, micro_batch)
     return {
-        **states(config, shards, element, micro_steps, recipe.run.reshard),
+        **states(config, shards, element, micro_steps, recipe.run.reshard, cluster.is_alone),
         f"activations of {micro_batch} sequences": micro_batch * activations(config, seq_len, element, mode),
         f"for a moment: {largest}": passing,
         **({"CUDA, cuBLAS and NCCL (assumed)": CONTEXT_BYTES} if cluster.of == "GPU" else
@@ -232,7 +243,7 @@ def _ways_out(recipe: Recipe, cluster: Cluster) -> list[str]:
 def _settings(recipe: Recipe, cluster: Cluster) -> list[str]:
     """Each setting that lets a sequence fit, or the two that do so together."""
     ways, resharding = _proposal(recipe, cluster, 1), replace(recipe, run=replace(recipe.run, reshard=True))
-    if recipe.run.reshard:
+    if recipe.run.reshard or cluster.is_alone:
         return ways
     if largest_micro_batch(resharding, cluster):
         return [*ways, "set run.reshard to true"]

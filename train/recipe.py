@@ -133,7 +133,7 @@ class Run:
                                             "replicas (0: those of one machine)")] = 0
     reshard: Annotated[bool, doc("give up gathered parameters after each pass of a large block and reduce gradients "
                                  "after each micro-step: the least memory, for small cards, and more "
-                                 "communication")] = False
+                                 "communication; nothing at one process on a CPU")] = False
     watchdog: Annotated[NotNegative, doc("seconds that the start with its loading, a step, a save, a batch of an "
                                          "evaluation or the gathering of the weights may take before its process ends "
                                          "with its stack; time in which the run is suspended does not count (0: "
