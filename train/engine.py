@@ -125,7 +125,7 @@ def connect_processes(engine: Engine, place: Place, store: Store) -> None:
 
 
 def build_model(config: Phi1Config, engine: Engine, seed: int, init: str | None = None) -> Phi1:
-    """A model with initial weights from `seed`, whose `loss` computes in the engine's precision.
+    """A model with initial weights from `seed`, of which `loss` alone is called: it computes in the engine's precision.
 
     It is sharded as the engine says, each large block as one group; a process alone on a CPU holds it whole.
 
