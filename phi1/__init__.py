@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from phi1.model import Cache, Phi1
     from phi1.tokenizer import load_tokenizer
     from phi1.weights import load, save
+    from phi1.working_copies import WorkingCopies
 
 __version__ = "0.1.0"
 _HOME = {
@@ -22,8 +23,10 @@ _HOME = {
     "generate": "generation",
     "load": "weights", "save": "weights",
     "load_tokenizer": "tokenizer",
+    "WorkingCopies": "working_copies",
 }
-__all__ = ["PRESETS", "Cache", "Phi1", "Phi1Config", "generate", "load", "load_tokenizer", "preset", "save"]
+__all__ = ["PRESETS", "Cache", "Phi1", "Phi1Config", "WorkingCopies", "generate", "load", "load_tokenizer", "preset",
+           "save"]
 
 
 def __getattr__(name: str) -> Any:

@@ -27,10 +27,18 @@ class WorkingCopies:
 
     Args:
         model: its parameters are float32, plain or DTensors that this process holds whole.
-        dtype: of the copies; with float32 the parameters' own memory is used.
+        dtype: of the copies, float16, bfloat16 or float32; with float32 the parameters' own memory is used.
+
+    Raises:
+        TypeError: a parameter, or dtype, is of another type.
     """
 
     def __init__(self, model: Phi1, dtype: torch.dtype) -> None:
+        if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise TypeError(f"WorkingCopies: dtype must be float16, bfloat16 or float32; got {dtype}")
+        for name, parameter in model.named_parameters():
+            if parameter.dtype != torch.float32:
+                raise TypeError(f"WorkingCopies: parameters must be float32; got {parameter.dtype} of {name}")
         self._compute = model.loss
         self._places: list[tuple[nn.Module, str, nn.Parameter, Tensor, nn.Parameter]] = []
         for module in model.modules():

@@ -199,3 +199,17 @@ def test_pytest_benchmark_writes_what_the_numbers_depend_on(tmp_path):
     assert {test["extra_info"]["bytes"] for test in written["benchmarks"]} == {256 * 1024 * 2 * 4}
     if torch.cuda.is_available():
         assert {"gpu", "driver"} <= set(facts)
+
+
+@pytest.mark.slow
+def test_training_on_a_cpu_is_compared_and_written(tmp_path):
+    script = os.path.join(os.path.dirname(os.path.dirname(__file__)), "bench", "cpu_training.py")
+    command = [sys.executable, script, "--vocab", "64", "96", "--rounds", "2", "--memory"]
+    done = subprocess.run([*command, "--json", tmp_path / "r.json"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [row["vocab_size"] for row in rows] == [64, 96]
+    for row in rows:
+        assert row["ratio_p20_p80"][0] <= row["ratio_median"] <= row["ratio_p20_p80"][1]
+        assert row["memory_ratio"] == pytest.approx(row["phi1_peak_mib"] / row["transformers_peak_mib"], abs=1e-3)
+        assert f"V = {row['vocab_size']}: phi1 {row['phi1_tokens_per_s']} tokens/s" in done.stdout

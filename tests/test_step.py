@@ -132,6 +132,12 @@ def test_an_overflow_in_the_backward_pass_is_named(small_corpus, engines):
                      r"float16, largest finite value .*; samples \[\d+, \d+\], micro-step 1, rank 0", trainer.problem)
 
 
+def test_an_overflow_in_the_backward_pass_of_a_block_is_named(small_corpus, engines):
+    trainer = make_trainer(small_corpus, engines, "fp16", find_nonfinite=True, loss_scale=2.0**18)
+    assert trainer.run_step().skipped
+    assert re.search(r"first not finite: blocks\.\d, phi1::parallel_block_backward, backward: ", trainer.problem)
+
+
 def test_a_jump_of_the_loss_is_skipped_on_request_and_its_measure_is_saved(small_corpus, engines, tmp_path):
     def losses(trainer, count):
         return [trainer.run_step() for _ in range(count)]

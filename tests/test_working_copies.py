@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from phi1 import Phi1
+from phi1 import Phi1, WorkingCopies
 from phi1.config import preset
+from phi1.gpus import Gpu
 from phi1.train.batches import Layout
 from phi1.train.engine import Engine
-from phi1.train.plan import states
+from phi1.train.plan import Cluster, memory, moments, states
+from phi1.train.recipe_file import read_recipe
 from phi1.train.testing import make_trainer, weights_of
-from phi1.working_copies import WorkingCopies
 
 CONFIG = preset("nano", vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                 num_attention_heads=1, max_position_embeddings=16)
@@ -102,13 +103,16 @@ def interrupted(*_):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("at", ["backward", "adding"])
+@pytest.mark.parametrize("at", ["backward", "arrival", "adding"])
 def test_what_an_interrupted_backward_leaves_is_gone_with_zero_grad(at, monkeypatch):
     model, other = make_model(), make_model()
     WorkingCopies(model, torch.bfloat16)
     WorkingCopies(other, torch.bfloat16)
     value = loss(model)
     if at == "backward":
+        value.register_hook(interrupted)
+    elif at == "arrival":
+        model.loss.__self__._places[-1][-1].grad = torch.ones_like(model.head.bias, dtype=torch.bfloat16)
         value.register_hook(interrupted)
     else:
         monkeypatch.setattr(torch.Tensor, "copy_", interrupted)  # of the first gradient that arrives
@@ -119,6 +123,13 @@ def test_what_an_interrupted_backward_leaves_is_gone_with_zero_grad(at, monkeypa
     for each in (model, other):
         loss(each).backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_what_is_not_float32_is_refused():
+    with pytest.raises(TypeError, match=r"parameters must be float32; got torch\.bfloat16 of embed\.weight"):
+        WorkingCopies(make_model(torch.bfloat16), torch.bfloat16)
+    with pytest.raises(TypeError, match=r"dtype must be float16, bfloat16 or float32; got torch\.int8"):
+        WorkingCopies(make_model(), torch.int8)
 
 
 def test_a_loss_that_fails_leaves_the_parameters_where_they_were():
@@ -157,6 +168,17 @@ def test_the_plan_knows_what_a_process_alone_holds(small_corpus, engines, precis
             bytes_of(x for *_, x in model.loss.__self__._places if x.data_ptr() not in addresses), 0]
     element = 4 if precision == "fp32" else 2
     assert list(states(model.config, 1, element, 2, alone=True).values()) == pytest.approx(held, rel=0.03)
+
+
+def test_only_the_plan_of_a_process_alone_goes_without_fsdps_buffers():
+    recipe = read_recipe(None, {"train.precision": "fp32", "train.batch_size": "4"})
+    gpu = Gpu("cpu", "", 8.0, 1, 1, 1, 1, "a test")
+    alone, pair, on_gpu = (memory(recipe, Cluster(gpu, processes, of=of), 1)
+                           for processes, of in ((1, "process"), (2, "process"), (1, "GPU")))
+    for name in ("parameters, gathered, 32 bits", "gradients of the micro-steps, fp32"):
+        assert alone[name] == 0 < pair[name] == on_gpu[name]
+    largest = {name for name, _ in moments(recipe, Cluster(gpu, 1, of="process"), 1)}
+    assert {name for name, _ in moments(recipe, Cluster(gpu, 1), 1)} - largest == {"buffers of the largest reduction"}
 
 
 def test_only_a_process_alone_on_a_cpu_goes_without_fsdp(engines):
