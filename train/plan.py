@@ -243,7 +243,7 @@ def _ways_out(recipe: Recipe, cluster: Cluster) -> list[str]:
 def _settings(recipe: Recipe, cluster: Cluster) -> list[str]:
     """Each setting that lets a sequence fit, or the two that do so together."""
     ways, resharding = _proposal(recipe, cluster, 1), replace(recipe, run=replace(recipe.run, reshard=True))
-    if recipe.run.reshard or cluster.is_alone:
+    if recipe.run.reshard:
         return ways
     if largest_micro_batch(resharding, cluster):
         return [*ways, "set run.reshard to true"]
