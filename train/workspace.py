@@ -107,13 +107,16 @@ def format_bytes(n: float) -> str:
 
 
 def _make_locked(out: Path) -> tuple[Path, int]:
-    while True:
+    while True:  # until it is locked: before that, the sweep of another process can take it for abandoned
         folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
         folder.mkdir()
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
         with contextlib.suppress(OSError):  # a file system without locks: nothing is swept there either
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():  # else a sweep took it for abandoned between the two lines above
+        if folder.exists():
             return folder, lock
         os.close(lock)
 
