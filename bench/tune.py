@@ -125,8 +125,15 @@ class Tuner:
         keys = [trial_key(task.lookup, tile, task.case.name, self.versions) for tile in task.tiles]
         trials = [self.store.trial(key) for key in keys]
         if not all(trials):
-            inputs = self._inputs(task.case)
-            judge = _judge(task.case, inputs)
+            try:
+                inputs = self._inputs(task.case)
+                judge = _judge(task.case, inputs)
+            except NO_TILES_FAULT:
+                raise
+            except Exception as error:  # most likely memory that another program holds: the next kernel may need less
+                self.say(f"{_name(task.lookup)}: nothing to hold its tiles against, none was tried: {one_line(error)}")
+                still_there(self.device)
+                return False
             for i, (key, tile) in enumerate(zip(keys, task.tiles, strict=True)):
                 if not trials[i] and time.monotonic() < self.deadline:
                     trials[i] = self._try(task, key, tile, inputs, judge)
@@ -285,7 +292,7 @@ def _tune(options: argparse.Namespace, tuner: Tuner) -> int:
         _compile_ahead(options, COMPILE_SHARE * 60 * options.minutes)
     done = tuner.run(tasks)
     print(f"phi1 tune: {torch.cuda.get_device_name()}, {len(tasks)} kernels and shapes, "
-          f"{'all tried' if done else 'time is up'}; {tuner.store.table}"
+          f"{'all tried' if done else 'not all tried'}; {tuner.store.table}"
           f"{'' if done else '; the same command goes on'}", flush=True)
     return 0
 

@@ -81,6 +81,17 @@ def test_a_second_search_times_nothing_again(searched):
     assert "0.5 ms" in lines[0]
 
 
+def test_a_case_without_memory_for_its_inputs_is_named_and_left_for_the_next_search(searched):
+    def out_of_memory(device, generator):
+        raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB")
+
+    with searched() as (tuner, (task,), lines, _):
+        assert not tuner.run([replace(task, case=replace(task.case, inputs=out_of_memory)), task])
+    assert lines[0] == ("layer_norm forward width=256: nothing to hold its tiles against, none was tried: "
+                        "OutOfMemoryError: Tried to allocate 20.00 GiB")
+    assert "5 tiles, 2 of them failed" in lines[1]
+
+
 def test_without_time_nothing_is_tried_and_it_says_so(searched):
     with searched(seconds=-1.0) as (tuner, tasks, lines, store):
         assert not tuner.run(tasks)
