@@ -77,6 +77,15 @@ def test_the_tile_is_not_seen(monkeypatch, tile):
         check(make((3, 21, 26, 3, 16)), **options)
 
 
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [1, 3, 9])
+def test_the_tile_of_one_query_is_not_seen(monkeypatch, heads, dtype):
+    """A head, a sample, or all at once; the gradients take lse from where it was put."""
+    monkeypatch.setattr(tiles, "CPU_TILE_BYTES", -(-heads * 4 * 26 * (1 + 2 * 16) // torch.get_num_threads()))
+    check(make((3, 1, 26, 3, 16), dtype))
+    check(make((3, 1, 26, 3, 16), dtype), seq_starts=starts(2, 9, 0))
+
+
 def test_reference_is_pytorchs_attention():
     tensors = make((2, 9, 9, 3, 16), torch.float64)
     q, k, v = (x.transpose(1, 2) for x in tensors.values())
