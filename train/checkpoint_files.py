@@ -36,9 +36,7 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest step first. Unfinished ones have other names."""
-    if not folder.is_dir():
-        return []
-    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
+    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def choose(folder: Path, resume: str, report: Callable[[str], None] = print) -> Path | None:
@@ -157,11 +155,22 @@ def commit(temporary: Path, final: Path, files: dict[str, list[int | str]]) -> N
     write_manifest(temporary, files)
     sync_folder(temporary)
     aside = final.with_name(f".{final.name}.old.tmp")
-    if final.exists():  # the same step again
-        final.rename(aside)
-    temporary.rename(final)
+    try:
+        if final.exists():  # the same step again
+            final.rename(aside)
+        temporary.rename(final)
+    finally:
+        give_back(final.parent)
     sync_folder(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def give_back(folder: Path) -> None:
+    """Give a checkpoint its name again that was put aside for another of its step, where that did not take it."""
+    for aside in folder.glob(".step-*.old.tmp"):
+        final = aside.with_name(aside.name[1:].removesuffix(".old.tmp"))
+        if not final.exists():
+            aside.rename(final)
 
 
 def sync_folder(folder: Path) -> None:
@@ -184,7 +193,6 @@ def remove_after(folder: Path, chosen: Path | None) -> list[str]:
     """Remove what lies after the checkpoint that the run goes on from, and what a killed save has left behind."""
     found = checkpoints(folder)
     later = found[found.index(chosen) + 1 :] if chosen else []
-    unfinished = list(folder.glob(".step-*.tmp")) if folder.is_dir() else []
-    for path in later + unfinished:
+    for path in [*later, *folder.glob(".step-*.tmp")]:
         shutil.rmtree(path)
     return [path.name for path in later]

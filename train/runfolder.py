@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from phi1.train.checkpoint_files import LEDGER
+from phi1.train.checkpoint_files import LEDGER, give_back
 from phi1.train.launch import RunError
 from phi1.train.recipe import Recipe, Train
 from phi1.train.schedule import learning_rate, schedule_end
@@ -46,7 +46,7 @@ class RunFolder:
         self._is_new = False
 
     def lock(self) -> None:
-        """Take the folder for this process, until it ends.
+        """Take the folder for this process, until it ends. A checkpoint that a killed one had put aside is back then.
 
         Raises:
             RunError: another process has it, or it cannot be written.
@@ -55,6 +55,8 @@ class RunFolder:
             self._is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = lock_file(self.path / ".lock")
+            if self._lock is not None:
+                give_back(self.checkpoints)
         except OSError as error:
             raise RunError(f"run.folder {self.path}: {error.strerror}") from None
         if self._lock is None:
