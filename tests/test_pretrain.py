@@ -15,7 +15,20 @@ import pytest
 
 from phi1.train.checkpoint_files import checkpoints, find_damage
 from phi1.train.ledger import read_ledger
-from phi1.train.testing import STEPS, TINY, command, error_line, run, start, steps, train, wait_for, weights
+from phi1.train.testing import (
+    STEPS,
+    TINY,
+    command,
+    error_line,
+    finished,
+    release,
+    run,
+    start,
+    steps,
+    train,
+    wait_for,
+    weights,
+)
 
 
 def test_a_run_ends_with_a_summary_an_export_and_a_falling_loss(place, undisturbed):
@@ -64,7 +77,7 @@ def test_a_longer_run_goes_on_where_the_shorter_one_ended(place, undisturbed):
 
 
 def test_killed_and_resumed_equals_undisturbed_bit_for_bit(place, undisturbed):
-    process = start(place, "killed")
+    process = start(place, "killed", hold="step-40")
     wait_for(process, (place / "killed" / "checkpoints" / "step-20").exists)
     process.kill()
     process.communicate()
@@ -81,12 +94,12 @@ def test_killed_and_resumed_equals_undisturbed_bit_for_bit(place, undisturbed):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(place, undisturbed, number):
     name = number.name.lower()
-    process = start(place, name, checkpoint__every=0)
-    wait_for(process, (place / name / "ledger.jsonl").exists)
-    time.sleep(0.2)
+    process = start(place, name, hold="step-40", checkpoint__every=40)
+    wait_for(process, lambda: finished(place, name) > 2)
     process.send_signal(number)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    release(place, name)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     match = re.search(rf"stopped by {number.name} after step (\d+) of {STEPS}, which is saved in \S+; go on with: "
                       rf"python (\S+) --config (\S+)$", out, re.MULTILINE)
@@ -101,9 +114,10 @@ def test_a_signal_saves_and_says_how_to_go_on(place, undisturbed, number):
 
 
 def test_two_processes_stop_together_resume_exactly_and_give_the_losses_of_one(place, undisturbed, undisturbed_pair):
-    process = start(place, "two", 2)
+    process = start(place, "two", 2, hold="step-40")
     wait_for(process, (place / "two" / "checkpoints" / "step-20").exists)
     process.send_signal(signal.SIGTERM)
+    release(place, "two")
     out, err = process.communicate(timeout=120)
     assert re.search(r"stopped by SIGTERM after step \d+ of 60.*; go on with: torchrun --standalone --nproc-per-node 2",
                      out), out

@@ -89,11 +89,41 @@ def command(run: str, processes: int = 0, script: Path = SCRIPT, launcher: tuple
     return [*words, str(script), *(word for key, value in options.items() for word in (f"--{key}", str(value)))]
 
 
-def start(place: Path, *args: Any, environment: dict[str, str] | None = None,
+def start(place: Path, run: str, *args: Any, hold: str = "", environment: dict[str, str] | None = None,
           **changes: Any) -> subprocess.Popen[str]:
-    """A run that goes on, in a process group of its own, so that a test can clear away all that it started."""
-    return subprocess.Popen(command(*args, **changes), cwd=place, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, start_new_session=True, env=os.environ | (environment or {}))
+    """A run that goes on, in a process group of its own, so that a test can clear away all that it started.
+
+    Until `release` it comes no further than to the checkpoint `hold`, if one is named.
+    """
+    held = injected(place / f"{run}.hook", holding(place, run, hold)) if hold else {}
+    return subprocess.Popen(command(run, *args, **changes), cwd=place, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, start_new_session=True, env=os.environ | held | (environment or {}))
+
+
+def injected(folder: Path, code: str) -> dict[str, str]:
+    """The environment in which each Python runs `code`, which is kept in `folder`, as it starts."""
+    write_files(folder, {"sitecustomize.py": code})
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}
+
+
+def holding(place: Path, run: str, checkpoint: str) -> str:
+    """Code to inject into a run: it begins to save a checkpoint and waits for `release`, at that step.
+
+    Without it a test that a busy machine keeps waiting for three seconds would find the run at its end.
+    """
+    return f"""import os, time
+make = os.mkdir
+def make_and_wait(path, *args, **options):
+    make(path, *args, **options)
+    while str(path).endswith("/.{checkpoint}.tmp") and not os.path.exists({str(place / f"{run}.released")!r}):
+        time.sleep(0.02)
+os.mkdir = make_and_wait
+"""
+
+
+def release(place: Path, run: str) -> None:
+    """Let a run go on that is held, or would be."""
+    (place / f"{run}.released").touch()
 
 
 def run(place: Path, *args: Any, preexec_fn: Callable[[], None] | None = None,
@@ -113,8 +143,11 @@ def train(place: Path, *args: Any, **changes: Any) -> str:
 def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool], seconds: float = 120) -> None:
     """Wait until something has happened while the process runs."""
     end = time.monotonic() + seconds
-    while not happened():
-        assert process.poll() is None, process.communicate()
+    while True:
+        code = process.poll()  # asked first, since what happens at the very end has happened as well
+        if happened():
+            return
+        assert code is None, process.communicate()
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.002)
 
