@@ -60,7 +60,7 @@ def _parse(argv: Sequence[str], make_parser: MakeParser = plain_parser) -> argpa
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--check", action="store_true",
                         help="compile nothing, and fail on what the table does not hold for any of its versions")
-    parser.add_argument("--update", action="store_true", help="write what was compiled to the table")
+    parser.add_argument("--update", action="store_true", help="put what was compiled into the table")
     parser.add_argument("--all", action="store_true", help="compile everything, not only what is stale")
     parser.add_argument("--sample", type=int, default=0, metavar="N",
                         help="compile N cases of the table again, others each day, and fail where they differ")
@@ -102,23 +102,18 @@ def _report(chosen: Chosen, options: argparse.Namespace) -> int:
         if (arch, case.name) not in fresh:
             refused += _print(case, arch, report_of(rows[arch][case.name]))
     by_name = {(arch, case.name): case for arch, case in due}
+    compiled: Rows = {}
     saved = time.monotonic()
     for job, report in compile_all(list(by_name), options.jobs):
         refused += _print(by_name[job], job[0], report)
-        rows.setdefault(job[0], {})[job[1]] = row_of(by_name[job], report)
+        compiled.setdefault(job[0], {})[job[1]] = row_of(by_name[job], report)
         if options.update and time.monotonic() - saved > 60:  # the whole matrix takes long; nothing of it is lost
-            save(triton.__version__, rows)
+            save(triton.__version__, compiled)
             saved = time.monotonic()
     if options.update:
-        if not (options.arch or options.only):
-            rows = _without_left_over(rows, chosen)
-        save(triton.__version__, rows)
+        known = {(arch, case.name) for arch, case in chosen}
+        save(triton.__version__, compiled, known=None if options.arch or options.only else known)
     return refused
-
-
-def _without_left_over(rows: Rows, chosen: Chosen) -> Rows:
-    known = {(arch, case.name) for arch, case in chosen}
-    return {arch: {name: row for name, row in named.items() if (arch, name) in known} for arch, named in rows.items()}
 
 
 def _print_header() -> None:

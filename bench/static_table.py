@@ -6,12 +6,12 @@ They lie in `static_table.json`, beside this file.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from phi1.bench.files import locked, replace
 from phi1.bench.static_case import Case
 from phi1.bench.static_gate import ARCHS, Report
 from phi1.bench.static_key import key_of
@@ -29,10 +29,25 @@ def load(version: str, path: Path = TABLE) -> Rows:
     return json.loads(path.read_text()).get(version, {}) if path.is_file() else {}
 
 
-def save(version: str, rows: Rows, path: Path = TABLE) -> None:
-    """Replace the rows of one version. A row is a line, so that a change reads well in a diff."""
-    table = json.loads(path.read_text()) if path.is_file() else {}
-    table[version] = rows
+def save(version: str, rows: Rows, path: Path = TABLE, *, known: Set[tuple[str, str]] | None = None) -> None:
+    """Put rows of one version into the table; others that it holds, perhaps for a minute only, stay.
+
+    Args:
+        known: the (architecture, case) that there are: rows of other cases are taken out.
+    """
+    with locked(path.parent):
+        table = json.loads(path.read_text()) if path.is_file() else {}
+        held = table.setdefault(version, {})
+        for arch, named in rows.items():
+            held[arch] = held.get(arch, {}) | named
+        if known is not None:
+            table[version] = {arch: {name: row for name, row in named.items() if (arch, name) in known}
+                              for arch, named in held.items()}
+        replace(path, _dumps(table))
+
+
+def _dumps(table: Mapping[str, Rows]) -> str:
+    """A row is a line, so that a change reads well in a diff."""
     blocks = []
     for name in sorted(table, reverse=True):
         archs = [
@@ -42,9 +57,7 @@ def save(version: str, rows: Rows, path: Path = TABLE) -> None:
             for arch in ARCHS if arch in table[name]
         ]
         blocks.append(f' "{name}": {{\n' + ",\n".join(archs) + "\n }")
-    part = path.with_suffix(".part")
-    part.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
-    os.replace(part, path)
+    return "{\n" + ",\n".join(blocks) + "\n}\n"
 
 
 def row_of(case: Case, report: Report) -> dict[str, Any]:

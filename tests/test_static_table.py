@@ -148,6 +148,25 @@ def test_a_case_that_is_gone_is_reported(tmp_path):
     assert static_table.left_over(rows, [("sm_90", case)]) == ["gone on sm_90"]
 
 
+@pytest.mark.parametrize("words", [["--update"], ["--update", "--arch", "sm_90"]], ids=["whole", "part"])
+def test_an_update_keeps_what_another_has_written_while_it_compiled(checked, tmp_path, monkeypatch, words):
+    path, version = tmp_path / "table.json", static_report.triton.__version__
+    checked(lambda rows: rows["sm_90"].update(gone={"key": "1"}, copy={"key": "stale"}), [version])
+
+    def compile_all(jobs, processes):
+        static_table.save(version, {"sm_80": {"copy": {"key": "theirs"}}}, path)
+        return [(job, REPORT) for job in jobs]
+
+    monkeypatch.setattr(static_report, "save", lambda *rows, **known: static_table.save(*rows, path, **known))
+    monkeypatch.setattr(static_report, "compile_all", compile_all)
+    monkeypatch.setattr(static_report, "print_roofs", lambda: None)
+    assert static_report.main(words) == 0
+    rows = static_table.load(version, path)
+    assert rows["sm_80"]["copy"] == {"key": "theirs"}
+    assert static_table.report_of(rows["sm_90"]["copy"]) == REPORT
+    assert ("gone" in rows["sm_90"]) == ("--arch" in words)
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_a_sample_is_held_against_the_table(checked, monkeypatch, same):
     monkeypatch.setattr(static_report.triton, "__version__", "3.9.0")
