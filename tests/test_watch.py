@@ -92,7 +92,7 @@ def test_a_process_that_hangs_ends_with_its_stack():
 
 def test_a_process_that_was_suspended_is_not_one_that_hangs():
     code = ("import os, signal, time\nfrom phi1.train.watch import Watch\nwith Watch(0, 1.0):\n"
-            "    os.kill(os.getpid(), signal.SIGSTOP)\n    time.sleep(0.1)\n")
+            "    time.sleep(0.1)\n    os.kill(os.getpid(), signal.SIGSTOP)\n    time.sleep(0.1)\n")
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     _, status = os.waitpid(process.pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status)
