@@ -61,7 +61,8 @@ def parse(argv: list[str], make_parser: MakeParser) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="start no case after this long; those not reached are named")
     parser.add_argument("--last", type=Path, metavar="FILE", help="cases that this results file has come last")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file, case by case")
-    parser.add_argument("--save", action="store_true", help="write the results to bench/results/<machine>/")
+    parser.add_argument("--save", action="store_true",
+                        help="write the results to bench/results/<machine>/, beside those of earlier runs")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and of their providers")
     args = parser.parse_args(argv)
     for name, value in (("seconds", args.seconds), ("minutes", args.minutes)):
@@ -113,13 +114,13 @@ def run(args: argparse.Namespace) -> int:
     facts = environment(args.device)
     seconds = args.seconds or (1.0 if args.quick else 4.0)
     settings = {"quick": args.quick, "seconds": seconds, "peers": args.peers}
-    file = ResultsFile(standard_path(facts) if args.save else args.json, facts, settings)
+    file = ResultsFile(standard_path(facts) if args.save else args.json, facts, settings, beside=args.save)
     runner = Runner(torch.device(args.device), args.peers, seconds, args.quick)
     print(about(facts))
     unreached = [case.name for case in measure(cases, runner, file, args.minutes)]
     if torch.distributed.is_initialized():  # by a training step
         torch.distributed.destroy_process_group()
-    if file.path:
+    if file.path and file.path.exists():  # it is not where --save had no case to write
         print(f"phi1 bench: results written to {file.path}", file=sys.stderr)
     if unreached:
         print(f"phi1 bench: {len(unreached)} of {len(cases)} cases were not reached in {args.minutes:g} minutes: "

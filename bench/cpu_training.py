@@ -19,10 +19,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from phi1 import preset
 from phi1.bench.environment import environment
+from phi1.bench.files import replace
 from phi1.bench.training import Plan, Step, phi1_step, transformers_step
 
 BATCH, TOKENS, LAYERS, WIDTH = 8, 256, 4, 256
@@ -110,9 +112,8 @@ def main() -> None:
                   f"{row['transformers_peak_mib']} MiB: {row['memory_ratio']}x")
         rows.append(row)
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"benchmark": "cpu_training", "environment": environment("cpu"), "rows": rows}, file, indent=1)
-            file.write("\n")
+        whole = {"benchmark": "cpu_training", "environment": environment("cpu"), "rows": rows}
+        replace(Path(args.json), json.dumps(whole, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,14 @@ from pathlib import Path
 
 
 def replace(path: Path, text: str) -> None:
-    """Put a text into a file, whole or not at all; before, it lies beside it under a name of this call alone."""
+    """Put a text into a file, whole or not at all; before, it lies beside it under a name of this call alone.
+
+    A pipe or a device is written to as it is.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()  # what a link leads to is replaced, not the link
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("x", encoding="utf-8") as file:

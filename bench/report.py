@@ -11,6 +11,7 @@ from typing import Any
 
 from phi1.bench.command import MakeParser
 from phi1.bench.environment import ROOT
+from phi1.bench.files import locked, replace
 from phi1.bench.results import FOLDER, FORMAT, gather, read
 from phi1.bench.table import rate, times
 
@@ -75,8 +76,9 @@ def put(readme: str, text: str) -> str:
 def newest() -> list[Path]:
     """The latest results file of each machine."""
     folders = sorted(folder for folder in FOLDER.iterdir() if folder.is_dir())
-    files = ([path for path in sorted(folder.glob("*.json")) if f'"format": "{FORMAT}"' in path.read_text()]
-             for folder in folders)
+    # By stem, since NAME.2.json is newer than NAME.json.
+    ordered = (sorted(folder.glob("*.json"), key=lambda path: path.stem) for folder in folders)
+    files = ([path for path in paths if f'"format": "{FORMAT}"' in path.read_text()] for paths in ordered)
     return [found[-1] for found in files if found]
 
 
@@ -109,7 +111,8 @@ def main(argv: list[str], make_parser: MakeParser) -> int:
     if args.print:
         print(text)
         return 0
-    args.readme.write_text(put(args.readme.read_text(encoding="utf-8"), text), encoding="utf-8")
+    with locked(args.readme.resolve().parent):
+        replace(args.readme, put(args.readme.read_text(encoding="utf-8"), text))
     for path in [args.readme, *images]:
         print(path)
     return 0

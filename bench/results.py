@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
-import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from phi1.bench.environment import ROOT, machine_name
+from phi1.bench.files import locked, replace
 
 FORMAT = "phi1 bench 1"
 FOLDER = ROOT / "bench" / "results"
@@ -21,15 +23,20 @@ class ResultsFile:
         path: the file; None keeps the results in memory.
         facts: of `environment`.
         settings: how the run was asked for.
+        beside: leave a file of that name alone: with its first case the run takes the next free one, as in NAME.2.json.
     """
 
-    def __init__(self, path: Path | None, facts: dict[str, Any], settings: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, facts: dict[str, Any], settings: dict[str, Any], *,
+                 beside: bool = False) -> None:
+        self.path, self._to_be_named = path, beside
         self.content: dict[str, Any] = {"format": FORMAT, "date": today(), "environment": facts, "settings": settings,
                                         "cases": []}
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._write()
+            if beside:
+                tempfile.TemporaryFile(dir=path.parent).close()  # a folder that is not writable is said now, not then
+            else:
+                self._write()
 
     def add(self, record: dict[str, Any]) -> None:
         """Append a case's record and write the file."""
@@ -37,18 +44,20 @@ class ResultsFile:
         self._write()
 
     def _write(self) -> None:
-        if self.path is not None:
-            write(self.path, self.content)
+        if self.path is None:
+            return
+        if not self._to_be_named:
+            replace(self.path, as_text(self.content))
+            return
+        with locked(self.path.parent):
+            self.path = _free(self.path)
+            replace(self.path, as_text(self.content))
+        self._to_be_named = False
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Put results into a file, whole or not at all; its folder is there."""
-    if path.exists() and not path.is_file():  # a pipe or a device, which a rename would replace
-        path.write_text(as_text(content), encoding="utf-8")
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(as_text(content), encoding="utf-8")
-    os.replace(temporary, path)
+def _free(path: Path) -> Path:
+    names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], names) if not name.exists())
 
 
 def as_text(content: dict[str, Any]) -> str:
@@ -94,6 +103,7 @@ def read(path: Path) -> dict[str, Any]:
 def gather(folder: Path) -> Path:
     """Put the results below a folder, of runs on one machine at one commit, into one file in its standard place.
 
+    If that is there already, its cases that are not in the folder stay.
     A case that was run more than once is the record in which most providers succeeded; those that did so in another
     alone are added, with times and ratios of that run. Returns the file.
 
@@ -113,10 +123,12 @@ def gather(folder: Path) -> Path:
     for content in contents:
         for record in content["cases"]:
             runs.setdefault(record["case"], []).append(record)
-    whole = min(contents, key=lambda content: content["date"]) | {"cases": [_merged(found) for found in runs.values()]}
-    path = standard_path(whole["environment"], whole["date"])
+    first = min(contents, key=lambda content: content["date"])
+    path = standard_path(first["environment"], first["date"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, whole)
+    with locked(path.parent):
+        kept = [record for record in read(path)["cases"] if record["case"] not in runs] if path.exists() else []
+        replace(path, as_text(first | {"cases": [_merged(found) for found in runs.values()] + kept}))
     return path
 
 

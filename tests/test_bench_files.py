@@ -1,11 +1,14 @@
 """Files of the benchmarks that two processes write at once, or that a process is killed over."""
 
+import contextlib
 import os
+import resource
 import threading
 
 import pytest
 
-from phi1.bench import files, static_table
+from phi1.bench import files, report, results, static_table
+from phi1.bench.command import plain_parser
 
 
 @pytest.fixture
@@ -24,6 +27,21 @@ def meanwhile(monkeypatch):
         return other
 
     return arrange
+
+
+@pytest.fixture
+def full_disk():
+    """A disk on which no file gets longer than 4 KiB."""
+    @contextlib.contextmanager
+    def limited():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 def names(folder):
@@ -61,3 +79,26 @@ def test_what_two_processes_compile_for_the_table_at_once_is_kept(tmp_path, mean
     assert static_table.load(version, path)[arch]["theirs"] == {"key": "1"}
     assert static_table.load("3.9.0", path)["sm_90"]["ours"] == {"key": "2"}
     assert names(tmp_path) == ["table.json"]
+
+
+def test_results_saved_at_once_get_two_names(tmp_path, meanwhile):
+    one, two = (results.ResultsFile(tmp_path / "r.json", {}, {}, beside=True) for _ in range(2))
+    theirs = meanwhile(lambda: two.add({"case": "theirs", "providers": []}))
+    one.add({"case": "ours", "providers": []})
+    theirs.join(10)
+    one.add({"case": "ours too", "providers": []})
+    assert [results.read(file.path)["cases"][-1]["case"] for file in (one, two)] == ["ours too", "theirs"]
+    assert names(tmp_path) == ["r.2.json", "r.json"]
+
+
+def test_the_readme_is_whole_where_the_disk_is_full(tmp_path, full_disk):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n" + "All the rest of it.\n" * 1000)
+    before = readme.read_text()
+    (tmp_path / "r.json").write_text(results.as_text(
+        {"format": results.FORMAT, "date": "2026-11-23", "cases": [], "environment": {
+            "device": "cuda", "gpu": "A GPU", "torch": "2.11.0", "triton": "3.6.0", "commit": "abc1234"}}))
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        report.main([str(tmp_path / "r.json"), "--readme", str(readme), "--no-plots"], plain_parser)
+    assert readme.read_text() == before
+    assert names(tmp_path) == ["README.md", "r.json"]

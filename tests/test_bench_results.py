@@ -4,13 +4,14 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from phi1.bench import compare, environment, report, results
+from phi1.bench import command, compare, environment, report, results
 from phi1.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +67,46 @@ def test_every_case_is_on_the_disk_before_the_next(tmp_path):
     file.add(record())
     assert [case["op"] for case in results.read(path)["cases"]] == ["layer_norm"]
     assert [p.name for p in path.parent.iterdir()] == ["r.json"]
+
+
+@pytest.fixture
+def benchmark_saved(tmp_path, monkeypatch):
+    """`phi1 bench --save` with one made-up case, in the midst of which something else happens."""
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    monkeypatch.setenv(environment.COMMIT_VARIABLE, "abc1234")
+
+    def save(name, meanwhile=lambda: None):
+        def measure(cases, runner, file, minutes):
+            meanwhile()
+            if name:
+                file.add(record(case=name))
+            return []
+
+        monkeypatch.setattr(command, "measure", measure)
+        assert main(["bench", "--save", "--op", "gelu", "--device", "cpu"]) == 0
+
+    return save
+
+
+def saved(folder):
+    """The cases of each file in the folder of a machine, the oldest file first."""
+    (machine,) = (folder / "results").iterdir()
+    paths = sorted(machine.iterdir(), key=lambda path: path.stem)
+    return [(path.name.partition("-abc1234")[2], results.read(path)["cases"][0]["case"]) for path in paths]
+
+
+def test_runs_of_one_day_and_commit_keep_their_results(tmp_path, monkeypatch, benchmark_saved, capsys):
+    benchmark_saved("")
+    assert capsys.readouterr().err == "", "a run without a case has no file"
+    benchmark_saved("first")
+    assert "results written to" in capsys.readouterr().err
+    benchmark_saved("third", meanwhile=lambda: benchmark_saved("second, while the third measures"))
+    assert saved(tmp_path) == [(".json", "first"), (".2.json", "second, while the third measures"),
+                               (".3.json", "third")]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition("-abc1234")[2] for line in said] == [".2.json", ".3.json"]
+    monkeypatch.setattr(report, "FOLDER", tmp_path / "results")
+    assert [path.name.partition("-abc1234")[2] for path in report.newest()] == [".3.json"]
 
 
 def test_a_pipe_is_written_to_and_stays_one(tmp_path):
@@ -297,6 +338,13 @@ def test_results_of_several_commands_become_one_file_in_its_place(tmp_path, monk
     assert path.name in text
     assert "on another" in text
     assert "of another day" not in text
+
+    shutil.rmtree(out / "block")
+    write(out / "kernels" / "quick.json", content(record(case="third", ms=0.03)))
+    results.gather(out)
+    again = {case["case"]: case for case in results.read(path)["cases"]}
+    assert again.keys() == got.keys()
+    assert again["third"]["providers"][0]["ms"][0] == 0.03
 
 
 def test_results_that_do_not_belong_together_are_refused(tmp_path):
