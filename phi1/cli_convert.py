@@ -18,13 +18,15 @@ def main(argv: list[str], parser_class: type) -> int:
     args = parser.parse_args(argv)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ValueError(f"--out must be a new or empty folder; {args.out} is not")
-    if (Path(args.model) / "trainer.json").is_file():
-        return _convert_checkpoint(args)
 
-    from phi1.train.checkpoint_files import checkpoints
+    from phi1.train.checkpoint_files import STATE, checkpoints
     from phi1.weights import load, save
 
-    if found := checkpoints(Path(args.model) / "checkpoints"):
+    given = Path(args.model)
+    if (given / STATE).is_file() or (given.name.startswith("step-") and given.parent.is_dir() and not given.exists()):
+        return _convert_checkpoint(args)
+
+    if found := checkpoints(given / "checkpoints"):
         raise ValueError(f"--model {args.model} is a run: give one of its checkpoints, such as {found[-1]}, or its "
                          "export")
 

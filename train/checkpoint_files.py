@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -116,32 +117,34 @@ def write_manifest(checkpoint: Path, files: dict[str, list[int | str]]) -> None:
 
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, in a few words; None if each is as it was written."""
-    path = checkpoint / MANIFEST
-    if not path.is_file():
-        return f"{MANIFEST} is missing"
+    name = MANIFEST
     try:
-        text = path.read_text(encoding="utf-8")
-        files = json.loads(text)["files"]
-        whole = text == _manifest_text(files)
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        return f"{MANIFEST} is not as it was written"
-    if extra := {file.name for file in checkpoint.iterdir()} - files.keys() - {MANIFEST}:
-        return f"{min(extra)} is not one of its files"
-    for name, (size, digest) in files.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes where {size} were written"
-        try:
-            whole = describe(file)[1] == digest
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-        if not whole:
-            return f"{name} is not as it was written (SHA-256 differs)"
+        files = _read_manifest(checkpoint / MANIFEST)
+        if files is None:
+            return f"{MANIFEST} is not as it was written"
+        if extra := set(os.listdir(checkpoint)) - files.keys() - {MANIFEST}:
+            return f"{min(extra)} is not one of its files"
+        for name, (size, digest) in files.items():
+            now = os.stat(checkpoint / name).st_size
+            if now != size:
+                return f"{name} has {now} bytes where {size} were written"
+            if describe(checkpoint / name)[1] != digest:
+                return f"{name} is not as it was written (SHA-256 differs)"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
     return None
+
+
+def _read_manifest(path: Path) -> dict[str, list[Any]] | None:
+    """Size and SHA-256 of each file; None if the manifest is not as it was written."""
+    text = path.read_bytes().decode(errors="replace")
+    try:
+        files = json.loads(text)["files"]
+        return files if text == _manifest_text(files) else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _manifest_text(files: dict[str, list[int | str]]) -> str:
@@ -162,7 +165,8 @@ def commit(temporary: Path, final: Path, files: dict[str, list[int | str]]) -> N
     finally:
         give_back(final.parent)
     sync_folder(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    if aside.exists():
+        _remove(aside)
 
 
 def give_back(folder: Path) -> None:
@@ -186,13 +190,33 @@ def prune(folder: Path, keep: int, keep_every: int = 0, best: int | None = None)
     for path in checkpoints(folder)[:-keep]:
         step = step_of(path)
         if step != best and not (keep_every and step % keep_every == 0):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
 
 def remove_after(folder: Path, chosen: Path | None) -> list[str]:
-    """Remove what lies after the checkpoint that the run goes on from, and what a killed save has left behind."""
+    """Remove what lies after the checkpoint that the run goes on from, and what a killed save has left behind.
+
+    Raises:
+        RunError: something cannot be removed.
+    """
     found = checkpoints(folder)
     later = found[found.index(chosen) + 1 :] if chosen else []
-    for path in [*later, *folder.glob(".step-*.tmp")]:
-        shutil.rmtree(path)
+    for path in [*reversed(later), *folder.glob(".step-*.tmp")]:
+        if error := _remove(path):
+            raise RunError(f"{path} cannot be removed: {error}; once that is mended, the same command goes on")
     return [path.name for path in later]
+
+
+def _remove(path: Path) -> str | None:
+    """Remove a folder, after it has another name: nobody takes a part of it for a checkpoint, or writes into it.
+
+    Returns:
+        What has kept it from that.
+    """
+    gone = path.with_name(f".step-{secrets.token_hex(4)}.tmp")
+    try:
+        path.rename(gone)
+        shutil.rmtree(gone)
+    except OSError as error:
+        return error.strerror
+    return None

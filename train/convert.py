@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tomllib
 import warnings
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from phi1 import Phi1, Phi1Config
-from phi1.train.checkpoint_files import Notes, find_damage
+from phi1.train.checkpoint_files import Notes, checkpoints, find_damage
 from phi1.train.launch import RunError
 from phi1.train.together import attempt
 
@@ -19,8 +20,18 @@ def read_weights(checkpoint: Path) -> tuple[dict[str, torch.Tensor], Phi1Config]
     """The fp32 parameters and the model's configuration.
 
     Raises:
-        RunError: the checkpoint is damaged, or from a version with other models than this one's.
+        RunError: the checkpoint is damaged, not there, or from a version with other models than this one's.
     """
+    try:
+        return _read_weights(checkpoint)
+    except (RunError, OSError):
+        if checkpoint.is_dir():
+            raise
+    newer = checkpoints(checkpoint.parent)  # for which a run that goes on removes its older ones
+    raise RunError(f"checkpoint {checkpoint} is not there" + (f"; the newest is {newer[-1]}" if newer else ""))
+
+
+def _read_weights(checkpoint: Path) -> tuple[dict[str, torch.Tensor], Phi1Config]:
     if damage := find_damage(checkpoint):
         raise RunError(f"checkpoint {checkpoint} is damaged: {damage}")
     shape = {key.removeprefix("model."): value for key, value in Notes(checkpoint)["defining"].items()
@@ -31,9 +42,11 @@ def read_weights(checkpoint: Path) -> tuple[dict[str, torch.Tensor], Phi1Config]
         raise RunError(f"checkpoint {checkpoint}: this version of phi1 has no such model: {error}") from None
     weights = {name: torch.empty(tensor.shape, dtype=torch.float32)
                for name, tensor in Phi1(config, device="meta").state_dict().items()}
+    logging.disable()  # the tracebacks of what is said below in one line
     with warnings.catch_warnings(action="ignore"):  # that there is one process, which is the intent
         reader = dcp.FileSystemReader(checkpoint)
         problem, _ = attempt(lambda: dcp.load({"model": weights}, storage_reader=reader, no_dist=True))
+    logging.disable(logging.NOTSET)
     if problem:
         raise RunError(f"checkpoint {checkpoint} cannot be loaded: {problem}")
     return weights, config

@@ -153,13 +153,14 @@ def connect(place: Place) -> Store:
     return PrefixStore(f"phi1/attempt{place.attempt}", tcp)
 
 
-def announce(store: Store, word: str) -> None:
-    """Rank 0: all that can be refused has been checked and the data are there; the others may go on."""
-    store.set("word", word)
+def announce(store: Store, place: Place, word: str) -> str:
+    """Rank 0's word, once all that can be refused has been checked and the data are there, on all processes.
 
-
-def wait_for_announcement(store: Store) -> str:
-    """The other ranks: wait for rank 0's word. If rank 0 is gone, end quietly, since it has said why."""
+    Where rank 0 is gone, the others end quietly, since it has said why.
+    """
+    if place.rank == 0:
+        store.set("word", word)
+        return word
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the store to answer
     try:
         store.wait(["word"], LONGEST_PREPARATION)

@@ -15,17 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi1.train.checkpoint_files import checkpoints
-from phi1.train.launch import (
-    Place,
-    RunError,
-    announce,
-    connect,
-    leave,
-    limit_spinning,
-    on_signals,
-    stop_with,
-    wait_for_announcement,
-)
+from phi1.train.launch import Place, RunError, announce, connect, leave, limit_spinning, on_signals, stop_with
 
 if TYPE_CHECKING:  # what takes long to import is imported by main, where Ctrl-C finds somebody to catch it
     from phi1.train.recipe import Recipe
@@ -105,6 +95,7 @@ def start_or_resume(recipe: Recipe, folder: RunFolder, place: Place) -> int:
     """Rank 0 admits the run and prepares its data, and then all processes run it."""
     from phi1.train.admission import COMPLETE, admit, admit_proof
 
+    word = ""
     if place.rank == 0:
         # Stopped here, the preparation clears up after itself; later on Control listens.
         on_signals(signal.default_int_handler)
@@ -112,10 +103,7 @@ def start_or_resume(recipe: Recipe, folder: RunFolder, place: Place) -> int:
         if place.world_size == 1 and word == COMPLETE:
             return 0
     store = connect(place)
-    if place.rank == 0:
-        announce(store, word)
-    else:
-        word = wait_for_announcement(store)
+    word = announce(store, place, word)
     if word == COMPLETE:
         return 0
 

@@ -14,6 +14,8 @@ from phi1.train.shards import MANIFEST
 def verify(path: Path) -> Iterator[tuple[Path, str | None]]:
     """What is at `path`, piece by piece, with what is wrong with it, or None if it is whole.
 
+    Checkpoints that a run which goes on removes meanwhile are left out.
+
     Args:
         path: a checkpoint, a run's folder, its checkpoints/, or a corpus.
 
@@ -22,13 +24,16 @@ def verify(path: Path) -> Iterator[tuple[Path, str | None]]:
     """
     if not path.is_dir():
         raise RunError(f"{path}: there is no such folder")
-    if (path / STATE).is_file() or path.name.startswith("step-"):
-        yield path, find_damage(path)
-        return
-    found = checkpoints(path / "checkpoints") or checkpoints(path)
-    if found:
+    alone = (path / STATE).is_file() or path.name.startswith("step-")
+    if found := [path] if alone else checkpoints(path / "checkpoints") or checkpoints(path):
+        some = False
         for checkpoint in found:
-            yield checkpoint, find_damage(checkpoint)
+            damage = find_damage(checkpoint)
+            if damage is None or checkpoint.is_dir():
+                some = True
+                yield checkpoint, damage
+        if not some:
+            yield from verify(path)  # what has taken their place
         return
     if not (path / MANIFEST).is_file():
         raise RunError(f"{path}: neither a checkpoint, nor a run with checkpoints, nor a corpus")
