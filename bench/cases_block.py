@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from phi1.bench.case import Case, Function, Inputs, Provider, variants
+from phi1.bench.case import Case, Function, Inputs, Provider, named, variants
 from phi1.bench.cases_norm import torch_rotary
 from phi1.bench.inputs import Draw
-from phi1.bench.providers import ours, part_of_reference, peer, plain
+from phi1.bench.providers import ours, part_of_reference, peer, plain, reference_of
 from phi1.bench.providers_attention import BACKENDS, Attend, forced, sdpa
 from phi1.bench.transformers_peer import decoder_layer
-from phi1.kernels import Dropout, parallel_block, parallel_block_prefill
+from phi1.kernels import Dropout, parallel_block, parallel_block_decode, parallel_block_prefill
 
 NAMES = ("norm_weight", "norm_bias", "in_weight", "in_bias", "out_weight", "out_bias")
 # Weights of 4 D^2 + 2 D F, read; their gradients, written. Between: x in and out; saved and read again are x, qkv, att
@@ -31,7 +31,8 @@ def cases() -> list[Case]:
     found = _block(8, 2048, 2048, 8192, 32, quick=True) + _block(8, 2048, 2048, 8192, 32, p=0.1)
     found += _block(2, 8192, 2048, 8192, 32) + _block(8, 2048, 2048, 8192, 32, dtype="bfloat16")
     small = _block(2, 128, 256, 1024, 4, dtype="float32", device="cpu", quick=True)
-    return [*found, *small, _prefill(found[0], 8), _prefill(small[0], 2)]
+    return [*found, *small, _prefill(found[0], 8), _prefill(small[0], 2), _decode(1, 2048, 2048, 8192, 32, quick=True),
+            _decode(8, 512, 2048, 8192, 32), _decode(1, 128, 256, 1024, 4, dtype="float32", device="cpu", quick=True)]
 
 
 def _prefill(forward: Case, batch: int) -> Case:
@@ -52,11 +53,8 @@ def _block(batch: int, tokens: int, width: int, inner: int, heads: int, *, p: fl
     def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
         draw = Draw(on, generator, dtype)
         cos, sin = draw.tables(tokens, width // heads // 2)
-        return {"x": draw.normal(batch * tokens, width), "norm_weight": 1 + draw.normal(width, scale=0.1),
-                "norm_bias": draw.normal(width, scale=0.1), "in_weight": draw.weight(3 * width + inner, width),
-                "in_bias": draw.normal(3 * width + inner, scale=0.1),
-                "out_weight": draw.weight(width, width + inner), "out_bias": draw.normal(2, width, scale=0.1),
-                "cos": cos, "sin": sin, **_rng(draw, batch, p)}
+        return {"x": draw.normal(batch * tokens, width), **_parameters(draw, width, inner), "cos": cos, "sin": sin,
+                **_rng(draw, batch, p)}
 
     def run(inputs: Inputs) -> torch.Tensor:
         return _ours(inputs, inputs["x"], batch, heads, _dropouts(inputs, p))
@@ -73,6 +71,50 @@ def _block(batch: int, tokens: int, width: int, inner: int, heads: int, *, p: fl
         reference=by_sample, quick=quick,
         kernels=("layer_norm_", "sum_partials", "in_proj", "out_proj", "attention", "linear", "parallel_block"),
     ), COSTS)
+
+
+def _parameters(draw: Draw, width: int, inner: int) -> Inputs:
+    return {"norm_weight": 1 + draw.normal(width, scale=0.1), "norm_bias": draw.normal(width, scale=0.1),
+            "in_weight": draw.weight(3 * width + inner, width), "in_bias": draw.normal(3 * width + inner, scale=0.1),
+            "out_weight": draw.weight(width, width + inner), "out_bias": draw.normal(2, width, scale=0.1)}
+
+
+def _decode(batch: int, tokens: int, width: int, inner: int, heads: int, *, dtype: str = "float16",
+            device: str = "cuda", quick: bool = False) -> Case:
+    """One token of each sequence behind tokens - 1 others, whose keys and values are a cache; each call writes its own
+    again."""
+    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
+        draw = Draw(on, generator, dtype)
+        cos, sin = draw.tables(tokens, width // heads // 2)
+        return {"x": draw.normal(batch, width), **_parameters(draw, width, inner), "cos": cos, "sin": sin,
+                "kv": draw.normal(2, batch, tokens, heads, width // heads)}
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        return parallel_block_decode(inputs["x"], *(inputs[name] for name in (*NAMES, "cos", "sin", "kv")))
+
+    op, shape = "parallel_block_decode", {"N": batch, "T": tokens, "D": width, "F": inner, "H": heads}
+    return Case(name=named(op, shape, dtype, "forward", device), op=op, unit="block", direction="forward",
+                shape=shape, dtype=dtype, devices=(device,),
+                bytes=f"2*N*D*e + {WEIGHTS} + 2*N*T*D*e", flops="2*N*(4*D*D + 2*D*F) + 4*N*T*D", inputs=inputs,
+                leaves=("x", *NAMES, "kv"), providers=(ours(run), plain("torch", _composed_decode)), quick=quick,
+                reference=reference_of(run), kernels=("layer_norm_", "linear", "rotary", "attention", "epilogue"))
+
+
+def _composed_decode(inputs: Inputs) -> torch.Tensor:
+    """The same from parts: a merged projection each way around PyTorch's attention over the cache."""
+    x, kv = inputs["x"], inputs["kv"]
+    rows, width = x.shape
+    h = F.layer_norm(x, (width,), inputs["norm_weight"], inputs["norm_bias"])
+    merged = F.linear(h, inputs["in_weight"], inputs["in_bias"])
+    positions = torch.full((rows,), kv.shape[2] - 1, device=x.device)
+    q, *new = torch_rotary({"x": merged[:, : 3 * width].unflatten(1, (3, *kv.shape[3:])), "cos": inputs["cos"],
+                            "sin": inputs["sin"], "positions": positions}).unbind(1)
+    with torch.no_grad():
+        kv[:, :, -1] = torch.stack(new)
+    keys, values = kv.transpose(2, 3)
+    att = F.scaled_dot_product_attention(q[:, :, None], keys, values).reshape(rows, width)
+    act = F.gelu(merged[:, 3 * width :], approximate="tanh")
+    return F.linear(torch.cat((att, act), dim=1), inputs["out_weight"], inputs["out_bias"].sum(0)) + x
 
 
 def _rng(draw: Draw, samples: int, p: float) -> Inputs:

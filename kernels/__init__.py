@@ -7,9 +7,9 @@ An operation `op` is up to three files, so that a PyTorch without GPUs never imp
     _op_triton.py   the Triton kernels and their launchers; imported inside the branch of _op.py that launches them, or
                     here where PyTorch is built for GPUs, so that no operation's first call waits for it
 
-An operation's file imports no other's; what two of them share is in a `_*.py`. `block.py` alone is above the others.
-`_backend.py` decides which implementation runs, `_checks.py` has the argument checks, `_philox.py` specifies the
-dropout masks, `_memory.py` keeps memory, and `_tuned.py` finds tile shapes.
+An operation's file imports no other's; what two of them share is in a `_*.py`. `block.py` and `block_decode.py` alone
+are above the others. `_backend.py` decides which implementation runs, `_checks.py` has the argument checks,
+`_philox.py` specifies the dropout masks, `_memory.py` keeps memory, and `_tuned.py` finds tile shapes.
 """
 
 from phi1.kernels._backend import backend, built_for_gpus, load_kernels
@@ -19,6 +19,7 @@ from phi1.kernels._philox import Dropout
 from phi1.kernels.attention import attention
 from phi1.kernels.attention_qkv import attention_qkv
 from phi1.kernels.block import parallel_block, parallel_block_prefill
+from phi1.kernels.block_decode import parallel_block_decode
 from phi1.kernels.cross_entropy import linear_cross_entropy
 from phi1.kernels.dropout import dropout_add
 from phi1.kernels.gelu import gelu
@@ -45,6 +46,7 @@ __all__ = [
     "linear_cross_entropy",
     "mlp",
     "parallel_block",
+    "parallel_block_decode",
     "parallel_block_prefill",
     "rotary",
     "rotary_",

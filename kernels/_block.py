@@ -13,10 +13,11 @@ import torch
 from phi1.kernels._attention import Scheme, attention_backward, attention_forward
 from phi1.kernels._backend import use_triton
 from phi1.kernels._gelu import gelu_backward, gelu_forward
+from phi1.kernels._linear import linear_forward
 from phi1.kernels._memory import empty
 from phi1.kernels._philox import Dropout, dropout_from_fields
 from phi1.kernels._residual import dropped
-from phi1.kernels._rotary import rotate_, rows_of_tables
+from phi1.kernels._rotary import rotate_, rotate_rows_, rows_of_tables
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,27 @@ def branches_again(
     if recompute == "block":
         qkv, att, lse = _attended(h, in_weight, in_bias, layout)
     return qkv, _pre(h, in_weight, in_bias), att, lse
+
+
+def branches_decode(
+    h: torch.Tensor, x: torch.Tensor, in_weight: torch.Tensor, in_bias: torch.Tensor, out_weight: torch.Tensor,
+    out_bias: torch.Tensor, kv: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    seq_starts: torch.Tensor | None,
+) -> torch.Tensor:
+    """x' [N, D]; the rotated keys and the values of h's tokens are written to the last places of kv [2, B, S, H, K]."""
+    width, (_, batch, length, n_heads, head_size) = x.shape[1], kv.shape
+    projected = linear_forward(h, in_weight, in_bias, None, False, None)[0]
+    pre = projected[:, 3 * width :]
+    qkv = projected[:, : 3 * width].unflatten(1, (3, n_heads, head_size))
+    rotate_rows_(qkv, *rotary)
+    q, k, v = qkv.unflatten(0, (batch, -1)).unbind(2)
+    keys, values = kv.unbind(0)
+    keys[:, length - k.shape[1] :].copy_(k)
+    values[:, length - v.shape[1] :].copy_(v)
+    att = attention_forward(q, keys, values, Scheme(True, head_size**-0.5, seq_starts))[0]
+    joined = _room_for_both(att.view(x.shape), pre)
+    gelu_forward(pre, out=joined[:, width:])
+    return linear_forward(joined, out_weight, out_bias.sum(0), x, False, None)[0]
 
 
 def rotate_keys(qkv: torch.Tensor, h: torch.Tensor, in_weight: torch.Tensor, layout: Layout) -> None:

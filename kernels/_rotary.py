@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 
+from phi1.kernels._backend import use_triton
 from phi1.kernels._checks import check_device, check_range, check_rank, check_shape, require
 from phi1.kernels._memory import empty
 from phi1.kernels._philox import document_positions
@@ -60,6 +61,19 @@ def rows_of_tables(
     """(cos, sin) at each row's position, as `rotate_` takes them: [N, R], the sine negative in front."""
     c, s = cos.index_select(0, positions), sin.index_select(0, positions)  # a third of the time of cos[positions]
     return torch.cat((c, c), -1), torch.cat((-s, s), -1)
+
+
+def rotate_rows_(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, inverse: bool = False
+) -> None:
+    """Rotate q and k of x [N, S, H, K], any strides, in place, each row by its position. Nothing is checked."""
+    if use_triton(x):
+        from phi1.kernels._rotary_triton import launch_rotary
+
+        launch_rotary(x, x, cos, sin, positions, inverse)
+    else:
+        cos, sin = rows_of_tables(cos, sin, positions)
+        rotate_(x[:, :2], cos[:, None, None], sin[:, None, None], inverse)
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool = False) -> None:

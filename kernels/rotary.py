@@ -12,7 +12,7 @@ import torch
 
 from phi1.kernels._backend import operator, reference_forced, use_triton
 from phi1.kernels._checks import check_float, check_rank, check_tensors, require
-from phi1.kernels._rotary import check_positions, check_tables, rotate_, rotate_reference, rows_of_tables
+from phi1.kernels._rotary import check_positions, check_tables, rotate_reference, rotate_rows_
 
 
 def rotary_forward(
@@ -26,14 +26,8 @@ def rotary_forward(
         launch_rotary(x, out, cos, sin, positions, inverse)
         return out
     out = x.clone(memory_format=torch.contiguous_format)
-    rotate_(out[:, :2], *_broadcast(cos, sin, positions), inverse)
+    rotate_rows_(out, cos, sin, positions, inverse)
     return out
-
-
-def _broadcast(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> \
-        tuple[torch.Tensor, torch.Tensor]:
-    cos, sin = rows_of_tables(cos, sin, positions)
-    return cos[:, None, None], sin[:, None, None]
 
 
 @operator("phi1::rotary")
@@ -64,12 +58,7 @@ _rotary_op.register_autograd(_autograd, setup_context=_setup)
 def _rotary_in_place_op(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, inverse: bool
 ) -> None:
-    if use_triton(x):
-        from phi1.kernels._rotary_triton import launch_rotary
-
-        launch_rotary(x, x, cos, sin, positions, inverse)
-    else:
-        rotate_(x[:, :2], *_broadcast(cos, sin, positions), inverse)
+    rotate_rows_(x, cos, sin, positions, inverse)
 
 
 @_rotary_in_place_op.register_fake

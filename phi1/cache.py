@@ -39,6 +39,10 @@ class Cache:
             raise ValueError(f"Cache.crop: length must be between 0 and {self.length}, the tokens held; got {length}")
         self.length = length
 
+    def room(self, layer: int, tokens: int) -> Tensor:
+        """A layer's keys and values, a view [2, B, length + tokens, H, K] whose last places are to be filled."""
+        return self.kv[layer, :, :, : self.length + tokens]
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v [B, T, H, K] of new tokens; return all keys and values [B, length + T, H, K] as views."""
         end = self.length + k.shape[1]

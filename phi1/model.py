@@ -29,6 +29,7 @@ from phi1.kernels import (
     linear,
     linear_cross_entropy,
     parallel_block,
+    parallel_block_decode,
     parallel_block_prefill,
     rotary,
 )
@@ -57,7 +58,7 @@ class OutProjection(nn.Module):
 
 
 class Block(nn.Module):
-    """One parallel block. `forward` and `prefill` are the fused op; `decode` is the same around the cache."""
+    """One parallel block: `forward` in training and evaluation; with a cache `prefill`, then `decode`."""
 
     def __init__(self, config: Phi1Config, layer: int, **factory) -> None:
         super().__init__()
@@ -104,7 +105,15 @@ class Block(nn.Module):
         return x
 
     def decode(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """x [N, D] of the newest N / B tokens of each sequence -> x' [N, D]; their keys and values join the cache."""
+        """x [N, D] of the newest N / B tokens of each sequence -> x' [N, D]; their keys and values join the cache. No
+        gradients."""
+        kv = cache.room(self.layer, x.shape[0] // cache.kv.shape[2])
+        return parallel_block_decode(
+            x, *self._parameters_in_order(), cos, sin, kv, seq_starts=cache.starts, positions=positions,
+            eps=self.config.layer_norm_eps, check=self.layer == 0)
+
+    def decode_with_gradients(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """`decode` step by step, in operations that have a backward."""
         c, batch = self.config, cache.kv.shape[2]
         d, heads, tokens = c.hidden_size, c.num_attention_heads, x.shape[0] // batch
         h = layer_norm(x, self.norm.weight, self.norm.bias, c.layer_norm_eps)
@@ -256,9 +265,9 @@ class Phi1(nn.Module):
                 x = block(x, cos, sin, batch=batch, seq_starts=starts, positions=flat, rng=rng, sample_ids=sample_ids,
                           recompute=self.recompute)
             return x
-        prompt = cache.length == 0 and not torch.is_grad_enabled()  # prefill has no backward
+        way = "decode_with_gradients" if torch.is_grad_enabled() else "decode" if cache.length else "prefill"
         for block in self.blocks:
-            x = (block.prefill if prompt else block.decode)(x, cos, sin, flat, cache)  # type: ignore[operator]
+            x = getattr(block, way)(x, cos, sin, flat, cache)
         cache.length += tokens
         return x
 

@@ -188,10 +188,32 @@ def qkv_inputs(
     return {"qkv": torch.randn(n_rows, 3, n_heads, head_size, generator=generator).to(kernel_device(), dtype)}
 
 
-def rotary_tables(rotary_size: int, n_positions: int = 150) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary's cosines and sines, float32 [n_positions, rotary_size / 2], where kernels run."""
+def rotary_tables(
+    rotary_size: int, n_positions: int = 150, device: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary's cosines and sines, float32 [n_positions, rotary_size / 2], where kernels run or on `device`."""
     angle = torch.outer(torch.arange(n_positions).double(), 10000 ** (-torch.arange(0, rotary_size, 2) / rotary_size))
-    return angle.cos().float().to(kernel_device()), angle.sin().float().to(kernel_device())
+    device = device or kernel_device()
+    return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+def block_inputs(
+    shape: Sequence[int], dtype: torch.dtype = torch.float32, device: str | None = None
+) -> dict[str, torch.Tensor]:
+    """Random rows and parameters of a parallel block, where kernels run or on `device`; shape: samples, tokens, width,
+    heads, MLP width, and more that is not looked at."""
+    batch, tokens, width, _, inner, *_ = shape
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "x": torch.randn(batch * tokens, width, generator=generator),
+        "norm_weight": 1 + 0.1 * torch.randn(width, generator=generator),
+        "norm_bias": 0.1 * torch.randn(width, generator=generator),
+        "in_weight": torch.randn(3 * width + inner, width, generator=generator) / width**0.5,
+        "in_bias": 0.1 * torch.randn(3 * width + inner, generator=generator),
+        "out_weight": torch.randn(width, width + inner, generator=generator) / (width + inner) ** 0.5,
+        "out_bias": 0.1 * torch.randn(2, width, generator=generator),
+    }
+    return {name: x.to(device or kernel_device(), dtype) for name, x in tensors.items()}
 
 
 def load_kernels(

@@ -45,7 +45,8 @@ class Absent(torch.autograd.Function):
 
 def test_every_operation_is_known_here():
     operations = {name for name in kernels.__all__ if hasattr(torch.ops.phi1, name)}
-    assert operations == {op.split(",")[0] for op in OF_ONE_INPUT} | {"rotary_"}  # which has no backward
+    without_backward = {"rotary_", "parallel_block_decode"}
+    assert operations == {op.split(",")[0] for op in OF_ONE_INPUT} | without_backward
 
 
 @pytest.mark.parametrize("op", OF_ONE_INPUT)

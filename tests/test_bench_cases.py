@@ -25,7 +25,7 @@ def test_every_public_operation_has_cases_both_ways(op, device):
     """A new public operation without a case fails here."""
     directions = {case.direction for case in select(device, [op], quick=True)}
     # What writes in place has no backward, nor what decoding alone needs.
-    forward_only = op.endswith("_") or op == "parallel_block_prefill"
+    forward_only = op.endswith("_") or op in ("parallel_block_prefill", "parallel_block_decode")
     assert ({"forward"} if forward_only else {"forward", "forward+backward"}) <= directions
 
 

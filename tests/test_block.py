@@ -30,23 +30,11 @@ RNG = torch.tensor([5, 7])
 
 
 def tables(rotary_size, n_positions=150):
-    angle = torch.outer(torch.arange(n_positions).double(), 10000 ** (-torch.arange(0, rotary_size, 2) / rotary_size))
-    return {"cos": angle.cos().float(), "sin": angle.sin().float()}
+    return dict(zip(("cos", "sin"), testing.rotary_tables(rotary_size, n_positions, "cpu"), strict=True))
 
 
 def make(shape, dtype=torch.float32):
-    batch, tokens, width, _, inner, _ = shape
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        "x": torch.randn(batch * tokens, width, generator=generator),
-        "norm_weight": 1 + 0.1 * torch.randn(width, generator=generator),
-        "norm_bias": 0.1 * torch.randn(width, generator=generator),
-        "in_weight": torch.randn(3 * width + inner, width, generator=generator) / width**0.5,
-        "in_bias": 0.1 * torch.randn(3 * width + inner, generator=generator),
-        "out_weight": torch.randn(width, width + inner, generator=generator) / (width + inner) ** 0.5,
-        "out_bias": 0.1 * torch.randn(2, width, generator=generator),
-    }
-    return {name: x.to(dtype) for name, x in tensors.items()}
+    return testing.block_inputs(shape, dtype, "cpu")
 
 
 def ints(*values):

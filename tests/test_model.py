@@ -128,7 +128,7 @@ def test_cache_equals_no_cache(padded):
 def test_a_prompt_goes_through_the_fused_block(monkeypatch):
     """And with gradients through the steps, which have a backward; both fill the cache alike."""
     model, ids, ways = Phi1(NANO).eval(), torch.randint(512, (2, 7)), []
-    for name in ("prefill", "decode"):
+    for name in ("prefill", "decode", "decode_with_gradients"):
         way = getattr(Block, name)
         monkeypatch.setattr(Block, name, lambda *a, name=name, way=way: ways.append(name) or way(*a))
     fused, stepped = Cache(NANO, 2, 9), Cache(NANO, 2, 9)
@@ -138,7 +138,7 @@ def test_a_prompt_goes_through_the_fused_block(monkeypatch):
     assert ways == ["prefill"] * NANO.num_hidden_layers + ["decode"] * NANO.num_hidden_layers
     ways.clear()
     assert relative(model(ids, cache=stepped), logits) <= BOUND
-    assert ways == ["decode"] * NANO.num_hidden_layers
+    assert ways == ["decode_with_gradients"] * NANO.num_hidden_layers
     assert relative(stepped.kv[..., :7, :, :].detach(), fused.kv[..., :7, :, :]) <= BOUND
 
 
