@@ -105,28 +105,39 @@ def test_a_search_that_loses_the_gpu_goes_on_in_another_process(tmp_path, monkey
     counts = "import sys, pathlib; log = pathlib.Path('tried'); log.open('a').write(sys.argv[1] + '\\n')\n"
     search = Command("search", ("-c", counts + "sys.exit(3 * (len(log.read_text().split()) < 3))"), minutes=8.0)
     monkeypatch.setattr(gpu_stages, "commands", lambda *_: [search])
-    monkeypatch.setattr(gpu_stages, "STAGE_SECONDS", 120)
+    monkeypatch.setattr(gpu_stages, "STAGE_SECONDS", 400)
     assert gpu_stages.run_stage("tune", tmp_path, rehearse=False) == 0
     minutes = [float(line) for line in (tmp_path / "tune" / "tried").read_text().split()]
     assert len(minutes) == 3
-    assert 1.0 < minutes[2] <= minutes[0] <= 1.5
+    assert 5.0 < minutes[2] <= minutes[0] <= 6.17
     assert "search++   ok" in capsys.readouterr().out
+
+
+def count_time_from(happened, monkeypatch):
+    """The limits of a command run from here on: its interpreters may take as long as they like to start."""
+    class Process(subprocess.Popen):
+        def wait(self, timeout=None):
+            if timeout is not None:
+                wait_until(happened)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
 
 
 def test_a_command_that_takes_too_long_is_killed_with_its_children(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_stages, "LAST_WORDS_SECONDS", 1)
     pid_file = tmp_path / "pid"
+    count_time_from(lambda: pid_file.exists() and pid_file.read_text(), monkeypatch)
     child = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     parent = ("import signal, subprocess, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
               f"print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])")
-    begin = time.monotonic()
-    row = gpu_stages.run(Command("slow", ("-c", parent), 4), tmp_path, 100)
-    assert time.monotonic() - begin < 20
+    row = gpu_stages.run(Command("slow", ("-c", parent), 1), tmp_path, 100)
+    assert row.seconds < 300, "it was waited for"
     assert (row.outcome, row.last) == ("time out", ["begun"])
     wait_until(lambda: not alive(int(pid_file.read_text())))
 
 
-def wait_until(true, seconds=20):
+def wait_until(true, seconds=60):
     """A killed process is gone a little later."""
     end = time.monotonic() + seconds
     while not true():
@@ -147,12 +158,14 @@ def test_long():
 
 
 @pytest.mark.slow
-def test_tests_that_take_too_long_leave_the_failures_so_far(tmp_path):
+def test_tests_that_take_too_long_leave_the_failures_so_far(tmp_path, monkeypatch):
+    log = tmp_path / "tests.log"
+    monkeypatch.setattr(gpu_stages, "LAST_WORDS_SECONDS", 60)
+    count_time_from(lambda: "test_long" in log.read_text(), monkeypatch)
     (tmp_path / "test_it.py").write_text(TESTS)
-    row = gpu_stages.run(Command("tests", (*gpu_stages.PYTEST, "test_it.py"), 15), tmp_path, 100)
+    row = gpu_stages.run(Command("tests", (*gpu_stages.PYTEST, "test_it.py"), 1), tmp_path, 100)
     assert row.outcome == "time out"
-    log = (tmp_path / "tests.log").read_text()
-    begun, ended = log.split("test_it.py::test_long", 1)
+    begun, ended = log.read_text().split("test_it.py::test_long", 1)
     assert "assert 7 == 8" in begun, "at once, as what follows may not end"
     assert "FAILED test_it.py::test_wrong" in ended
     assert row.last[-1].endswith("KeyboardInterrupt)") or "1 failed" in row.last[-1]
@@ -163,9 +176,9 @@ def test_a_terminated_script_ends_what_it_runs(tmp_path):
     variables = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path), "TMPDIR": str(tmp_path)}
     script = subprocess.Popen([SCRIPT, "--rehearse", "train"], env=variables, stdout=subprocess.DEVNULL)
     log = tmp_path / "train" / "search.log"
-    wait_until(log.is_file, 60)
+    wait_until(log.is_file, 120)
     script.terminate()
-    assert script.wait(20) == 143
+    assert script.wait(120) == 143
     wait_until(lambda: not any(str(tmp_path) in line for line in command_lines()))
     assert [path.name for path in tmp_path.iterdir()] == ["train"], "the temporary folder is gone"
 
