@@ -27,7 +27,7 @@ from phi1.kernels import (
     rotary,
     rotary_,
 )
-from phi1.model import Phi1
+from phi1.model import Cache, Phi1
 
 SHAPE = {"vocab_size": 512, "num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 512,
          "num_attention_heads": 2}
@@ -114,6 +114,17 @@ def test_an_operation_and_its_backward_do_not_wait(gpu, call):
 def test_rotating_in_place_does_not_wait(gpu):
     rotary_(tensor(24, 3, 2, 64, grad=False), *tables(), ints(24))
     assert gpu
+
+
+def test_decoding_does_not_wait(gpu):
+    config = preset("nano", **SHAPE)
+    model, cache = Phi1(config, device="meta", dtype=torch.float16).eval(), Cache(config, 2, 24, device="meta",
+                                                                                  dtype=torch.float16)
+    with torch.no_grad():
+        model(ints(2, 20), cache=cache, logits_to_keep=1)
+        prompt = len(gpu)
+        model(ints(2, 1), cache=cache)
+    assert 0 < prompt < len(gpu)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
