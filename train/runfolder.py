@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -51,23 +52,37 @@ class RunFolder:
         Raises:
             RunError: another process has it, or it cannot be written.
         """
+        for _ in range(10):
+            try:
+                self._is_new = not self.path.exists()
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = lock_file(self.path / ".lock")
+                break
+            except BlockingIOError:
+                raise RunError(f"run.folder {self.path} is in use by process {self._owner()}: wait until it ends, or "
+                               "give another --run.folder") from None
+            except OSError as error:  # also where a start that was refused has just removed the folder it had made
+                problem = error
+        else:
+            raise RunError(f"run.folder {self.path}: {problem.strerror}")
         try:
-            self._is_new = not self.path.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_file(self.path / ".lock")
-            if self._lock is not None:
-                give_back(self.checkpoints)
+            give_back(self.checkpoints)
         except OSError as error:
-            raise RunError(f"run.folder {self.path}: {error.strerror}") from None
-        if self._lock is None:
-            owner = (self.path / ".lock").read_text() or "unknown"
-            raise RunError(f"run.folder {self.path} is in use by process {owner}: wait until it ends, or give another "
-                           "--run.folder")
+            raise RunError(f"run.folder {self.path}: {error.filename}: {error.strerror}") from None
+
+    def _owner(self) -> str:
+        try:
+            return (self.path / ".lock").read_text() or "unknown"
+        except OSError:
+            return "unknown"
 
     def discard_if_new(self) -> None:
-        """Leave nothing behind where a run was refused."""
-        if self._is_new and self._lock is not None and [item.name for item in self.path.iterdir()] == [".lock"]:
-            shutil.rmtree(self.path)
+        """Leave nothing behind where a run was refused, but for what another one has put there meanwhile."""
+        if self._is_new and self._lock is not None:
+            with suppress(OSError):
+                if os.listdir(self.path) == [".lock"]:
+                    (self.path / ".lock").unlink()
+                    self.path.rmdir()
 
     def store(self, recipe: Recipe) -> None:
         """Write config.toml, if it says something new. Raises RunError if it cannot be written.
@@ -92,14 +107,21 @@ class RunFolder:
         return summary if summary.get("steps") == steps and self.export.is_dir() else None
 
 
-def lock_file(path: Path) -> int | None:
-    """Lock a file for as long as this process lives. Returns its descriptor, or None if another process has it."""
+def lock_file(path: Path) -> int:
+    """Lock a file for as long as this process lives. Returns its descriptor.
+
+    Raises:
+        BlockingIOError: another process has it.
+        FileNotFoundError: another process has removed it before it was locked.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    except OSError:
         os.close(descriptor)
-        return None
+        raise
     os.ftruncate(descriptor, 0)
     os.write(descriptor, str(os.getpid()).encode())
     return descriptor
