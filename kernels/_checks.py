@@ -64,7 +64,7 @@ def check_whole(op: str, **numbers: object) -> None:
 def check_real(op: str, **numbers: object) -> None:
     """Raise unless every argument is a finite number."""
     for name, x in numbers.items():
-        if not isinstance(x, SupportsFloat):
+        if type(x) not in (float, int) and not isinstance(x, SupportsFloat):  # 3 us
             raise TypeError(f"{op}: {name} must be a number; got {x!r}")
         if isinstance(x, float):  # what torch.compile traces has no value yet
             require(math.isfinite(x), op, f"{name} must be finite", x)
