@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import os
 import re
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from phi1 import Phi1, save
 from phi1.train import admission
 from phi1.train.admission import check_untrained, prepare_data
+from phi1.train.checkpoint_files import describe, write_manifest
 from phi1.train.launch import Place, RunError
 from phi1.train.ledger import cut_back, has_saved, read_ledger
 from phi1.train.prepare import prepare
@@ -16,6 +20,7 @@ from phi1.train.recipe import Model, Recipe, Train
 from phi1.train.recipe_file import read_recipe
 from phi1.train.runfolder import RunFolder
 from phi1.train.shards import DataError
+from phi1.train.testing import write_files
 from phi1.train.workspace import workspace
 
 
@@ -29,9 +34,12 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+def replaced(section, **values):
+    return dataclasses.replace(Recipe(), **{section: dataclasses.replace(getattr(Recipe(), section), **values)})
+
+
 def recipe(**data):
-    return dataclasses.replace(Recipe(), data=dataclasses.replace(Recipe().data, folder="data", vocab_size=300,
-                                                                  workers=1, **data))
+    return replaced("data", folder="data", vocab_size=300, workers=1, **data)
 
 
 def refusal(action, *args):
@@ -78,24 +86,54 @@ def test_a_ledger_is_read_without_the_line_that_a_kill_cut_short(tmp_path):
         read_ledger(path)
 
 
-def test_an_older_checkpoint_is_gone_on_from_once(tmp_path, monkeypatch, capsys):
-    asked, folder = [], RunFolder(tmp_path / "run")
-    again = dataclasses.replace(Recipe(), checkpoint=dataclasses.replace(Recipe().checkpoint, resume="step-20"))
+@pytest.fixture
+def admitted(tmp_path, monkeypatch):
+    """What an attempt of a launch goes on from, among checkpoints of which there are step-10 to step-40 at first."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for step in (10, 20, 30, 40):
+        path = write_files(checkpoints / f"step-{step}", {"trainer.json": json.dumps({"step": step, "data": "0"})})
+        write_manifest(path, {"trainer.json": describe(path / "trainer.json")})
+    for name in ("check_continues", "start_engine", "environment_of", "prepare_data"):
+        monkeypatch.setattr(admission, name, lambda *_: None)
+    monkeypatch.setattr(admission, "open_data", lambda *_: (SimpleNamespace(fingerprint="0"), None, None))
 
-    def choose(_, resume):
-        asked.append(resume)
-        raise RunError("far enough")
+    def attempt(number, resume="step-20", launch="a"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
+        folder = RunFolder(tmp_path / "run")
+        try:
+            return admission.admit(replaced("checkpoint", resume=resume), folder, Place(attempt=number))
+        finally:
+            os.close(folder._lock)
 
-    monkeypatch.setattr(admission, "choose", choose)
-    for attempt in (0, 1):
-        assert refusal(admission.admit, again, RunFolder(tmp_path / f"{attempt}"), Place(attempt=attempt)) \
-            == "far enough"
-    assert asked == ["step-20", "auto"]
-    assert capsys.readouterr().out == ("note: torchrun has restarted the run, which goes on from its newest "
-                                       "checkpoint; step-20 was where it began\n")
-    folder.path.mkdir()
-    folder.store(again)
-    assert read_recipe(folder.config, {}) == Recipe()
+    attempt.checkpoints = checkpoints
+    return attempt
+
+
+def test_an_older_checkpoint_is_gone_on_from_once(admitted, capsys):
+    assert admitted(0) == "step-20"
+    assert [path.name for path in sorted(admitted.checkpoints.iterdir())] == ["step-10", "step-20"]
+    shutil.copytree(admitted.checkpoints / "step-20", admitted.checkpoints / "step-30")  # the run goes on
+    capsys.readouterr()
+    for number in (1, 2):
+        assert admitted(number) == "step-30"
+        assert capsys.readouterr().out == ("note: torchrun has restarted the run, which goes on from its newest "
+                                           "checkpoint; step-20 was where it began\n")
+    assert read_recipe(admitted.checkpoints.parent / "config.toml", {}) == Recipe()
+
+
+@pytest.mark.parametrize("dies_in", ["choose", "prepare_data", "remove_after"])
+@pytest.mark.parametrize("earlier", [None, "a", "b"])
+def test_a_restart_goes_back_where_the_attempt_before_did_not_come_so_far(admitted, monkeypatch, dies_in, earlier):
+    def dies(*_):
+        raise RunError("killed")
+
+    if earlier:  # another launch, perhaps of the same name, that has gone back as well
+        assert admitted(0, "step-30", launch=earlier) == "step-30"
+    with monkeypatch.context() as patch:
+        patch.setattr(admission, dies_in, dies)
+        assert refusal(admitted, 0) == "killed"
+    for number in (1, 2):
+        assert admitted(number) == "step-20"
 
 
 def test_weights_to_start_from_are_of_the_runs_model(tmp_path):

@@ -6,6 +6,7 @@ No process group exists yet, so that a refusal ends the command at once and touc
 from __future__ import annotations
 
 import importlib.util
+import os
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -89,12 +90,8 @@ def admit(recipe: Recipe, folder: RunFolder, place: Place) -> str:
         RunError: the run cannot start.
     """
     folder.lock()
-    resume = recipe.checkpoint.resume
-    if place.attempt and resume != "auto":
-        print(f"note: torchrun has restarted the run, which goes on from its newest checkpoint; {resume} was where it "
-              "began", flush=True)
-        resume = "auto"
-    checkpoint = choose(folder.checkpoints, resume)
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    checkpoint = choose(folder.checkpoints, _asked_for(recipe, folder, place, launch))
     stored = None
     if checkpoint is None:
         check_untrained(folder)
@@ -115,8 +112,20 @@ def admit(recipe: Recipe, folder: RunFolder, place: Place) -> str:
         check_data(checkpoint, stored, train)
     for name in remove_after(folder.checkpoints, checkpoint):
         print(f"removed {folder.checkpoints / name}, which lies after {checkpoint and checkpoint.name}")
-    folder.store(recipe)
+    folder.store(recipe, launch)
     return checkpoint.name if checkpoint else ""
+
+
+def _asked_for(recipe: Recipe, folder: RunFolder, place: Place, launch: str) -> str:
+    """What to go on from. A launch goes back to an older checkpoint once; its restarts go on from what came since."""
+    resume = recipe.checkpoint.resume
+    if not place.attempt:
+        folder.went_back.unlink(missing_ok=True)  # of an earlier launch: without --standalone all have one name
+    elif resume != "auto" and folder.has_gone_back(launch):
+        print(f"note: torchrun has restarted the run, which goes on from its newest checkpoint; {resume} was where it "
+              "began", flush=True)
+        return "auto"
+    return resume
 
 
 def admit_proof(recipe: Recipe, folder: RunFolder, place: Place) -> str:

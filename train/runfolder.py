@@ -1,7 +1,7 @@
 """A run's folder: its lock, its stored recipe, and whether a recipe continues what is there.
 
     config.toml   ledger.jsonl   heartbeat.json   checkpoints/step-N/   samples/   export/   summary.json
-    tensorboard/   wandb/   not-proven.txt
+    tensorboard/   wandb/   not-proven.txt   went-back.txt
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class RunFolder:
         self.export = self.path / "export"
         self.summary = self.path / "summary.json"
         self.not_proven = self.path / "not-proven.txt"
+        self.went_back = self.path / "went-back.txt"
         self._lock: int | None = None
         self._is_new = False
 
@@ -84,19 +85,29 @@ class RunFolder:
                     (self.path / ".lock").unlink()
                     self.path.rmdir()
 
-    def store(self, recipe: Recipe) -> None:
+    def store(self, recipe: Recipe, launch: str = "") -> None:
         """Write config.toml, if it says something new. Raises RunError if it cannot be written.
 
-        To go on from an older checkpoint is meant once: it is not stored.
+        To go on from an older checkpoint is meant once: not that is stored, but which launch of torchrun has done it.
         """
+        goes_back = recipe.checkpoint.resume != "auto"
         recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, resume="auto"))
         text, temporary = recipe.to_toml(), self.config.with_suffix(".tmp")
         try:
+            if goes_back:
+                self.went_back.write_text(launch, encoding="utf-8")
             if not self.config.exists() or self.config.read_text(encoding="utf-8") != text:
                 temporary.write_text(text, encoding="utf-8")
                 temporary.replace(self.config)
         except OSError as error:
             raise RunError(f"{self.config} cannot be written: {error.strerror}") from None
+
+    def has_gone_back(self, launch: str) -> bool:
+        """Whether a launch of torchrun has gone back as it was told to: a restart would undo what came since."""
+        try:
+            return self.went_back.read_text(encoding="utf-8") == launch
+        except OSError:
+            return False
 
     def completed(self, steps: int) -> dict[str, Any] | None:
         """The summary, if the run has been finished with this number of steps."""
