@@ -121,6 +121,11 @@ def test_an_older_checkpoint_is_gone_on_from_once(admitted, capsys):
     assert read_recipe(admitted.checkpoints.parent / "config.toml", {}) == Recipe()
 
 
+def test_what_an_earlier_launch_noted_says_nothing_of_one_whose_first_attempt_noted_nothing(admitted):
+    assert admitted(0, "step-30", launch="b") == "step-30"
+    assert admitted(1) == "step-20"
+
+
 @pytest.mark.parametrize("dies_in", ["choose", "prepare_data", "remove_after"])
 @pytest.mark.parametrize("earlier", [None, "a", "b"])
 def test_a_restart_goes_back_where_the_attempt_before_did_not_come_so_far(admitted, monkeypatch, dies_in, earlier):
