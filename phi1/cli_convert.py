@@ -38,7 +38,7 @@ def main(argv: list[str], parser_class: type) -> int:
         print(f"phi1 convert: {folder} has no tokenizer, so {args.out} will have none; "
               "--tokenizer microsoft/phi-1 adds phi-1's", file=sys.stderr)
     model = load(folder, device="cpu", dtype=args.dtype)
-    save(model, args.out, tokenizer=tokenizer)
+    save(model, args.out, tokenizer=tokenizer, replace=False)
     print(f"phi1 convert: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{str(model.embed.weight.dtype).removeprefix('torch.')}, written to {args.out}", file=sys.stderr)
     return 0

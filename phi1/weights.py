@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from phi1._atomic import NEW, publish, sweep, workspace
 from phi1._checkpoint import locate, open_tensors, read_json, stream, weight_files
 from phi1._layouts import LAYOUTS, WRITTEN, Place, is_derived, places, read_config, recognise, written_config
 from phi1.config import Phi1Config
@@ -137,31 +137,35 @@ def _problems(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple
 
 
 def save(model: Phi1, folder: str | Path, *, tokenizer: Tokenizer | None = None,
-         max_shard_bytes: int = 5_000_000_000) -> None:
+         max_shard_bytes: int = 5_000_000_000, replace: bool = True) -> None:
     """Write the model in the current Hugging Face layout, which `phi1.load` and transformers read.
 
     Args:
         model: any dtype, any device.
         folder: made, with its parents. If it exists it must be empty or hold a saved model alone, which is replaced.
+            Stopped or killed at any moment, it is there as it was or as it was to be; if a kill comes while the two
+            change places, the next save to it makes it so.
         tokenizer: saved beside the model, and its end-of-text id goes into the configuration.
         max_shard_bytes: size from which the tensors are split into several files, with an index.
+        replace: whether a saved model may be replaced; else the folder must be new or empty, now and at the end.
 
     Raises:
-        ValueError: the folder holds other files.
+        ValueError: the folder holds other files, or has got some since.
         OSError: no space, no permission; nothing is left behind, and an old model is still in place.
     """
-    save_state_dict(model.state_dict(), model.config, folder, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+    save_state_dict(model.state_dict(), model.config, folder, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes,
+                    replace=replace)
 
 
 def save_state_dict(state: Mapping[str, Tensor], config: Phi1Config, folder: str | Path, *,
                     tokenizer: Tokenizer | None = None, dtype: torch.dtype | str | None = None,
-                    max_shard_bytes: int = 5_000_000_000) -> None:
+                    max_shard_bytes: int = 5_000_000_000, replace: bool = True) -> None:
     """`save` for a plain state dict of whole tensors, such as one gathered from a sharded model.
 
     Args:
         state: `Phi1.state_dict()`'s names and shapes.
         config: of the model.
-        folder, tokenizer, max_shard_bytes: as in `save`.
+        folder, tokenizer, max_shard_bytes, replace: as in `save`.
         dtype: what the tensors are cast to; by default they stay as they are.
 
     Raises:
@@ -176,7 +180,7 @@ def save_state_dict(state: Mapping[str, Tensor], config: Phi1Config, folder: str
         raise ValueError(f"save: max_shard_bytes must be 1 or more; got {max_shard_bytes}")
     target_dtype = state["embed.weight"].dtype if dtype is None else _as_dtype("save", dtype)
     cast = None if dtype is None else target_dtype
-    with _replacing(Path(folder)) as temporary:
+    with _filled(Path(folder), replace) as temporary:
         _write_tensors(state, config, temporary, cast, max_shard_bytes)
         _write_configs(config, temporary, tokenizer, str(target_dtype).removeprefix("torch."))
         if tokenizer is not None:
@@ -203,7 +207,7 @@ def _write_tensors(state: Mapping[str, Tensor], config: Phi1Config, folder: Path
              for name, place in table.items()}
     free = shutil.disk_usage(folder).free
     if sum(sizes.values()) > free:
-        raise OSError(f"save: the model needs {sum(sizes.values()) / 1e9:.2f} GB at {folder.parent}; "
+        raise OSError(f"save: the model needs {sum(sizes.values()) / 1e9:.2f} GB at {folder.parents[1]}; "
                       f"{free / 1e9:.2f} GB are free")
     shards = list(_shards(sizes, max_shard_bytes))
     weight_map = {}
@@ -243,52 +247,31 @@ _SAVED = ("config.json", "generation_config.json", "model.safetensors", "model-*
 
 
 @contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
+def _filled(folder: Path, replace: bool) -> Iterator[Path]:
     """A temporary folder that takes the folder's place at the end, or disappears if the block fails."""
     folder = Path(os.path.realpath(folder.expanduser()))
-    foreign = _foreign(folder)
-    if foreign:
-        raise ValueError(f"save: {folder} holds other files ({', '.join(foreign[:3])}); give an empty or new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        for path in temporary.iterdir():
-            path.chmod(0o666 & ~_umask())  # safetensors makes files that their owner alone may read
-            _flush(path)
-        _swap(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _swap(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`; what was there goes only after that has succeeded."""
-    if not folder.exists():
-        new.rename(folder)
-        return
-    old = new.with_suffix(".old")
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _foreign(folder: Path) -> list[str]:
-    """What lies in the folder and was not written by `save`."""
+    sweep(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save: {folder} is a file; give an empty or new folder")
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path.name for path in found if not any(path.match(pattern) for pattern in _SAVED)]
+    if folder.is_dir():
+        _check_own(folder, folder, replace)
+    with workspace(folder) as work:
+        new = work / NEW
+        new.mkdir()
+        yield new
+        for path in new.iterdir():
+            path.chmod(new.stat().st_mode & 0o666)  # safetensors makes files that their owner alone may read
+            _flush(path)
+        if not publish(work, folder, (lambda old: _check_own(old, folder, replace)) if replace else None):
+            raise ValueError(f"save: {folder} must be new or empty, and has got files since; give another folder")
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def _check_own(found: Path, folder: Path, replace: bool) -> None:
+    """Refuse to replace what lies in `found`, the folder of the name `folder`, unless `save` wrote all of it."""
+    names = [path.name for path in sorted(found.iterdir())]
+    foreign = [name for name in names if not (replace and any(Path(name).match(pattern) for pattern in _SAVED))]
+    if foreign:
+        raise ValueError(f"save: {folder} holds other files ({', '.join(foreign[:3])}); give an empty or new folder")
 
 
 def _flush(path: Path) -> None:

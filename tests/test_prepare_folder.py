@@ -87,6 +87,58 @@ def test_a_folder_of_something_else_is_never_replaced(code, tmp_path):
     assert prepare(str(code / "json"), tmp_path / "empty", tokenizer=BYTES).documents > 1
 
 
+def test_a_file_that_comes_while_a_corpus_is_made_anew_stays(code, tmp_path):
+    out = tmp_path / "out"
+    prepare(str(code / "json"), out, tokenizer=BYTES)
+    held = folder_content(out)
+
+    def report(line):
+        (out / "thesis.tex").write_text("years of work")
+
+    with pytest.raises(DataError, match=f"^{out}: it holds thesis.tex, which is no part of a corpus"):
+        prepare(str(code / "email"), out, tokenizer=BYTES, force=True, report=report)
+    assert (out / "thesis.tex").read_text() == "years of work"
+    (out / "thesis.tex").unlink()
+    assert folder_content(out) == held
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def after_rename(monkeypatch, target, act):
+    """Do something when a folder has got that name."""
+    def rename(source, to, rename=os.rename):
+        rename(source, to)
+        if os.path.basename(to) == target:
+            act()
+
+    monkeypatch.setattr(os, "rename", rename)
+
+
+@pytest.mark.parametrize(("after", "said"), [("old", "nothing was written"), ("out", "out is complete")])
+def test_stopped_while_two_corpora_change_places_it_says_which_is_there(code, tmp_path, monkeypatch, capsys, after,
+                                                                        said):
+    def stop():
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    old = prepare(str(code / "json"), "out", tokenizer=BYTES).fingerprint
+    after_rename(monkeypatch, after, stop)
+    assert main(["--source", str(code / "email"), "--out", "out", "--force"]) == 130
+    assert capsys.readouterr().err == f"phi1 prepare: stopped; {said}\n"
+    assert (open_corpus("out").fingerprint == old) == (after == "old")
+    assert os.listdir() == ["out"]
+
+
+def test_killed_while_two_corpora_change_places_it_leaves_the_old_one_to_the_next(code, tmp_path):
+    out, left = tmp_path / "out", tmp_path / ".out.0123abcd.tmp"
+    old = prepare(str(code / "json"), out, tokenizer=BYTES).fingerprint
+    (left / "new").mkdir(parents=True)
+    out.rename(left / "old")
+    with pytest.raises(DataError, match="another corpus is there"):
+        prepare(str(code / "email"), out, tokenizer=BYTES)
+    assert open_corpus(out).fingerprint == old
+    assert os.listdir(tmp_path) == ["out"]
+
+
 def test_it_leaves_nothing_behind_but_the_corpus(code, tmp_path):
     """In a process with a home of its own: no cache, no temporary folder, no progress bars."""
     home, temporary = tmp_path / "home", tmp_path / "temporary"

@@ -112,6 +112,59 @@ def test_save_replaces_a_saved_model_and_nothing_else(tmp_path):
     assert_same(load(folder, device="cpu"), tiny_model(2))
 
 
+@pytest.mark.parametrize("replace", [True, False])
+def test_a_file_that_is_put_there_meanwhile_stays(tmp_path, monkeypatch, replace):
+    """Also that of another save, where the folder had to be new."""
+    folder, write = tmp_path / "model", phi1.weights._write_configs
+    mine = folder / ("thesis.tex" if replace else "vocab.json")
+    if replace:
+        save(tiny_model(1), folder)
+
+    def meanwhile(config, at, *rest):
+        write(config, at, *rest)
+        if at.parent.name.startswith(".model."):
+            folder.mkdir(exist_ok=True)
+            mine.write_text("years of work")
+
+    monkeypatch.setattr(phi1.weights, "_write_configs", meanwhile)
+    message = r"holds other files \(thesis\.tex\)" if replace else "must be new or empty, and has got files since"
+    with pytest.raises(ValueError, match=rf"^save: {folder} {message}"):
+        save(tiny_model(2), folder, replace=replace)
+    assert mine.read_text() == "years of work"
+    assert os.listdir(tmp_path) == ["model"]
+    if replace:
+        assert_same(load(folder, device="cpu"), tiny_model(1))
+
+
+def test_a_folder_that_must_be_new_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    save(tiny_model(1), tmp_path / "model")
+    monkeypatch.setattr(phi1.weights, "_write_tensors", None)
+    with pytest.raises(ValueError, match=r"model holds other files \(config\.json, generation_config"):
+        save(tiny_model(2), tmp_path / "model", replace=False)
+
+
+@pytest.mark.parametrize("at", ["a rename aside", "a file"])
+def test_killed_it_leaves_nothing_once_another_save_begins(tmp_path, monkeypatch, at):
+    folder = tmp_path / "model"
+    save(tiny_model(1), folder)
+    child = os.fork()
+    if child == 0:
+        def rename(source, target, rename=os.rename):
+            rename(source, target)
+            os._exit(0)
+
+        monkeypatch.setattr(os, "rename", rename)
+        if at == "a file":
+            monkeypatch.setattr(phi1.weights, "_write_configs", lambda *args: os._exit(0))
+        save(tiny_model(2), folder)
+    assert os.waitpid(child, 0)[1] == 0
+    assert len(os.listdir(tmp_path)) == 1 + folder.exists()
+    with pytest.raises(ValueError, match="holds other files"):
+        save(tiny_model(3), folder, replace=False)
+    assert os.listdir(tmp_path) == ["model"]
+    assert_same(load(folder, device="cpu"), tiny_model(1))
+
+
 def test_a_full_disk_leaves_the_old_model(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     save(tiny_model(1), folder)

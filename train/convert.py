@@ -83,5 +83,5 @@ def convert(checkpoint: Path, out: Path, tokenizer: str | Path | None, dtype: st
     weights, config = read_weights(checkpoint)
     tokenizer = tokenizer or find_tokenizer(checkpoint)
     save_state_dict(weights, config, out, tokenizer=None if tokenizer is None else load_tokenizer(str(tokenizer)),
-                    dtype=dtype)
+                    dtype=dtype, replace=False)
     return config.num_parameters

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import phi1
+from phi1._atomic import NEW, publish, sweep
 from phi1.tokenizer import MIN_VOCAB, Tokenizer, load_tokenizer, train_bpe
 from phi1.train.data import SPLITS, open_corpus
 from phi1.train.encode_pool import EncodePool
 from phi1.train.selection import Selection
 from phi1.train.shards import BLOCK_TOKENS, MANIFEST, SHARD_TOKENS, VERSION, DataError, read_manifest
 from phi1.train.sources import Source, find_source, gather
-from phi1.train.workspace import chain, foreign_file, format_bytes, publish, workspace
+from phi1.train.workspace import chain, foreign_file, format_bytes, workspace
 from phi1.train.writer import CorpusWriter
 
 CHUNK_BYTES = 1 << 20
@@ -110,6 +111,8 @@ def prepare(sources: str | Sequence[str], out: str | Path, *, tokenizer: str | P
     names = [sources] if isinstance(sources, str) else list(sources)
     found = [find_source(name, column) for name in names]
     request = _request(found, column, chosen, vocab_size, val_fraction, shard_tokens)
+    place = Path(os.path.realpath(out))
+    sweep(place)
     done = _existing(out, request, force)
     if done:
         return done
@@ -117,21 +120,22 @@ def prepare(sources: str | Sequence[str], out: str | Path, *, tokenizer: str | P
     n_bytes = sum(source.n_bytes for source in found)
     say(f"gathering {', '.join(names)}" + (f": {format_bytes(n_bytes)}" if n_bytes else ""))
     # On the disk: the documents once as Arrow, and 2 bytes a token of about 3.
-    with workspace(out, int(1.7 * n_bytes)) as work:
+    with workspace(place, int(1.7 * n_bytes)) as work:
         selection = _select(found, column, work / "cache", val_fraction)
         if chosen is None:
             say(f"training a BPE of {vocab_size:,} tokens")
             chosen = train_bpe(selection.training_texts(BPE_BYTES), vocab_size)
         say(f"tokenising {selection.n_documents:,} documents")
         made = {"request": request, "sources": names, "skipped": selection.skipped, "phi1": phi1.__version__}
-        (work / "corpus").mkdir()
-        writer = CorpusWriter(work / "corpus", chosen, shard_tokens=shard_tokens,
+        (work / NEW).mkdir()
+        writer = CorpusWriter(work / NEW, chosen, shard_tokens=shard_tokens,
                               block_tokens=min(BLOCK_TOKENS, shard_tokens))
-        rate = _encode(selection, writer, work / "corpus" / "tokenizer", workers or _cores(), say)
+        rate = _encode(selection, writer, work / NEW / "tokenizer", workers or _cores(), say)
         writer.close(made)
-        if not publish(work / "corpus", out, replace=force):
+        manifest = read_manifest(work / NEW)
+        if not publish(work, place, (lambda old: _check_own(old, out)) if force else None):
             done = _existing(out, request, force=False)
-    return done or _summary(out, read_manifest(out), seconds=time.perf_counter() - start, tokens_per_second=rate)
+    return done or _summary(out, manifest, seconds=time.perf_counter() - start, tokens_per_second=rate)
 
 
 def _chosen_tokenizer(tokenizer: str | Path | Tokenizer, vocab_size: int) -> Tokenizer | None:
@@ -165,13 +169,18 @@ def _existing(out: Path, request: str, force: bool) -> Summary | None:
             raise DataError(f"{out}: another corpus is there (made from {made_from}, or with other settings); --force "
                             "replaces it")
         return _summary(out, manifest, already_done=True)
-    foreign = foreign_file(out)
-    if foreign is not None:
-        raise DataError(f"{out}: it holds {foreign}, which is no part of a corpus, and is left as it is; choose "
-                        "another place")
+    _check_own(out, out)
     if not force:
         raise DataError(f"{out}: an unfinished or damaged corpus is there; --force replaces it")
     return None
+
+
+def _check_own(folder: Path, out: Path) -> None:
+    """Refuse to replace a folder, that of the name `out`, with something else than a corpus in it."""
+    foreign = foreign_file(folder)
+    if foreign is not None:
+        raise DataError(f"{out}: it holds {foreign}, which is no part of a corpus, and is left as it is; choose "
+                        "another place")
 
 
 def _request(sources: list[Source], column: str, tokenizer: Tokenizer | None, vocab_size: int, val_fraction: float,
@@ -253,6 +262,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_prepare(args: argparse.Namespace) -> int:
     """Run `phi1 prepare`; returns the exit code: 0, 2 for what the user can mend, 130 if stopped."""
+    before = _identity(args.out)
     try:
         if args.vocab_size is not None and args.tokenizer != "train":
             raise ValueError("--vocab-size goes with --tokenizer train; the given tokenizer has its own size")
@@ -260,7 +270,8 @@ def run_prepare(args: argparse.Namespace) -> int:
                           vocab_size=args.vocab_size or 4096, val_fraction=args.val_fraction, force=args.force,
                           column=args.column, report=lambda line: print(line, flush=True))
     except KeyboardInterrupt:
-        print("phi1 prepare: stopped; nothing was written", file=sys.stderr)
+        outcome = "nothing was written" if _identity(args.out) == before else f"{args.out} is complete"
+        print(f"phi1 prepare: stopped; {outcome}", file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
@@ -268,6 +279,15 @@ def run_prepare(args: argparse.Namespace) -> int:
         return 2
     print(summary)
     return 0
+
+
+def _identity(folder: str) -> tuple[int, int] | None:
+    """What tells a folder from another of the same name; None if there is none."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def main(argv: list[str] | None = None) -> int:
