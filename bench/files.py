@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def replace(path: Path, text: str) -> None:
@@ -56,3 +58,21 @@ def lock(descriptor: int, *, wait: bool = False) -> bool:
     except OSError:
         pass
     return True
+
+
+def append(path: Path, entry: Mapping[str, Any]) -> None:
+    """Add a line of JSON to a file; it is on the disk as this returns."""
+    line = json.dumps(entry).encode() + b"\n"
+    with path.open("ab+") as file:
+        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+            line = b"\n" + line  # what is there was cut short, and must not take this line with it
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def lines(path: Path) -> Iterator[dict[str, Any]]:
+    """What `append` has put into a file, which need not be there; without a line that was cut short."""
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)

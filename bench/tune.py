@@ -4,7 +4,8 @@ Each operation of the benchmarks' registry runs at phi-1's shapes, forward and b
 the tables is noted. Then each candidate tile of each of these kernels is forced in turn: what the operation computes is
 held against the reference in float64, and it is timed. The fastest tile that is right goes into the GPU's table at
 once, so that a search that is stopped has lost nothing; the same command goes on with it. After a tile that has taken
-the GPU away from the process the exit code is 3: the same command goes on behind that tile.
+the GPU away from the process the exit code is 3: the same command goes on behind that tile. A second search of the same
+GPU into the same folder is refused.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
-import pkgutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from phi1.bench.cases import operations
 from phi1.bench.command import MakeParser, plain_parser
 from phi1.bench.runner import DeviceLostError, bind, one_line, release, still_there
 from phi1.bench.timing import Call, CudaClock, quantile
-from phi1.bench.tune_cases import chosen_cases, lookups_on_paper
-from phi1.bench.tune_compile import compile_ahead
+from phi1.bench.tune_cases import Task, candidates_of, chosen_cases, inputs_of, lookups_on_paper, tasks_of
+from phi1.bench.tune_compile import compile_ahead, end_with_parent
 from phi1.bench.tune_store import Store, Tile, trial_key, when_of
 from phi1.kernels import _tuned
 from phi1.kernels._tuned import Lookup
@@ -45,36 +45,8 @@ NO_TILES_FAULT = (TypeError, AttributeError, NameError, KeyboardInterrupt)
 Timer = Callable[[Call], float]
 
 
-def all_candidates() -> dict[str, dict[str, list[Tile]]]:
-    """Module -> kernel -> tiles: the CANDIDATES of every file of kernels."""
-    names = [module.name for module in pkgutil.iter_modules(phi1.kernels.__path__) if module.name.endswith("_triton")]
-    modules = {name: importlib.import_module(f"phi1.kernels.{name}") for name in names}
-    return {name: module.CANDIDATES for name, module in modules.items() if hasattr(module, "CANDIDATES")}
-
-
-def candidates_of(lookup: Lookup) -> list[Tile]:
-    """The tiles to try for a kernel: those of the file that has a kernel of this name, and where several have, of the
-    file whose name has most in common with the operation's and the kernel's."""
-    words = set(f"{lookup.op}_{lookup.kernel}".split("_"))
-    found = [(len(words & set(name.split("_"))), tiles[lookup.kernel])
-             for name, tiles in all_candidates().items() if lookup.kernel in tiles]
-    shared, tiles = max(found, key=lambda item: item[0], default=(0, []))
-    return tiles if shared or len(found) == 1 else []
-
-
 def _name(lookup: Lookup) -> str:
     return " ".join([lookup.op, lookup.kernel, *(f"{name}={value}" for name, value in lookup.shape)])
-
-
-@dataclass(frozen=True)
-class Task:
-    """One kernel at one shape, as one case looks it up."""
-
-    case: Case
-    lookup: Lookup
-    row: dict[str, Any]
-    tiles: tuple[Tile, ...]
-    """The table's own tile first."""
 
 
 class Tuner:
@@ -93,29 +65,6 @@ class Tuner:
         self.device, self.store, self.timer, self.deadline, self.say = device, store, timer, deadline, say
         self.versions = f"torch {torch.__version__} triton {importlib.import_module('triton').__version__}"
 
-    def tasks(self, cases: Sequence[Case], look: Callable[[Case], list[Lookup]] | None = None) -> list[Task]:
-        """Every lookup that the cases make, once, with more than one tile to choose from.
-
-        Args:
-            cases: the most important first.
-            look: finds a case's lookups; by default the case runs.
-        """
-        found: dict[Lookup, Task] = {}
-        for case in cases:
-            for lookup in (look or self._lookups)(case):
-                row = _tuned.first_fit(lookup.op, lookup.kernel, "", _tuned.architecture(self.device), lookup.shape)
-                own = row["tile"]
-                tiles = [own, *(tile for tile in candidates_of(lookup) if tile != own)]
-                if len(tiles) > 1 and lookup not in found:
-                    found[lookup] = Task(case, lookup, row, tuple(tiles))
-        return list(found.values())
-
-    def _lookups(self, case: Case) -> list[Lookup]:
-        call = bind(case, case.providers[0].prepare(case, self.device), [self._inputs(case)])
-        with _tuned.recorded() as lookups:
-            call(0)
-        return lookups
-
     def run(self, tasks: Sequence[Task]) -> bool:
         """Search; returns whether all tasks were finished before the deadline."""
         finished = [self._search(task) for task in tasks]
@@ -126,7 +75,7 @@ class Tuner:
         trials = [self.store.trial(key) for key in keys]
         if not all(trials):
             try:
-                inputs = self._inputs(task.case)
+                inputs = inputs_of(task.case, self.device)
                 judge = _judge(task.case, inputs)
             except NO_TILES_FAULT:
                 raise
@@ -144,24 +93,32 @@ class Tuner:
         return len(finished) == len(task.tiles)
 
     def _try(self, task: Task, key: str, tile: Tile, inputs: Inputs, judge: Callable[[], str]) -> dict[str, Any]:
+        """What came of a tile, as it is noted. Before, its start is: one without an end has ended the process."""
         facts = {"op": task.lookup.op, "kernel": task.lookup.kernel, "shape": dict(task.lookup.shape),
                  "tile": dict(tile), "case": task.case.name}
-        self.store.note(key, **facts)
-        with _tuned.forced(task.lookup.op, task.lookup.kernel, tile):
-            try:
-                complaint = judge()
-                if complaint:
-                    return self.store.note(key, **facts, error=f"wrong: {complaint}")
-                function = task.case.providers[0].prepare(task.case, self.device)
-                ms = self.timer(bind(task.case, function, [inputs]))
-            except NO_TILES_FAULT:
-                self.store.forget(key)
-                raise
-            except Exception as error:  # out of shared memory, registers or patience: the next tile may do
-                noted = self.store.note(key, **facts, error=one_line(error))
-                still_there(self.device)
-                return noted
-        return self.store.note(key, **facts, ms=float(f"{ms:.4g}"))
+        broke = False
+        try:
+            self.store.note(key, **facts)
+            with _tuned.forced(task.lookup.op, task.lookup.kernel, tile):
+                try:
+                    outcome = self._measured(task, inputs, judge)
+                except NO_TILES_FAULT:
+                    raise
+                except Exception as error:  # out of shared memory, registers or patience: the next tile may do
+                    outcome, broke = {"error": one_line(error)}, True
+            noted = self.store.note(key, **facts, **outcome)
+        except BaseException:  # a mistake of ours, or Ctrl-C at any line
+            self.store.forget(key)
+            raise
+        if broke:
+            still_there(self.device)
+        return noted
+
+    def _measured(self, task: Task, inputs: Inputs, judge: Callable[[], str]) -> dict[str, Any]:
+        if complaint := judge():
+            return {"error": f"wrong: {complaint}"}
+        function = task.case.providers[0].prepare(task.case, self.device)
+        return {"ms": float(f"{self.timer(bind(task.case, function, [inputs])):.4g}")}
 
     def _conclude(self, task: Task, timed: list[tuple[float, Tile]], failed: int, finished: int) -> None:
         """Write the winner of what was tried, if the table's own tile is among it."""
@@ -176,9 +133,6 @@ class Tuner:
         left = f", {len(task.tiles) - finished} not tried" if finished < len(task.tiles) else ""
         self.say(f"{_name(task.lookup)}: {dict(best)} {ms:.4g} ms, the table's {own:.4g} ms ({own / ms:.2f}x); "
                  f"{finished} tiles, {failed} of them failed{left}")
-
-    def _inputs(self, case: Case) -> Inputs:
-        return case.inputs(self.device, torch.Generator(self.device).manual_seed(1))
 
 
 def _judge(case: Case, inputs: Inputs) -> Callable[[], str]:
@@ -210,27 +164,26 @@ def cuda_timer(call: Call) -> float:
 
 
 def _compile_ahead(options: argparse.Namespace, seconds: float) -> None:
-    command = [sys.executable, __file__, "--dtype", options.dtype, "--minutes", str(seconds / 60),
-               "--out", str(options.out)]
+    command = [sys.executable, __file__, "--dtype", options.dtype, "--minutes", str(seconds / 60)]
     command += [word for op in options.op for word in ("--op", op)]
     if complaint := compile_ahead(command, options.compilers, seconds + 30):
         print(f"phi1 tune: {complaint}", file=sys.stderr)
 
 
-def _compile_share(options: argparse.Namespace, tuner: Tuner, tasks: Sequence[Task]) -> int:
-    share, of = map(int, options.compile_share.split("/"))
+def _compile_share(share: str, tasks: Sequence[Task], device: torch.device, deadline: float) -> int:
+    number, of = map(int, share.split("/"))
     trials = [(task, tile) for task in tasks for tile in task.tiles]
-    for task, tile in trials[share::of]:
-        if time.monotonic() > tuner.deadline:
+    for task, tile in trials[number::of]:
+        if time.monotonic() > deadline:
             break
         with _tuned.forced(task.lookup.op, task.lookup.kernel, tile):
             try:
-                function = task.case.providers[0].prepare(task.case, tuner.device)
-                bind(task.case, function, [tuner._inputs(task.case)])(0)
+                function = task.case.providers[0].prepare(task.case, device)
+                bind(task.case, function, [inputs_of(task.case, device)])(0)
             except NO_TILES_FAULT:
                 raise
             except Exception:  # the search meets it again and notes it
-                still_there(tuner.device)
+                still_there(device)
     return 0
 
 
@@ -270,30 +223,40 @@ def main(argv: Sequence[str], make_parser: MakeParser = plain_parser) -> int:
         print("phi1 tune: error: tiles are timed on a GPU, and there is none; --dry-run lists what would be tried",
               file=sys.stderr)
         return 2
-    device, start = torch.device("cuda"), time.monotonic()
-    store = Store(options.out, torch.cuda.get_device_name())
-    tuner = Tuner(device, store, cuda_timer, start + 60 * options.minutes, lambda line: print(line, flush=True))
+    # Stopped by SIGTERM, as by Ctrl-C, it takes back the trial that is under way and ends the processes that compile.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _tune(options, tuner)
+        return _tune(options, torch.device("cuda"), time.monotonic() + 60 * options.minutes)
     except DeviceLostError as error:
         print(f"phi1 tune: {error}; the same command goes on behind this tile", file=sys.stderr)
         return LOST
     except KeyboardInterrupt:
         print("phi1 tune: stopped; the same command goes on", file=sys.stderr)
         return INTERRUPTED
+    except OSError as error:
+        print(f"phi1 tune: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _tune(options: argparse.Namespace, tuner: Tuner) -> int:
-    arch = _tuned.architecture(tuner.device)
-    tasks = tuner.tasks(chosen_cases("cuda", options.op, options.dtype), lambda case: lookups_on_paper(case, arch))
-    if options.compile_share:
-        return _compile_share(options, tuner, tasks)
-    if options.compilers:
-        _compile_ahead(options, COMPILE_SHARE * 60 * options.minutes)
-    done = tuner.run(tasks)
-    print(f"phi1 tune: {torch.cuda.get_device_name()}, {len(tasks)} kernels and shapes, "
-          f"{'all tried' if done else 'not all tried'}; {tuner.store.table}"
-          f"{'' if done else '; the same command goes on'}", flush=True)
+def _tune(options: argparse.Namespace, device: torch.device, deadline: float) -> int:
+    def tasks() -> list[Task]:
+        arch = _tuned.architecture(device)
+        return tasks_of(chosen_cases("cuda", options.op, options.dtype), device,
+                        lambda case: lookups_on_paper(case, arch))
+
+    if options.compile_share:  # the files are of the search that has started this process
+        end_with_parent()
+        return _compile_share(options.compile_share, tasks(), device, deadline)
+    gpu = torch.cuda.get_device_name()
+    with Store(options.out, gpu) as store:
+        found = tasks()
+        if options.compilers:
+            _compile_ahead(options, COMPILE_SHARE * 60 * options.minutes)
+        done = Tuner(device, store, cuda_timer, deadline, lambda line: print(line, flush=True)).run(found)
+    print(f"phi1 tune: {gpu}, {len(found)} kernels and shapes, {'all tried' if done else 'not all tried'}; "
+          f"{store.table}{'' if done else '; the same command goes on'}", flush=True)
     return 0
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,19 +13,38 @@ from typing import IO
 
 
 def compile_ahead(command: Sequence[str], count: int, seconds: float) -> str:
-    """Run a command `count` times side by side, each with its `--compile-share I/COUNT`.
+    """Run a command `count` times side by side, each with its `--compile-share I/COUNT`. None outlives this call.
 
     Returns:
         A line on the processes that failed, "" if none did.
     """
     end = time.monotonic() + seconds
+    workers: list[subprocess.Popen[bytes]] = []
     with ExitStack() as stack:
         logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(count)]
-        workers = [subprocess.Popen([*command, "--compile-share", f"{i}/{count}"], stdout=subprocess.DEVNULL,
-                                    stderr=log) for i, log in enumerate(logs)]
-        complaints = [_complaint(worker, log, end) for worker, log in zip(workers, logs, strict=True)]
+        theirs, ours = os.pipe()  # nothing is written: its end tells them that this process is there no more
+        stack.callback(os.close, ours)
+        stack.callback(os.close, theirs)
+        try:
+            for i, log in enumerate(logs):
+                workers.append(subprocess.Popen([*command, "--compile-share", f"{i}/{count}"], stdin=theirs,
+                                                stdout=subprocess.DEVNULL, stderr=log))
+            complaints = [_complaint(worker, log, end) for worker, log in zip(workers, logs, strict=True)]
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
     failed = [complaint for complaint in complaints if complaint]
     return f"{len(failed)} of {count} processes that compile ahead failed: {failed[-1]}" if failed else ""
+
+
+def end_with_parent() -> None:
+    """In a process of `compile_ahead`: end when the process that runs it does, even if that is killed."""
+    def wait() -> None:
+        os.read(0, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _complaint(worker: subprocess.Popen[bytes], log: IO[str], end: float) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import phi1.kernels
+from phi1.bench.files import append, lines, lock, replace
 from phi1.kernels._tuned import Lookup, gpu_file
 
 Tile = Mapping[str, int]
@@ -36,25 +37,36 @@ def trial_key(lookup: Lookup, tile: Tile, case: str, versions: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
+class InUseError(OSError):
+    """Another process has the files."""
+
+
 class Store:
-    """The files of one GPU in a folder.
+    """The files of one GPU in a folder, for this process alone until it is closed, or the process ends.
 
     Args:
         folder: made if it is not there.
         gpu: the GPU's name.
+
+    Raises:
+        InUseError: another process has them: what it is trying must not be taken for a trial without an end.
     """
 
     def __init__(self, folder: Path, gpu: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.table = folder / gpu_file(gpu)
         self.log = self.table.with_suffix(".trials.jsonl")
-        self._trials: dict[str, dict[str, Any]] = {}
-        for line in self.log.read_text().splitlines() if self.log.is_file() else []:
-            try:
-                entry = json.loads(line)
-            except ValueError:  # the end of a line that was being written when the machine went away
-                continue
-            self._trials[entry["key"]] = entry
+        self._lock = os.open(self.log, os.O_RDWR | os.O_CREAT, 0o666)
+        if not lock(self._lock):
+            os.close(self._lock)
+            raise InUseError(f"another search is writing {self.log}: wait until it ends, or give another --out")
+        self._trials = {entry["key"]: entry for entry in lines(self.log)}
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._lock)
 
     def trial(self, key: str) -> dict[str, Any] | None:
         """What came of a trial: its "ms", or its "error". None if it has not been tried."""
@@ -66,10 +78,7 @@ class Store:
     def note(self, key: str, **facts: Any) -> dict[str, Any]:
         """Write a line about a trial; without "ms" or "error" it says that the trial starts."""
         self._trials[key] = {"key": key, **facts}
-        with self.log.open("a") as file:
-            file.write(json.dumps(self._trials[key]) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.log, self._trials[key])
         return self._trials[key]
 
     def forget(self, key: str) -> None:
@@ -81,9 +90,7 @@ class Store:
         table = json.loads(self.table.read_text()) if self.table.is_file() else {}
         rows = table.setdefault(lookup.op, {}).setdefault(lookup.kernel, [])
         rows[:] = [{"when": dict(when), "tile": dict(tile)}] + [row for row in rows if row["when"] != when]
-        part = self.table.with_suffix(".part")
-        part.write_text(_dumps(table))
-        os.replace(part, self.table)
+        replace(self.table, _dumps(table))
 
 
 def _dumps(table: Mapping[str, Mapping[str, list[dict[str, Any]]]]) -> str:

@@ -1,13 +1,19 @@
 """What the tuner keeps and writes, and what its command line refuses; test_tune_kernels.py runs a search."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from phi1 import cli
-from phi1.bench import tune
+from phi1.bench import tune, tune_cases
 from phi1.bench.runner import DeviceLostError
 from phi1.bench.tune_compile import compile_ahead
 from phi1.bench.tune_store import CRASHED, Store, trial_key, when_of
@@ -24,21 +30,70 @@ def test_a_row_keeps_the_borders_of_the_table_and_is_exact_elsewhere():
 
 
 def test_what_was_tried_is_known_to_the_next_process(tmp_path):
-    store = Store(tmp_path, GPU)
-    assert store.trial("a") is None
-    store.note("a", op="x", ms=0.5)
-    store.note("b", op="x", error="out of shared memory")
-    store.note("c", op="x")
-    store.note("e", op="x")
-    store.forget("e")
-    with store.log.open("a") as file:
-        file.write('{"key": "d", "m')  # cut off by a lost machine
-    again = Store(tmp_path, GPU)
-    assert again.trial("a")["ms"] == 0.5
-    assert again.trial("b")["error"] == "out of shared memory"
-    assert again.trial("c")["error"] == CRASHED
-    assert again.trial("d") is None
-    assert again.trial("e") is None
+    with Store(tmp_path, GPU) as store:
+        assert store.trial("a") is None
+        store.note("a", op="x", ms=0.5)
+        store.note("b", op="x", error="out of shared memory")
+        store.note("c", op="x")
+        store.note("e", op="x")
+        store.forget("e")
+        with store.log.open("a") as file:
+            file.write('{"key": "d", "m')  # cut off by a lost machine
+    with Store(tmp_path, GPU) as again:
+        again.note("f", op="x")
+        assert again.trial("d") is None
+    with Store(tmp_path, GPU) as third:
+        assert third.trial("a")["ms"] == 0.5
+        assert third.trial("b")["error"] == "out of shared memory"
+        assert third.trial("c")["error"] == third.trial("f")["error"] == CRASHED
+        assert third.trial("e") is None
+
+
+def test_a_second_search_of_a_gpu_is_refused_and_of_another_is_not(tmp_path, monkeypatch, capsys):
+    with Store(tmp_path, GPU) as store:
+        store.note("a", op="x")  # under way, not a crash
+        assert on_a_gpu(monkeypatch, tmp_path, None) == 2
+        assert capsys.readouterr().err == (f"phi1 tune: error: another search is writing {store.log}: wait until it "
+                                           "ends, or give another --out\n")
+        Store(tmp_path, "Another GPU").__exit__()
+    monkeypatch.setattr(tune, "compile_ahead", lambda *arguments: "")
+    assert on_a_gpu(monkeypatch, tmp_path, lambda tuner, tasks: tuner.store.trial("a")["error"] == CRASHED) == 0
+    assert ", all tried" in capsys.readouterr().out
+
+
+def test_a_process_that_compiles_needs_no_files(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(tune, "end_with_parent", lambda: None)
+    monkeypatch.setattr(tune, "inputs_of", lambda case, device: {})
+    monkeypatch.setattr(tune, "bind", lambda case, function, inputs: calls.append)
+    with Store(tmp_path, GPU) as store:  # of the search that has started it
+        for share in ("0/2", "1/2"):
+            assert on_a_gpu(monkeypatch, tmp_path, None, "--compile-share", share) == 0
+        assert store.log.read_text() == ""
+    assert len(calls) == 2 * (8 + 12), "every tile of layer_norm's two kernels, at two widths, once"
+
+
+@pytest.mark.parametrize("moment", ["its start is noted", "it is judged", "it is timed", "its end is noted"])
+def test_a_tile_under_which_the_search_was_stopped_is_tried_again(tmp_path, monkeypatch, moment):
+    synced, moments = os.fsync, iter(["its start is noted", "its end is noted"])
+
+    def at(this):
+        if this == moment:
+            raise KeyboardInterrupt
+
+    def fsync(descriptor):
+        synced(descriptor)
+        at(next(moments, None))
+
+    case = SimpleNamespace(name="case", providers=[SimpleNamespace(prepare=lambda case, device: None)])
+    with Store(tmp_path, GPU) as store, monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        patch.setattr(tune, "bind", lambda *arguments: None)
+        tuner = tune.Tuner(torch.device("cpu"), store, lambda call: at("it is timed") or 1.0, 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            tuner._try(tune.Task(case, LOOKUP, {}, ()), "key", {"rows": 1}, {}, lambda: at("it is judged") or "")
+    with Store(tmp_path, GPU) as again:
+        assert again.trial("key") is None
 
 
 def test_a_trial_belongs_to_its_tile_case_and_versions():
@@ -49,11 +104,11 @@ def test_a_trial_belongs_to_its_tile_case_and_versions():
 
 
 def test_winners_are_what_the_operations_read(tmp_path, monkeypatch):
-    store = Store(tmp_path, GPU)
     when = {"width": [1025, 2048], "dtype": "float16"}
-    store.write_winner(LOOKUP, when, {"rows": 2, "num_warps": 4})
-    store.write_winner(LOOKUP, when | {"dtype": "float32"}, {"rows": 3, "num_warps": 4})
-    store.write_winner(LOOKUP, when, {"rows": 8, "num_warps": 8})
+    with Store(tmp_path, GPU) as store:
+        store.write_winner(LOOKUP, when, {"rows": 2, "num_warps": 4})
+        store.write_winner(LOOKUP, when | {"dtype": "float32"}, {"rows": 3, "num_warps": 4})
+        store.write_winner(LOOKUP, when, {"rows": 8, "num_warps": 8})
     assert store.table.name == _tuned.gpu_file(GPU)
     assert len(json.loads(store.table.read_text())["layer_norm"]["forward"]) == 2
     table = json.loads(store.table.read_text())
@@ -91,11 +146,11 @@ def test_lookups_are_recorded_inside_the_block_alone():
 def test_each_kernel_with_candidates_finds_its_own(monkeypatch):
     tiles = {"_attention_triton": {"forward": ["a"], "dq": ["b"]}, "_layer_norm_triton": {"forward": ["c"]},
              "_cross_entropy_triton": {"rows": ["d"]}, "_projections_triton": {"in_proj": ["e"]}}
-    monkeypatch.setattr(tune, "all_candidates", lambda: tiles)
+    monkeypatch.setattr(tune_cases, "all_candidates", lambda: tiles)
     wanted = {("attention", "forward"): ["a"], ("attention", "dq"): ["b"], ("layer_norm", "forward"): ["c"],
               ("linear_cross_entropy", "rows"): ["d"], ("block", "in_proj"): ["e"],
               ("gelu", "forward"): [], ("gelu", "other"): []}
-    assert {key: tune.candidates_of(Lookup(*key, ())) for key in wanted} == wanted
+    assert {key: tune_cases.candidates_of(Lookup(*key, ())) for key in wanted} == wanted
 
 
 def test_every_shipped_table_has_candidates_of_its_own_form():
@@ -104,18 +159,18 @@ def test_every_shipped_table_has_candidates_of_its_own_form():
     for op in names:
         for kernel, rows in _tuned.table(op).items():
             forms = {frozenset(row["tile"]) for row in rows}
-            for tile in tune.candidates_of(Lookup(op, kernel, ())):
+            for tile in tune_cases.candidates_of(Lookup(op, kernel, ())):
                 form = frozenset(tile) - {"persistent"}  # a way of running a tile that no table takes yet
                 assert form in forms, f"a candidate of {op} {kernel} has other keys than the table's tiles"
 
 
-def on_a_gpu(monkeypatch, tmp_path, run):
+def on_a_gpu(monkeypatch, tmp_path, run, *more):
     """`phi1 tune` with a search that is made up; its exit code."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
     monkeypatch.setattr(_tuned, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(tune.Tuner, "run", run)
-    return cli.main(["tune", "--op", "layer_norm", "--compilers", "2", "--minutes", "0.1", "--out", str(tmp_path)])
+    return tune.main(["--op", "layer_norm", "--compilers", "2", "--minutes", "0.1", "--out", str(tmp_path), *more])
 
 
 def test_a_lost_gpu_is_one_line_and_an_exit_code(monkeypatch, tmp_path, capsys):
@@ -129,10 +184,10 @@ def test_a_lost_gpu_is_one_line_and_an_exit_code(monkeypatch, tmp_path, capsys):
         "the same command goes on behind this tile"]
 
 
-def test_the_processes_that_compile_have_the_searchs_folder_and_their_failures_are_named(monkeypatch, tmp_path, capsys):
+def test_the_processes_that_compile_have_the_searchs_choice_and_their_failures_are_named(monkeypatch, tmp_path, capsys):
     def compile_ahead(command, count, seconds):
-        assert command[command.index("--out") + 1] == str(tmp_path)
-        return "1 of 2 failed"
+        assert command[-2:] == ["--op", "layer_norm"]
+        return f"1 of {count} failed"
 
     monkeypatch.setattr(tune, "compile_ahead", compile_ahead)
     assert on_a_gpu(monkeypatch, tmp_path, lambda tuner, tasks: True) == 0
@@ -145,6 +200,53 @@ def test_of_processes_that_fail_the_number_and_a_last_line_are_told():
         "1 of 2 processes that compile ahead failed: no room"
     assert compile_ahead([sys.executable, "-c", ""], 2, 60.0) == ""
     assert compile_ahead([sys.executable, "-c", "import time; time.sleep(60)"], 1, 0.0).endswith("its time was up")
+
+
+def test_sigterm_stops_a_search_as_ctrl_c_does(monkeypatch, tmp_path, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(tune, "compile_ahead", lambda *arguments: "")
+    assert on_a_gpu(monkeypatch, tmp_path, lambda tuner, tasks: os.kill(os.getpid(), signal.SIGTERM)) == 130
+    assert capsys.readouterr().err == "phi1 tune: stopped; the same command goes on\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+CHILD = """import os, sys, time
+SETUP
+time.sleep(0.05)  # it goes on as long as its parent does
+open(f'pid{sys.argv[-1][0]}', 'w').write(str(os.getpid()))
+time.sleep(60)"""
+PARENT = """import signal, sys
+from phi1.bench.tune_compile import compile_ahead
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell lets its background processes ignore
+compile_ahead([sys.executable, '-c', CHILD], 2, 60)"""
+
+
+@pytest.mark.parametrize(("number", "setup"), [
+    (signal.SIGINT, "pass"),
+    (signal.SIGKILL, "from phi1.bench.tune_compile import end_with_parent; end_with_parent()"),
+], ids=["SIGINT", "SIGKILL"])
+def test_the_processes_that_compile_end_with_the_search(tmp_path, number, setup):
+    code = PARENT.replace("CHILD", repr(CHILD.replace("SETUP", setup)))
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    files = [tmp_path / "pid0", tmp_path / "pid1"]
+    until(lambda: all(file.is_file() and file.read_text() for file in files))
+    parent.send_signal(number)  # to it alone: Ctrl-C in a terminal is for all of them
+    assert parent.wait(10)
+    until(lambda: not any(running(int(file.read_text())) for file in files))
+
+
+def until(happened):
+    end = time.monotonic() + 10
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def running(pid):
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from phi1 import testing
-from phi1.bench import cases_norm, check, tune
+from phi1.bench import cases_norm, check, tune, tune_cases
 from phi1.bench.cases import all_cases
 from phi1.bench.runner import DeviceLostError
 from phi1.bench.tune_store import Store
@@ -41,7 +41,7 @@ def few_rows(inputs):
 
 @pytest.fixture
 def searched(tmp_path, monkeypatch):
-    monkeypatch.setattr(tune, "candidates_of", lambda lookup: [FAST, OWN, WRONG, BROKEN, SLOW])
+    monkeypatch.setattr(tune_cases, "candidates_of", lambda lookup: [FAST, OWN, WRONG, BROKEN, SLOW])
     monkeypatch.setattr(cases_norm, "layer_norm", layer_norm_that_one_tile_makes_wrong)
     all_cases.cache_clear()
     cases = [replace(case, inputs=lambda device, generator, draw=case.inputs: few_rows(draw(device, generator)))
@@ -50,11 +50,9 @@ def searched(tmp_path, monkeypatch):
     @contextmanager
     def search(seconds=1000.0, timer=timer):
         lines = []
-        store = Store(tmp_path, "A GPU")
-        tuner = tune.Tuner(torch.device(DEVICE), store, timer, time.monotonic() + seconds, lines.append)
-        with backend("triton"):
-            tasks = tuner.tasks(cases)
-            yield tuner, tasks, lines, store
+        with Store(tmp_path, "A GPU") as store, backend("triton"):
+            tuner = tune.Tuner(torch.device(DEVICE), store, timer, time.monotonic() + seconds, lines.append)
+            yield tuner, tune.tasks_of(cases, tuner.device), lines, store
 
     yield search
     all_cases.cache_clear()
