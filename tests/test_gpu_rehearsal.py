@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from phi1.bench import gpu_stages
 from phi1.bench.cases import all_cases
 from phi1.bench.gpu_stages import Command
+from phi1.train.testing import alive, wait_until
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -93,14 +93,6 @@ def test_a_stage_runs_from_the_source_tree_and_leaves_it_clean(tmp_path):
     assert set((ROOT / "phi1").iterdir()) == before
 
 
-def alive(pid):
-    """Whether a process runs; one that is dead and not reaped does not."""
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def test_a_search_that_loses_the_gpu_goes_on_in_another_process(tmp_path, monkeypatch, capsys):
     counts = "import sys, pathlib; log = pathlib.Path('tried'); log.open('a').write(sys.argv[1] + '\\n')\n"
     search = Command("search", ("-c", counts + "sys.exit(3 * (len(log.read_text().split()) < 3))"), minutes=8.0)
@@ -137,14 +129,6 @@ def test_a_command_that_takes_too_long_is_killed_with_its_children(tmp_path, mon
     wait_until(lambda: not alive(int(pid_file.read_text())))
 
 
-def wait_until(true, seconds=60):
-    """A killed process is gone a little later."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 TESTS = """
 import time
 
@@ -176,7 +160,7 @@ def test_a_terminated_script_ends_what_it_runs(tmp_path):
     variables = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path), "TMPDIR": str(tmp_path)}
     script = subprocess.Popen([SCRIPT, "--rehearse", "train"], env=variables, stdout=subprocess.DEVNULL)
     log = tmp_path / "train" / "search.log"
-    wait_until(log.is_file, 120)
+    wait_until(log.is_file)
     script.terminate()
     assert script.wait(120) == 143
     wait_until(lambda: not any(str(tmp_path) in line for line in command_lines()))

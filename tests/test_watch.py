@@ -20,17 +20,11 @@ from phi1.train.launch import Place, RunError
 from phi1.train.provenance import changed, commit, versions
 from phi1.train.recipe_file import read_recipe
 from phi1.train.runfolder import RunFolder
+from phi1.train.testing import wait_until
 from phi1.train.utilisation import Utilisation
 from phi1.train.watch import HUNG, Watch
 
 BASE = read_recipe(Path(__file__).parents[1] / "train" / "configs" / "phi1-base.toml", {})
-
-
-def wait_until(happened):
-    end = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 def look_on(watch, looks, between):

@@ -142,14 +142,30 @@ def train(place: Path, *args: Any, **changes: Any) -> str:
 
 def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool], seconds: float = 120) -> None:
     """Wait until something has happened while the process runs."""
-    end = time.monotonic() + seconds
-    while True:
+    def has_happened() -> bool:
         code = process.poll()  # asked first, since what happens at the very end has happened as well
-        if happened():
-            return
-        assert code is None, process.communicate()
+        if not happened():
+            assert code is None, process.communicate()
+            return False
+        return True
+
+    wait_until(has_happened, seconds)
+
+
+def wait_until(happened: Callable[[], object], seconds: float = 120) -> None:
+    """Wait until something has happened."""
+    end = time.monotonic() + seconds
+    while not happened():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.002)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that is dead and not reaped does not."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def in_processes(count: int, action: Callable[..., Any], folder: Path, *args: Any, seconds: float = 240) -> list[Any]:
