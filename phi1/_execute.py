@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 MEMORY_BYTES = 4 << 30
 PASSED = "passed"
@@ -78,6 +79,7 @@ def _execute(program: str, seconds: float, memory: int) -> str:
                  str(os.getpid())],
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, env={},
                 pass_fds=(writing,), start_new_session=True)
+            end = time.monotonic() + seconds
             try:
                 process.communicate(f"{nonce}\n{program}".encode("utf-8", "replace"), timeout=seconds)
             except subprocess.TimeoutExpired:
@@ -85,7 +87,7 @@ def _execute(program: str, seconds: float, memory: int) -> str:
             finally:
                 _kill_group(process)
         os.set_blocking(reading, False)
-        return _verdict(reading, nonce, process.returncode)
+        return _verdict(reading, nonce, process.returncode, late=time.monotonic() > end)
     finally:
         os.close(reading)
         os.close(writing)
@@ -97,7 +99,7 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _verdict(reading: int, nonce: str, code: int) -> str:
+def _verdict(reading: int, nonce: str, code: int, late: bool) -> str:
     try:
         word = os.read(reading, 4096).decode("utf-8", "replace")
     except BlockingIOError:
@@ -106,4 +108,6 @@ def _verdict(reading: int, nonce: str, code: int) -> str:
         return PASSED
     if word.startswith("failed: "):
         return " ".join(word.split())
-    return f"ended early, by {signal.Signals(-code).name}" if code < 0 else f"ended early, with exit code {code}"
+    if code < 0:  # late, since this process was kept waiting, by the limit of CPU time
+        return TIMED_OUT if late else f"ended early, by {signal.Signals(-code).name}"
+    return f"ended early, with exit code {code}"

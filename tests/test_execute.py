@@ -7,14 +7,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 
 from phi1._execute import PASSED, TIMED_OUT, execute
+from phi1.train.testing import alive, wait_until
 
-ENOUGH = 30.0  # seconds, on a machine that does other things as well
+ENOUGH = 120.0  # seconds, on a machine that does other things as well
 
 
 @pytest.mark.parametrize(("program", "result"), [
@@ -41,9 +41,15 @@ def test_a_program_passes_only_by_coming_to_its_end(program, result):
 @pytest.mark.parametrize("program", ["while True: pass", "import time\nwhile True:\n    try: time.sleep(60)\n"
                                      "    except BaseException: pass"])
 def test_an_endless_loop_ends(program):
-    began = time.monotonic()
     assert execute(program, 0.5) == TIMED_OUT
-    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(("seconds", "result"), [(0.1, TIMED_OUT), (ENOUGH, "ended early, by SIGKILL")])
+def test_what_is_killed_after_its_time_has_timed_out(seconds, result, monkeypatch):
+    """Whoever runs the program may be kept waiting until the limit of CPU time has ended it."""
+    communicate = subprocess.Popen.communicate
+    monkeypatch.setattr(subprocess.Popen, "communicate", lambda process, given, timeout: communicate(process, given))
+    assert execute("import os, time\ntime.sleep(0.1)\nos.kill(os.getpid(), 9)", seconds) == result
 
 
 def test_memory_and_files_have_limits():
@@ -71,16 +77,12 @@ def test_a_system_that_gives_nothing_is_a_result(owner, name, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone kills a process with its parent")
 def test_a_program_dies_with_who_runs_it(tmp_path):
     there = tmp_path / "child"
-    program = f"import os, time\nopen({str(there)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)"
-    runner = subprocess.Popen([sys.executable, "-c", f"from phi1._execute import execute\nexecute({program!r}, 60)"])
-    end = time.monotonic() + 30
-    while not (there.exists() and there.read_text()):
-        assert time.monotonic() < end, "it did not begin"
-    child = Path("/proc") / there.read_text()
+    program = f"import os, time\nopen({str(there)!r}, 'w').write(f'{{os.getpid()}}\\n')\ntime.sleep(600)"
+    runner = subprocess.Popen([sys.executable, "-c", f"from phi1._execute import execute\nexecute({program!r}, 600)"])
+    wait_until(lambda: there.exists() and there.read_text().endswith("\n"))
     runner.kill()
     runner.wait()
-    while child.exists() and "State:\tZ" not in (child / "status").read_text():
-        assert time.monotonic() < end, "the program runs on"
+    wait_until(lambda: not alive(int(there.read_text())))
 
 
 def test_files_and_processes_do_not_outlive_it(tmp_path):
@@ -88,11 +90,10 @@ def test_files_and_processes_do_not_outlive_it(tmp_path):
 import os, sys, time
 open({str(tmp_path / "where")!r}, "w").write(os.getcwd())
 open("left", "w").write("behind")
-if os.fork() == 0:
-    open({str(tmp_path / "child")!r}, "w").write(str(os.getpid()))
-    time.sleep(60)
-while not os.path.exists({str(tmp_path / "child")!r}):
-    pass
+child = os.fork()
+if child == 0:
+    time.sleep(600)
+open({str(tmp_path / "child")!r}, "w").write(str(child))
 """
     result = execute(program, ENOUGH)
     assert not Path((tmp_path / "where").read_text()).exists()
@@ -100,7 +101,4 @@ while not os.path.exists({str(tmp_path / "child")!r}):
         assert result.startswith("failed: BlockingIOError")
         return
     assert result == PASSED
-    child = Path("/proc") / (tmp_path / "child").read_text()
-    end = time.monotonic() + 30
-    while child.exists() and "State:\tZ" not in (child / "status").read_text():
-        assert time.monotonic() < end, "the child runs on"
+    wait_until(lambda: not alive(int((tmp_path / "child").read_text())))

@@ -117,7 +117,7 @@ def test_completions_end_before_the_first_stop_word():
 def test_right_wrong_crashing_and_endless_completions_are_told_apart():
     problems = [Problem(**entry) for entry in OWN]
     attempts = [Attempt(task, truncate(text)) for task, text, _ in ATTEMPTS]
-    found = [attempt for some, seconds in ((attempts[:4], 30), (attempts[4:5], 1), (attempts[5:], 30))
+    found = [attempt for some, seconds in ((attempts[:4], 60), (attempts[4:5], 1), (attempts[5:], 60))
              for attempt in judge(problems, some, seconds)]
     for attempt, (task, _, result) in zip(found, ATTEMPTS, strict=True):
         assert (attempt.task_id, attempt.result) == (task, result)
@@ -198,10 +198,10 @@ def test_completions_written_before_and_the_canonical_ones_are_run(file, tmp_pat
     written = tmp_path / "written.jsonl"
     written.write_text("".join(json.dumps({"task_id": task, "completion": text}) + "\n"
                                for task, text, _ in ATTEMPTS if "while" not in text))
-    base = ["--problems", file, "--execute", "--timeout", 20]
+    base = ["--problems", file, "--execute", "--timeout", 60]
     assert run(*base, "--completions", written) == 0
     assert capsys.readouterr().out == ("pass@1    50.0 %\nof 3 problems, 5 samples; prompts as published, ended at the "
-                                       "stop words, 20 s a sample\n")
+                                       "stop words, 60 s a sample\n")
     assert run(*base, "--canonical") == 0
     assert capsys.readouterr().out.startswith("pass@1    100.0 %\n")
     file.write_text(json.dumps(OWN[0]) + "\n" + json.dumps(OWN[1] | {"canonical_solution": "    return 0\n"}) + "\n")
