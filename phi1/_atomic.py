@@ -19,12 +19,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 NEW = "new"
 """What is filled in a workspace."""
 _OLD = "old"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -84,6 +87,55 @@ def sweep(path: Path) -> None:
             stack.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _clear(work, path)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there; asked when no process is between two renames."""
+    with _locked(_parent(path), fcntl.LOCK_SH):
+        return path.is_dir()
+
+
+def read_unreplaced(caller: str, folder: Path, read: Callable[[], T]) -> T:
+    """What `read` makes of a folder, and of that alone: if another has taken its place meanwhile, it reads once more.
+
+    Raises:
+        ValueError: another has taken its place again.
+    """
+    for _ in range(2):
+        with contextlib.ExitStack() as stack:
+            before = _hold(folder, stack)
+            try:
+                result = read()
+            except Exception:
+                if _is_still(folder, before):
+                    raise
+            else:
+                if _is_still(folder, before):
+                    return result
+                del result  # there is no memory for two models
+    raise ValueError(f"{caller}: {folder} was replaced while it was read, and once more while it was read again")
+
+
+def _hold(folder: Path, stack: contextlib.ExitStack) -> int | None:
+    """A descriptor of a folder; as long as it is open, no other folder gets the same inode number."""
+    with _locked(_parent(folder), fcntl.LOCK_SH), contextlib.suppress(OSError):
+        held = os.open(folder, _FOLDER)
+        stack.callback(os.close, held)
+        return held
+    return None
+
+
+def _is_still(folder: Path, held: int | None) -> bool:
+    with _locked(_parent(folder), fcntl.LOCK_SH):
+        try:
+            now = os.stat(folder)
+        except OSError:
+            return held is None
+    return held is not None and os.path.samestat(os.fstat(held), now)
+
+
+def _parent(path: Path) -> Path:
+    return Path(os.path.realpath(path)).parent
 
 
 def _make_locked(path: Path) -> tuple[Path, int]:

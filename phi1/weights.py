@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from phi1._atomic import NEW, publish, sweep, workspace
+from phi1._atomic import NEW, publish, read_unreplaced, sweep, workspace
 from phi1._checkpoint import locate, open_tensors, read_json, stream, weight_files
 from phi1._layouts import LAYOUTS, WRITTEN, Place, is_derived, places, read_config, recognise, written_config
 from phi1.config import Phi1Config
@@ -38,6 +38,8 @@ def load(name_or_folder: str | Path, *, device: torch.device | str | None = None
          dtype: torch.dtype | str | None = None, revision: str | None = None) -> Phi1:
     """A model from a folder or from the Hugging Face Hub, in eval mode.
 
+    If the folder is replaced meanwhile, it is read once more: what comes of it is one model or an error.
+
     Args:
         name_or_folder: a folder with config.json and weights (safetensors or pytorch_model.bin, in one file or in
             shards; any of the four published layouts), or a Hub id such as "microsoft/phi-1".
@@ -50,17 +52,21 @@ def load(name_or_folder: str | Path, *, device: torch.device | str | None = None
 
     Raises:
         FileNotFoundError: no such folder or Hub model, no weights in it, or shards missing.
-        ValueError: a damaged file, another architecture, or tensors that do not fit the configuration: every missing,
-            unexpected or misshapen one is in the message.
+        ValueError: a damaged file, another architecture, tensors that do not fit the configuration (every missing,
+            unexpected or misshapen one is in the message), or a folder that is replaced again and again.
         NotImplementedError: a variant of the architecture that phi-1 does not use.
     """
     target_dtype = None if dtype is None else _as_dtype("load", dtype)
     target_device = _as_device(device)
     folder = locate(name_or_folder, revision)
+    return read_unreplaced("load", folder, lambda: _read(folder, target_device, target_dtype))
+
+
+def _read(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Phi1:
     config = config_of(folder / "config.json")
     table, homes, file_dtype = _survey(folder, config)
-    model = Phi1(config, device="meta", dtype=target_dtype or file_dtype)
-    model.to_empty(device=target_device)
+    model = Phi1(config, device="meta", dtype=dtype or file_dtype)
+    model.to_empty(device=device)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for path, names in homes.items():
