@@ -5,22 +5,25 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from phi1 import Phi1, save
-from phi1.train import admission
+from phi1.train import admission, pretrain
+from phi1.train import run as run_module
 from phi1.train.admission import check_untrained, prepare_data
 from phi1.train.checkpoint_files import describe, write_manifest
+from phi1.train.data import Corpus
 from phi1.train.launch import Place, RunError
 from phi1.train.ledger import cut_back, has_saved, read_ledger
 from phi1.train.prepare import prepare
 from phi1.train.recipe import Model, Recipe, Train
 from phi1.train.recipe_file import read_recipe
 from phi1.train.runfolder import RunFolder
-from phi1.train.shards import DataError
-from phi1.train.testing import write_files
+from phi1.train.shards import DataError, read_manifest
+from phi1.train.testing import FUNCTION, TINY, write_files
 from phi1.train.workspace import workspace
 
 
@@ -110,20 +113,20 @@ def admitted(tmp_path, monkeypatch):
 
 
 def test_an_older_checkpoint_is_gone_on_from_once(admitted, capsys):
-    assert admitted(0) == "step-20"
+    assert admitted(0) == "0 step-20"
     assert [path.name for path in sorted(admitted.checkpoints.iterdir())] == ["step-10", "step-20"]
     shutil.copytree(admitted.checkpoints / "step-20", admitted.checkpoints / "step-30")  # the run goes on
     capsys.readouterr()
     for number in (1, 2):
-        assert admitted(number) == "step-30"
+        assert admitted(number) == "0 step-30"
         assert capsys.readouterr().out == ("note: torchrun has restarted the run, which goes on from its newest "
                                            "checkpoint; step-20 was where it began\n")
     assert read_recipe(admitted.checkpoints.parent / "config.toml", {}) == Recipe()
 
 
 def test_what_an_earlier_launch_noted_says_nothing_of_one_whose_first_attempt_noted_nothing(admitted):
-    assert admitted(0, "step-30", launch="b") == "step-30"
-    assert admitted(1) == "step-20"
+    assert admitted(0, "step-30", launch="b") == "0 step-30"
+    assert admitted(1) == "0 step-20"
 
 
 @pytest.mark.parametrize("dies_in", ["choose", "prepare_data", "remove_after"])
@@ -133,12 +136,12 @@ def test_a_restart_goes_back_where_the_attempt_before_did_not_come_so_far(admitt
         raise RunError("killed")
 
     if earlier:  # another launch, perhaps of the same name, that has gone back as well
-        assert admitted(0, "step-30", launch=earlier) == "step-30"
+        assert admitted(0, "step-30", launch=earlier) == "0 step-30"
     with monkeypatch.context() as patch:
         patch.setattr(admission, dies_in, dies)
         assert refusal(admitted, 0) == "killed"
     for number in (1, 2):
-        assert admitted(number) == "step-20"
+        assert admitted(number) == "0 step-20"
 
 
 def test_weights_to_start_from_are_of_the_runs_model(tmp_path):
@@ -164,6 +167,58 @@ def test_a_source_is_the_same_by_any_name_of_its_folder(here):
     for source in ("other", "nowhere"):
         assert refusal(prepare_data, recipe(source=source)) == (
             f"data.folder data was made from src, not from data.source {source}; give another --data.folder for it")
+
+
+@pytest.fixture
+def two_corpora(place, here):
+    """A corpus in data/, and how another one takes its place."""
+    shutil.copytree(place / "data", "data")
+    write_files(here / "source", {f"z{i}.py": "".join(FUNCTION.format(i=i, j=j) for j in range(40)) for i in range(9)})
+    prepare("source", "other", tokenizer="data/tokenizer", val_fraction=0.2, workers=1)
+
+    def swap():
+        os.rename("data", "old")
+        os.rename("other", "data")
+
+    return read_recipe(None, {key: str(value) for key, value in TINY.items()}), swap
+
+
+@pytest.mark.parametrize("verified", [True, False])
+@pytest.mark.parametrize("moment", range(4))
+def test_a_corpus_that_takes_anothers_place_while_it_is_opened_is_refused(two_corpora, monkeypatch, verified, moment):
+    given, swap = two_corpora
+    one, other = (read_manifest(Path(name))["fingerprint"] for name in ("data", "other"))
+    calls = []
+
+    def counted(call):
+        def swap_before(*args, **options):
+            calls.append(call)
+            if len(calls) == moment + 1:
+                swap()
+            return call(*args, **options)
+        return swap_before
+
+    monkeypatch.setattr(admission, "open_corpus", counted(admission.open_corpus))
+    monkeypatch.setattr(Corpus, "load_tokenizer", counted(Corpus.load_tokenizer))
+    monkeypatch.setattr(admission, "read_manifest", counted(admission.read_manifest))
+    if moment == 0 and not verified:
+        assert admission.open_data(given)[0].fingerprint == other
+    else:
+        assert refusal(admission.open_data, given, one if verified else None) == (
+            f"data.folder data: another corpus has taken its place while the run starts (fingerprint {one[:12]}, now "
+            f"{other[:12]}); give the same command again")
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("prove", [{}, {"run.prove_resume": "3"}])
+def test_every_process_opens_the_corpus_that_rank_0_has_read(two_corpora, tmp_path, monkeypatch, prove):
+    monkeypatch.setattr(pretrain, "on_signals", lambda *_: None)
+    monkeypatch.setattr(run_module, "on_signals", lambda *_: None)
+    for name in ("admit", "admit_proof"):
+        monkeypatch.setattr(admission, name, lambda *_: f"{'0' * 64} step-1 step-2"[:None if prove else 71])
+    given = read_recipe(None, {key: str(value) for key, value in TINY.items()} | prove)
+    line = refusal(pretrain.start_or_resume, given, RunFolder(tmp_path), Place())
+    assert "another corpus has taken its place while the run starts (fingerprint 000000000000, now" in line
 
 
 AGAIN = "phi1 prepare --source src --tokenizer train --vocab-size 300 --out data --force"

@@ -137,7 +137,7 @@ def _cut(path: Path, by: int) -> None:
     ("train-00005.bin", lambda p: p.write_bytes(p.with_name("train-00000.bin").read_bytes()), "an extra file"),
     ("val-00001.bin", lambda p: p.write_bytes(b"x"), "an extra file"),
     ("manifest.json", lambda p: p.write_text(p.read_text().replace('"tokens": 2413', '"tokens": 2414')),
-     "damaged: its fingerprint"),
+     "damaged: it is not as it was written"),
     ("manifest.json", lambda p: _cut(p, 5), "damaged"),
     ("manifest.json", lambda p: p.unlink() or p.mkdir(), "Is a directory"),
     ("manifest.json", lambda p: p.write_text("[]"), "damaged"),

@@ -84,7 +84,8 @@ def admit(recipe: Recipe, folder: RunFolder, place: Place) -> str:
     """Rank 0: take the run's folder, choose the checkpoint to go on from, and see that the data are there.
 
     Returns:
-        The checkpoint's name, "" to start from the beginning, or COMPLETE, after saying so.
+        The fingerprint of the data and, after a blank, the name of the checkpoint if there is one; or COMPLETE, after
+        saying so.
 
     Raises:
         RunError: the run cannot start.
@@ -113,7 +114,7 @@ def admit(recipe: Recipe, folder: RunFolder, place: Place) -> str:
     for name in remove_after(folder.checkpoints, checkpoint):
         print(f"removed {folder.checkpoints / name}, which lies after {checkpoint and checkpoint.name}")
     folder.store(recipe, launch)
-    return checkpoint.name if checkpoint else ""
+    return f"{train.fingerprint} {checkpoint.name}" if checkpoint else train.fingerprint
 
 
 def _asked_for(recipe: Recipe, folder: RunFolder, place: Place, launch: str) -> str:
@@ -132,7 +133,8 @@ def admit_proof(recipe: Recipe, folder: RunFolder, place: Place) -> str:
     """Rank 0: see that the last `run.prove_resume` steps can be run again here.
 
     Returns:
-        The names of the checkpoint to begin with and of the newest, which is to come out.
+        The fingerprint of the data and the names of the checkpoint to begin with and of the newest, which is to come
+        out, with blanks between.
 
     Raises:
         RunError: they cannot, or torchrun has restarted a proof that had come to its end.
@@ -159,7 +161,7 @@ def admit_proof(recipe: Recipe, folder: RunFolder, place: Place) -> str:
         check_continues(folder, path, stored, recipe)
         check_bitwise(path, stored, environment)
         check_data(path, stored, train)
-    return f"{before[-1].name} {found[-1].name}"
+    return f"{train.fingerprint} {before[-1].name} {found[-1].name}"
 
 
 def start_engine(recipe: Recipe, place: Place) -> Engine:
@@ -222,24 +224,30 @@ def check_init(recipe: Recipe) -> None:
         raise RunError(f"model.init {init} is another model: its {'; '.join(other)}")
 
 
-def open_data(recipe: Recipe, verify: bool = True) -> tuple[Corpus, Corpus, Tokenizer]:
+def open_data(recipe: Recipe, fingerprint: str | None = None) -> tuple[Corpus, Corpus, Tokenizer]:
     """Training split, validation split and tokenizer of a prepared corpus.
 
     Args:
         recipe: names the folder.
-        verify: read and hash all files; once is enough for all processes of a run.
+        fingerprint: of the corpus there that another process of the run has read and hashed; None to do that.
 
     Raises:
-        RunError: it is damaged, does not fit the model, or is too small for one batch.
+        RunError: it is damaged, does not fit the model, is too small for one batch, or another one takes its place.
     """
     folder, vocab_size = Path(recipe.data.folder), recipe.phi1_config().vocab_size
     try:
-        train, validation = (open_corpus(folder, split, verify=verify) for split in ("train", "val"))
+        train, validation = (open_corpus(folder, split, verify=fingerprint is None) for split in ("train", "val"))
         train.require_samples(recipe.data.seq_len, recipe.train.batch_size)
         validation.require_samples(recipe.data.seq_len, 1)
         tokenizer = train.load_tokenizer()
+        found = [train.fingerprint, validation.fingerprint, read_manifest(folder)["fingerprint"]]
     except ValueError as error:  # DataError, and what the tokenizer raises
         raise RunError(str(error)) from None
+    except OSError as error:
+        raise RunError(f"data.folder {folder}: {error.strerror}") from None
+    if other := set(found) - {fingerprint or found[0]}:
+        raise RunError(f"data.folder {folder}: another corpus has taken its place while the run starts (fingerprint "
+                       f"{(fingerprint or found[0])[:12]}, now {min(other)[:12]}); give the same command again")
     if train.vocab_size > vocab_size:
         raise RunError(f"model.vocab_size must be at least {train.vocab_size}, the number of token ids in {folder}; "
                        f"got {vocab_size}")

@@ -54,14 +54,14 @@ def choose(folder: Path, resume: str, report: Callable[[str], None] = print) -> 
     found = checkpoints(folder)
     if resume == "auto":
         return _newest_whole(folder, found, report)
-    by_name = {path.name: path for path in found}
-    if resume not in by_name:
-        there = ", ".join(by_name) or "none"
+    path = folder / resume
+    if path not in found:
+        there = ", ".join(other.name for other in found) or "none"
         raise RunError(f"checkpoint.resume: there is no {resume} in {folder}; there: {there}")
-    if damage := find_damage(by_name[resume]):
-        raise RunError(f"checkpoint {by_name[resume]} is damaged: {damage}; go on from the newest that is whole with "
+    if damage := find_damage(path):
+        raise RunError(f"checkpoint {path} is damaged: {damage}; go on from the newest that is whole with "
                        "--checkpoint.resume auto")
-    return by_name[resume]
+    return path
 
 
 def _newest_whole(folder: Path, found: list[Path], report: Callable[[str], None]) -> Path | None:

@@ -72,15 +72,14 @@ def main(file: Path | None = None, purpose: str | None = __doc__) -> int:  # typ
             return 0
         check_recipe(recipe, place)
         folder = RunFolder(recipe.run.folder)
-        return start_or_resume(recipe, folder, place)
-    except RunError as error:
-        if folder:
+        try:
+            return start_or_resume(recipe, folder, place)
+        finally:
             folder.discard_if_new()
+    except RunError as error:
         stop_with(str(error), place, program)
     except KeyboardInterrupt:
         on_signals(signal.SIG_IGN)  # Ctrl-C comes twice under torchrun: from the terminal and from it
-        if folder:
-            folder.discard_if_new()
         if place.rank == 0:
             resumes = folder and checkpoints(folder.checkpoints) and recipe and not recipe.run.prove_resume
             then = "goes on from the newest checkpoint" if resumes else "begins anew"
@@ -107,14 +106,16 @@ def start_or_resume(recipe: Recipe, folder: RunFolder, place: Place) -> int:
     if word == COMPLETE:
         return 0
 
+    fingerprint, *names = word.split()
+    chosen = [folder.checkpoints / name for name in names]
     if recipe.run.prove_resume:
         from phi1.train.prove import prove
 
-        return prove(recipe, folder, place, store, *(folder.checkpoints / name for name in word.split()))
+        return prove(recipe, folder, place, store, fingerprint, *chosen)
 
     from phi1.train.run import run  # only now, since it imports torch
 
-    stopped = run(recipe, folder, place, store, folder.checkpoints / word if word else None)
+    stopped = run(recipe, folder, place, store, fingerprint, *chosen)
     if stopped and place.rank == 0:
         go_on = place.command(f"--config {shlex.quote(str(folder.config))}")
         print(f"{stopped}; go on with: {go_on}")

@@ -31,17 +31,18 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 
-def prove(recipe: Recipe, folder: RunFolder, place: Place, store: Store, first: Path, newest: Path) -> int:
+def prove(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerprint: str, first: Path,
+          newest: Path) -> int:
     """Run the steps between two checkpoints again, and let rank 0 print the verdict. Returns 0 if all bits agree, or 1.
 
     Args:
-        recipe, folder, place, store: as for a run.
+        recipe, folder, place, store, fingerprint: as for a run.
         first: checkpoint to begin with.
         newest: checkpoint that is to come out.
     """
     with Watch(place.rank, recipe.run.watchdog) as watch:
         engine = start_engine(recipe, place)
-        corpus, _, _ = open_data(recipe, verify=False)
+        corpus, _, _ = open_data(recipe, fingerprint)
         connect_processes(engine, place, store)
         trainer, _ = make_trainer(recipe, engine, corpus, place, first)
         wrong = _compare(trainer, newest, read_ledger(folder.ledger), watch)

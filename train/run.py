@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 
-def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoint: Path | None) -> str | None:
+def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerprint: str,
+        checkpoint: Path | None = None) -> str | None:
     """Train from a checkpoint, or from the beginning, to the end.
 
     Args:
@@ -50,6 +51,7 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
         folder: locked by rank 0.
         place: this process.
         store: through which the processes find each other.
+        fingerprint: of the corpus that rank 0 has read and hashed.
         checkpoint: to go on from.
 
     Returns:
@@ -60,7 +62,7 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
     """
     began = time.monotonic()
     with Watch(place.rank, recipe.run.watchdog, folder.heartbeat if place.rank == 0 else None) as watch:
-        loop, found, weights = train(recipe, folder, place, store, checkpoint, watch)
+        loop, found, weights = train(recipe, folder, place, store, fingerprint, checkpoint, watch)
     dist.destroy_process_group()
     trainer, held_out, samples, progress = loop.trainer, loop.held_out, loop.samples, loop.progress
     if found is None:
@@ -85,7 +87,7 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoin
     return None
 
 
-def train(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpoint: Path | None,
+def train(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerprint: str, checkpoint: Path | None,
           watch: Watch) -> tuple[Loop, tuple[Figures, float | None] | None, dict[str, Tensor]]:
     """Collective: connect, build, load and train; the loop, what was reached in the end, and the weights on rank 0.
 
@@ -95,7 +97,7 @@ def train(recipe: Recipe, folder: RunFolder, place: Place, store: Store, checkpo
     if place.world_size > 1:  # one that waits for another would not come to a handler in Python
         on_signals(signal.SIG_DFL)
     engine = start_engine(recipe, place)
-    corpus, validation, tokenizer = open_data(recipe, verify=False)
+    corpus, validation, tokenizer = open_data(recipe, fingerprint)
     connect_processes(engine, place, store)
     control = Control(place, recipe.run.time_limit)
     with explained(recipe, engine, folder.path, place):

@@ -199,9 +199,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT or manifest["version"] != VERSION:
             raise DataError(f"{path}: {manifest['format']} version {manifest['version']}; this reader knows {FORMAT} "
                             f"version {VERSION}: prepare the corpus again")
-        if manifest["fingerprint"] != fingerprint(manifest["content"]):
-            raise DataError(f"{path}: damaged: its fingerprint does not match its content; restore it or "
-                            "prepare the corpus again")
         if text != manifest_text(manifest["content"], manifest["made"]):
             raise DataError(f"{path}: damaged: it is not as it was written; restore it or prepare the corpus again")
     except (FileNotFoundError, NotADirectoryError):
