@@ -4,7 +4,8 @@
 #   bench/gpu.sh STAGE [STAGE ...]         check kernels block train decode tune profile
 #   bench/gpu.sh --rehearse [STAGE ...]    the same scripts on a CPU, with tiny shapes; without a stage all of them
 #
-# OUT          folder for results (default runs/gpu); what is done is in it as soon as it is done
+# OUT          folder for results (default runs/gpu); what is done is in it as soon as it is done. A stage runs once at a
+#              time in it
 # WHEELS       folder of wheels: what lies in it and is not installed is taken from it, peers and what they depend on
 # PYTHON       the interpreter that has PyTorch (default python3)
 # PHI1_COMMIT  the sources' commit, for the results, where there is no .git: $(git rev-parse --short HEAD)

@@ -20,6 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from phi1 import Phi1, preset
+from phi1.bench.files import replace
 
 KERNELS = "kernels.json"
 COUNTED = 3
@@ -60,7 +61,7 @@ def trace(out: Path, rehearse: bool) -> int:
             torch.cuda.synchronize()
     recorded.export_chrome_trace(str(out / "trace.json"))
     rows = kernel_rows(recorded, rehearse)
-    (out / KERNELS).write_text(json.dumps(rows, indent=1) + "\n")
+    replace(out / KERNELS, json.dumps(rows, indent=1) + "\n")
     total = sum(row["ms"] for row in rows)
     print(f"{'kernel':60} {'calls':>5} {'ms':>9} {'share':>6}")
     for row in rows[:25]:

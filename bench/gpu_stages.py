@@ -196,12 +196,26 @@ def run(command: Command, folder: Path, seconds: float) -> Row:
 
 
 def run_stage(stage: str, out: Path, rehearse: bool, scratch: Path | None = None) -> int:
-    """Run a stage and print its table; 1 if a command failed or found no time."""
+    """Run a stage and print its table; 1 if a command failed or found no time, 2 if the stage runs there already."""
+    from phi1.bench.files import lock
+
     folder = (out / stage).resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    if not lock(held):  # both would write the same logs and results
+        print(f"gpu.sh: error: stage {stage} is running already in {folder}: wait until it ends, or set another OUT",
+              file=sys.stderr)
+        os.close(held)
+        return 2
+    try:
+        return _run_commands(stage, folder, commands(stage, folder, rehearse, scratch or folder))
+    finally:
+        os.close(held)
+
+
+def _run_commands(stage: str, folder: Path, waiting: list[Command]) -> int:
     end = time.monotonic() + STAGE_SECONDS
     rows = []
-    waiting = commands(stage, folder, rehearse, scratch or folder)
     while waiting:
         command = waiting.pop(0)
         rows.append(run(command, folder, end - time.monotonic()))

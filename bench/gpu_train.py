@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 
 from phi1 import Phi1, Phi1Config, preset
+from phi1.bench import files
 from phi1.bench.environment import environment
 from phi1.gpus import gpu_named
 from phi1.train import engine
@@ -129,13 +129,13 @@ def search(size: Size, out: Path, corpus: Path, end: float) -> int:
             training.peak_gib()
             steps = [training.step() for _ in range(2)]
         except torch.OutOfMemoryError:
-            _append(out / SEARCHED, {"micro_batch": micro_batch, "error": "out of memory"})
+            files.append(out / SEARCHED, {"micro_batch": micro_batch, "error": "out of memory"})
             print(f"micro-batch {micro_batch:3}: out of memory", flush=True)
             break
         seconds = statistics.median(step["seconds"] for step in steps) / SEARCH_MICRO_STEPS
         line = {"micro_batch": micro_batch, "seconds": round(seconds, 4), "peak_gib": training.peak_gib(),
                 "tokens_per_s": round(micro_batch * size.tokens / seconds)}
-        _append(out / SEARCHED, line)
+        files.append(out / SEARCHED, line)
         print(f"micro-batch {micro_batch:3}: {line['tokens_per_s']:,} tokens/s with an optimizer step every "
               f"{SEARCH_MICRO_STEPS}, {line['peak_gib']} GiB", flush=True)
     return 0
@@ -143,9 +143,9 @@ def search(size: Size, out: Path, corpus: Path, end: float) -> int:
 
 def fastest(searched: Path) -> dict[str, Any] | None:
     """The fastest micro-batch that was timed and is smaller than all that have run out of memory; None if none is."""
-    lines = list(_lines(searched))
-    limit = min((line["micro_batch"] for line in lines if "error" in line), default=math.inf)
-    timed = [line for line in lines if "seconds" in line and line["micro_batch"] < limit]
+    tried = list(files.lines(searched))
+    limit = min((line["micro_batch"] for line in tried if "error" in line), default=math.inf)
+    timed = [line for line in tried if "seconds" in line and line["micro_batch"] < limit]
     return max(timed, key=lambda line: line["tokens_per_s"], default=None)
 
 
@@ -169,18 +169,19 @@ def attempt(size: Size, out: Path, corpus: Path, end: float) -> int:
     micro_steps = max(2, min(64, int(STEP_SECONDS / best["seconds"]))) if size is FULL else 2
     training = Training(size, corpus)
     training.set_batch(best["micro_batch"], micro_steps)
-    (out / RUN).unlink(missing_ok=True)
+    for of_another in (RUN, RESULT):
+        (out / of_another).unlink(missing_ok=True)
     steps: list[dict[str, Any]] = []
     peak = 0.0
     while not steps or (len(steps) < size.steps and time.monotonic() < end):
         try:
             steps.append(training.step())
         except torch.OutOfMemoryError:
-            _append(out / SEARCHED, {"micro_batch": best["micro_batch"], "error": f"out of memory at {micro_steps} a "
-                                     f"step, after {len(steps)} steps"})
+            error = f"out of memory at {micro_steps} a step, after {len(steps)} steps"
+            files.append(out / SEARCHED, {"micro_batch": best["micro_batch"], "error": error})
             print(f"micro-batch {best['micro_batch']:3}: out of memory; a smaller one follows", flush=True)
             return OUT_OF_MEMORY
-        _append(out / RUN, steps[-1])
+        files.append(out / RUN, steps[-1])
         if len(steps) % 5 == 0:
             peak = max(peak, training.peak_gib())
             _write(size, out, best, micro_steps, steps, peak, [])
@@ -218,7 +219,7 @@ def _write(size: Size, out: Path, best: dict[str, Any], micro_steps: int, steps:
     }
     if dropped:
         result["tokens_per_s_dropout_0.1"] = max(step["tokens_per_s"] for step in dropped)
-    (out / RESULT).write_text(json.dumps(result, indent=1) + "\n")
+    files.replace(out / RESULT, json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -234,16 +235,6 @@ with dropout 0.1 {f'{dropped:,.0f}' if dropped else 'out of memory'}""")
         print("MFU              unknown: the peak of this device is not listed in phi1/gpus.py")
     print(f"peak memory      {result['peak_gib']} GiB\nloss             {result['loss_first']:.3f} -> "
           f"{result['loss_last']:.3f}", flush=True)
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if path.is_file():
-        yield from map(json.loads, path.read_text().splitlines())
 
 
 def main() -> int:

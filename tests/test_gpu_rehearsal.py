@@ -116,6 +116,23 @@ def count_time_from(happened, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", Process)
 
 
+def test_a_stage_is_not_run_twice_at_once_in_a_folder(tmp_path, monkeypatch, capsys):
+    meanwhile = []
+
+    def run(command, folder, seconds):
+        if not meanwhile:
+            meanwhile.append(folder)
+            meanwhile.extend(gpu_stages.run_stage(stage, tmp_path, rehearse=True) for stage in ("tune", "profile"))
+        return gpu_stages.Row(command.name, "ok", 0.0, [])
+
+    monkeypatch.setattr(gpu_stages, "run", run)
+    assert gpu_stages.run_stage("tune", tmp_path, rehearse=True) == 0
+    assert meanwhile[1:] == [2, 0]
+    assert capsys.readouterr().err == (f"gpu.sh: error: stage tune is running already in {tmp_path / 'tune'}: wait "
+                                       "until it ends, or set another OUT\n")
+    assert gpu_stages.run_stage("tune", tmp_path, rehearse=True) == 0
+
+
 def test_a_command_that_takes_too_long_is_killed_with_its_children(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_stages, "LAST_WORDS_SECONDS", 1)
     pid_file = tmp_path / "pid"

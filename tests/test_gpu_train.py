@@ -81,3 +81,20 @@ def test_without_a_size_that_fits_a_run_ends_in_one_line(tmp_path, capsys):
     assert attempt(TINY, tmp_path, tmp_path, float("inf")) == 2
     assert capsys.readouterr().err.splitlines() == [
         "gpu_train: error: no micro-batch was timed that fits; run `search` first"]
+
+
+def test_a_line_that_was_cut_short_hides_no_other(memory, tmp_path):
+    """What is lost of it would else take the size that did not fit along, which is tried again and again."""
+    (tmp_path / SEARCHED).write_text('{"micro_batch": 2, "seconds": 0.1, "tokens_per_s": 20}\n'
+                                     '{"micro_batch": 4, "seconds": 0.1, "tokens_per_s": 40}\n{"micro_bat')
+    assert fastest(tmp_path / SEARCHED)["micro_batch"] == 4
+    assert attempt(TINY, tmp_path, tmp_path, float("inf")) == OUT_OF_MEMORY
+    assert fastest(tmp_path / SEARCHED)["micro_batch"] == 2
+
+
+def test_the_result_of_an_earlier_run_is_not_taken_for_this_ones(memory, tmp_path):
+    (tmp_path / SEARCHED).write_text('{"micro_batch": 4, "seconds": 0.1, "tokens_per_s": 40}\n')
+    (tmp_path / RESULT).write_text('{"micro_batch": 2}')
+    assert attempt(TINY, tmp_path, tmp_path, float("inf")) == OUT_OF_MEMORY
+    assert not (tmp_path / RESULT).exists()
+
