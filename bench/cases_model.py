@@ -45,6 +45,7 @@ def cases() -> list[Case]:
               for batch, tokens in ((1, 512), (1, 2016), (8, 512))]
     return [*found, _prefill(TINY, 1, 64, "float32", "cpu", quick=True),
             _decode(TINY, 1, 64, "float32", "cpu", quick=True),
+            _prefill(preset("phi1-small"), 1, 256, "float16", "cpu", readme=True),
             _decode(preset("phi1-small"), 1, 64, "float16", "cpu", readme=True)]
 
 
@@ -208,7 +209,8 @@ def _step(plan: Plan, quick: bool = False) -> Case:
                  providers=(Provider("phi1", steps(phi1_step), package="phi1"), *_transformers(theirs)))
 
 
-def _prefill(config: Phi1Config, batch: int, tokens: int, dtype: str, device: str, quick: bool = False) -> Case:
+def _prefill(config: Phi1Config, batch: int, tokens: int, dtype: str, device: str, quick: bool = False,
+             readme: bool = False) -> Case:
     def prepare(case: Case, on: torch.device) -> Function:
         model = _built(case, config, on)
 
@@ -227,7 +229,7 @@ def _prefill(config: Phi1Config, batch: int, tokens: int, dtype: str, device: st
 
     return _case("prefill", config, batch, tokens, dtype, device, bytes="(P + 2*L*B*T*D)*e",
                  flops="2*B*T*(P - V*D + L*T*D) + 2*B*V*D", inputs=_tokens(config, batch, tokens, dtype),
-                 leaves=("like",), quick=quick,
+                 leaves=("like",), quick=quick, readme=readme,
                  providers=(Provider("phi1", prepare, package="phi1"), *_transformers(theirs)),
                  reference=_reference(config, dtype, lambda model, inputs: model(inputs["ids"], logits_to_keep=1)))
 

@@ -16,6 +16,7 @@ from phi1.kernels._gelu import gelu_backward, gelu_forward
 from phi1.kernels._linear import linear_forward
 from phi1.kernels._memory import empty
 from phi1.kernels._philox import Dropout, dropout_from_fields
+from phi1.kernels._product import addmm, mm
 from phi1.kernels._residual import dropped
 from phi1.kernels._rotary import rotate_, rotate_rows_, rows_of_tables
 
@@ -141,14 +142,14 @@ def _attended(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(qkv [N, 3D], att [N, D], lse [H, N])."""
     n_qkv = 3 * h.shape[1]
-    qkv = _addmm(in_bias[:n_qkv], h, in_weight[:n_qkv].t())
+    qkv = addmm(in_bias[:n_qkv], h, in_weight[:n_qkv].t())
     att, lse = attention_forward(*layout.by_sample(qkv), layout.scheme, layout.cu_seqlens)
     return qkv, att.view(h.shape), lse
 
 
 def _pre(h: torch.Tensor, in_weight: torch.Tensor, in_bias: torch.Tensor) -> torch.Tensor:
     n_qkv = 3 * h.shape[1]
-    return _addmm(in_bias[n_qkv:], h, in_weight[n_qkv:].t())
+    return addmm(in_bias[n_qkv:], h, in_weight[n_qkv:].t())
 
 
 def _output(
@@ -162,11 +163,11 @@ def _output(
         joined = _room_for_both(att, pre)
         gelu_forward(pre, out=joined[:, width:])
         y = torch.add(x, out_bias.sum(0), out=empty(x.shape, dtype=x.dtype, device=x.device))
-        return y.addmm_(joined, out_weight.t())
+        return addmm(y, joined, out_weight.t(), out=y)
     dense_weight, fc2_weight = out_weight.t().split_with_sizes([width, pre.shape[1]])
-    y = dropped(torch.addmm(out_bias[0], att, dense_weight), layout.dense_dropout, layout.cu_seqlens)
+    y = dropped(addmm(out_bias[0], att, dense_weight), layout.dense_dropout, layout.cu_seqlens)
     y += x  # into y, which is contiguous whatever x is
-    y += dropped(torch.addmm(out_bias[1], gelu_forward(pre), fc2_weight), layout.fc2_dropout, layout.cu_seqlens)
+    y += dropped(addmm(out_bias[1], gelu_forward(pre), fc2_weight), layout.fc2_dropout, layout.cu_seqlens)
     return y
 
 
@@ -192,7 +193,7 @@ def branches_backward(
     q, k, v = layout.by_sample(qkv)
     attention_backward(datt.unflatten(1, (layout.n_heads, -1)).unflatten(0, q.shape[:2]), q, k, v, att.view(q.shape),
                        lse, layout.by_sample(dproj[:, :n_qkv]), layout.scheme, layout.cu_seqlens)
-    return _mm(dproj, in_weight), _mm(dproj.t(), h), dproj.sum(0), dw_out, db_out
+    return mm(dproj, in_weight), mm(dproj.t(), h), dproj.sum(0), dw_out, db_out
 
 
 def _output_backward(
@@ -203,16 +204,16 @@ def _output_backward(
     joined = _room_for_both(att, pre)
     act = joined[:, sizes[0] :]
     if not layout.drops:
-        djoined = _mm(dy, out_weight)
+        djoined = mm(dy, out_weight)
         datt, dact = djoined.split_with_sizes(sizes, dim=1)
         gelu_backward(dact, pre, dpre, act)
-        return datt, _mm(dy.t(), joined), dy.sum(0).expand(2, -1).contiguous()
+        return datt, mm(dy.t(), joined), dy.sum(0).expand(2, -1).contiguous()
     dy1 = dropped(dy, layout.dense_dropout, layout.cu_seqlens)
     dy2 = dropped(dy, layout.fc2_dropout, layout.cu_seqlens)
     dense_weight, fc2_weight = out_weight.split_with_sizes(sizes, dim=1)
-    gelu_backward(torch.mm(dy2, fc2_weight), pre, dpre, act)
-    dw_out = torch.cat((torch.mm(dy1.t(), att), torch.mm(dy2.t(), act)), dim=1)
-    return torch.mm(dy1, dense_weight), dw_out, torch.stack((dy1.sum(0), dy2.sum(0)))
+    gelu_backward(mm(dy2, fc2_weight), pre, dpre, act)
+    dw_out = torch.cat((mm(dy1.t(), att), mm(dy2.t(), act)), dim=1)
+    return mm(dy1, dense_weight), dw_out, torch.stack((dy1.sum(0), dy2.sum(0)))
 
 
 def _room_for_both(att: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
@@ -222,10 +223,3 @@ def _room_for_both(att: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
     joined[:, :width] = att
     return joined
 
-
-def _addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.addmm(bias, a, b, out=empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device))
-
-
-def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.mm(a, b, out=empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device))

@@ -21,6 +21,7 @@ import torch
 
 from phi1.kernels._backend import use_triton
 from phi1.kernels._memory import empty
+from phi1.kernels._product import mm
 
 LOG2E = 1.4426950408889634
 FLOAT16_SCALE = 1024.0
@@ -102,7 +103,7 @@ def losses_and_gradients(
     for first in range(0, n_rows, rows):
         chunk = slice(first, min(first + rows, n_rows))
         part = logits[: chunk.stop - first]
-        torch.mm(x[chunk], weight[:vocab].t(), out=part)
+        mm(x[chunk], weight[:vocab].t(), out=part)
         for start in range(first, chunk.stop, strip_rows):
             some = slice(start, min(start + strip_rows, chunk.stop))
             own = part[start - first : some.stop - first]

@@ -10,6 +10,7 @@ import torch
 from phi1.kernels._backend import use_triton
 from phi1.kernels._gelu import gelu_backward, gelu_forward
 from phi1.kernels._philox import Dropout, is_active
+from phi1.kernels._product import addmm, mm
 from phi1.kernels._residual import dropped
 
 
@@ -26,7 +27,7 @@ def linear_forward(
         from phi1.kernels._linear_triton import launch_forward
 
         return launch_forward(x, weight, bias, residual, gelu, dropout)
-    out = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+    out = mm(x, weight.t()) if bias is None else addmm(bias, x, weight.t())
     pre = out if gelu else x.new_empty(0)
     if gelu:
         out = gelu_forward(pre)
@@ -51,7 +52,7 @@ def linear_backward(
         if gelu:
             dpre = gelu_backward(dpre, pre)
         db = dpre.sum(0) if has_bias else dpre.new_empty(0)
-    return torch.mm(dpre, weight), torch.mm(dpre.t(), x), db
+    return mm(dpre, weight), mm(dpre.t(), x), db
 
 
 def _epilogue_backward(

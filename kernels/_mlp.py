@@ -10,6 +10,7 @@ import torch
 from phi1.kernels._backend import use_triton
 from phi1.kernels._gelu import gelu_backward
 from phi1.kernels._linear import linear_forward
+from phi1.kernels._product import mm
 
 
 def mlp_forward(
@@ -35,6 +36,6 @@ def mlp_backward(
         assert db2 is not None
     else:
         dout = dout.contiguous()
-        dpre = gelu_backward(torch.mm(dout, w2), pre, y=act)
+        dpre = gelu_backward(mm(dout, w2), pre, y=act)
         db1, db2 = dpre.sum(0), dout.sum(0)
-    return torch.mm(dpre, w1), torch.mm(dpre.t(), x), db1, torch.mm(dout.t(), act), db2
+    return mm(dpre, w1), mm(dpre.t(), x), db1, mm(dout.t(), act), db2
