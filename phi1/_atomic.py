@@ -65,6 +65,7 @@ def publish(work: Path, path: Path, check: Callable[[Path], None] | None = None)
         False if something is there that is not to be replaced; it was left.
     """
     _flush(work / NEW)
+    shutil.rmtree(work / _OLD, ignore_errors=True)  # of a call before this one, which found the name taken
     with _renaming(work, path):
         if check is not None and path.is_dir():
             os.rename(path, work / _OLD)
@@ -89,10 +90,12 @@ def sweep(path: Path) -> None:
             _clear(work, path)
 
 
-def is_folder(path: Path) -> bool:
-    """Whether a folder is there; asked when no process is between two renames."""
-    with _locked(_parent(path), fcntl.LOCK_SH):
-        return path.is_dir()
+def identity(path: Path) -> tuple[int, int] | None:
+    """What tells a folder or file from another of its name; None if there is none. Not asked between two renames."""
+    with _locked(Path(os.path.realpath(path)).parent, fcntl.LOCK_SH), contextlib.suppress(OSError):
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
+    return None
 
 
 def read_unreplaced(caller: str, folder: Path, read: Callable[[], T]) -> T:
@@ -102,40 +105,20 @@ def read_unreplaced(caller: str, folder: Path, read: Callable[[], T]) -> T:
         ValueError: another has taken its place again.
     """
     for _ in range(2):
+        before = identity(folder)
         with contextlib.ExitStack() as stack:
-            before = _hold(folder, stack)
+            with contextlib.suppress(OSError):  # as long as it is open, no other gets its number
+                stack.callback(os.close, os.open(folder, _FOLDER))
             try:
                 result = read()
             except Exception:
-                if _is_still(folder, before):
+                if identity(folder) == before:
                     raise
             else:
-                if _is_still(folder, before):
+                if identity(folder) == before:
                     return result
                 del result  # there is no memory for two models
     raise ValueError(f"{caller}: {folder} was replaced while it was read, and once more while it was read again")
-
-
-def _hold(folder: Path, stack: contextlib.ExitStack) -> int | None:
-    """A descriptor of a folder; as long as it is open, no other folder gets the same inode number."""
-    with _locked(_parent(folder), fcntl.LOCK_SH), contextlib.suppress(OSError):
-        held = os.open(folder, _FOLDER)
-        stack.callback(os.close, held)
-        return held
-    return None
-
-
-def _is_still(folder: Path, held: int | None) -> bool:
-    with _locked(_parent(folder), fcntl.LOCK_SH):
-        try:
-            now = os.stat(folder)
-        except OSError:
-            return held is None
-    return held is not None and os.path.samestat(os.fstat(held), now)
-
-
-def _parent(path: Path) -> Path:
-    return Path(os.path.realpath(path)).parent
 
 
 def _make_locked(path: Path) -> tuple[Path, int]:

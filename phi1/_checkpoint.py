@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from phi1._atomic import is_folder
+from phi1._atomic import identity
 
 WINDOW = 64 * 1024 * 1024
 _SAFETENSORS, _PICKLED = ("model*.safetensors",), ("pytorch_model*.bin",)
@@ -31,7 +31,7 @@ def locate(name_or_folder: str | Path, revision: str | None = None) -> Path:
         FileNotFoundError: neither; one line that says why.
     """
     folder = Path(name_or_folder).expanduser()
-    if folder.is_dir() or is_folder(folder):
+    if identity(folder) and folder.is_dir():
         return folder
     if folder.exists():
         raise FileNotFoundError(f"load: {folder} is a file; give the folder that holds config.json and the weights")

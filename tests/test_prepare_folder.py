@@ -128,6 +128,54 @@ def test_stopped_while_two_corpora_change_places_it_says_which_is_there(code, tm
     assert os.listdir() == ["out"]
 
 
+def test_a_corpus_that_takes_the_name_at_the_last_moment_is_replaced_too(code, tmp_path, monkeypatch):
+    """Where no lock keeps them apart."""
+    out, taken = tmp_path / "out", []
+
+    def take():
+        if not taken:
+            taken.append(out.mkdir())
+            (out / "manifest.json").write_text("of another")
+
+    prepare(str(code / "json"), out, tokenizer=BYTES)
+    after_rename(monkeypatch, "old", take)
+    made = prepare(str(code / "email"), out, tokenizer=BYTES, force=True)
+    assert taken
+    assert open_corpus(out).fingerprint == made.fingerprint
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(("module", "function", "then"), [
+    (os, "listdir", "other"), (os, "listdir", "aside"), (prepare_module, "read_manifest", "other")])
+def test_a_corpus_moved_aside_while_it_is_looked_at_is_looked_at_again(code, tmp_path, monkeypatch, module, function,
+                                                                       then):
+    """Whether another is put there after it, or it is put back."""
+    out, looked, look = tmp_path / "out", [], getattr(module, function)
+    for name, source in (("out", "json"), ("other", "email")):
+        prepare(str(code / source), tmp_path / name, tokenizer=BYTES)
+
+    def moved_aside(path):
+        if looked or Path(path) != out:
+            return look(path)
+        looked.append(out.rename(tmp_path / "aside"))
+        try:
+            return look(path)
+        finally:
+            (tmp_path / then).rename(out)
+
+    monkeypatch.setattr(module, function, moved_aside)
+    assert prepare(str(code / ("email" if then == "other" else "json")), out, tokenizer=BYTES).already_done
+    assert looked
+
+
+def test_the_summary_is_of_what_was_made_not_of_what_took_its_place(code, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    expected = prepare(str(code / "json"), out, tokenizer=BYTES)
+    after_rename(monkeypatch, "out", lambda: shutil.rmtree(out))
+    made = prepare(str(code / "json"), out, tokenizer=BYTES, force=True)
+    assert (made.fingerprint, made.splits) == (expected.fingerprint, expected.splits)
+
+
 def test_killed_while_two_corpora_change_places_it_leaves_the_old_one_to_the_next(code, tmp_path):
     out, left = tmp_path / "out", tmp_path / ".out.0123abcd.tmp"
     old = prepare(str(code / "json"), out, tokenizer=BYTES).fingerprint

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import phi1
-from phi1._atomic import NEW, publish, sweep
+from phi1._atomic import NEW, identity, publish, read_unreplaced, sweep
 from phi1.tokenizer import MIN_VOCAB, Tokenizer, load_tokenizer, train_bpe
 from phi1.train.data import SPLITS, open_corpus
 from phi1.train.encode_pool import EncodePool
@@ -113,7 +113,10 @@ def prepare(sources: str | Sequence[str], out: str | Path, *, tokenizer: str | P
     request = _request(found, column, chosen, vocab_size, val_fraction, shard_tokens)
     place = Path(os.path.realpath(out))
     sweep(place)
-    done = _existing(out, request, force)
+    def existing() -> Summary | None:
+        return read_unreplaced("prepare", out, lambda: _existing(out, request, force))
+
+    done = existing()
     if done:
         return done
 
@@ -133,8 +136,8 @@ def prepare(sources: str | Sequence[str], out: str | Path, *, tokenizer: str | P
         rate = _encode(selection, writer, work / NEW / "tokenizer", workers or _cores(), say)
         writer.close(made)
         manifest = read_manifest(work / NEW)
-        if not publish(work, place, (lambda old: _check_own(old, out)) if force else None):
-            done = _existing(out, request, force=False)
+        while not done and not publish(work, place, (lambda old: _check_own(old, out)) if force else None):
+            done = existing()
     return done or _summary(out, manifest, seconds=time.perf_counter() - start, tokens_per_second=rate)
 
 
@@ -153,11 +156,15 @@ def _existing(out: Path, request: str, force: bool) -> Summary | None:
     Raises:
         DataError: something else is there.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    try:
+        names = os.listdir(out)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if isinstance(error, NotADirectoryError) and out.exists():
+            raise DataError(f"{out}: it is there and is no folder; choose another place") from None
         return None
-    if not out.is_dir():
-        raise DataError(f"{out}: it is there and is no folder; choose another place")
-    if not force and (out / MANIFEST).exists():
+    if not names:
+        return None
+    if not force and MANIFEST in names:
         try:
             manifest = read_manifest(out)
             for split in SPLITS:
@@ -262,7 +269,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_prepare(args: argparse.Namespace) -> int:
     """Run `phi1 prepare`; returns the exit code: 0, 2 for what the user can mend, 130 if stopped."""
-    before = _identity(args.out)
+    before = identity(Path(args.out))
     try:
         if args.vocab_size is not None and args.tokenizer != "train":
             raise ValueError("--vocab-size goes with --tokenizer train; the given tokenizer has its own size")
@@ -270,7 +277,7 @@ def run_prepare(args: argparse.Namespace) -> int:
                           vocab_size=args.vocab_size or 4096, val_fraction=args.val_fraction, force=args.force,
                           column=args.column, report=lambda line: print(line, flush=True))
     except KeyboardInterrupt:
-        outcome = "nothing was written" if _identity(args.out) == before else f"{args.out} is complete"
+        outcome = "nothing was written" if identity(Path(args.out)) == before else f"{args.out} is complete"
         print(f"phi1 prepare: stopped; {outcome}", file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:
@@ -279,15 +286,6 @@ def run_prepare(args: argparse.Namespace) -> int:
         return 2
     print(summary)
     return 0
-
-
-def _identity(folder: str) -> tuple[int, int] | None:
-    """What tells a folder from another of the same name; None if there is none."""
-    try:
-        found = os.stat(folder)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def main(argv: list[str] | None = None) -> int:
