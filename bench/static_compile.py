@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import re
 import subprocess
@@ -18,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from phi1.bench.processes import begin_worker
 from phi1.bench.static_case import Case
 from phi1.bench.static_gate import ARCHS, Report
 
@@ -63,18 +65,30 @@ def measure(case: Case, arch: str) -> Report:
 
 
 def compile_all(jobs: Sequence[Job], processes: int = 2) -> Iterator[tuple[Job, Report]]:
-    """Compile cases, known by name, in processes of their own; what fails, or kills the compiler, has an error."""
+    """Compile cases, known by name, in processes of their own; what fails, or kills the compiler, has an error.
+
+    Raises:
+        Exception: a case is wrong, which is a mistake of ours.
+    """
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    finished: queue.SimpleQueue[tuple[Job, Report]] = queue.SimpleQueue()
+    finished: queue.SimpleQueue[tuple[Job, Report] | Exception] = queue.SimpleQueue()
     for job in jobs:
         waiting.put(job)
     for _ in range(min(processes, len(jobs))):
         threading.Thread(target=_work, args=(waiting, finished), daemon=True).start()
-    for _ in jobs:
-        yield finished.get()
+    try:
+        for _ in jobs:
+            outcome = finished.get()
+            if isinstance(outcome, Exception):
+                raise outcome
+            yield outcome
+    finally:  # where it is stopped, nothing more begins
+        with contextlib.suppress(queue.Empty):
+            while True:
+                waiting.get_nowait()
 
 
-def _work(waiting: queue.SimpleQueue[Job], finished: queue.SimpleQueue[tuple[Job, Report]]) -> None:
+def _work(waiting: queue.SimpleQueue[Job], finished: queue.SimpleQueue[tuple[Job, Report] | Exception]) -> None:
     pool = _pool()
     try:
         while True:
@@ -85,11 +99,15 @@ def _work(waiting: queue.SimpleQueue[Job], finished: queue.SimpleQueue[tuple[Job
                 report, pool = Report(error="the compiler crashed"), _pool()
             finished.put((job, report))
     except queue.Empty:
+        pass
+    except Exception as error:
+        finished.put(error)
+    finally:
         pool.shutdown()
 
 
 def _pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, get_context("spawn"))
+    return ProcessPoolExecutor(1, get_context("spawn"), begin_worker)
 
 
 def _measure_named(job: Job) -> Report:

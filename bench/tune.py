@@ -27,10 +27,11 @@ from phi1.bench import check
 from phi1.bench.case import Case, Inputs
 from phi1.bench.cases import operations
 from phi1.bench.command import MakeParser, plain_parser
+from phi1.bench.processes import end_with_parent
 from phi1.bench.runner import DeviceLostError, bind, one_line, release, still_there
 from phi1.bench.timing import Call, CudaClock, quantile
 from phi1.bench.tune_cases import Task, candidates_of, chosen_cases, inputs_of, lookups_on_paper, tasks_of
-from phi1.bench.tune_compile import compile_ahead, end_with_parent
+from phi1.bench.tune_compile import compile_ahead
 from phi1.bench.tune_store import Store, Tile, trial_key, when_of
 from phi1.kernels import _tuned
 from phi1.kernels._tuned import Lookup

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -36,15 +35,6 @@ def compile_ahead(command: Sequence[str], count: int, seconds: float) -> str:
                 worker.wait()
     failed = [complaint for complaint in complaints if complaint]
     return f"{len(failed)} of {count} processes that compile ahead failed: {failed[-1]}" if failed else ""
-
-
-def end_with_parent() -> None:
-    """In a process of `compile_ahead`: end when the process that runs it does, even if that is killed."""
-    def wait() -> None:
-        os.read(0, 1)
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _complaint(worker: subprocess.Popen[bytes], log: IO[str], end: float) -> str:

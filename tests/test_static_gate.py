@@ -1,8 +1,11 @@
 """The compile gate: it passes the kernels, and refuses those that spill, lose vector loads or do not compile."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,6 +160,54 @@ def test_a_compiler_that_kills_its_process_is_reported_and_the_rest_goes_on(monk
     found = list(static_compile.compile_all([3, 4, 5], processes=2))
     assert sorted(job for job, _ in found) == [3, 4, 5]
     assert {report.error for _, report in found} == {"the compiler crashed"}
+
+
+def test_a_mistake_of_ours_in_a_process_is_raised(monkeypatch):
+    monkeypatch.setattr(static_compile, "_measure_named", int)
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        list(static_compile.compile_all(["no number"], processes=2))
+
+
+def test_what_nobody_waits_for_any_more_is_not_compiled(monkeypatch, tmp_path):
+    monkeypatch.setattr(static_compile, "_measure_named", exec)
+    jobs = [f"open({str(tmp_path / str(i))!r}, 'w'); import time; time.sleep(0.02)" for i in range(20)]
+    threads = threading.active_count()
+    found = static_compile.compile_all(jobs, processes=1)
+    next(found)
+    found.close()
+    until(lambda: threading.active_count() == threads)
+    assert len(list(tmp_path.iterdir())) <= 3
+
+
+COMPILES = """import signal, sys
+from phi1.bench import static_compile
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell lets its background processes ignore
+static_compile._measure_named = exec
+try:
+    list(static_compile.compile_all([f"open('begun{i}', 'w'); import time; time.sleep(60)" for i in range(3)]))
+except KeyboardInterrupt:
+    sys.exit(130)"""
+
+
+@pytest.mark.parametrize(("stop", "code"), [
+    (lambda process: os.killpg(process.pid, signal.SIGINT), 130),  # as a terminal does
+    (lambda process: process.kill(), -9),
+], ids=["Ctrl-C", "kill"])
+def test_the_processes_that_compile_end_quietly_with_the_one_that_asks(tmp_path, stop, code):
+    process = subprocess.Popen([sys.executable, "-c", COMPILES], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    until(lambda: len(list(tmp_path.iterdir())) == 2)
+    stop(process)
+    said = process.communicate(timeout=10)[1]  # until all have closed it, those that it started as well
+    assert "Traceback" not in said
+    assert process.returncode == code
+
+
+def until(happened):
+    end = time.monotonic() + 20
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_case_that_names_no_argument_of_its_kernel_is_our_mistake():

@@ -223,7 +223,7 @@ compile_ahead([sys.executable, '-c', CHILD], 2, 60)"""
 
 @pytest.mark.parametrize(("number", "setup"), [
     (signal.SIGINT, "pass"),
-    (signal.SIGKILL, "from phi1.bench.tune_compile import end_with_parent; end_with_parent()"),
+    (signal.SIGKILL, "from phi1.bench.processes import end_with_parent; end_with_parent()"),
 ], ids=["SIGINT", "SIGKILL"])
 def test_the_processes_that_compile_end_with_the_search(tmp_path, number, setup):
     code = PARENT.replace("CHILD", repr(CHILD.replace("SETUP", setup)))
