@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -23,7 +23,7 @@ from phi1.train import prepare as prepare_module
 from phi1.train.data import open_corpus
 from phi1.train.prepare import main, prepare
 from phi1.train.shards import DataError
-from phi1.train.testing import folder_content, write_files
+from phi1.train.testing import alive, folder_content, injected, wait_for, wait_until, write_files
 
 BYTES = train_bpe([], MIN_VOCAB)
 """The smallest tokenizer, which loads at once, for tests in which any will do."""
@@ -160,57 +160,55 @@ def test_out_is_required(capsys):
     assert capsys.readouterr().err == "phi1 prepare: error: the following arguments are required: --out\n"
 
 
-def start_tokenising(out: Path, *arguments: str) -> subprocess.Popen[str]:
-    """A prepare of the whole standard library, at the moment when its workers begin."""
-    process = subprocess.Popen([*COMMAND, "--out", str(out), "--workers", "2", *arguments], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("tokenising"):
-            break
-    time.sleep(0.7)
-    assert process.poll() is None
-    return process
+NO_REPLY = """import os, sys
+if any(word.endswith("encode_pool.py") for word in sys.orig_argv):
+    import pickle, time
+    dump, parent, worker = pickle.dump, os.getppid(), os.path.join({folder!r}, str(os.getpid()))
+    def wait_and_dump(*args, **options):
+        open(worker, "w").close()
+        while os.path.exists(worker) and os.getppid() == parent:
+            time.sleep(0.02)
+        dump(*args, **options)
+    pickle.dump = wait_and_dump
+"""
 
 
-def workers_of(process: subprocess.Popen[str]) -> list[int]:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(child) for child in children]
+@pytest.fixture
+def tokenising(code: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+               ) -> Iterator[tuple[subprocess.Popen[str], list[Path]]]:
+    """A prepare into `out` that does not end: its two workers keep their reply while a file of their id is there."""
+    workers = tmp_path_factory.mktemp("workers")
+    hook = injected(tmp_path_factory.mktemp("hook"), NO_REPLY.format(folder=str(workers)))
+    process = subprocess.Popen([*COMMAND, "--source", str(code), "--out", str(tmp_path / "out"), "--workers", "2",
+                                "--val-fraction", "0.5"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True, env=os.environ | hook)
+    wait_for(process, lambda: len(os.listdir(workers)) == 2)
+    yield process, list(workers.iterdir())
+    process.kill()
 
 
-def is_gone(pid: int) -> bool:
-    """Whether a process ends within five seconds."""
-    for _ in range(100):
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except FileNotFoundError:
-            return True
-        time.sleep(0.05)
-    return False
+def any_alive(workers: list[Path]) -> bool:
+    return any(alive(int(worker.name)) for worker in workers)
 
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
-def test_stopped_it_leaves_nothing(how, tmp_path):
-    process = start_tokenising(tmp_path / "out")
-    workers = workers_of(process)
-    assert len(workers) == 2
+def test_stopped_it_leaves_nothing(how, tmp_path, tokenising):
+    process, workers = tokenising
     if how == "SIGTERM":
         process.terminate()
     else:
         os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
-    _, error = process.communicate(timeout=20)
+    _, error = process.communicate(timeout=120)
     assert (process.returncode, error) == (130, "phi1 prepare: stopped; nothing was written\n")
     assert os.listdir(tmp_path) == []
-    assert all(map(is_gone, workers))
+    wait_until(lambda: not any_alive(workers))
 
 
-def test_killed_it_leaves_nothing_once_another_has_run(code, tmp_path):
-    process = start_tokenising(tmp_path / "out")
-    workers = workers_of(process)
+def test_killed_it_leaves_nothing_once_another_has_run(code, tmp_path, tokenising):
+    process, workers = tokenising
     process.kill()
-    process.communicate(timeout=20)
-    assert all(map(is_gone, workers))
+    process.communicate(timeout=120)
+    wait_until(lambda: not any_alive(workers))
     (left,) = os.listdir(tmp_path)
     assert left.startswith(".out.")
     assert left.endswith(".tmp")
@@ -218,10 +216,11 @@ def test_killed_it_leaves_nothing_once_another_has_run(code, tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_a_killed_worker_is_one_line(tmp_path):
-    process = start_tokenising(tmp_path / "out")
-    os.kill(workers_of(process)[0], signal.SIGKILL)
-    _, error = process.communicate(timeout=20)
+def test_a_killed_worker_is_one_line(tmp_path, tokenising):
+    process, workers = tokenising
+    os.kill(int(workers[0].name), signal.SIGKILL)
+    workers[1].unlink()
+    _, error = process.communicate(timeout=120)
     assert process.returncode == 2
     assert error.startswith("phi1 prepare: error: a tokenising process ended early, with status -9")
     assert error.count("\n") == 1
@@ -233,7 +232,11 @@ def test_two_at_once_do_not_disturb_one_another(code, tmp_path):
                              stderr=subprocess.PIPE, text=True) for _ in range(2)]
     other = subprocess.Popen([*COMMAND, "--source", str(code / "json"), "--out", str(tmp_path / "out")],
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    outputs = [process.communicate(timeout=60) for process in (*same, other)]
+    try:
+        outputs = [process.communicate(timeout=300) for process in (*same, other)]
+    finally:
+        for process in (*same, other):
+            process.kill()
     codes = [process.returncode for process in (*same, other)]
     # Whichever was first has its corpus there; those who asked for the same find it done, the others get one line.
     assert codes in ([0, 0, 2], [2, 2, 0])
