@@ -259,6 +259,7 @@ def test_shards_are_made_of_whole_blocks(tmp_path):
         CorpusWriter(tmp_path, TOKENIZER, shard_tokens=100, block_tokens=64)
 
 
+@pytest.mark.alone
 def test_gather_is_fast(tmp_path):
     make_corpus(tmp_path / "corpus", [4_000_000], [], shard=1 << 20, block=1 << 18)
     opened = open_corpus(tmp_path / "corpus", "train")
@@ -272,6 +273,7 @@ def test_gather_is_fast(tmp_path):
         assert max(speeds) > 50e6  # tokens a second; 117e6 and 743e6 measured
 
 
+@pytest.mark.alone
 def test_an_epoch_is_read_fast_with_every_checksum_compared(tmp_path):
     make_corpus(tmp_path / "corpus", [4_000_000], [], shard=1 << 20, block=1 << 18)
     speeds = []
