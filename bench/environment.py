@@ -67,8 +67,9 @@ def commit() -> str:
     given = os.environ.get(COMMIT_VARIABLE)
     if given:
         return given
+    own = _git("ls-files", "--error-unmatch", "bench/environment.py")  # not of a repository around the installation
     head = _git("rev-parse", "--short", "HEAD")
-    if not head:
+    if not own or not head:
         return "unknown"
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.json", ":!bench/results")
     return head + ("+" if changed else "")

@@ -137,8 +137,15 @@ def test_the_commit_comes_from_the_variable_or_git_or_is_unknown(monkeypatch, tm
     monkeypatch.setenv(environment.COMMIT_VARIABLE, "1234abc")
     assert environment.commit() == "1234abc"
     monkeypatch.delenv(environment.COMMIT_VARIABLE)
-    monkeypatch.setattr(environment, "ROOT", tmp_path)
-    assert environment.commit() == "unknown"
+    inside = tmp_path / "venv" / "phi1"
+    (inside / "bench").mkdir(parents=True)
+    (inside / "bench" / "environment.py").touch()
+    for words in ("init -q", "-c user.name=a -c user.email=a@b commit -q --allow-empty -m a"):
+        subprocess.run(["git", "-C", tmp_path, *words.split()], check=True)
+    monkeypatch.setattr(environment, "ROOT", inside)
+    assert environment.commit() == "unknown", "of a repository around the installation"
+    subprocess.run(["git", "-C", tmp_path, "add", inside], check=True)
+    assert len(environment.commit()) >= 7
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment.commit() == "unknown", "no git on this machine"
 
