@@ -2,7 +2,8 @@
 
 Each worker is this file run as a script, with pickled messages on its pipes. Neither fork nor spawn of
 `multiprocessing` would do: the tokenizer's threads may hold a lock in a fork, and spawn imports the caller's main
-script, and with it torch, once more in each worker. A worker whose parent is gone reads the end of its input, and ends.
+script, and with it torch, once more in each worker. A worker whose parent is gone finds its pipes ended, or its
+tokenizer removed, and ends without a word.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Encoded = tuple[np.ndarray, np.ndarray]
 
 
 class EncodePool:
-    """A context manager that holds the worker processes.
+    """A context manager that holds the worker processes, from its beginning to its end.
 
     Args:
         folder: a saved tokenizer of at most 65,536 tokens.
@@ -37,18 +38,25 @@ class EncodePool:
     """
 
     def __init__(self, folder: Path, workers: int) -> None:
-        # One thread a worker waits on its pipes; the tokenizer's own threads would make workers * cores of them.
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, "-P", __file__, str(folder)]
-        # In groups of their own, because Ctrl-C is for the parent, which ends them.
-        self._workers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
-                                          process_group=0) for _ in range(workers)]
+        self._command = [sys.executable, "-P", __file__, str(folder)]
+        self._workers: list[subprocess.Popen[bytes]] = []
         self._free: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
-        for worker in self._workers:
-            self._free.put(worker)
+        # One a worker, to wait on its pipes; the tokenizer's own threads would make workers * cores of them.
         self._threads = ThreadPoolExecutor(workers)
+        self._n_workers = workers
 
     def __enter__(self) -> EncodePool:
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        try:
+            for _ in range(self._n_workers):
+                # In groups of their own, because Ctrl-C is for the parent, which ends them.
+                worker = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                          env=environment, process_group=0)
+                self._workers.append(worker)
+                self._free.put(worker)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -99,15 +107,18 @@ def encode_chunk(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
 
 
 def serve(folder: str, requests: BinaryIO, replies: BinaryIO) -> None:
-    """A worker's life: a chunk in, its tokens out, until the input ends."""
-    tokenizer = Tokenizer.from_folder(folder)
-    while True:
-        try:
-            texts = pickle.load(requests)
-        except EOFError:
+    """A worker's life: a chunk in, its tokens out, until its parent is gone."""
+    try:
+        tokenizer = Tokenizer.from_folder(folder)
+    except ValueError:
+        if not (Path(folder) / "tokenizer.json").exists():
             return
-        pickle.dump(encode_chunk(tokenizer, texts), replies, protocol=pickle.HIGHEST_PROTOCOL)
-        replies.flush()
+        raise
+    with contextlib.suppress(EOFError, pickle.UnpicklingError, BrokenPipeError):  # UnpicklingError: in mid-message
+        while True:
+            texts = pickle.load(requests)
+            pickle.dump(encode_chunk(tokenizer, texts), replies, protocol=pickle.HIGHEST_PROTOCOL)
+            replies.flush()
 
 
 if __name__ == "__main__":
