@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from phi1.bench.processes import sigterm_as_ctrl_c
+
 MakeParser = Callable[[str, str], Any]
 """Makes the command line's parser from a program's name and description."""
 
@@ -31,12 +33,13 @@ def plain_parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 def main(argv: list[str], make_parser: MakeParser) -> int:
     """Run `phi1 bench ARGV`; the exit code. 1 if phi1 itself failed or computed something wrong."""
-    if argv and argv[0] in COMMANDS:
-        return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:], make_parser)
-    args = parse(argv, make_parser)
-    if args.list:
-        return list_cases(args)
-    return run(args)
+    with sigterm_as_ctrl_c():
+        if argv and argv[0] in COMMANDS:
+            return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:], make_parser)
+        args = parse(argv, make_parser)
+        if args.list:
+            return list_cases(args)
+        return run(args)
 
 
 def parse(argv: list[str], make_parser: MakeParser) -> argparse.Namespace:

@@ -1,11 +1,22 @@
-"""Processes that do not outlive the one that started them."""
+"""Processes that are stopped: they clear up, and do not outlive the one that started them."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
-from multiprocessing import parent_process
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Inside the block SIGTERM raises KeyboardInterrupt, so that what has begun is cleared up."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def end_with_parent(pipe: int = 0) -> None:
@@ -23,6 +34,8 @@ def end_with_parent(pipe: int = 0) -> None:
 
 def begin_worker() -> None:
     """The initializer of a pool's processes, which end with their parent, and at Ctrl-C without a traceback each."""
+    from multiprocessing import parent_process  # only here: help does without it
+
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = parent_process()
     assert parent is not None

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from phi1.bench import check
 from phi1.bench.case import Case, Inputs
 from phi1.bench.cases import operations
 from phi1.bench.command import MakeParser, plain_parser
-from phi1.bench.processes import end_with_parent
+from phi1.bench.processes import end_with_parent, sigterm_as_ctrl_c
 from phi1.bench.runner import DeviceLostError, bind, one_line, release, still_there
 from phi1.bench.timing import Call, CudaClock, quantile
 from phi1.bench.tune_cases import Task, candidates_of, chosen_cases, inputs_of, lookups_on_paper, tasks_of
@@ -224,10 +223,9 @@ def main(argv: Sequence[str], make_parser: MakeParser = plain_parser) -> int:
         print("phi1 tune: error: tiles are timed on a GPU, and there is none; --dry-run lists what would be tried",
               file=sys.stderr)
         return 2
-    # Stopped by SIGTERM, as by Ctrl-C, it takes back the trial that is under way and ends the processes that compile.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _tune(options, torch.device("cuda"), time.monotonic() + 60 * options.minutes)
+        with sigterm_as_ctrl_c():  # which takes the trial under way back, and ends the processes that compile
+            return _tune(options, torch.device("cuda"), time.monotonic() + 60 * options.minutes)
     except DeviceLostError as error:
         print(f"phi1 tune: {error}; the same command goes on behind this tile", file=sys.stderr)
         return LOST
@@ -237,8 +235,6 @@ def main(argv: Sequence[str], make_parser: MakeParser = plain_parser) -> int:
     except OSError as error:
         print(f"phi1 tune: error: {error}", file=sys.stderr)
         return 2
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _tune(options: argparse.Namespace, device: torch.device, deadline: float) -> int:

@@ -1,6 +1,8 @@
 """Code to prepare, a prepared corpus and an undisturbed run of it, made once for all tests."""
 
+import os
 import shutil
+import signal
 import sysconfig
 from pathlib import Path
 
@@ -12,6 +14,18 @@ import torch
 def seeded():
     """What a test draws without a generator is the same in every run and every order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def sigterm():
+    """Sends this process SIGTERM: what is tested has to handle that, and to leave it as it was."""
+    def unexpected(number, frame):
+        raise AssertionError("SIGTERM would have ended the process")
+
+    before = signal.signal(signal.SIGTERM, unexpected)
+    yield lambda: os.kill(os.getpid(), signal.SIGTERM)
+    after = signal.signal(signal.SIGTERM, before)
+    assert after is unexpected, "SIGTERM was not given back"
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from phi1.bench import cases_norm
+from phi1.bench import cases_norm, command
 from phi1.bench.cases import all_cases
 from phi1.bench.chrome_trace import Line, as_table, kind_of, our_kernels, summarise
 from phi1.bench.results import FORMAT, read
@@ -55,6 +55,12 @@ def test_a_wrong_operation_is_exit_code_1(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert "  phi1                   wrong: out0 is off by" in out
     assert "phi1 failed in 2 of 2 cases" in err
+
+
+def test_sigterm_ends_it_as_ctrl_c_does(monkeypatch, sigterm):
+    """By an exception, which removes what it has put into /tmp."""
+    monkeypatch.setattr(command, "measure", lambda *arguments: sigterm())
+    assert run("--op", "rotary", *FAST) == 130
 
 
 def test_the_list_of_a_gpus_cases_needs_no_gpu(capsys):
