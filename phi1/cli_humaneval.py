@@ -37,7 +37,7 @@ def main(argv: list[str], parser_class: type) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=512, help="of a completion, at most (%(default)s)")
     parser.add_argument("--execute", action="store_true", help="run what the model has written, not only write it")
     parser.add_argument("--timeout", type=float, default=3.0, help="seconds that a sample may run (%(default)g)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write completions and results there, as JSON lines")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write completions and results there, as JSON lines; not a file that is read")
     args = parser.parse_args(argv)
     _check(args)
 
@@ -76,6 +76,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("give --model, --completions FILE or --canonical, one of them")
     if not args.execute and (args.completions or args.canonical or not args.out):
         raise ValueError(f"nothing would come of it: give --execute, or --model and --out FILE. {CONSENT}")
+    for option, read in (("--completions", args.completions), ("--problems", args.problems)):
+        if args.out and read and args.out.exists() and read.exists() and args.out.samefile(read):
+            raise ValueError(f"--out {args.out} is what {option} reads; give another file")
     if args.samples < 1 or not args.timeout > 0:
         raise ValueError(f"--samples must be 1 or more and --timeout above 0; got {args.samples} and {args.timeout:g}")
     if args.samples > 1 and args.temperature == 0:

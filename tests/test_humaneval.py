@@ -212,6 +212,20 @@ def test_completions_written_before_and_the_canonical_ones_are_run(file, tmp_pat
     assert f"{written}, line 1: there is no problem Own/none" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--completions", "--problems"])
+def test_a_file_that_is_read_is_not_written(option, file, tmp_path, capsys):
+    """Under another name of it neither."""
+    read = tmp_path / "read.jsonl"
+    read.write_text("years of work")
+    (tmp_path / "link").symlink_to(read)
+    source = ["--problems", file, option, read] if option == "--completions" else [option, read, "--canonical"]
+    for out in (read, tmp_path / "link"):
+        assert run(*source, "--execute", "--out", out) == 2
+        assert capsys.readouterr().err == (f"phi1 humaneval: error: --out {out} is what {option} reads; give another "
+                                           "file\n")
+    assert read.read_text() == "years of work"
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "give --model, --completions FILE or --canonical, one of them"),
     (["--canonical", "--model", "m"], "give --model, --completions FILE or --canonical, one of them"),
