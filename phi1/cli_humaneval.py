@@ -37,7 +37,8 @@ def main(argv: list[str], parser_class: type) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=512, help="of a completion, at most (%(default)s)")
     parser.add_argument("--execute", action="store_true", help="run what the model has written, not only write it")
     parser.add_argument("--timeout", type=float, default=3.0, help="seconds that a sample may run (%(default)g)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write completions and results there, as JSON lines; not a file that is read")
+    parser.add_argument("--out", type=Path, metavar="FILE",
+                        help="write completions and results there, as JSON lines; not a file that is read")
     args = parser.parse_args(argv)
     _check(args)
 
