@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,7 +42,15 @@ def main(argv: list[str], parser_class: type) -> int:
                         help="write completions and results there, as JSON lines; not a file that is read")
     args = parser.parse_args(argv)
     _check(args)
+    # Stopped by SIGTERM, as by Ctrl-C, it clears up after itself: programs that run, and their folders.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _run(args)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
+
+def _run(args: argparse.Namespace) -> int:
     from phi1.humaneval import judge, read_problems, scores
 
     problems = read_problems(args.problems)
@@ -52,8 +61,7 @@ def main(argv: list[str], parser_class: type) -> int:
                 attempts.append(attempt)
                 if file:
                     file.write(attempt.as_json() + "\n")
-            if file:
-                file.flush()
+                    file.flush()  # what has run need not run again, whatever ends this
             done = f", {sum(attempt.passed for attempt in attempts)} passed" if args.execute else ""
             print(f"phi1 humaneval: {len(attempts)} samples{done}", file=sys.stderr)
     if not args.execute:

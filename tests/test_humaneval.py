@@ -3,12 +3,16 @@
 import gzip
 import importlib.util
 import json
+import os
+import signal
+import time
 from fractions import Fraction
 from itertools import combinations
 
 import pytest
 import torch
 
+import phi1.humaneval
 from phi1 import Phi1, Phi1Config, save
 from phi1.cli import main
 from phi1.humaneval import (
@@ -210,6 +214,29 @@ def test_completions_written_before_and_the_canonical_ones_are_run(file, tmp_pat
     written.write_text('{"task_id": "Own/none", "completion": ""}\n')
     assert run(*base, "--completions", written) == 2
     assert f"{written}, line 1: there is no problem Own/none" in capsys.readouterr().err
+
+
+def test_stopped_by_sigterm_it_keeps_what_has_run_and_clears_up(file, tmp_path, monkeypatch):
+    out, cleared = tmp_path / "out.jsonl", []
+
+    def stopped(problems, attempts, seconds):
+        try:
+            yield next(judge(problems, attempts, seconds))
+            assert json.loads(out.read_text())["task_id"] == "Own/thrice"
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            cleared.append(True)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the system's own handling would end the tests
+    monkeypatch.setattr(phi1.humaneval, "judge", stopped)
+    try:
+        assert run("--problems", file, "--canonical", "--execute", "--timeout", 60, "--out", out) == 130
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert cleared
+    assert len(out.read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("option", ["--completions", "--problems"])
