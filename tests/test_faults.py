@@ -11,6 +11,7 @@ import platform
 import re
 import signal
 import subprocess
+import textwrap
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import load
 
 from phi1.train import testing
-from phi1.train.disturb import BY_PROCESSES, DISKS, FAULTS, SLOW, STEPS, Victim, kill_everything
+from phi1.train.disturb import BY_PROCESSES, DISKS, FAULTS, SLOW, STEPS, Victim
 from phi1.train.ledger import read_ledger
 from phi1.train.provenance import commit
 from phi1.train.testing import evaluations, finished, make_corpus, starts, steps, wait_for, weights
@@ -69,14 +70,15 @@ def note(fault, processes, seconds):
 
 def start(place, run, processes, inject="", **changes):
     """A run; its first attempt's workers run `inject` as they start."""
-    environment = {}
-    if inject:
-        hook = place / f"{run}.hook"
-        hook.mkdir()
-        (hook / "sitecustomize.py").write_text(
-            f"import os\nif os.environ.get('TORCHELASTIC_RESTART_COUNT') == '0':\n{inject}")
-        environment = {"PYTHONPATH": os.pathsep.join(filter(None, (str(hook), os.environ.get("PYTHONPATH"))))}
-    return testing.start(place, run, processes, launcher=LAUNCHER, environment=environment, **STEPS | changes)
+    code = f"import os\nif os.environ.get('TORCHELASTIC_RESTART_COUNT') == '0':\n{inject}"
+    environment = testing.injected(place / f"{run}.hook", code) if inject else {}
+    return testing.start(place, run, processes, environment=environment, **{"launcher": LAUNCHER} | STEPS | changes)
+
+
+def start_held(place, run, processes, inject="", **changes):
+    """A run whose first attempt comes no further than to its checkpoint of step 60 before it is released."""
+    hold = textwrap.indent(testing.holding(place, run, "step-60"), "    ")
+    return start(place, run, processes, inject + hold, **changes)
 
 
 def undisturbed(place, processes):
@@ -111,11 +113,14 @@ def assert_as_undisturbed(place, run, processes):
 def test_a_run_ends_as_if_nothing_had_happened(place, fault, processes):
     undisturbed(place, processes)
     what, run = FAULTS[fault], f"{'-'.join(re.findall('[A-Za-z]+', fault))}-{processes}"
-    limit = {"run__watchdog": WATCHDOG[processes]} if "hangs" in fault else {}
-    process = start(place, run, processes, what.inject, **limit)
-    said, lost = "", 0.0
+    limit = {}
+    if "hangs" in fault:  # more restarts than one, as a busy machine may keep a process waiting for as long
+        limit = {"run__watchdog": WATCHDOG[processes], "launcher": (*LAUNCHER, "--max-restarts", "3")}
+    process = start_held(place, run, processes, what.inject, **limit)
+    victim, said, lost = Victim(place, run, process, processes), "", 0.0
     try:
-        what.disturb(Victim(place, run, process, processes))
+        what.disturb(victim)
+        victim.release()
         reached, began = finished(place, run), time.monotonic()
         if what.again:
             said = "".join(process.communicate(timeout=120))
@@ -163,8 +168,10 @@ def test_a_disk_that_cannot_be_written_costs_checkpoints_alone(place, fault, pro
 def test_another_number_of_processes_goes_on_with_the_same_batches_and_masks(place):
     """Two processes are killed, four go on: shards are cut anew, sums are rounded otherwise, and no more than that."""
     whole = undisturbed(place, 2)
-    process = start(place, "resized", 2)
-    kill_everything(Victim(place, "resized", process, 2))
+    process = start_held(place, "resized", 2)
+    victim = Victim(place, "resized", process, 2)
+    victim.wait_for((victim.checkpoints / "step-40").exists)
+    victim.kill()
     process.communicate()
     process = start(place, "resized", 4)
     out, err = process.communicate(timeout=300)
