@@ -80,6 +80,21 @@ def publish(work: Path, path: Path, check: Callable[[Path], None] | None = None)
     return True
 
 
+def write_file(path: Path, text: str) -> None:
+    """Give a file this text, in UTF-8; it is there with the old one or the new one. Its folder is made.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = Path(os.path.realpath(path))
+    with workspace(path) as work:
+        with (work / NEW).open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(work / NEW, path)
+
+
 def sweep(path: Path) -> None:
     """Clear up after processes that were killed in a workspace of `path`."""
     for work in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):

@@ -22,6 +22,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
+from phi1._atomic import write_file
+
 EOS = "<|endoftext|>"
 RUNS = tuple(" " * n for n in range(31, 1, -1)) + tuple("\t" * n for n in range(9, 1, -1))
 """The whitespace runs that are tokens, in the order of their ids."""
@@ -152,11 +154,9 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, as transformers.AutoTokenizer reads them.
 
         Args:
-            folder: made if it does not exist; the two files in it are replaced.
+            folder: made if it does not exist; the two files in it are replaced, each as a whole.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
+        write_file(Path(folder) / "tokenizer.json", self._backend.to_str())
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",  # the class that takes tokenizer.json as it stands
             "bos_token": self.eos_token, "eos_token": self.eos_token, "unk_token": self.eos_token,
@@ -165,7 +165,7 @@ class Tokenizer:
         }
         if self.pad_token is not None:
             config["pad_token"] = self.pad_token
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_file(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:

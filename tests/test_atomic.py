@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from phi1 import _atomic
-from phi1._atomic import NEW, publish, sweep, workspace
+from phi1._atomic import NEW, publish, sweep, workspace, write_file
 
 
 def make(path, text, check=lambda old: None):
@@ -95,6 +95,24 @@ def test_stopped_once_more_while_it_puts_the_old_one_back_nothing_is_lost(tmp_pa
     sweep(path)
     assert held(path) == ["1", "1"]
     assert os.listdir(tmp_path) == ["m"]
+
+
+def test_a_file_written_anew_is_the_old_one_or_the_new_one(tmp_path):
+    """Reached by a symbolic link, which stays."""
+    (tmp_path / "here").symlink_to(tmp_path / "there")
+    outcomes = []
+    for line in range(1, 1000):
+        (tmp_path / "there").write_text("old")
+        came = broken_off(lambda: write_file(tmp_path / "here", "new"), line, lambda: os._exit(0))
+        outcomes.append((tmp_path / "here").read_text())
+        sweep(tmp_path / "there")
+        assert sorted(os.listdir(tmp_path)) == ["here", "there"]
+        if not came:
+            break
+    assert outcomes == sorted(outcomes, reverse=True)
+    assert outcomes.count("old") > 20
+    assert outcomes[-1] == "new"
+    assert (tmp_path / "here").is_symlink()
 
 
 def test_a_folder_that_was_replaced_and_then_removed_stays_away(tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 
 import pytest
@@ -150,11 +151,33 @@ def test_a_tensorboard_that_does_not_start_or_end_is_left_out(tmp_path, monkeypa
     assert capsys.readouterr().out == "warning: TensorBoard: No space left on device\n"
 
 
-def test_wandb_gets_every_tenth_step_and_the_evaluations_and_the_same_run_goes_on(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def fake_wandb(tmp_path, monkeypatch):
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "wandb.py").write_text(FAKE_WANDB)
     monkeypatch.syspath_prepend(tmp_path / "packages")
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
+
+
+def test_a_start_that_is_killed_as_it_notes_the_id_of_wandb_does_not_spoil_the_next(tmp_path, monkeypatch, fake_wandb):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    known = tmp_path / "wandb" / "id"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(RunError, match=r"^run\.wandb: No space left on device$"):
+            boards(tmp_path, wandb=True)
+    assert os.listdir(tmp_path / "wandb") == []
+    known.write_text("")  # as it was left where it was written in place
+    for _ in range(2):
+        boards(tmp_path, wandb=True)
+    first, again = [json.loads(line)["id"] for line in (tmp_path / "logged.jsonl").read_text().splitlines()]
+    assert first == again == known.read_text() != ""
+
+
+def test_wandb_gets_every_tenth_step_and_the_evaluations_and_the_same_run_goes_on(tmp_path, monkeypatch, capsys,
+                                                                                  fake_wandb):
     folder = tmp_path / "mine"
     folder.mkdir()
     ledger = Ledger(folder / "ledger.jsonl", 0, boards(folder, wandb=True))

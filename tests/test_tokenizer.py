@@ -253,6 +253,22 @@ def test_a_stored_truncation_or_padding_is_not_applied(tokenizer, tmp_path):
     assert len(load_tokenizer(tmp_path).encode("a b c d e f")) == 6
 
 
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_save_that_is_broken_off_leaves_each_file_as_it_was_or_as_it_was_to_be(written, tmp_path, monkeypatch):
+    def replace(source, target, replace=os.replace):
+        if len(replaced) == written:
+            raise KeyboardInterrupt
+        replaced.append(replace(source, target))
+
+    old, new, replaced = train_bpe([], MIN_VOCAB), train_bpe(["def f(): return f"] * 9, MIN_VOCAB + 5), []
+    old.save(tmp_path)
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        new.save(tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint == (new if written else old).fingerprint
+    assert sorted(os.listdir(tmp_path)) == ["tokenizer.json", "tokenizer_config.json"]
+
+
 def _damage(folder: Path, change) -> None:
     state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     change(state)

@@ -6,6 +6,7 @@ import secrets
 from pathlib import Path
 from typing import Any, Protocol
 
+from phi1._atomic import write_file
 from phi1.train.launch import RunError
 
 
@@ -48,8 +49,8 @@ class WandB:
         try:
             folder.mkdir(exist_ok=True)
             known = folder / "id"
-            if not known.exists():
-                known.write_text(secrets.token_hex(4), encoding="utf-8")
+            if not known.exists() or not known.read_text(encoding="utf-8"):
+                write_file(known, secrets.token_hex(4))
             self._run = wandb.init(dir=str(folder.parent), id=known.read_text(encoding="utf-8"), resume="allow",
                                    name=folder.parent.name, config=config)
         except Exception as error:  # a missing login, no network, a full disk: each a class of wandb's own
