@@ -84,7 +84,7 @@ def test_a_checkpoint_that_was_not_written_is_never_the_best(small_corpus, engin
     finish = scene.loop.saver.finish
 
     def finish_but_2():
-        if scene.loop.saver._flying.step == 2:
+        if scene.loop.saver._flying.final.name == "step-2":
             scene.loop.saver._flying.job.result()
             scene.loop.saver._flying = None
             raise RunError("no disk space")

@@ -102,8 +102,8 @@ def test_a_world_that_does_not_divide_the_batch_is_told_what_would():
 def test_a_place_names_the_command_that_started_it(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train/pretrain.py"])
     assert Place().command("--x 1") == "python train/pretrain.py --x 1"
-    nodes = Place(world_size=4, local_world_size=2, under_torchrun=True)
+    nodes = Place(world_size=4, local_world_size=2, launcher=1)
     assert nodes.command("--x 1") == ("torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:PORT "
                                       "--nproc-per-node 2 train/pretrain.py --x 1")
-    four = Place(world_size=4, local_world_size=4, under_torchrun=True)
+    four = Place(world_size=4, local_world_size=4, launcher=1)
     assert four.command("--x 1") == "torchrun --standalone --nproc-per-node 4 train/pretrain.py --x 1"

@@ -53,8 +53,7 @@ class Layout:
 
 
 def divisors(n: int) -> list[int]:
-    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
-    return small + [n // d for d in reversed(small) if d * d != n]
+    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def _listed(numbers: list[int]) -> str:

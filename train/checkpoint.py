@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 
 from phi1 import Phi1
-from phi1.train.checkpoint_files import STATE, Notes, checkpoint_name, checkpoints, commit, describe, prune
+from phi1.train.checkpoint_files import STATE, Notes, checkpoint_name, checkpoints, commit, describe, prune, step_of
 from phi1.train.engine import PATIENCE, all_sum, gather
 from phi1.train.launch import RunError
 from phi1.train.step import Trainer
@@ -76,10 +76,10 @@ class Saver:
         temporary = self.folder / f".{final.name}.tmp"
         state = _state(trainer)
         (held,) = all_sum(_local_bytes(state))
-        needed = held / trainer.engine.replicas  # a shard that several processes hold is written by one of them
         notes = _counts(trainer) | facts
         best = facts["best"]["step"] if "best" in facts else None
-        flying = _Flying(trainer.finished, final, temporary, int(needed), began, best)
+        # A shard that several processes hold is written by one of them.
+        flying = _Flying(final, temporary, int(held / trainer.engine.replicas), began, best)
         writer = dcp.FileSystemWriter(temporary)
         try:
             together(lambda: _make_room(temporary, flying.needed) if dist.get_rank() == 0 else None)
@@ -107,7 +107,7 @@ class Saver:
         except Failed as failure:
             raise self._given_up(flying, failure) from None
         now = time.perf_counter()
-        return Saved(flying.final, flying.step, flying.needed, flying.stall + now - began, now - flying.began)
+        return Saved(flying.final, step_of(flying.final), flying.needed, flying.stall + now - began, now - flying.began)
 
     def _copy(self, state: dict[str, Any], writer: dcp.FileSystemWriter) -> dict[str, Any]:
         """The state in this process's memory, with a thread that waits to write it.
@@ -139,7 +139,6 @@ class Saver:
 class _Flying:
     """A checkpoint that is being written."""
 
-    step: int
     final: Path
     temporary: Path
     needed: int
@@ -241,8 +240,7 @@ def _make_room(temporary: Path, needed: int) -> None:
     """An empty folder on a disk with enough space."""
     temporary.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)
-    free = shutil.disk_usage(temporary.parent).free
-    if free < needed + MARGIN:
+    if _shortage(temporary.parent, needed):
         raise OSError("not enough disk space")
     temporary.mkdir()
 

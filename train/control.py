@@ -3,7 +3,8 @@
 Each process notes what it has seen; before each step, and between the batches of an evaluation, one all-reduce makes it
 common knowledge, so that all stop at the same step and can save together.
 
-That the launcher is gone shows in the parent's id, which is asked for at the same points. PR_SET_PDEATHSIG would tell
+That the launcher is gone shows in the parent's id, which is no longer the one that the process was started with, and is
+asked for at the same points. PR_SET_PDEATHSIG would tell
 it at once, but only on Linux, also when no more than the thread that forked has ended, and never if the launcher ended
 before it was set.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from phi1.train.engine import all_sum
-from phi1.train.launch import Place, RunError, on_signals
+from phi1.train.launch import Place, RunError
 
 
 class Control:
@@ -32,25 +33,19 @@ class Control:
     def __init__(self, place: Place, time_limit: float = 0.0) -> None:
         self.signal_name: str | None = None
         self.failure: RunError | None = None
+        """Set where this process alone has failed; it is raised here once every process knows."""
         self.any_writes = False
         """Whether any process, this one included, wrote a checkpoint when all last agreed."""
-        self._parent = os.getppid() if place.under_torchrun else None
-        launched = time.monotonic() - _age(self._parent or os.getpid())
+        self._place = place
+        launched = time.monotonic() - _age(place.launcher or os.getpid())
         self._deadline = launched + 60 * time_limit if time_limit else math.inf
 
-    def listen(self) -> None:
-        """From now on SIGINT, SIGTERM and SIGUSR1 ask for a stop instead of ending the process.
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Take a signal for the wish to stop.
 
-        A second signal is the same wish: a terminal sends Ctrl-C to the workers, and torchrun sends them another one.
+        A second one is the same wish: a terminal sends Ctrl-C to the workers, and torchrun sends them another one.
         """
-        on_signals(self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
-
-    def fail(self, error: RunError) -> None:
-        """Note a failure of this process alone; it is raised here once every process knows."""
-        self.failure = self.failure or error
 
     def agreed_to_stop(self, writes: bool = False) -> bool:
         """Collective: whether any process wants to stop.
@@ -61,7 +56,7 @@ class Control:
         Raises:
             RunError: a process has failed. On the others it says no more than that.
         """
-        if self._parent is not None and os.getppid() != self._parent:
+        if self._place.is_orphan():
             self.signal_name = self.signal_name or "the end of torchrun"
         if time.monotonic() > self._deadline:
             self.signal_name = self.signal_name or "run.time_limit"

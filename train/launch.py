@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -42,7 +43,8 @@ class Place:
     local_world_size: int = 1
     attempt: int = 0
     """How often torchrun has restarted the workers."""
-    under_torchrun: bool = False
+    launcher: int = 0
+    """The process that is torchrun; 0 without it."""
 
     @classmethod
     def from_environment(cls) -> Place:
@@ -51,7 +53,12 @@ class Place:
             return cls()
         return cls(rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]), local_rank=int(env.get("LOCAL_RANK", 0)),
                    local_world_size=int(env.get("LOCAL_WORLD_SIZE", 1)),
-                   attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", 0)), under_torchrun="TORCHELASTIC_RUN_ID" in env)
+                   attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", 0)),
+                   launcher=os.getppid() if "TORCHELASTIC_RUN_ID" in env else 0)
+
+    def is_orphan(self) -> bool:
+        """Whether torchrun has ended."""
+        return self.launcher not in (0, os.getppid())
 
     def shard_group(self, asked: int) -> int:
         """Processes that share out one copy of a model: as many as are asked for, or those of this machine for 0.
@@ -68,7 +75,7 @@ class Place:
     def command(self, arguments: str) -> str:
         """The command line that starts this script as it was started, with other arguments."""
         script = sys.argv[0]
-        if not self.under_torchrun:
+        if not self.launcher:
             return f"python {script} {arguments}"
         nodes = self.world_size // self.local_world_size
         where = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:PORT" if nodes > 1 else "--standalone"
@@ -86,7 +93,7 @@ def stop_with(message: str, place: Place, program: str = "pretrain") -> NoReturn
         if place.attempt == 0:
             print(f"{program}: error: {line}", file=sys.stderr, flush=True)
         _write_root_cause(f"{program}: error: {line}")
-    elif place.under_torchrun:
+    elif place.launcher:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(GRACE_SECONDS)
         # Still here: rank 0 has no such error, and waits for this process.
@@ -145,11 +152,15 @@ def connect(place: Place) -> Store:
         return HashStore()
     try:
         hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        tcp = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), place.world_size,
-                       is_master=not hosted and place.rank == 0, wait_for_workers=False)
+        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if hosted:  # where nobody answers any more, TCPStore tries for nine minutes, and prints stacks of C++
+            socket.create_connection(where, 60).close()
+        tcp = TCPStore(*where, place.world_size, is_master=not hosted and place.rank == 0, wait_for_workers=False)
     except KeyError as error:
         raise RunError(f"RANK and WORLD_SIZE are set but {error.args[0]} is not: start several processes with "
                        "torchrun") from None
+    except OSError as error:
+        raise RunError(f"torchrun does not answer at {where[0]}:{where[1]}: {error.strerror or error}") from None
     return PrefixStore(f"phi1/attempt{place.attempt}", tcp)
 
 

@@ -7,7 +7,6 @@ command goes on with a run that was stopped.
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import sys
@@ -85,8 +84,11 @@ def main(file: Path | None = None, purpose: str | None = __doc__) -> int:  # typ
             then = "goes on from the newest checkpoint" if resumes else "begins anew"
             print(f"{program}: interrupted; the same command {then}", file=sys.stderr)
         return 130
+    except RuntimeError:
+        if not place.is_orphan():
+            raise
+        stop_with("torchrun has ended; the same command goes on from the newest checkpoint", place, program)
     except BrokenPipeError:  # the reader of our output has gone away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 

@@ -103,7 +103,7 @@ def train(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerp
     with explained(recipe, engine, folder.path, place):
         trainer, stored = make_trainer(recipe, engine, corpus, place, checkpoint)
         held_out = HeldOut(validation, tokenizer, recipe.data.seq_len, recipe.eval.sequences)  # waits for all
-        control.listen()
+        on_signals(control.note)
         samples = Samples(folder.samples, tokenizer, function_headers(held_out.text, recipe.eval.completions),
                           recipe.train.seed)
         humaneval = HumanEval(folder.samples, tokenizer, read_problems(recipe.eval.humaneval), recipe.eval.timeout) \
@@ -175,5 +175,5 @@ def _ledger(folder: RunFolder, recipe: Recipe, trainer: Trainer, control: Contro
                       "data": trainer.corpus.fingerprint}, recipe.as_dict())
         return ledger
     except RunError as error:
-        control.fail(error)
+        control.failure = error
         return None

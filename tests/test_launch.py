@@ -1,0 +1,73 @@
+"""What a process does whose torchrun has been killed, at each point at which it can notice."""
+
+import os
+import socket
+
+import pytest
+import torch.distributed as dist
+from torch.distributed import HashStore
+
+from phi1.train import pretrain
+from phi1.train.control import Control
+from phi1.train.launch import Place, RunError, connect
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The place of the first of two processes that torchrun has started, and how torchrun ends."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_USE_AGENT_STORE": True,
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, f"{value}")
+    return Place.from_environment(), lambda: monkeypatch.setattr(os, "getppid", lambda: 1)
+
+
+def test_the_end_of_torchrun_is_noticed_whenever_it_was(started):
+    place, end = started
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        assert not Control(place).agreed_to_stop()
+        end()  # while the data are prepared, say
+        control = Control(place)
+        assert control.agreed_to_stop()
+        assert control.signal_name == "the end of torchrun"
+        assert not Control(Place()).agreed_to_stop()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_store_that_has_ended_with_torchrun_is_one_line_at_once(started, monkeypatch, capfd):
+    place, _ = started
+    monkeypatch.setattr(dist, "TCPStore", None)  # which tries for nine minutes
+    with pytest.raises(RunError, match=r"^torchrun does not answer at 127\.0\.0\.1:\d+: Connection refused$"):
+        connect(place)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_store_that_answers_is_taken(started, monkeypatch):
+    place, _ = started
+    store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_PORT", f"{store.port}")
+    connect(place).set("word", "x")
+    assert store.get("phi1/attempt0/word") == b"x"
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_what_fails_for_want_of_torchrun_is_one_line_and_what_else_fails_is_a_mistake_of_ours(
+        started, tmp_path, monkeypatch, ended):
+    def loses(*_):
+        if ended:
+            started[1]()
+        raise RuntimeError("Connection reset by peer\nframe #0: c10::Error")
+
+    def stop_with(line, *_):
+        raise SystemExit(line)
+
+    monkeypatch.setattr(pretrain, "start_or_resume", loses)
+    monkeypatch.setattr(pretrain, "stop_with", stop_with)
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "--run.folder", str(tmp_path)])
+    with pytest.raises((SystemExit, RuntimeError)) as error:
+        pretrain.main()
+    assert str(error.value).startswith("torchrun has ended; the same command goes on" if ended else "Connection reset")
