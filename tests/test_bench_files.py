@@ -75,7 +75,7 @@ def test_what_two_processes_compile_for_the_table_at_once_is_kept(tmp_path, mean
     path = tmp_path / "table.json"
     theirs = meanwhile(lambda: static_table.save(version, {arch: {"theirs": {"key": "1"}}}, path))
     static_table.save("3.9.0", {"sm_90": {"ours": {"key": "2"}}}, path)
-    theirs.join(10)
+    theirs.join(60)
     assert static_table.load(version, path)[arch]["theirs"] == {"key": "1"}
     assert static_table.load("3.9.0", path)["sm_90"]["ours"] == {"key": "2"}
     assert names(tmp_path) == ["table.json"]
@@ -85,7 +85,7 @@ def test_results_saved_at_once_get_two_names(tmp_path, meanwhile):
     one, two = (results.ResultsFile(tmp_path / "r.json", {}, {}, beside=True) for _ in range(2))
     theirs = meanwhile(lambda: two.add({"case": "theirs", "providers": []}))
     one.add({"case": "ours", "providers": []})
-    theirs.join(10)
+    theirs.join(60)
     one.add({"case": "ours too", "providers": []})
     assert [results.read(file.path)["cases"][-1]["case"] for file in (one, two)] == ["ours too", "theirs"]
     assert names(tmp_path) == ["r.2.json", "r.json"]

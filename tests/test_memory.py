@@ -127,7 +127,7 @@ def test_a_child_forked_while_another_thread_takes_a_block_takes_its_own():
         if not child:
             of_bytes(1 << 20)
             os._exit(0)
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not (found := os.waitpid(child, os.WNOHANG))[0]:
         if time.monotonic() > end:
             os.kill(child, 9)

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import triton.language as tl
 from phi1.bench import static_compile, static_gate
 from phi1.bench.static_case import Case
 from phi1.bench.static_cases import cases
+from phi1.train.testing import wait_until
 
 GATE = Path(__file__).parent.parent / "bench" / "static_gate.py"
 ARCHS = list(static_gate.ARCHS)
@@ -175,7 +175,7 @@ def test_what_nobody_waits_for_any_more_is_not_compiled(monkeypatch, tmp_path):
     found = static_compile.compile_all(jobs, processes=1)
     next(found)
     found.close()
-    until(lambda: threading.active_count() == threads)
+    wait_until(lambda: threading.active_count() == threads)
     assert len(list(tmp_path.iterdir())) <= 3
 
 
@@ -184,7 +184,7 @@ from phi1.bench import static_compile
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell lets its background processes ignore
 static_compile._measure_named = exec
 try:
-    list(static_compile.compile_all([f"open('begun{i}', 'w'); import time; time.sleep(60)" for i in range(3)]))
+    list(static_compile.compile_all([f"open('begun{i}', 'w'); import time; time.sleep(600)" for i in range(3)]))
 except KeyboardInterrupt:
     sys.exit(130)"""
 
@@ -196,18 +196,11 @@ except KeyboardInterrupt:
 def test_the_processes_that_compile_end_quietly_with_the_one_that_asks(tmp_path, stop, code):
     process = subprocess.Popen([sys.executable, "-c", COMPILES], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
-    until(lambda: len(list(tmp_path.iterdir())) == 2)
+    wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
     stop(process)
-    said = process.communicate(timeout=10)[1]  # until all have closed it, those that it started as well
+    said = process.communicate(timeout=120)[1]  # until all have closed it, those that it started as well
     assert "Traceback" not in said
     assert process.returncode == code
-
-
-def until(happened):
-    end = time.monotonic() + 20
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_a_case_that_names_no_argument_of_its_kernel_is_our_mistake():

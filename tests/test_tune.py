@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +17,7 @@ from phi1.bench.tune_compile import compile_ahead
 from phi1.bench.tune_store import CRASHED, Store, trial_key, when_of
 from phi1.kernels import _tuned
 from phi1.kernels._tuned import Lookup
+from phi1.train.testing import alive, wait_until
 
 LOOKUP = Lookup("layer_norm", "forward", (("dtype", "float16"), ("rows", 16384), ("width", 2048)))
 GPU = "NVIDIA H100 80GB HBM3"
@@ -212,11 +211,11 @@ CHILD = """import os, sys, time
 SETUP
 time.sleep(0.05)  # it goes on as long as its parent does
 open(f'pid{sys.argv[-1][0]}', 'w').write(str(os.getpid()))
-time.sleep(60)"""
+time.sleep(600)"""
 PARENT = """import signal, sys
 from phi1.bench.tune_compile import compile_ahead
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell lets its background processes ignore
-compile_ahead([sys.executable, '-c', CHILD], 2, 60)"""
+compile_ahead([sys.executable, '-c', CHILD], 2, 600)"""
 
 
 @pytest.mark.parametrize(("number", "setup"), [
@@ -227,24 +226,10 @@ def test_the_processes_that_compile_end_with_the_search(tmp_path, number, setup)
     code = PARENT.replace("CHILD", repr(CHILD.replace("SETUP", setup)))
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL)
     files = [tmp_path / "pid0", tmp_path / "pid1"]
-    until(lambda: all(file.is_file() and file.read_text() for file in files))
+    wait_until(lambda: all(file.is_file() and file.read_text() for file in files))
     parent.send_signal(number)  # to it alone: Ctrl-C in a terminal is for all of them
-    assert parent.wait(10)
-    until(lambda: not any(running(int(file.read_text())) for file in files))
-
-
-def until(happened):
-    end = time.monotonic() + 10
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def running(pid):
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    assert parent.wait(120)
+    wait_until(lambda: not any(alive(int(file.read_text())) for file in files))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
