@@ -32,6 +32,8 @@ __all__ = ["PRESETS", "Cache", "Phi1", "Phi1Config", "WorkingCopies", "generate"
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'phi1' has no attribute {name!r}")
+    import numpy  # noqa: F401  (before PyTorch, which imports it as well, but swallows a Ctrl-C that comes meanwhile)
+
     return getattr(importlib.import_module(f"phi1.{_HOME[name]}"), name)
 
 

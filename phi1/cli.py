@@ -64,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         parser.parse_args(argv)  # --help, --version, or an option in a command's place
     with _one_line_errors(f"phi1 {name}") as outcome:
+        import numpy  # noqa: F401  (before PyTorch, which imports it as well, but swallows a Ctrl-C that comes meanwhile)
+
         outcome.code = COMMANDS[name][0](argv[1:])  # --help and usage errors leave through SystemExit
     return outcome.code
 
