@@ -2,12 +2,13 @@
 
 import os
 import socket
+import sys
 
 import pytest
 import torch.distributed as dist
 from torch.distributed import HashStore
 
-from phi1.train import pretrain
+from phi1.train import launch, pretrain
 from phi1.train.control import Control
 from phi1.train.launch import Place, RunError, connect
 
@@ -22,6 +23,23 @@ def started(monkeypatch):
                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, f"{value}")
     return Place.from_environment(), lambda: monkeypatch.setattr(os, "getppid", lambda: 1)
+
+
+@pytest.mark.parametrize(("option", "seconds"), [("--train.step=3", 180), ("--train.seed=3", 20)])
+def test_what_every_process_refuses_is_for_long_left_to_rank_0(started, tmp_path, monkeypatch, capfd, option, seconds):
+    def refused(*_):
+        raise RunError("refused")
+
+    slept = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(launch.time, "sleep", slept.append)
+    monkeypatch.setattr(launch.os, "_exit", sys.exit)
+    monkeypatch.setattr(pretrain, "start_or_resume", refused)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--run.folder", str(tmp_path), option])
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.main()
+    assert slept == [seconds]
+    assert capfd.readouterr().err.startswith("pretrain: error: rank 1: ")
 
 
 def test_the_end_of_torchrun_is_noticed_whenever_it_was(started):

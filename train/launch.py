@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 # Rank 0 may have to tokenise a large corpus before the others are needed.
 LONGEST_PREPARATION = timedelta(days=2)
 # torchrun stops the other ranks about a second after rank 0 has exited; whoever exits first is named as the cause.
-GRACE_SECONDS = 20
+# What every rank refuses alike they leave to rank 0 for longer: a busy machine may keep it from saying so.
+GRACE_SECONDS, ALIKE_SECONDS = 20, 180
 
 
 class RunError(Exception):
@@ -83,8 +84,8 @@ class Place:
         return f"torchrun {where}{processes} {script} {arguments}"
 
 
-def stop_with(message: str, place: Place, program: str = "pretrain") -> NoReturn:
-    """End this process with exit code 2; rank 0 says why, once.
+def stop_with(message: str, place: Place, program: str = "pretrain", alike: bool = False) -> NoReturn:
+    """End this process with exit code 2; rank 0 says why, once, for all where every process has found the same.
 
     A restarted attempt meets the same error again, so that only attempt 0 prints it.
     """
@@ -95,7 +96,7 @@ def stop_with(message: str, place: Place, program: str = "pretrain") -> NoReturn
         _write_root_cause(f"{program}: error: {line}")
     elif place.launcher:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(GRACE_SECONDS)
+        time.sleep(ALIKE_SECONDS if alike else GRACE_SECONDS)
         # Still here: rank 0 has no such error, and waits for this process.
         print(f"{program}: error: rank {place.rank}: {line}", file=sys.stderr, flush=True)
         _write_root_cause(f"{program}: error: rank {place.rank}: {line}")

@@ -76,7 +76,7 @@ def main(file: Path | None = None, purpose: str | None = __doc__) -> int:  # typ
         finally:
             folder.discard_if_new()
     except RunError as error:
-        stop_with(str(error), place, program)
+        stop_with(str(error), place, program, alike=folder is None)
     except KeyboardInterrupt:
         on_signals(signal.SIG_IGN)  # Ctrl-C comes twice under torchrun: from the terminal and from it
         if place.rank == 0:
