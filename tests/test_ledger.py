@@ -1,6 +1,7 @@
 """A run's ledger: how it is cut back, and `phi1 ledger` on what the trainer's own writer wrote."""
 
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from phi1.train.launch import Place, RunError
 from phi1.train.ledger import Ledger, cut_back, read_ledger
 from phi1.train.recipe_file import read_recipe
 from phi1.train.step import Outcome
+from phi1.train.testing import killed_before
 
 
 @pytest.fixture
@@ -85,6 +87,22 @@ def test_the_ledger_is_cut_back_to_a_step(tmp_path):
     assert read_ledger(path) == lines[:1]
     cut_back(tmp_path / "absent.jsonl", 5)
     assert not (tmp_path / "absent.jsonl").exists()
+
+
+def test_a_ledger_that_is_cut_back_says_what_it_did_or_what_it_is_to_say_whenever_that_is_killed(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    lines = [{"start": {"finished": 0}}, {"step": 1}, {"step": 2}, {"saved": 1}]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3'
+    for number in itertools.count():
+        path.write_text(text)
+        died = killed_before(number, cut_back, path, 1)
+        assert path.read_text() == text or read_ledger(path) == [*lines[:2], lines[3]]
+        assert cut_back(path, 1) == {("start", 0), ("step", 1), ("saved", 1)}
+        assert read_ledger(path) == [*lines[:2], lines[3]]
+        assert os.listdir(tmp_path) == [path.name]
+        if not died:
+            assert number >= 10
+            return
 
 
 def test_what_is_done_again_after_a_stop_is_noted_once(tmp_path):

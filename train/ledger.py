@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi1._atomic import sweep, write_file
 from phi1.train.launch import RunError
 from phi1.train.provenance import changed, commit, versions
 
@@ -128,32 +129,27 @@ def as_line(outcome: Outcome) -> dict[str, Any]:
 
 
 def cut_back(path: Path, finished: int) -> set[tuple[str, int]]:
-    """Remove the lines of steps after `finished`, and what follows a damaged line.
+    """Remove the lines of steps after `finished`, and what follows a damaged line; all at once, whatever ends that.
 
     Returns:
         What the others speak of: ("eval", 20) for the evaluation after step 20.
     """
     left: set[tuple[str, int]] = set()
+    sweep(path)
     if not path.exists():
         return left
-    keep, late = 0, None
+    kept = []
     with open(path, "rb") as file:
         for raw in file:
             what = _subject(raw)
             if what is None:
                 break
-            if what[1] > finished:
-                late = late or bytearray()
-                continue
-            left.add(what)
-            if late is None:
-                keep += len(raw)
-            else:  # that a checkpoint is there, which later steps did not wait for
-                late += raw
-    os.truncate(path, keep)
-    if late:
-        with open(path, "ab") as file:
-            file.write(late)
+            if what[1] <= finished:  # after a later step too: that a checkpoint is there, which steps do not wait for
+                left.add(what)
+                kept.append(raw)
+    content = b"".join(kept)
+    if len(content) < path.stat().st_size:
+        write_file(path, content.decode())
     return left
 
 

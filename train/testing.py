@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -35,6 +38,7 @@ TINY = {"model.vocab_size": 512, "model.hidden_size": 64, "model.intermediate_si
         "train.steps": STEPS, "train.warmup_steps": 10, "train.dropout": 0.1, "train.precision": "fp32",
         "train.threads": 1, "checkpoint.every": 20, "eval.sequences": 8, "eval.completions": 1, "run.device": "cpu",
         "run.tensorboard": "false"}
+_CHANGES = ("open", "write", "truncate", "mkdir", "replace", "rename", "unlink", "rmdir")
 SMALL = preset("nano", vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                num_attention_heads=2, max_position_embeddings=64, rotary_dim=8, attention_dropout=0.1,
                residual_dropout=0.1)
@@ -192,6 +196,27 @@ def _in_process(file: str, name: str, rank: Rank, store: Path, args: tuple[Any, 
     from torch import distributed as dist
 
     return runpy.run_path(file)[name](rank, dist.FileStore(str(store), rank.world_size), *args)
+
+
+def killed_before(call: int, action: Callable[..., Any], *args: Any) -> bool:
+    """Do `action(*args)` in a process of its own that is killed before its call number `call` that changes a file.
+
+    Returns whether it came so far.
+    """
+    process = os.fork()
+    if process:
+        return os.WIFSIGNALED(os.waitpid(process, 0)[1])
+    calls = itertools.count()
+
+    def look_on(frame: FrameType, event: str, function: Any) -> None:
+        if event == "c_call" and function.__name__ in _CHANGES and next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(look_on)
+    try:
+        action(*args)
+    finally:  # of the test's copy, too
+        os._exit(0)
 
 
 def finished(place: Path, name: str) -> int:
