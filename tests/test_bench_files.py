@@ -14,13 +14,13 @@ from phi1.bench.command import plain_parser
 @pytest.fixture
 def meanwhile(monkeypatch):
     """Has another process do something the moment before a file is replaced, and lets it get on; it is to be joined."""
-    def arrange(act):
+    def arrange(act, seconds=0.2):
         real, other = os.replace, threading.Thread(target=act)  # a lock keeps threads apart as it does processes
 
         def replace(source, target):
             monkeypatch.setattr(os, "replace", real)
             other.start()
-            other.join(0.2)
+            other.join(seconds)
             real(source, target)
 
         monkeypatch.setattr(os, "replace", replace)
@@ -64,7 +64,7 @@ def test_a_text_that_cannot_be_put_in_place_changes_nothing(tmp_path, monkeypatc
 
 def test_two_that_replace_a_file_at_once_do_not_meet(tmp_path, meanwhile):
     path = tmp_path / "r.json"
-    meanwhile(lambda: files.replace(path, "theirs"))
+    meanwhile(lambda: files.replace(path, "theirs"), seconds=60)
     files.replace(path, "ours")
     assert path.read_text() == "ours"
     assert names(tmp_path) == ["r.json"]
