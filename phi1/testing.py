@@ -1,5 +1,5 @@
 """What the tests of the operations share: the tolerance rule, gradients of everything, uninitialised memory as NaN,
-kernels broken on purpose. And a tiny model for those of the weights.
+kernels broken on purpose. And a tiny model for those of the weights, and a process that is killed where one wants it.
 
 The bound is that of flash-attention's tests: an implementation may be twice as far from the exact result as the plain
 PyTorch reference in the same dtype is, plus a few roundings. Exact is the reference in float64.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -264,3 +265,16 @@ def assert_same(model: Phi1, other: Phi1) -> None:
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
     assert torch.equal(model.rotary_tables, other.rotary_tables)
+
+
+def ends_early(act: Callable[[], Any]) -> bool:
+    """Do it in a forked process, in which something is to call os._exit(0); whether that was called."""
+    child = os.fork()
+    if child == 0:
+        try:
+            act()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -12,6 +12,7 @@ import pytest
 
 from phi1 import _atomic
 from phi1._atomic import NEW, publish, sweep, workspace, write_file
+from phi1.testing import ends_early
 
 
 def make(path, text, check=lambda old: None):
@@ -29,24 +30,25 @@ def held(path):
 
 def broken_off(act, line, how):
     """Do it in another process, until the given line of the module, and there `how`; whether it came to that line."""
-    child = os.fork()
-    if child == 0:
-        left = [line]
+    left = [line]
 
-        def trace(frame, event, arg):
-            if frame.f_code.co_filename != _atomic.__file__:
-                return None
-            left[0] -= event == "line"
-            if left[0] == 0 and event == "line":
-                how()
-            return trace
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename != _atomic.__file__:
+            return None
+        left[0] -= event == "line"
+        if left[0] == 0 and event == "line":
+            how()
+        return trace
 
+    def traced():
         sys.settrace(trace)
         with contextlib.suppress(KeyboardInterrupt):
             act()
         sys.settrace(None)
-        os._exit(left[0] > 0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        if left[0] <= 0:
+            os._exit(0)
+
+    return ends_early(traced)
 
 
 def stop():
@@ -145,13 +147,11 @@ def test_what_is_left_of_a_removal_is_never_put_back(tmp_path, monkeypatch):
 
     for files in range(1, 5):
         make(path, "1")
-        child = os.fork()
-        if child == 0:
-            left[0] = files
-            monkeypatch.setattr(os, "unlink", unlink)
-            monkeypatch.setattr(os, "scandir", scandir)
-            make(path, "2", lambda old: (path / "taken").mkdir(parents=True))
-        assert os.waitpid(child, 0)[1] == 0
+        left[0] = files
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", unlink)
+            patch.setattr(os, "scandir", scandir)
+            assert ends_early(lambda: make(path, "2", lambda old: (path / "taken").mkdir(parents=True)))
         _atomic.shutil.rmtree(path)
         sweep(path)
         assert held(path) in (["1", "1"], None)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 import phi1.weights
 from phi1 import Phi1Config
 from phi1.model import Phi1
-from phi1.testing import TINY, assert_same, tiny_model
+from phi1.testing import TINY, assert_same, ends_early, tiny_model
 from phi1.weights import load, save, save_state_dict
 
 
@@ -147,17 +147,16 @@ def test_a_folder_that_must_be_new_is_refused_before_anything_is_written(tmp_pat
 def test_killed_it_leaves_nothing_once_another_save_begins(tmp_path, monkeypatch, at):
     folder = tmp_path / "model"
     save(tiny_model(1), folder)
-    child = os.fork()
-    if child == 0:
-        def rename(source, target, rename=os.rename):
-            rename(source, target)
-            os._exit(0)
 
-        monkeypatch.setattr(os, "rename", rename)
+    def rename(source, target, rename=os.rename):
+        rename(source, target)
+        os._exit(0)
+
+    with monkeypatch.context() as patch:
         if at == "a file":
-            monkeypatch.setattr(phi1.weights, "_write_configs", lambda *args: os._exit(0))
-        save(tiny_model(2), folder)
-    assert os.waitpid(child, 0)[1] == 0
+            patch.setattr(phi1.weights, "_write_configs", lambda *args: os._exit(0))
+        patch.setattr(os, "rename", rename)
+        assert ends_early(lambda: save(tiny_model(2), folder))
     assert len(os.listdir(tmp_path)) == 1 + folder.exists()
     with pytest.raises(ValueError, match="holds other files"):
         save(tiny_model(3), folder, replace=False)
