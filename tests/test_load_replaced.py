@@ -2,12 +2,14 @@
 
 import shutil
 import threading
+import time
 import weakref
 
 import pytest
 import torch
 
 import phi1.weights
+from phi1 import _atomic
 from phi1._checkpoint import stream
 from phi1.testing import assert_same, tiny_model
 from phi1.weights import load, save
@@ -80,15 +82,20 @@ def test_a_load_waits_where_two_folders_are_changing_places(tmp_path, monkeypatc
     folder, check, loaded = tmp_path / "model", phi1.weights._check_own, []
     save(tiny_model(1), folder)
     loading = threading.Thread(target=lambda: loaded.append(load(folder, device="cpu")))
+    waits = threading.Event()
+
+    def sleep(seconds, sleep=time.sleep):
+        waits.set()
+        sleep(10 * seconds)  # for a machine that does other things as well
 
     def between(found, *rest):
         check(found, *rest)
         if found != folder:
             assert not folder.exists()
             loading.start()
-            loading.join(0.1)
-            assert loading.is_alive()
+            assert waits.wait(60)
 
+    monkeypatch.setattr(_atomic.time, "sleep", sleep)
     monkeypatch.setattr(phi1.weights, "_check_own", between)
     save(tiny_model(2), folder)
     loading.join()
