@@ -160,6 +160,36 @@ def test_training_goes_on_while_a_slow_disk_writes(small_corpus, engines, tmp_pa
     assert [loaded.run_step() for _ in range(3)] == outcomes
 
 
+def test_a_worker_of_the_attempt_before_writes_into_no_later_save(small_corpus, engines, tmp_path, monkeypatch):
+    """It was suspended in its save, and wakes in the middle of another of the same step."""
+    trainer, older = (make_trainer(small_corpus, engines, lr=lr) for lr in (1e-2, 1e-3))
+    wakes, write, describe = threading.Event(), Saver._write, checkpoint_module.describe
+    old, new = Saver(tmp_path, keep=2), Saver(tmp_path, keep=2)
+
+    def write_late(saver, *args):
+        assert saver is new or wakes.wait(60)
+        return write(saver, *args)
+
+    def wake_and_describe(path):
+        if not wakes.is_set():
+            wakes.set()
+            old._flying.job.result(60)
+        return describe(path)
+
+    monkeypatch.setattr(Saver, "_write", write_late)
+    monkeypatch.setattr(checkpoint_module, "describe", wake_and_describe)
+    for saver, its in ((old, older), (new, trainer)):
+        its.run_step()
+        saver.begin(its, {})
+    saved = new.finish().path
+    assert find_damage(saved) is None
+    loaded = make_trainer(small_corpus, engines, seed=1)
+    load_checkpoint(loaded, saved)
+    expected = weights_of(trainer)
+    assert all(torch.equal(expected[name], tensor) for name, tensor in weights_of(loaded).items())
+    assert not all(torch.equal(expected[name], tensor) for name, tensor in weights_of(older).items())
+
+
 def test_a_save_that_fails_midway_leaves_no_trace(small_corpus, engines, two_saved, monkeypatch):
     trainer = make_trainer(small_corpus, engines)
     full = failing(OSError(28, "No space left on device"))

@@ -1,6 +1,6 @@
 """Save and load a trainer: parameters, optimizer, loss scaler and step, by torch.distributed.checkpoint.
 
-The state is copied, and the training goes on while each process writes its shards into `.step-N.tmp`, forces them to
+The state is copied, and the training goes on while each process writes its shards into `.step-N.X.tmp`, forces them to
 the disk and hashes them; when all have, rank 0 adds the manifest and renames. A process that dies at any moment leaves
 the earlier checkpoints as they were.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -73,7 +74,8 @@ class Saver:
         assert not self.in_flight, "one checkpoint at a time"
         began = time.perf_counter()
         final = self.folder / checkpoint_name(trainer.finished)
-        temporary = self.folder / f".{final.name}.tmp"
+        # A name of this save alone: a worker of the attempt before may still be writing the same step.
+        temporary = final.with_name(f".{final.name}.{together(lambda: secrets.token_hex(4))[0]}.tmp")
         state = _state(trainer)
         (held,) = all_sum(_local_bytes(state))
         notes = _counts(trainer) | facts
@@ -239,7 +241,6 @@ def _local_bytes(value: Any) -> int:
 def _make_room(temporary: Path, needed: int) -> None:
     """An empty folder on a disk with enough space."""
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
     if _shortage(temporary.parent, needed):
         raise OSError("not enough disk space")
     temporary.mkdir()

@@ -100,7 +100,7 @@ def kill_in_a_step(victim: Victim) -> None:
 
 
 def kill_in_a_save(victim: Victim) -> None:
-    victim.wait_for(lambda: any(victim.checkpoints.glob(".step-[46]0.tmp")))
+    victim.wait_for(lambda: any(victim.checkpoints.glob(".step-[46]0.*.tmp")))
     victim.signal(0, signal.SIGKILL)
 
 

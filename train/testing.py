@@ -119,7 +119,7 @@ def holding(place: Path, run: str, checkpoint: str) -> str:
 make = os.mkdir
 def make_and_wait(path, *args, **options):
     make(path, *args, **options)
-    while str(path).endswith("/.{checkpoint}.tmp") and not os.path.exists({str(place / f"{run}.released")!r}):
+    while "/.{checkpoint}." in str(path) and not os.path.exists({str(place / f"{run}.released")!r}):
         time.sleep(0.02)
 os.mkdir = make_and_wait
 """
