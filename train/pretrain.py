@@ -87,7 +87,7 @@ def main(file: Path | None = None, purpose: str | None = __doc__) -> int:  # typ
     except RuntimeError:
         if not place.is_orphan():
             raise
-        stop_with("torchrun has ended; the same command goes on from the newest checkpoint", place, program)
+        stop_with("torchrun has ended; the same command goes on, or begins anew", place, program)
     except BrokenPipeError:  # the reader of our output has gone away
         return 141
 
