@@ -200,13 +200,13 @@ def _scores(
 @lru_cache(maxsize=8)
 def _above_diagonal(size: int, device: torch.device) -> torch.Tensor:
     """[size, size]: -inf above the diagonal, else 0."""
-    return torch.full((size, size), -torch.inf, device=device).triu_(1)
+    return torch.full((size, size), -torch.inf, dtype=torch.float32, device=device).triu_(1)
 
 
 def _hidden(starts: torch.Tensor, first: int, last: int) -> torch.Tensor:
     """[B, last - first]: -inf at positions before each sample's start, else 0."""
     hidden = torch.arange(first, last, device=starts.device) < starts[:, None]
-    return torch.zeros(hidden.shape, device=starts.device).masked_fill_(hidden, -torch.inf)
+    return torch.zeros(hidden.shape, dtype=torch.float32, device=starts.device).masked_fill_(hidden, -torch.inf)
 
 
 def _kept(scheme: Scheme, samples: slice, heads: slice, first: int, last: int, n_queries: int, n_keys: int,

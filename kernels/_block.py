@@ -142,14 +142,14 @@ def _attended(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(qkv [N, 3D], att [N, D], lse [H, N])."""
     n_qkv = 3 * h.shape[1]
-    qkv = addmm(in_bias[:n_qkv], h, in_weight[:n_qkv].t())
+    qkv = _addmm(in_bias[:n_qkv], h, in_weight[:n_qkv].t())
     att, lse = attention_forward(*layout.by_sample(qkv), layout.scheme, layout.cu_seqlens)
     return qkv, att.view(h.shape), lse
 
 
 def _pre(h: torch.Tensor, in_weight: torch.Tensor, in_bias: torch.Tensor) -> torch.Tensor:
     n_qkv = 3 * h.shape[1]
-    return addmm(in_bias[n_qkv:], h, in_weight[n_qkv:].t())
+    return _addmm(in_bias[n_qkv:], h, in_weight[n_qkv:].t())
 
 
 def _output(
@@ -193,7 +193,7 @@ def branches_backward(
     q, k, v = layout.by_sample(qkv)
     attention_backward(datt.unflatten(1, (layout.n_heads, -1)).unflatten(0, q.shape[:2]), q, k, v, att.view(q.shape),
                        lse, layout.by_sample(dproj[:, :n_qkv]), layout.scheme, layout.cu_seqlens)
-    return mm(dproj, in_weight), mm(dproj.t(), h), dproj.sum(0), dw_out, db_out
+    return _mm(dproj, in_weight), _mm(dproj.t(), h), dproj.sum(0), dw_out, db_out
 
 
 def _output_backward(
@@ -204,10 +204,10 @@ def _output_backward(
     joined = _room_for_both(att, pre)
     act = joined[:, sizes[0] :]
     if not layout.drops:
-        djoined = mm(dy, out_weight)
+        djoined = _mm(dy, out_weight)
         datt, dact = djoined.split_with_sizes(sizes, dim=1)
         gelu_backward(dact, pre, dpre, act)
-        return datt, mm(dy.t(), joined), dy.sum(0).expand(2, -1).contiguous()
+        return datt, _mm(dy.t(), joined), dy.sum(0).expand(2, -1).contiguous()
     dy1 = dropped(dy, layout.dense_dropout, layout.cu_seqlens)
     dy2 = dropped(dy, layout.fc2_dropout, layout.cu_seqlens)
     dense_weight, fc2_weight = out_weight.split_with_sizes(sizes, dim=1)
@@ -223,3 +223,10 @@ def _room_for_both(att: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
     joined[:, :width] = att
     return joined
 
+
+def _addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return addmm(bias, a, b, out=empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device))
+
+
+def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return mm(a, b, out=empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device))

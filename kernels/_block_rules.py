@@ -36,7 +36,7 @@ def check_block(op, x, parameters, cos, sin, n_heads, batch, cu_seqlens, seq_sta
 def check_decode(op, x, *others) -> torch.Tensor:
     """The positions, by default those behind the cache's. Raises where an argument breaks its rule."""
     *parameters, cos, sin, kv, seq_starts, positions, eps = others
-    check_tensors(op, x=x, kv=kv)
+    check_tensors(op, x=x, cos=cos, sin=sin, kv=kv)
     check_rank(op, "kv", kv, "2, B, S, H, K")
     n_heads, batch, length = kv.shape[3], kv.shape[1], kv.shape[2]
     _check_parameters(op, x, parameters, n_heads, eps)
@@ -48,10 +48,9 @@ def check_decode(op, x, *others) -> torch.Tensor:
     require(length >= tokens, op, f"kv must have room for the {tokens} tokens of each sequence", length)
     require(all(size == 1 or stride for size, stride in zip(kv.shape, kv.stride(), strict=True)), op,
             "kv must not be expanded, for it is written to", f"strides {kv.stride()}")
-    require(not any(t.requires_grad for t in (x, kv, *parameters)) or not torch.is_grad_enabled(), op,
+    require(not any(t.requires_grad for t in (x, kv, cos, sin, *parameters)) or not torch.is_grad_enabled(), op,
             "no argument may want a gradient: parallel_block has a backward", "one that does")
     check_packing(op, x, batch, n_rows, length, None, seq_starts)
-    check_tensors(op, cos=cos, sin=sin)
     check_tables(op, cos, sin, x, width // n_heads)
     if positions is None:
         positions = torch.arange(length - tokens, length, device=x.device).expand(batch, -1)

@@ -12,6 +12,7 @@ N rows, D width, H heads, K head size, F MLP width, B batch, T new tokens (N = B
 from __future__ import annotations
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from phi1.kernels._backend import operator, reference_forced
 from phi1.kernels._block import branches_decode
@@ -94,10 +95,16 @@ def parallel_block_decode(
         positions = check_decode("parallel_block_decode", *arguments, seq_starts, positions, eps)
     if reference_forced():
         return parallel_block_decode_reference(*arguments, positions, seq_starts, eps)
-    if x.is_cpu and type(x) is torch.Tensor and not torch.compiler.is_compiling() \
-            and not torch.is_autocast_enabled("cpu"):
-        return _decode(*arguments, positions, seq_starts, eps)  # nothing traces, and no backward follows
+    if _nothing_looks_on(x):
+        return _decode(*arguments, positions, seq_starts, eps)
     return torch.ops.phi1.parallel_block_decode(*arguments, positions, seq_starts, eps)
+
+
+def _nothing_looks_on(x: torch.Tensor) -> bool:
+    """True where the dispatcher would do no more than call the operator: a plain CPU tensor, nothing that traces or
+    changes dtypes, and never a backward."""
+    return (x.is_cpu and type(x) is torch.Tensor and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cpu") and _get_current_dispatch_mode() is None)
 
 
 def parallel_block_decode_reference(

@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import phi1.kernels._attention_torch as tiles
 from phi1 import testing
 from phi1.kernels import Dropout, attention, backend, check_values
+from phi1.kernels._attention import Scheme
+from phi1.kernels._attention_torch import torch_forward
 from phi1.kernels._philox import attention_keep, packed_attention_keep
 from phi1.kernels.attention import attention_reference
 
@@ -84,6 +87,50 @@ def test_the_tile_of_one_query_is_not_seen(monkeypatch, heads, dtype):
     monkeypatch.setattr(tiles, "CPU_TILE_BYTES", -(-heads * 4 * 26 * (1 + 2 * 16) // torch.get_num_threads()))
     check(make((3, 1, 26, 3, 16), dtype))
     check(make((3, 1, 26, 3, 16), dtype), seq_starts=starts(2, 9, 0))
+
+
+class FlashCalls(TorchDispatchMode):
+    """The dtypes of the queries that PyTorch's flash kernel for CPUs is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_one_query_is_computed_in_float32_a_tile_at_a_time(monkeypatch, dtype):
+    monkeypatch.setattr(tiles, "CPU_TILE_BYTES", -(-3 * 4 * 26 * (1 + 2 * 16) // torch.get_num_threads()))
+    q, k, v = make((3, 1, 26, 3, 16), dtype).values()
+    with FlashCalls() as calls:
+        torch_forward(q, k, v, Scheme(True, 0.25), None)
+    assert calls.dtypes == [torch.float32] * 3
+
+
+@pytest.mark.parametrize("strided", ["q", "k", "v"])
+def test_one_query_with_elements_apart(strided):
+    """PyTorch's flash kernel would read neighbours."""
+    tensors = make((2, 1, 9, 2, 16))
+    tensors[strided] = tensors[strided].repeat_interleave(2, -1)[..., ::2]
+    check(tensors)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_the_default_dtype_is_not_seen(dtype, default):
+    tensors = make((2, 1, 9, 2, 16), dtype), make((2, 7, 9, 2, 16), dtype)
+    expected = [attention(**each, seq_starts=starts(0, 3)) for each in tensors]
+    tiles._above_diagonal.cache_clear()
+    torch.set_default_dtype(default)
+    try:
+        got = [attention(**each, seq_starts=starts(0, 3)) for each in tensors]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, got, expected))
 
 
 def test_reference_is_pytorchs_attention():

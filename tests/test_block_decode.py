@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from phi1 import testing
 from phi1.kernels import backend, parallel_block, parallel_block_decode, parallel_block_prefill
@@ -103,6 +105,28 @@ def test_compiled_whole_it_has_the_same_bits():
         assert torch.equal(a, b)
 
 
+def test_what_looks_on_sees_the_operator():
+    """A mode of dispatch, and fake tensors, whose shapes are all that is right about them."""
+    tensors, options = make(SHAPES[2]), {"positions": torch.arange(35, 40).repeat(2), "check": False}
+    seen = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **kwargs or {})
+
+    with Seen():
+        run(tensors, **options)
+    assert "phi1.parallel_block_decode.default" in seen
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        out, _ = run(tensors, **options)
+        assert isinstance(out, FakeTensor)
+    out, _ = run({name: mode.from_tensor(x) for name, x in tensors.items()},
+                 **options | {"positions": mode.from_tensor(options["positions"])})
+    assert isinstance(out, FakeTensor)
+    assert out.shape == tensors["x"].shape
+
+
 def test_autocast_does_not_reach_it():
     tensors = make(SHAPES[2])
     plain, kv = run(tensors)
@@ -132,6 +156,8 @@ KV = torch.zeros(2, 3, 20, 2, 16)
     (bad(kv=KV[:, :, :0]), ValueError, "kv must have room for the 1 tokens of each sequence; got 0"),
     (bad(kv=KV[:, :1].expand(2, 3, 20, 2, 16)), ValueError, "kv must not be expanded"),
     (bad(kv=KV.clone().requires_grad_()), ValueError, "no argument may want a gradient"),
+    (bad(cos=torch.zeros(150, 4).requires_grad_()), ValueError, "no argument may want a gradient"),
+    (bad(cos=None), TypeError, "cos must be a tensor"),
     (bad(in_bias=torch.zeros(144).requires_grad_()), ValueError, "no argument may want a gradient.*got one that does"),
     (bad(out_bias=torch.zeros(32)), ValueError, r"out_bias.shape must be \(2, 32\)"),
     (bad(eps=0.0), ValueError, "eps must be greater than 0"),

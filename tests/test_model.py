@@ -142,6 +142,14 @@ def test_a_prompt_goes_through_the_fused_block(monkeypatch):
     assert relative(stepped.kv[..., :7, :, :].detach(), fused.kv[..., :7, :, :]) <= BOUND
 
 
+@torch.no_grad()
+def test_positions_behind_a_cache_are_checked():
+    model, cache = Phi1(NANO).eval(), Cache(NANO, 1, 9)
+    model(torch.zeros(1, 5, dtype=torch.int64), cache=cache)
+    with pytest.raises(ValueError, match=r"^parallel_block_decode: positions must be at least 0 and less than \d+"):
+        model(torch.zeros(1, 1, dtype=torch.int64), positions=torch.tensor([[1 << 20]]), cache=cache)
+
+
 def test_cache_crop_forgets():
     _, model = pair(NANO)
     ids = torch.randint(512, (1, 8))
