@@ -121,7 +121,7 @@ def branches_decode(
     att = attention_forward(q, keys, values, Scheme(True, head_size**-0.5, seq_starts))[0]
     joined = _room_for_both(att.view(x.shape), pre)
     gelu_forward(pre, out=joined[:, width:])
-    return linear_forward(joined, out_weight, out_bias.sum(0), x, False, None)[0]
+    return linear_forward(joined, out_weight, out_bias[0] + out_bias[1], x, False, None)[0]
 
 
 def rotate_keys(qkv: torch.Tensor, h: torch.Tensor, in_weight: torch.Tensor, layout: Layout) -> None:

@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 
+from phi1.kernels._backend import use_triton
 from phi1.kernels._memory import empty
 
 WIDE = 64  # measured at 1,024 x 7,168: float32 takes as long at 64 rows, 0.7 of the time at 128, 0.35 at 512
@@ -31,7 +32,9 @@ def addmm(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor |
 
 
 def _widens(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == torch.float16 and a.is_cpu and min(a.shape[0], b.shape[1]) >= WIDE and not _multiplies_float16()
+    """Not among the kernels, whose products are cuBLAS' on a GPU and stand for these in the interpreter."""
+    return (a.dtype == torch.float16 and a.is_cpu and min(a.shape[0], b.shape[1]) >= WIDE
+            and not _multiplies_float16() and not use_triton(a))
 
 
 @cache
