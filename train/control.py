@@ -3,10 +3,9 @@
 Each process notes what it has seen; before each step, and between the batches of an evaluation, one all-reduce makes it
 common knowledge, so that all stop at the same step and can save together.
 
-That the launcher is gone shows in the parent's id, which is no longer the one that the process was started with, and is
-asked for at the same points. PR_SET_PDEATHSIG would tell
-it at once, but only on Linux, also when no more than the thread that forked has ended, and never if the launcher ended
-before it was set.
+That the launcher is gone shows in the parent's id, asked for at the same points: it is no longer the one at the start.
+PR_SET_PDEATHSIG would tell it at once, but only on Linux, also when no more than the thread that forked has ended, and
+never if the launcher ended before it was set.
 """
 
 from __future__ import annotations
