@@ -15,7 +15,7 @@ from typing import Any
 def replace(path: Path, text: str) -> None:
     """Put a text into a file, whole or not at all; before, it lies beside it under a name of this call alone.
 
-    A pipe or a device is written to as it is.
+    A pipe or a device is written to as it is. Not `phi1._atomic.write_file`, which would wait for the lock of `locked`.
     """
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")

@@ -14,6 +14,7 @@ from phi1.kernels._checks import (
     check_shape,
     check_tensors,
     check_whole,
+    check_writable,
     require,
 )
 from phi1.kernels._rotary import check_positions, check_tables, default_positions
@@ -46,18 +47,26 @@ def check_decode(op, x, *others) -> torch.Tensor:
     require(batch >= 1 and n_rows % batch == 0, op, f"kv's batch must divide the {n_rows} rows of x", batch)
     tokens = n_rows // batch
     require(length >= tokens, op, f"kv must have room for the {tokens} tokens of each sequence", length)
-    require(all(size == 1 or stride for size, stride in zip(kv.shape, kv.stride(), strict=True)), op,
-            "kv must not be expanded, for it is written to", f"strides {kv.stride()}")
-    require(not any(t.requires_grad for t in (x, kv, cos, sin, *parameters)) or not torch.is_grad_enabled(), op,
-            "no argument may want a gradient: parallel_block has a backward", "one that does")
+    check_writable(op, "kv", kv)
+    check_without_gradients(op, x, kv, cos, sin, *parameters)
     check_packing(op, x, batch, n_rows, length, None, seq_starts)
     check_tables(op, cos, sin, x, width // n_heads)
     if positions is None:
-        positions = torch.arange(length - tokens, length, device=x.device).expand(batch, -1)
-        positions = (positions if seq_starts is None else (positions - seq_starts[:, None]).clamp(min=0)).reshape(-1)
+        positions = default_positions(n_rows, batch, None, seq_starts, x.device, before=length - tokens)
     check_tensors(op, positions=positions)
     check_positions(op, positions, n_rows, cos)
     return positions
+
+
+def wants_gradients(*tensors: torch.Tensor) -> bool:
+    """Whether autograd would record an operation on these."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def check_without_gradients(op: str, *tensors: torch.Tensor) -> None:
+    """Raise ValueError where a gradient is wanted, which the operation does not have."""
+    require(not wants_gradients(*tensors), op, "no argument may want a gradient: parallel_block has a backward",
+            "one that does")
 
 
 def _check_parameters(op, x, given, n_heads, eps) -> None:

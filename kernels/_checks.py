@@ -154,6 +154,12 @@ def check_dropout(op: str, dropout: Dropout | None, x: torch.Tensor, n_samples: 
         require(given == n_samples, op, f"{name}.sample_ids.shape must be ({n_samples},), one per sample", (given,))
 
 
+def check_writable(op: str, name: str, x: torch.Tensor) -> None:
+    """Raise ValueError where two elements of x share memory, as after expand."""
+    require(all(size == 1 or stride for size, stride in zip(x.shape, x.stride(), strict=True)), op,
+            f"{name} must not be expanded, for it is written to", f"strides {x.stride()}")
+
+
 def shape_of(x: torch.Tensor) -> str:
     """x's shape for a message: "[4, 2048]"."""
     return str(list(x.shape))

@@ -45,11 +45,13 @@ def default_positions(
     cu_seqlens: torch.Tensor | None,
     seq_starts: torch.Tensor | None,
     device: torch.device,
+    before: int = 0,
 ) -> torch.Tensor:
-    """Position of each row [N]: within its document; else within its sequence, from where that starts, at least 0."""
+    """Position of each row [N]: within its document; else within its sequence, of which `before` tokens are seen
+    already, from where that starts, at least 0."""
     if cu_seqlens is not None:
         return document_positions(cu_seqlens, n_rows)[1]
-    index = torch.arange(n_rows // max(batch, 1), device=device).expand(batch, -1)
+    index = torch.arange(before, before + n_rows // max(batch, 1), device=device).expand(batch, -1)
     if seq_starts is not None:
         index = (index - seq_starts[:, None]).clamp(min=0)
     return index.reshape(-1)

@@ -26,7 +26,7 @@ import torch
 
 from phi1.kernels._backend import operator, reference_forced
 from phi1.kernels._block import branches_again, branches_backward, branches_forward, layout_of, rotate_keys
-from phi1.kernels._block_rules import check_block
+from phi1.kernels._block_rules import check_block, check_without_gradients, wants_gradients
 from phi1.kernels._checks import require
 from phi1.kernels._gelu import gelu_new
 from phi1.kernels._philox import Dropout, is_active
@@ -209,17 +209,13 @@ def parallel_block(
     if reference_forced():
         return parallel_block_reference(x, *parameters, cos, sin, n_heads=n_heads, batch=batch, cu_seqlens=cu_seqlens,
                                         seq_starts=seq_starts, positions=positions, eps=eps, dropouts=dropouts)
-    if not _wants_gradients(x, *parameters):
+    if not wants_gradients(x, *parameters):
         recompute = "block"
     active = [d if is_active(d) else None for d in dropouts]
     ps, layers, kinds = zip(*((d.p, d.layer, d.kind) if d else (0.0, 0, 0) for d in active), strict=True)
     rng, sample_ids = next(((d.rng, d.sample_ids) for d in active if d), (None, None))
     return torch.ops.phi1.parallel_block(x, *parameters, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids,
                                          n_heads, batch, ps, layers, kinds, eps, recompute)[0]
-
-
-def _wants_gradients(*tensors: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def parallel_block_prefill(
@@ -259,8 +255,7 @@ def parallel_block_prefill(
         h = layer_norm_reference(x, norm_weight, norm_bias, eps)
         qkv = torch.nn.functional.linear(h, in_weight, in_bias)[:, : 3 * x.shape[1]].unflatten(1, (3, n_heads, -1))
         return out, rotate_reference(qkv[:, 1:2], cos, sin, positions)[:, 0], qkv[:, 2]
-    require(not _wants_gradients(x, *parameters), op, "no argument may want a gradient: parallel_block has a backward",
-            "one that does")
+    check_without_gradients(op, x, *parameters)
     out, qkv, *_ = torch.ops.phi1.parallel_block(x, *parameters, cos, sin, positions, None, seq_starts, None, None,
                                                  n_heads, batch, (0.0,) * 3, (0,) * 3, (0,) * 3, eps, PREFILL)
     _, keys, values = qkv.unflatten(1, (3, n_heads, -1)).unbind(1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from phi1.kernels._backend import operator, reference_forced, use_triton
-from phi1.kernels._checks import check_float, check_rank, check_tensors, require
+from phi1.kernels._checks import check_float, check_rank, check_tensors, check_writable, require
 from phi1.kernels._rotary import check_positions, check_tables, rotate_reference, rotate_rows_
 
 
@@ -112,8 +112,7 @@ def rotary_(
     """
     _check("rotary_", x, cos, sin, positions)
     require(not x.requires_grad, "rotary_", "x must not require a gradient: `rotary` has a backward", "one that does")
-    require(all(size == 1 or stride for size, stride in zip(x.shape, x.stride(), strict=True)), "rotary_",
-            "x must not be expanded, for it is written to", f"strides {x.stride()}")
+    check_writable("rotary_", "x", x)
     if reference_forced():
         return x.copy_(rotary_reference(x, cos, sin, positions, inverse=inverse))
     torch.ops.phi1.rotary_(x, cos, sin, positions, inverse)

@@ -1,6 +1,6 @@
 """Folders and files that appear complete or not at all: they are made beside their place, and put there by a rename.
 
-`workspace(path)` makes `.NAME.XXXXXXXX.tmp` beside `path`. Its owner holds a lock on it as long as it lives, so that
+`workspace(path)` makes `.NAME.TOKEN.tmp` beside `path`. Its owner holds a lock on it as long as it lives, so that
 the next workspace for the same path knows one whose owner was killed, and clears it up. In it `new` is filled;
 `publish` gives that its name, and keeps what had the name before as `old` meanwhile. If `old` and `new` are both there
 and `path` is not, the renames were cut short, and whoever clears up, the owner or the next, puts `old` back. So a

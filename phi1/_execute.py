@@ -108,6 +108,6 @@ def _verdict(reading: int, nonce: str, code: int, late: bool) -> str:
         return PASSED
     if word.startswith("failed: "):
         return " ".join(word.split())
-    if code < 0:  # late, since this process was kept waiting, by the limit of CPU time
-        return TIMED_OUT if late else f"ended early, by {signal.Signals(-code).name}"
-    return f"ended early, with exit code {code}"
+    if late and code == -signal.SIGKILL:  # by its limit of CPU time, while this process was kept waiting
+        return TIMED_OUT
+    return f"ended early, by {signal.Signals(-code).name}" if code < 0 else f"ended early, with exit code {code}"

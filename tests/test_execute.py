@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -44,12 +45,15 @@ def test_an_endless_loop_ends(program):
     assert execute(program, 0.5) == TIMED_OUT
 
 
-@pytest.mark.parametrize(("seconds", "result"), [(0.1, TIMED_OUT), (ENOUGH, "ended early, by SIGKILL")])
-def test_what_is_killed_after_its_time_has_timed_out(seconds, result, monkeypatch):
+@pytest.mark.parametrize(("seconds", "number", "result"), [
+    (0.1, signal.SIGKILL, TIMED_OUT), (ENOUGH, signal.SIGKILL, "ended early, by SIGKILL"),
+    (0.1, signal.SIGSEGV, "ended early, by SIGSEGV"),
+])
+def test_what_is_killed_after_its_time_has_timed_out(seconds, number, result, monkeypatch):
     """Whoever runs the program may be kept waiting until the limit of CPU time has ended it."""
     communicate = subprocess.Popen.communicate
     monkeypatch.setattr(subprocess.Popen, "communicate", lambda process, given, timeout: communicate(process, given))
-    assert execute("import os, time\ntime.sleep(0.1)\nos.kill(os.getpid(), 9)", seconds) == result
+    assert execute(f"import os, time\ntime.sleep(0.1)\nos.kill(os.getpid(), {number:d})", seconds) == result
 
 
 def test_memory_and_files_have_limits():

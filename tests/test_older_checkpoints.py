@@ -1,6 +1,7 @@
 """Checkpoints of other versions of the trainer: what can be gone on from, and the line about what cannot."""
 
 import json
+import logging
 import shutil
 from dataclasses import asdict
 
@@ -51,7 +52,10 @@ def test_what_was_added_since_takes_its_default(small_corpus, engines, older, sa
     load_checkpoint(trainer, path)
     assert (trainer.finished, trainer.usual_loss) == (2, 0.0)
     assert trainer.scaler.state_dict() == {"scale": 65536.0, "clean": 2, "patience": 2}
+    logging.disable(logging.INFO)  # as it was, so it stays
     weights, config = read_weights(path)
+    assert logging.root.manager.disable == logging.INFO
+    logging.disable(logging.NOTSET)
     assert config.rope_theta == SMALL.rope_theta
     assert all(torch.equal(saved[1][name], tensor) for name, tensor in weights.items())
     trainer.run_step()

@@ -42,11 +42,14 @@ def _read_weights(checkpoint: Path) -> tuple[dict[str, torch.Tensor], Phi1Config
         raise RunError(f"checkpoint {checkpoint}: this version of phi1 has no such model: {error}") from None
     weights = {name: torch.empty(tensor.shape, dtype=torch.float32)
                for name, tensor in Phi1(config, device="meta").state_dict().items()}
+    before = logging.root.manager.disable
     logging.disable()  # the tracebacks of what is said below in one line
-    with warnings.catch_warnings(action="ignore"):  # that there is one process, which is the intent
-        reader = dcp.FileSystemReader(checkpoint)
-        problem, _ = attempt(lambda: dcp.load({"model": weights}, storage_reader=reader, no_dist=True))
-    logging.disable(logging.NOTSET)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that there is one process, which is the intent
+            reader = dcp.FileSystemReader(checkpoint)
+            problem, _ = attempt(lambda: dcp.load({"model": weights}, storage_reader=reader, no_dist=True))
+    finally:
+        logging.disable(before)
     if problem:
         raise RunError(f"checkpoint {checkpoint} cannot be loaded: {problem}")
     return weights, config

@@ -113,6 +113,7 @@ def prepare(sources: str | Sequence[str], out: str | Path, *, tokenizer: str | P
     request = _request(found, column, chosen, vocab_size, val_fraction, shard_tokens)
     place = Path(os.path.realpath(out))
     sweep(place)
+
     def existing() -> Summary | None:
         return read_unreplaced("prepare", out, lambda: _existing(out, request, force))
 
