@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 STAGE_SECONDS = 525
 LAST_WORDS_SECONDS = 10
+STOPS = (signal.SIGINT, signal.SIGTERM)
 LOST = "GPU lost"  # the tuner's exit code 3: a tile took the GPU's context with it; another process goes on behind it
 WORTH_SECONDS = 60  # for another process to find something
 SHOWN_LINES = 12
@@ -176,23 +177,59 @@ def run(command: Command, folder: Path, seconds: float) -> Row:
     if command.minutes:
         words = (*words, f"{min(command.minutes, seconds / 60 - 0.5):.2f}")
     log, begin = folder / f"{command.name}.log", time.monotonic()
+    process: subprocess.Popen[bytes] | None = None
     with log.open("w") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True,
-                                   env=os.environ | command.environment)
         try:
+            with _signals_later():  # or the process would be there and its number unknown
+                process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, cwd=folder,
+                                           start_new_session=True, env=os.environ | command.environment)
             code = process.wait(min(seconds, command.seconds))
             outcome = "ok" if code == 0 else f"exit {code}"
         except subprocess.TimeoutExpired:
             outcome = "time out"
+            assert process
             process.send_signal(signal.SIGINT)  # at which pytest prints what has failed
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(LAST_WORDS_SECONDS)
         finally:
-            with contextlib.suppress(ProcessLookupError):  # it has ended, and left nothing behind
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            if process:
+                _end_group(process)
     text = log.read_text(errors="replace").strip().splitlines()
     return Row(command.name, outcome, time.monotonic() - begin, text[-SHOWN_LINES:])
+
+
+@contextlib.contextmanager
+def _signals_later() -> Iterator[None]:
+    """What SIGINT and SIGTERM do is done at the end of the block."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for missed in came:
+            signal.raise_signal(missed)
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and its group, and wait until none of them can write any more."""
+    with contextlib.suppress(ProcessLookupError):  # it has ended, and left nothing behind
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    end = time.monotonic() + LAST_WORDS_SECONDS
+    while _is_running(process.pid) and time.monotonic() < end:  # a kill is not at once where a disk is busy
+        time.sleep(0.01)
+
+
+def _is_running(group: int) -> bool:
+    """Whether a process of the group runs; one that is dead and not reaped does not."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            state, _, its_group = stat.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                return True
+    return False
 
 
 def run_stage(stage: str, out: Path, rehearse: bool, scratch: Path | None = None) -> int:
@@ -259,7 +296,7 @@ def absent(wheels: Path) -> list[str]:
 
 def main() -> int:
     # SIGINT too, which a shell lets its background processes ignore, and they theirs.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPS:
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     parser = argparse.ArgumentParser(prog="gpu.sh", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("stages", nargs="+", choices=list(NEEDS), metavar="STAGE", help=", ".join(NEEDS))

@@ -31,7 +31,7 @@ from phi1.gpus import gpu_named
 from phi1.train import engine
 from phi1.train.batches import Layout
 from phi1.train.data import Corpus, open_corpus
-from phi1.train.launch import Place, connect
+from phi1.train.launch import Place, connect, leave
 from phi1.train.prepare import prepare
 from phi1.train.recipe import Train
 from phi1.train.step import Trainer
@@ -261,4 +261,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from phi1.config import preset
 from phi1.kernels import backend
 from phi1.model import Phi1
+from phi1.train.launch import leave
 
 rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
@@ -40,6 +41,7 @@ gradients = {name: x.grad.full_tensor() if world > 1 else x.grad for name, x in 
 if rank == 0:
     torch.save(gradients, f"{folder}/gradients-{world}.pt")
 dist.destroy_process_group()
+leave(0)
 """
 
 

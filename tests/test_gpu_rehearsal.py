@@ -1,6 +1,7 @@
 """bench/gpu.sh: what it refuses, what it takes from wheels, that a stage keeps its time. CI rehearses every stage."""
 
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -143,7 +144,27 @@ def test_a_command_that_takes_too_long_is_killed_with_its_children(tmp_path, mon
     row = gpu_stages.run(Command("slow", ("-c", parent), 1), tmp_path, 100)
     assert row.seconds < 300, "it was waited for"
     assert (row.outcome, row.last) == ("time out", ["begun"])
-    wait_until(lambda: not alive(int(pid_file.read_text())))
+    assert not alive(int(pid_file.read_text())), "it could still write"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_does_not_outlive_a_signal_that_comes_while_it_starts(tmp_path, monkeypatch, number):
+    started = []
+
+    class Process(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            started.append(self)
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    before = signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        with pytest.raises(SystemExit):
+            gpu_stages.run(Command("begun", ("-c", "import time; time.sleep(600)")), tmp_path, 100)
+    finally:
+        signal.signal(number, before)
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
 
 
 TESTS = """

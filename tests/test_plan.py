@@ -34,7 +34,7 @@ import json, os, torch, torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from phi1 import preset
 from phi1.train import engine
-from phi1.train.launch import Place, connect
+from phi1.train.launch import Place, connect, leave
 from phi1.train.recipe import Train
 from phi1.train.step import make_optimizer
 
@@ -65,6 +65,7 @@ held["moments"] = bytes_of(s[k].to_local() for s in optimizer.state.values() for
 if place.rank == 0:
     print(json.dumps(held))
 dist.destroy_process_group()
+leave(0)
 """
 
 
