@@ -139,7 +139,7 @@ def test_a_disk_without_space_is_named_before_it_is_written(small_corpus, engine
 
 def test_training_goes_on_while_a_slow_disk_writes(small_corpus, engines, tmp_path, monkeypatch):
     write, go_on = checkpoint_module.describe, threading.Event()
-    monkeypatch.setattr(checkpoint_module, "describe", lambda path: go_on.wait(60) and write(path))
+    monkeypatch.setattr(checkpoint_module, "describe", lambda path: go_on.wait(300) and write(path))
     trainer = make_trainer(small_corpus, engines)
     trainer.run_step()
     saver = Saver(tmp_path, keep=2)
@@ -167,7 +167,7 @@ def test_a_worker_of_the_attempt_before_writes_into_no_later_save(small_corpus, 
     old, new = Saver(tmp_path, keep=2), Saver(tmp_path, keep=2)
 
     def write_late(saver, *args):
-        assert saver is new or wakes.wait(60)
+        assert saver is new or wakes.wait(300)
         return write(saver, *args)
 
     def wake_and_describe(path):

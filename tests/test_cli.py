@@ -274,7 +274,7 @@ def test_ctrl_c_keeps_what_is_there(folder, tmp_path):
     with started(folder, tmp_path, stdout=subprocess.PIPE) as process:
         first = process.stdout.read(20)
         process.send_signal(signal.SIGINT)
-        rest, err = process.communicate(timeout=60)
+        rest, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert err == b""
     (first + rest).decode()  # ends with a whole character
@@ -285,13 +285,13 @@ def test_a_reader_that_leaves_is_no_error(folder, tmp_path):
     with started(folder, tmp_path, stdout=subprocess.PIPE) as process:
         process.stdout.read(1)
         process.stdout.close()
-        assert process.wait(timeout=60) == 141
+        assert process.wait(timeout=300) == 141
         assert process.stderr.read() == b""
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_one_line(folder, tmp_path):
     with open("/dev/full", "wb") as full, started(folder, tmp_path, stdout=full) as process:
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert err == b"phi1 generate: error: No space left on device\n"

@@ -50,7 +50,7 @@ def test_the_time_limit_counts_from_the_launch(alone):
 
 def test_a_run_at_its_time_limit_saves_and_the_same_command_goes_on(place, undisturbed):
     process = start(place, "limited", run__time_limit=0.0001)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "stopped by run.time_limit after step 0 of 60, which is saved in limited/checkpoints/step-0; go on" in out
     train(place, "limited")

@@ -48,7 +48,7 @@ def test_a_worker_whose_parent_is_killed_while_it_answers_ends_without_a_word(fo
     worker = subprocess.Popen([sys.executable, "-P", encode_pool.__file__, str(folder)], stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     worker.stdout.close()
-    _, said = worker.communicate(pickle.dumps(["x" * 100_000]), timeout=60)
+    _, said = worker.communicate(pickle.dumps(["x" * 100_000]), timeout=300)
     assert (worker.returncode, said) == (0, b"")
 
 

@@ -123,7 +123,7 @@ def test_a_run_ends_as_if_nothing_had_happened(place, fault, processes):
         victim.release()
         reached, began = finished(place, run), time.monotonic()
         if what.again:
-            said = "".join(process.communicate(timeout=120))
+            said = "".join(process.communicate(timeout=300))
             process = start(place, run, processes)
         if what.again or what.restarts:  # lost until the run is as far again
             wait_for(process, lambda: starts(place, run) > 1 and finished(place, run) >= reached)

@@ -200,7 +200,7 @@ def test_a_terminated_script_ends_what_it_runs(tmp_path):
     log = tmp_path / "train" / "search.log"
     wait_until(log.is_file)
     script.terminate()
-    assert script.wait(120) == 143
+    assert script.wait(300) == 143
     wait_until(lambda: not any(str(tmp_path) in line for line in command_lines()))
     assert [path.name for path in tmp_path.iterdir()] == ["train"], "the temporary folder is gone"
 

@@ -93,7 +93,7 @@ def test_a_load_waits_where_two_folders_are_changing_places(tmp_path, monkeypatc
         if found != folder:
             assert not folder.exists()
             loading.start()
-            assert waits.wait(60)
+            assert waits.wait(300)
 
     monkeypatch.setattr(_atomic.time, "sleep", sleep)
     monkeypatch.setattr(phi1.weights, "_check_own", between)

@@ -30,7 +30,7 @@ def test_it_reads_one_step_ahead_in_another_thread_and_no_further():
 
     def reader(step):
         if step > 3:
-            allowed.wait(120)
+            allowed.wait(300)
         read.append((step, threading.current_thread().name))
         return step
 

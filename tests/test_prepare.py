@@ -77,12 +77,15 @@ def test_the_same_bytes_for_any_number_of_workers(code, tmp_path, monkeypatch):
 def test_one_core_tokenises_fast_enough(code, tmp_path):
     packages = ("concurrent", "http", "importlib", "logging", "multiprocessing", "unittest", "urllib", "xml", "xmlrpc")
     sources = [str(code), *(str(STDLIB / name) for name in packages)]  # what no distribution of Python leaves out
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    summary = prepare(sources, tmp_path / "out", workers=1)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # the worker's start is part of it
-    assert summary.tokens > 500_000
-    assert summary.tokens / seconds > 0.25e6  # 0.45e6 measured
+    speeds = []
+    for attempt in range(3):  # what else the machine does can only slow it down
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        summary = prepare(sources, tmp_path / str(attempt), workers=1)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # The worker's start is part of it.
+        speeds.append(summary.tokens / (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
+        assert summary.tokens > 500_000
+    assert max(speeds) > 0.25e6  # 0.45e6 measured
 
 
 def test_shards_are_cut_where_asked(code, tmp_path):

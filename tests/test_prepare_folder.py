@@ -198,7 +198,7 @@ def test_stopped_it_leaves_nothing(how, tmp_path, tokenising):
         process.terminate()
     else:
         os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=300)
     assert (process.returncode, error) == (130, "phi1 prepare: stopped; nothing was written\n")
     assert os.listdir(tmp_path) == []
     wait_until(lambda: not any_alive(workers))
@@ -207,7 +207,7 @@ def test_stopped_it_leaves_nothing(how, tmp_path, tokenising):
 def test_killed_it_leaves_nothing_once_another_has_run(code, tmp_path, tokenising):
     process, workers = tokenising
     process.kill()
-    process.communicate(timeout=120)
+    process.communicate(timeout=300)
     wait_until(lambda: not any_alive(workers))
     (left,) = os.listdir(tmp_path)
     assert left.startswith(".out.")
@@ -220,7 +220,7 @@ def test_a_killed_worker_is_one_line(tmp_path, tokenising):
     process, workers = tokenising
     os.kill(int(workers[0].name), signal.SIGKILL)
     workers[1].unlink()
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 2
     assert error.startswith("phi1 prepare: error: a tokenising process ended early, with status -9")
     assert error.count("\n") == 1

@@ -99,7 +99,7 @@ def test_a_signal_saves_and_says_how_to_go_on(place, undisturbed, number):
     process.send_signal(number)
     process.send_signal(number)
     release(place, name)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     match = re.search(rf"stopped by {number.name} after step (\d+) of {STEPS}, which is saved in \S+; go on with: "
                       rf"python (\S+) --config (\S+)$", out, re.MULTILINE)
@@ -118,7 +118,7 @@ def test_two_processes_stop_together_resume_exactly_and_give_the_losses_of_one(p
     wait_for(process, (place / "two" / "checkpoints" / "step-20").exists)
     process.send_signal(signal.SIGTERM)
     release(place, "two")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert re.search(r"stopped by SIGTERM after step \d+ of 60.*; go on with: torchrun --standalone --nproc-per-node 2",
                      out), out
     assert "Error" not in re.sub("ChildFailedError|SignalException", "", err)

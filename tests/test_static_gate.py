@@ -198,7 +198,7 @@ def test_the_processes_that_compile_end_quietly_with_the_one_that_asks(tmp_path,
                                start_new_session=True)
     wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
     stop(process)
-    said = process.communicate(timeout=120)[1]  # until all have closed it, those that it started as well
+    said = process.communicate(timeout=300)[1]  # until all have closed it, those that it started as well
     assert "Traceback" not in said
     assert process.returncode == code
 

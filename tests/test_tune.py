@@ -228,7 +228,7 @@ def test_the_processes_that_compile_end_with_the_search(tmp_path, number, setup)
     files = [tmp_path / "pid0", tmp_path / "pid1"]
     wait_until(lambda: all(file.is_file() and file.read_text() for file in files))
     parent.send_signal(number)  # to it alone: Ctrl-C in a terminal is for all of them
-    assert parent.wait(120)
+    assert parent.wait(300)
     wait_until(lambda: not any(alive(int(file.read_text())) for file in files))
 
 

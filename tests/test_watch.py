@@ -92,7 +92,7 @@ def test_a_process_that_was_suspended_is_not_one_that_hangs():
     assert os.WIFSTOPPED(status)
     time.sleep(1.2)
     process.send_signal(signal.SIGCONT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
 
 

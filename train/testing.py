@@ -144,7 +144,7 @@ def train(place: Path, *args: Any, **changes: Any) -> str:
     return done.stdout
 
 
-def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool], seconds: float = 300) -> None:
     """Wait until something has happened while the process runs."""
     def has_happened() -> bool:
         code = process.poll()  # asked first, since what happens at the very end has happened as well
@@ -156,7 +156,7 @@ def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool], secon
     wait_until(has_happened, seconds)
 
 
-def wait_until(happened: Callable[[], object], seconds: float = 120) -> None:
+def wait_until(happened: Callable[[], object], seconds: float = 300) -> None:
     """Wait until something has happened."""
     end = time.monotonic() + seconds
     while not happened():
