@@ -36,8 +36,9 @@ OVERWRITES = {"copy_", "fill_", "zero_", "normal_"}
 # Of these first arguments only as many rows are read as are written.
 SELECTS = {"embedding", "index_select", "gather", "index"}
 NO_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "scalar_tensor", "lift_fresh", "_local_scalar_dense")
-PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
-"""Matrix product -> which argument is its left factor."""
+RIGHT_FACTORS = {"mat2", "batch2", "vec2", "vec"}
+"""What PyTorch's schemas call the right factor of a product, with every form of it (in place, `out=`, a wider result);
+the argument before it is the left one."""
 
 
 def _size(x: torch.Tensor) -> int:
@@ -109,14 +110,17 @@ class Counter(TorchDispatchMode):
         moved = sum(map(n_bytes, _distinct(read))) + sum(map(n_bytes, _distinct(written + fresh)))
         if name in SELECTS:
             moved += sum(map(n_bytes, fresh))
-        self.launches.append(Launch(name, moved, _product_flops(name, args)))
+        self.launches.append(Launch(name, moved, _product_flops({a.name: value for a, value in values})))
 
 
-def _product_flops(name: str, args: tuple[Any, ...]) -> float:
-    if name not in PRODUCTS:
+def _product_flops(arguments: Mapping[str, Any]) -> float:
+    """Of an operator by its arguments in the schema's order; 0 where it is no product."""
+    names = list(arguments)
+    at = next((i for i, name in enumerate(names) if name in RIGHT_FACTORS), 0)
+    if not at:
         return 0.0
-    left, right = args[PRODUCTS[name]], args[PRODUCTS[name] + 1]
-    return 2.0 * left.numel() * right.shape[-1]
+    left, right = arguments[names[at - 1]], arguments[names[at]]
+    return 2.0 * left.numel() * (1 if names[at] == "vec" else right.shape[-1])
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:

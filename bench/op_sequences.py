@@ -2,7 +2,8 @@
 
 Everyone computes the same, in float16: forward and backward of B sequences of T tokens, without dropout; ours is
 counted with it as well. A step has one micro-step and the optimizer, which is the same for all: gradients to float32,
-their norm, fused AdamW over float32 master weights, the float16 copy.
+their norm, fused AdamW over float32 master weights, the float16 copy. Which launches ours makes depends on the GPU: the
+tile tables of some architectures leave products to cuBLAS, without what our kernels fuse into them.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from phi1.bench.transformers_peer import phi_config
 
 BATCH, TOKENS = 8, 2048
 HALF = torch.float16
-PROVIDERS = ("phi1", "phi1 dropout", "transformers", "liger+flash")
+OURS = ("phi1", "phi1 dropout")
+PROVIDERS = (*OURS, "transformers", "liger+flash")
 UNITS = ("layer forward", "layer forward+backward", "training step")
 
 
 def sequence(provider: str, unit: str, batch: int = BATCH, tokens: int = TOKENS,
-             config: Phi1Config | None = None) -> list[Launch]:
+             config: Phi1Config | None = None, *, arch: str) -> list[Launch]:
     """The launches of one provider's unit.
 
     Args:
@@ -33,13 +35,14 @@ def sequence(provider: str, unit: str, batch: int = BATCH, tokens: int = TOKENS,
         unit: of UNITS.
         batch, tokens: B and T.
         config: the model's; phi-1's by default.
+        arch: whose tiles ours takes, of `_tuned.ARCHITECTURES`; to others it is all the same.
     """
     rate = 0.1 if provider == "phi1 dropout" else 0.0
     config = replace(config or preset("phi1"), attention_dropout=rate, residual_dropout=rate)
     if unit != "training step":
         config = replace(config, num_hidden_layers=1)
     make = {"phi1": _ours, "phi1 dropout": _ours, "transformers": _transformers, "liger+flash": _composed}[provider]
-    with counting() as counter:
+    with counting(arch) as counter:
         ids = torch.empty(batch, tokens, dtype=torch.int64, device="meta")
         x = torch.empty(batch, tokens, config.hidden_size, dtype=HALF, device="meta", requires_grad=True)
         layer, loss, parameters = make(config, counter)

@@ -2,51 +2,77 @@
 
 A sequence's roof time is the sum over its launches of the larger of bytes over bandwidth and flops over the peak: no
 launch overlaps another, none is slower than the data sheet. It says what fusing saves, not how fast a kernel is.
+
+Each GPU has the launches that its own architecture's tiles make: a line has times for those GPUs of which its numbers
+hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Mapping
 
 from phi1.bench.op_count import Launch
-from phi1.bench.op_sequences import BATCH, PROVIDERS, TOKENS, UNITS, sequence
+from phi1.bench.op_sequences import BATCH, OURS, PROVIDERS, TOKENS, UNITS, sequence
 from phi1.gpus import GPUS as ALL_GPUS
 
 TRITON = "_kernel"  # how the names of our kernels end
-GPUS = [ALL_GPUS[name] for name in ("a100-80", "h100-80", "b200", "mi300x")]
+GPUS = {arch: ALL_GPUS[name] for arch, name in
+        (("sm_80", "a100-80"), ("sm_90", "h100-80"), ("sm_100", "b200"), ("gfx942", "mi300x"))}
+Launches = list[Launch]
 
 
 def print_roofs() -> None:
     """Print both tables."""
-    step = sequence("phi1", "training step")
-    roofs = "".join(f"{gpu.name:>9}" for gpu in GPUS)
-    print(f"\nour kernels in a training step of phi-1, B = {BATCH}, T = {TOKENS}, fp16; microseconds at the roof")
+    steps = {arch: sequence("phi1", "training step", arch=arch) for arch in GPUS}
+    roofs = "".join(f"{gpu.name:>9}" for gpu in GPUS.values())
+    print(f"\nour kernels in a training step of phi-1, B = {BATCH}, T = {TOKENS}, fp16; microseconds at the roof, "
+          "- where a GPU launches others")
     print(f"{'kernel':36} {'launches':>8} {'MB each':>9} {'GFLOP each':>10}{roofs}")
-    for launch, count in _by_kind(step):
-        times = "".join(f"{1e3 * gpu.ms(launch.n_bytes, launch.n_flops):9.1f}" for gpu in GPUS)
-        print(f"{launch.name:36} {count:8} {launch.n_bytes / 1e6:9.1f} {launch.n_flops / 1e9:10.1f}{times}")
+    for (launch, count), times in _by_kind(steps):
+        facts = f"{launch.name:36} {count:8} {launch.n_bytes / 1e6:9.1f} {launch.n_flops / 1e9:10.1f}"
+        print(facts + _columns(times, 1))
     print(f"\nwhole sequences, B = {BATCH}, T = {TOKENS}, fp16; milliseconds at the roof")
     print(f"{'unit':24} {'provider':14} {'launches':>8} {'GB':>9} {'TFLOP':>8}{roofs}")
     for unit in UNITS:
         for provider in PROVIDERS:
             try:
-                launches = step if (provider, unit) == ("phi1", "training step") else sequence(provider, unit)
+                found = steps if (provider, unit) == ("phi1", "training step") else _sequences(provider, unit)
             except ModuleNotFoundError as error:
                 print(f"{unit:24} {provider:14} not counted: {error.name} is not installed")
                 continue
-            print(f"{unit:24} {provider:14} {_totals(launches)}")
+            for totals, times in _totals(found):
+                print(f"{unit:24} {provider:14} {totals}{_columns(times, 2)}")
 
 
-def _totals(launches: list[Launch]) -> str:
-    n_bytes, n_flops = (sum(getattr(launch, name) for launch in launches) for name in ("n_bytes", "n_flops"))
-    times = "".join(f"{sum(gpu.ms(x.n_bytes, x.n_flops) for x in launches):9.2f}" for gpu in GPUS)
-    return f"{len(launches):8} {n_bytes / 1e9:9.2f} {n_flops / 1e12:8.3f}{times}"
+def _sequences(provider: str, unit: str) -> dict[str, Launches]:
+    """Architecture -> launches."""
+    if provider in OURS:
+        return {arch: sequence(provider, unit, arch=arch) for arch in GPUS}
+    return dict.fromkeys(GPUS, sequence(provider, unit, arch="sm_90"))
 
 
-def _by_kind(launches: Iterable[Launch]) -> list[tuple[Launch, int]]:
-    """Our kernels and the matrix products, each with how often it is launched, the costliest first."""
-    found: dict[Launch, int] = {}
-    for launch in launches:
-        if launch.name.endswith(TRITON) or launch.n_flops:
-            found[launch] = found.get(launch, 0) + 1
-    return sorted(found.items(), key=lambda item: -item[1] * GPUS[1].ms(item[0].n_bytes, item[0].n_flops))
+def _columns(times: Mapping[str, float], digits: int) -> str:
+    return "".join(f"{times[arch]:9.{digits}f}" if arch in times else f"{'-':>9}" for arch in GPUS)
+
+
+def _totals(found: Mapping[str, Launches]) -> list[tuple[str, dict[str, float]]]:
+    """Launches, bytes and flops as they are printed, and the milliseconds of the GPUs that have these."""
+    lines: dict[str, dict[str, float]] = {}
+    for arch, launches in found.items():
+        n_bytes, n_flops = (sum(getattr(launch, name) for launch in launches) for name in ("n_bytes", "n_flops"))
+        totals = f"{len(launches):8} {n_bytes / 1e9:9.2f} {n_flops / 1e12:8.3f}"
+        lines.setdefault(totals, {})[arch] = sum(GPUS[arch].ms(x.n_bytes, x.n_flops) for x in launches)
+    return list(lines.items())
+
+
+def _by_kind(steps: Mapping[str, Launches]) -> list[tuple[tuple[Launch, int], dict[str, float]]]:
+    """Our kernels and the matrix products, each with how often it is launched, the costliest first, and microseconds of
+    one on the GPUs where that is so."""
+    found: dict[tuple[Launch, int], dict[str, float]] = {}
+    for arch, launches in steps.items():
+        kinds = Counter(launch for launch in launches if launch.name.endswith(TRITON) or launch.n_flops)
+        for launch, count in kinds.items():
+            found.setdefault((launch, count), {})[arch] = 1e3 * GPUS[arch].ms(launch.n_bytes, launch.n_flops)
+    cost = {kind: kind[1] * GPUS["sm_90"].ms(kind[0].n_bytes, kind[0].n_flops) for kind in found}
+    return sorted(found.items(), key=lambda item: -cost[item[0]])

@@ -9,11 +9,11 @@ import torch
 if sys.platform != "linux" or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("counts launches of compiled kernels", allow_module_level=True)
 
-from phi1.bench import op_sequences
+from phi1.bench import op_sequences, static_roof
 from phi1.bench.op_count import TRITON_FLOPS, Launch, counting
 from phi1.bench.static_cases import cases
 from phi1.config import preset
-from phi1.kernels import layer_norm
+from phi1.kernels import _tuned, layer_norm
 from phi1.model import Phi1
 
 TINY = preset("nano", num_hidden_layers=2)
@@ -48,8 +48,13 @@ def accumulate(total, a, b):
         (lambda: torch.mm(meta(4, 8), meta(8, 16), out=meta(4, 16)), [Launch("mm", 2 * (32 + 128 + 64), 1024)]),
         (lambda: accumulate(meta(4, 16, dtype=torch.float32), meta(4, 8), meta(8, 16)),
          [Launch("addmm", 4 * 64 + 2 * (32 + 128) + 4 * 64, 1024)]),
+        (lambda: meta(4, 16).addmm_(meta(4, 8), meta(8, 16)), [Launch("addmm_", 2 * (2 * 64 + 32 + 128), 1024)]),
+        (lambda: meta(3, 4, 16).baddbmm_(meta(3, 4, 8), batch2=meta(3, 8, 16)),
+         [Launch("baddbmm_", 3 * 2 * (2 * 64 + 32 + 128), 3 * 1024)]),
+        (lambda: meta(4, 8) @ meta(8), [Launch("mv", 2 * (32 + 8 + 4), 2 * 4 * 8)]),
     ],
-    ids=["mm", "addmm", "in place", "copy", "fill", "views", "broadcast", "embedding", "out", "wider out"],
+    ids=["mm", "addmm", "in place", "copy", "fill", "views", "broadcast", "embedding", "out", "wider out",
+         "product in place", "products in place", "vector"],
 )
 def test_operators_are_counted_by_their_reads_and_writes(function, expected):
     assert counted(function) == expected
@@ -75,22 +80,50 @@ def test_every_kernel_that_multiplies_matrices_has_its_flops():
     assert multiplying - set(TRITON_FLOPS) == set()
 
 
-@pytest.mark.parametrize("provider", op_sequences.PROVIDERS)
-def test_all_providers_do_the_same_matrix_products(provider):
+BY_ARCH = [(provider, arch) for provider in op_sequences.OURS for arch in _tuned.ARCHITECTURES]
+THEIRS = [(provider, "sm_90") for provider in op_sequences.PROVIDERS if provider not in op_sequences.OURS]
+
+
+@pytest.mark.parametrize(("provider", "arch"), [*BY_ARCH, *THEIRS])
+def test_all_providers_do_the_same_matrix_products(provider, arch):
     pytest.importorskip("transformers")
-    launches = op_sequences.sequence(provider, "layer forward", batch=2, tokens=128, config=TINY)
+    launches = op_sequences.sequence(provider, "layer forward", batch=2, tokens=128, config=TINY, arch=arch)
     rows, d, f = 2 * 128, TINY.hidden_size, TINY.intermediate_size
     products = 2 * rows * d * (4 * d + 2 * f)
     attention = 4 * 2 * 128 * 128 * d / (1 if provider == "transformers" else 2)
     assert sum(launch.n_flops for launch in launches) == products + attention
 
 
-@pytest.mark.parametrize(("provider", "forward_limit", "backward_limit"), [("phi1", 5, 13), ("phi1 dropout", 6, 14)])
-def test_a_layer_takes_few_launches(provider, forward_limit, backward_limit):
-    forward, both = (len(op_sequences.sequence(provider, unit))
+@pytest.mark.parametrize(("arch", "provider", "forward_limit", "backward_limit"), [
+    ("sm_90", "phi1", 4, 13), ("sm_90", "phi1 dropout", 5, 14), ("sm_100", "phi1", 4, 13), ("gfx942", "phi1", 4, 13),
+    # cuBLAS multiplies, and what our kernels fuse into the products are launches of their own
+    ("sm_80", "phi1", 10, 15), ("sm_80", "phi1 dropout", 8, 16),
+])
+def test_a_layer_takes_few_launches(arch, provider, forward_limit, backward_limit):
+    forward, both = (len(op_sequences.sequence(provider, unit, arch=arch))
                      for unit in ("layer forward", "layer forward+backward"))
     assert forward <= forward_limit
     assert both - forward <= backward_limit
+
+
+def test_each_gpu_of_the_report_has_the_launches_of_its_own_architecture(monkeypatch, capsys):
+    def made_up(provider, unit, *, arch):
+        if provider not in op_sequences.OURS:
+            return [Launch("mm", 3.35e9)]
+        return [Launch("addmm", 2.039e9), Launch("gelu_kernel", 2.039e9)] if arch == "sm_80" else [
+            Launch("in_proj_kernel", 8e9)]
+
+    monkeypatch.setattr(static_roof, "sequence", made_up)
+    static_roof.print_roofs()
+    kernels, sequences = (part.splitlines()[1:] for part in capsys.readouterr().out.strip().split("\n\n"))
+    assert [line.split() for line in kernels[1:]] == [
+        ["in_proj_kernel", "1", "8000.0", "0.0", "-", "2388.1", "1000.0", "1509.4"],
+        ["gelu_kernel", "1", "2039.0", "0.0", "1000.0", "-", "-", "-"]]
+    assert [line.split()[2:] for line in sequences[1:4]] == [
+        ["phi1", "2", "4.08", "0.000", "2.00", "-", "-", "-"],
+        ["phi1", "1", "8.00", "0.000", "-", "2.39", "1.00", "1.51"],
+        ["phi1", "dropout", "2", "4.08", "0.000", "2.00", "-", "-", "-"]]
+    assert sequences[5].split()[2:] == ["transformers", "1", "3.35", "0.000", "1.64", "1.00", "0.42", "0.63"]
 
 
 @pytest.mark.parametrize(("recompute", "launches"), [("mlp", 1), ("block", 2)])
@@ -111,7 +144,7 @@ def test_computing_again_is_one_product_and_for_a_whole_block_attention(recomput
 
 
 def test_a_step_is_its_layers_and_more():
-    step, forward, both = (op_sequences.sequence("phi1", unit, batch=2, tokens=128, config=TINY)
+    step, forward, both = (op_sequences.sequence("phi1", unit, batch=2, tokens=128, config=TINY, arch="sm_90")
                            for unit in ("training step", "layer forward", "layer forward+backward"))
     assert len(forward) < len(both) < len(step)
     assert sum(launch.name == "_fused_adamw_" for launch in step) == 1
