@@ -8,19 +8,18 @@ kernel is refused (static_gate.py says for what).
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import triton
 
 from phi1.bench.command import MakeParser, plain_parser
+from phi1.bench.static_again import COMPILE_SECONDS, compile_again
 from phi1.bench.static_case import Case
 from phi1.bench.static_cases import cases as cases_of
 from phi1.bench.static_compile import compile_all
@@ -30,7 +29,6 @@ from phi1.bench.static_table import VERSIONS, Rows, left_over, load, report_of, 
 
 Chosen = list[tuple[str, Case]]
 SHOWN_STALE = 5
-COMPILE_SECONDS = 4  # of a case: 2 to 5
 UPDATE = "`phi1 bench static --update` under each Triton version mends it"
 
 
@@ -43,9 +41,10 @@ def main(argv: Sequence[str], make_parser: MakeParser = plain_parser) -> int:
         failures = _check_table(chosen, whole=not (options.arch or options.only))
     else:
         failures = _report(chosen, options)
-    if options.sample:
-        failures += _check_sample(chosen, options)
-    if not (options.check or options.sample or options.only or options.arch):
+    again = bool(options.sample or options.changed)
+    if again:
+        failures += compile_again(chosen, options)
+    if not (options.check or again or options.only or options.arch):
         print_roofs()
     total = len(chosen) * (len(VERSIONS) if options.check else 1)
     outcome = f"{failures} of {total} refused" if failures else f"all {total} pass"
@@ -64,6 +63,9 @@ def _parse(argv: Sequence[str], make_parser: MakeParser = plain_parser) -> argpa
     parser.add_argument("--all", action="store_true", help="compile everything, not only what is stale")
     parser.add_argument("--sample", type=int, default=0, metavar="N",
                         help="compile N cases of the table again, others each day, and fail where they differ")
+    parser.add_argument("--changed", metavar="REF",
+                        help="compile the rows of the table again that are not as they were in this commit, as many as "
+                             "take about 2 minutes, and fail where the compiler says otherwise")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once (%(default)s)")
     parser.add_argument("--triton", action="append", default=[], metavar="DIR", type=Path,
                         help="do the same with the Triton in this folder afterwards; may be repeated (made by "
@@ -73,6 +75,8 @@ def _parse(argv: Sequence[str], make_parser: MakeParser = plain_parser) -> argpa
         parser.error("TRITON_INTERPRET is set: an interpreted kernel cannot be compiled; unset it")
     if options.check and (options.update or options.all):
         parser.error("--check compiles nothing: leave out --update and --all")
+    if options.changed == "":
+        parser.error("--changed: must name a commit; got ''")
     if options.jobs < 1 or options.sample < 0:
         parser.error("--jobs must be at least 1 and --sample at least 0")
     for folder in options.triton:
@@ -154,26 +158,6 @@ def _check_table(chosen: Chosen, whole: bool) -> int:
             more = f" and {len(names) - SHOWN_STALE} more" if len(names) > SHOWN_STALE else ""
             print(f"Triton {version}: {len(old)} of {len(chosen)} are stale: {', '.join(names[:SHOWN_STALE])}{more}; "
                   f"{UPDATE}")
-    return failures
-
-
-def _check_sample(chosen: Chosen, options: argparse.Namespace) -> int:
-    """Compile some cases of the table again, others each day; returns how many differ from it."""
-    rows = load(triton.__version__)
-    old = {(arch, case.name) for arch, case in stale(rows, chosen)}
-    today = datetime.now(UTC).date().isoformat()
-    held = [(arch, case) for arch, case in chosen if (arch, case.name) not in old]
-    held.sort(key=lambda item: hashlib.sha256(f"{today}{item[0]}{item[1].name}".encode()).digest())
-    by_name = {(arch, case.name): case for arch, case in held[: options.sample]}
-    os.environ["TRITON_ALWAYS_COMPILE"] = "1"
-    failures = 0
-    for job, report in compile_all(list(by_name), options.jobs):
-        arch, name = job
-        before = report_of(rows[arch][name])
-        same = report == before
-        print(f"sample of {today}, Triton {triton.__version__}: {name} on {arch}: "
-              + ("as in the table" if same else f"REFUSED: it is now {report}, in the table {before}"), flush=True)
-        failures += not same
     return failures
 
 

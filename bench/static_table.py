@@ -6,6 +6,7 @@ They lie in `static_table.json`, beside this file.
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,25 @@ Rows = dict[str, dict[str, dict[str, Any]]]
 def load(version: str, path: Path = TABLE) -> Rows:
     """The rows of one Triton version; empty where there are none."""
     return json.loads(path.read_text()).get(version, {}) if path.is_file() else {}
+
+
+def load_at(ref: str, version: str, folder: Path = TABLE.parent) -> Rows:
+    """The rows of one Triton version as a commit has them.
+
+    Raises:
+        LookupError: there is no git, no such commit here, as in a shallow clone, or no table in it that can be read.
+    """
+    command = ["git", "show", "--end-of-options", f"{ref}:./{TABLE.name}"]
+    try:
+        shown = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise LookupError("there is no git on this machine") from None
+    if shown.returncode:
+        raise LookupError(f"git: {shown.stderr.strip().partition(chr(10))[0]}")
+    try:
+        return json.loads(shown.stdout).get(version, {})
+    except json.JSONDecodeError as error:
+        raise LookupError(f"its {TABLE.name} is no JSON: {error}") from None
 
 
 def save(version: str, rows: Rows, path: Path = TABLE, *, known: Set[tuple[str, str]] | None = None) -> None:

@@ -167,49 +167,6 @@ def test_an_update_keeps_what_another_has_written_while_it_compiled(checked, tmp
     assert ("gone" in rows["sm_90"]) == ("--arch" in words)
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_a_sample_is_held_against_the_table(checked, monkeypatch, same):
-    monkeypatch.setattr(static_report.triton, "__version__", "3.9.0")
-    report = REPORT if same else replace(REPORT, registers=40)
-    monkeypatch.setattr(static_report, "compile_all", lambda jobs, processes: [(job, report) for job in jobs])
-    monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "0")
-    code, out = checked(None, static_table.VERSIONS, "--sample", "3")
-    assert code == (0 if same else 1)
-    assert ("as in the table" if same else "it is now Report(registers=40") in out
-
-
-def test_the_sample_of_another_day_is_another(monkeypatch):
-    seen = []
-    cases = [("sm_90", Case(f"case {i}", None, {})) for i in range(50)]
-    monkeypatch.setattr(static_report, "load", lambda version: {})
-    monkeypatch.setattr(static_report, "stale", lambda rows, chosen: [])
-    monkeypatch.setattr(static_report, "compile_all", lambda jobs, processes: seen.append(jobs) or [])
-    monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "0")
-
-    class Clock:
-        day = "2030-01-01"
-
-        @classmethod
-        def now(cls, zone):
-            return cls
-
-        @classmethod
-        def date(cls):
-            return cls
-
-        @classmethod
-        def isoformat(cls):
-            return cls.day
-
-    monkeypatch.setattr(static_report, "datetime", Clock)
-    options = static_report._parse(["--sample", "5"])
-    for day in ("2030-01-01", "2030-01-01", "2030-01-02"):
-        Clock.day = day
-        static_report._check_sample(cases, options)
-    assert len(seen[0]) == 5
-    assert seen[0] == seen[1] != seen[2]
-
-
 def test_the_whole_table_is_of_both_versions():
     for version in static_table.VERSIONS:
         assert set(static_table.load(version)) == set(ARCHS), f"{version} of the committed table"
