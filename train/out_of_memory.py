@@ -33,12 +33,12 @@ def explained(recipe: Recipe, engine: Engine, folder: Path, place: Place) -> Ite
     try:
         yield
     except Exception as error:
-        if not _is_shortage(error):
+        if not is_shortage(error):
             raise
         raise RunError(_explanation(recipe, engine, folder / f"out-of-memory-{place.rank}", place, error)) from None
 
 
-def _is_shortage(error: Exception) -> bool:
+def is_shortage(error: Exception) -> bool:
     """Whether memory was not enough, as CUDA's allocator, Python, the system and PyTorch's CPU allocator say it."""
     return (isinstance(error, torch.OutOfMemoryError | MemoryError)
             or (isinstance(error, OSError) and error.errno == errno.ENOMEM)

@@ -27,7 +27,8 @@ class Reached:
     loss: float
     """Validation, nats a token."""
     bits_per_byte: float
-    xz_bits_per_byte: float
+    xz_bits_per_byte: float | None
+    """None if there was too little memory to find out."""
     held_out_bytes: int
     tokens: int
     """Trained on, over the whole run."""
@@ -49,8 +50,11 @@ def export(weights: Mapping[str, Tensor], config: Phi1Config, tokenizer: Tokeniz
 
     try:
         save_state_dict(weights, config, folder.export, tokenizer=tokenizer)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{folder.export}: {error}; the last checkpoint is intact: run again to export it") from None
+    except Exception as error:
+        if not isinstance(error, OSError | ValueError) and not _lacks_memory(error):
+            raise
+        what = str(error) or "not enough memory"
+        raise RunError(f"{folder.export}: {what}; the last checkpoint is intact: run again to export it") from None
 
 
 def show_completions(folder: RunFolder, headers: list[str], seed: int) -> None:
@@ -59,10 +63,21 @@ def show_completions(folder: RunFolder, headers: list[str], seed: int) -> None:
 
     if not headers:
         return
-    model = phi1.load(folder.export, device="cpu")
-    tokenizer = phi1.load_tokenizer(folder.export)
-    print(f"\nCompletions of held-out function headers, temperature {TEMPERATURE}, seed {seed}:\n")
-    print("\n".join(complete(model, tokenizer, headers, seed)))
+    try:
+        model = phi1.load(folder.export, device="cpu")
+        completions = "\n".join(complete(model, phi1.load_tokenizer(folder.export), headers, seed))
+    except Exception as error:
+        if not _lacks_memory(error):
+            raise
+        completions = "not made, for want of memory\n"
+    print(f"\nCompletions of held-out function headers, temperature {TEMPERATURE}, seed {seed}:\n\n{completions}",
+          flush=True)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    from phi1.train.out_of_memory import is_shortage  # imports torch as well
+
+    return is_shortage(error)
 
 
 def write_summary(reached: Reached, folder: RunFolder) -> None:
@@ -75,7 +90,6 @@ def write_summary(reached: Reached, folder: RunFolder) -> None:
 
 def show_summary(reached: Reached, folder: RunFolder, headers: list[str]) -> None:
     """Print what was reached, where it lies, and what to do next."""
-    winner = "the model wins" if reached.bits_per_byte < reached.xz_bits_per_byte else "xz wins"
     skipped = f", {reached.skipped:,} of them skipped" if reached.skipped else ""
     speed = f", {reached.tokens_per_s:,.0f} tokens/s" if reached.tokens_per_s else ""
     solved = "" if reached.solved is None else f"HumanEval        pass@1 {100 * reached.solved:.1f} %\n"
@@ -84,18 +98,25 @@ def show_summary(reached: Reached, folder: RunFolder, headers: list[str]) -> Non
 {duration(reached.seconds)}
 validation loss  {reached.loss:.4f} nats a token
 bits per byte    {reached.bits_per_byte:.4f} on {reached.held_out_bytes:,} held-out bytes; xz -9 on the same bytes \
-{reached.xz_bits_per_byte:.4f}: {winner}
+{_beside_xz(reached.bits_per_byte, reached.xz_bits_per_byte)}
 {solved}Hugging Face     {folder.export}
 checkpoints      {folder.checkpoints}
 every step       {folder.ledger}
 next             phi1 generate --model {shlex.quote(str(folder.export))} --prompt {shlex.quote(prompt)}""", flush=True)
 
 
+def _beside_xz(bits: float, xz: float | None) -> str:
+    if xz is None:
+        return "not known, for want of memory"
+    return f"{xz:.4f}: {'the model wins' if bits < xz else 'xz wins'}"
+
+
 def show_complete(summary: dict[str, Any], folder: RunFolder, place: Place) -> None:
     """Print that there is nothing left to do, and what could be done instead."""
     config = shlex.quote(str(folder.config))
     print(f"""{folder.path} is complete: {summary['steps']:,} steps, validation loss {summary['loss']:.4f}, \
-{summary['bits_per_byte']:.4f} bits per byte (xz -9: {summary['xz_bits_per_byte']:.4f})
+{summary['bits_per_byte']:.4f} bits per byte (xz -9 \
+{_beside_xz(summary['bits_per_byte'], summary['xz_bits_per_byte'])})
 train on         {place.command(f"--config {config} --train.steps {2 * summary['steps']}")}
 start another    {place.command(f"--config {config} --train.seed 2 --run.folder {shlex.quote(f'{folder.path}-2')}")}
 complete code    phi1 generate --model {shlex.quote(str(folder.export))} --prompt 'def '""", flush=True)

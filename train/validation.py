@@ -17,6 +17,7 @@ from phi1.train.engine import Engine, all_sum, reshard
 from phi1.train.together import together
 
 IGNORED = -100
+SMALLEST_DICTIONARY, LARGEST_DICTIONARY = 4096, 64 << 20  # bytes: what LZMA2 allows, and what xz -9 takes
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ class HeldOut:
         return model.loss(tokens[:, :-1].contiguous(), targets, reduction="sum", ignore_index=IGNORED).double()
 
 
-def xz_bits_per_byte(text: bytes) -> float:
-    """What `xz -9` makes of the same bytes."""
-    return 8 * len(lzma.compress(text, preset=9)) / max(1, len(text))
+def xz_bits_per_byte(text: bytes) -> float | None:
+    """What `xz -9` makes of the same bytes; None if there is too little memory to find out."""
+    # A dictionary that is longer than the text is no use, but the 64 MiB of the preset take 674 MB whatever the text.
+    dictionary = min(max(SMALLEST_DICTIONARY, len(text)), LARGEST_DICTIONARY)
+    try:
+        packed = lzma.compress(text, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": dictionary}])
+    except MemoryError:
+        return None
+    return 8 * len(packed) / max(1, len(text))
