@@ -1,9 +1,8 @@
-"""Results files, what is made of them, and that the README has no number that is not in one."""
+"""Results files and what is made of them; `test_bench_readme.py` holds the README to them."""
 
 import copy
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from phi1.bench import command, compare, environment, report, results
 from phi1.cli import main
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def entry(provider, ms, ratio=None, status="ok", **more):
@@ -245,68 +243,6 @@ def test_plots(tmp_path):
     images = draw(write(tmp_path / "r.json", content(record(), *attention)))
     assert [image.name for image in images] == ["r-roofline.png", "r-speedup.png", "r-length.png"]
     assert all(image.read_bytes().startswith(b"\x89PNG") for image in images)
-
-
-def numbers_of(value):
-    """Every number in a results file; shares also as per cent, amounts over times as rates."""
-    if isinstance(value, bool | str) or value is None:
-        return []
-    if isinstance(value, int | float):
-        return [value, 100 * value]
-    found = [number for item in (value.values() if isinstance(value, dict) else value) for number in numbers_of(item)]
-    if isinstance(value, dict) and "bytes" in value:
-        for one in value["providers"]:
-            ms = one.get("ms", [0])[0]
-            found += [value[amount] / ms / 10**power for amount in ("bytes", "flops") for power in (3, 6, 9) if ms]
-    return found
-
-
-def unsupported(table, value):
-    """The numbers in a README table's cells that no number of the results rounds to."""
-    cells = "\n".join(line for line in table.splitlines() if line.startswith("|"))
-    cells = re.sub(r"[A-Za-z_][\w.=-]*|\d+-bit", " ", cells)  # names of cases and of sizes in them
-    printed = set(re.findall(r"\d[\d,]*(?:\.\d+)?", cells))
-    numbers = numbers_of(value)
-
-    def found(text):
-        plain = text.replace(",", "")
-        places = len(plain.partition(".")[2])
-        return any(f"{number:.{places}f}" == plain or f"{number:.4g}" == plain for number in numbers)
-
-    return sorted(text for text in printed if not found(text))
-
-
-def measured_tables(readme):
-    """(results file, the table that follows the paragraph that names it) for each in a README."""
-    pattern = r"\((bench/results/[\w./+-]+\.json)\)[^\n]*\n\n((?:\|[^\n]*\n?)+)"
-    return re.findall(pattern, readme)
-
-
-@pytest.mark.parametrize(("path", "table"), measured_tables(README), ids=lambda value: value[:60])
-def test_every_number_of_the_readmes_tables_is_in_its_results_file(path, table):
-    assert unsupported(table, json.loads((ROOT / path).read_text())) == []
-
-
-def test_every_table_of_speeds_in_the_readme_names_a_results_file():
-    """A table with times or rates that no results file backs is found by its units."""
-    assert measured_tables(README)
-    backed = "".join(table for _, table in measured_tables(README))
-    for line in README.splitlines():
-        if line.startswith("|") and re.search(r"\d ?(ms|us|GB/s|TFLOP/s|tokens/s|%)", line):
-            assert line in backed, line
-
-
-def test_the_check_of_the_readme_can_fail():
-    value = {"rows": [{"ratio_median": 1.546, "phi1_tokens_per_s": 2133}]}
-    assert unsupported("| a | 2,133 | 1.55 |\n", value) == []
-    assert unsupported("| a | 2,134 | 1.56 |\n", value) == ["1.56", "2,134"]
-
-
-def test_the_generated_part_of_the_readme_is_what_the_report_writes():
-    begin, end = README.index(report.BEGIN), README.index(report.END)
-    generated = README[begin + len(report.BEGIN) : end]
-    paths = [ROOT / path for path in dict.fromkeys(re.findall(r"\((bench/results/[^)]+\.json)\)", generated))]
-    assert report.section(paths) == generated.strip("\n")
 
 
 def test_a_changed_number_is_noticed(tmp_path):
