@@ -3,9 +3,8 @@
 `tuned/<op>.json` maps each kernel of the operation to a list of rows, {"gpu": ..., "when": {...}, "tile": {...}}. The
 first row that fits is taken: its "gpu" is an architecture ("sm_80", "sm_90", "sm_100", "gfx942") or "any"; each name
 under "when" is an exact value or a range [lowest, highest]. Rows of an architecture stand above the rows for any GPU,
-whose tiles need at most 64 KiB of shared memory. A GPU that is none of these takes the "any" rows, unless it has at
-least the shared memory of its family's architecture: see `architecture`. These tiles were chosen from compiled
-register counts.
+whose tiles need at most 64 KiB of shared memory. Which rows a GPU takes that is none of these: see `architecture`.
+These tiles were chosen from compiled register counts.
 
 `tuned/gpus/<name>.json` holds what was measured on one GPU, by operation and kernel, and goes before them. `phi1 tune`
 writes it, by means of `recorded` and `forced`.
@@ -25,6 +24,8 @@ from typing import Any
 import torch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+# The newest first: compute capability, and bytes of shared memory that a program may have.
+NVIDIA = {"sm_100": ((10, 0), 232_448), "sm_90": ((9, 0), 232_448), "sm_80": ((8, 0), 166_912)}
 Value = int | str | bool
 
 
@@ -86,15 +87,19 @@ def recorded() -> Iterator[list[Lookup]]:
 def architecture(device: torch.device) -> str:
     """Which rows of the tables a device takes: one of ARCHITECTURES, or "any".
 
-    GPUs of compute capability 8.6, 8.9 and 12.x have 99 KiB of shared memory a program, less than the tiles of the
-    data-centre GPUs of their families need.
+    Those of the newest NVIDIA architecture that is no newer than the GPU, if the GPU has its shared memory: 8.7 takes
+    sm_80's, 10.1, 10.3 and 11.0 take sm_100's; 8.6, 8.9 and 12.x, which have 99 KiB a program, take "any", as older
+    ones do. Of AMD's, all of gfx9, which have at least its 64 KiB, take gfx942's.
     """
     if device.type != "cuda":
         return "any"
     if torch.version.hip:
         return "gfx942" if torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx9") else "any"
-    capability = torch.cuda.get_device_capability(device)
-    return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get(capability, "any")
+    gpu: Any = torch.cuda.get_device_properties(device)  # of which PyTorch types not all fields
+    for arch, (oldest, shared) in NVIDIA.items():
+        if (gpu.major, gpu.minor) >= oldest:
+            return arch if gpu.shared_memory_per_block_optin >= shared else "any"
+    return "any"
 
 
 def gpu_file(name: str) -> str:

@@ -120,18 +120,6 @@ def test_what_was_measured_goes_first_then_the_first_row_that_fits(monkeypatch):
     _tuned.first_fit.cache_clear()
 
 
-def test_a_device_takes_the_rows_of_its_architecture(monkeypatch):
-    found = {}
-    for capability in ((8, 0), (8, 6), (9, 0), (10, 0), (12, 0)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        _tuned.architecture.cache_clear()
-        found[capability] = _tuned.architecture(torch.device("cuda"))
-    _tuned.architecture.cache_clear()
-    assert found == {(8, 0): "sm_80", (8, 6): "any", (9, 0): "sm_90", (10, 0): "sm_100", (12, 0): "any"}
-    assert _tuned.architecture(torch.device("cpu")) == "any"
-    assert _tuned.gpu_file("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3.json"
-
-
 def test_uninitialised_memory_is_nan_inside_the_context():
     with testing.empty_is_nan():
         assert torch.empty(100).isnan().all()
