@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -155,3 +157,11 @@ def test_the_rate_where_phi_1_base_was_taken():
     train = read_recipe(DEFAULT_FILE.with_name("phi1-base.toml"), {}).train
     assert learning_rate(749, train) == pytest.approx(1e-3)
     assert learning_rate(24_000, train) == pytest.approx(1e-3 * 12_000 / 35_250)
+
+
+def test_a_recipe_needs_no_package_until_it_is_read_or_written():
+    """A training step alone takes one on machines that have PyTorch and no more."""
+    code = ("import sys; sys.modules.update(dict.fromkeys(('pydantic', 'tomli_w', 'xxhash', 'datasets')))\n"
+            "import phi1.train.data; from phi1.train.recipe import KEYS, Train; Train(); print(len(KEYS))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"{len(KEYS)}\n", done.stderr

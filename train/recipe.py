@@ -1,8 +1,9 @@
-"""The configuration of a run: one typed, frozen object. `recipe_file.py` reads it.
+"""The configuration of a run: one typed, frozen object. `recipe_file.py` reads it, and pydantic keeps to the rules.
 
 Every key has a default, a rule and a line of documentation, all in the classes below; `--help` prints them. The
 defaults are the `nano` run, which `train/configs/nano.toml` spells out. The default of a new key is what was done
-before there was one: recipes and checkpoints that are older take it.
+before there was one: recipes and checkpoints that are older take it. The classes need no package: a training step alone
+takes a `Train` where neither pydantic nor tomli_w is installed.
 """
 
 from __future__ import annotations
@@ -10,11 +11,22 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-import tomli_w
-from pydantic import Field
-
 from phi1.config import PRESETS, Phi1Config, preset
 from phi1.train.launch import RunError
+
+
+class Field:
+    """An annotation of a key: the limits of its values, in pydantic's words, or its line of documentation."""
+
+    def __init__(self, description: str = "", **limits: Any) -> None:
+        self.description, self.limits = description, limits
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        import pydantic
+
+        return handler.generate_schema(Annotated[source, pydantic.Field(**self.limits)]) if self.limits \
+            else handler(source)
+
 
 Count = Annotated[int, Field(ge=1, le=2**40)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**40)]
@@ -22,10 +34,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Folder = Annotated[str, Field(min_length=1)]
-
-
-def doc(text: str) -> Any:
-    return Field(description=text)
+doc = Field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +187,8 @@ class Recipe:
 
     def to_toml(self) -> str:
         """The same recipe as a file."""
+        import tomli_w
+
         return tomli_w.dumps(self.as_dict())
 
 

@@ -9,7 +9,8 @@
 
 A shard is a header, padded to a multiple of 4096 bytes, and little-endian uint16 tokens. Checksums are xxh3: it runs
 at the speed of memory (14 GB/s measured, against 1.3 for sha256), so the whole corpus is checked whenever it is opened,
-and xxhash is installed wherever datasets is. It guards against accidents, not against an adversary.
+and xxhash is installed wherever datasets is; what reads no file of a corpus does without. It guards against accidents,
+not against an adversary.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 MAGIC = b"phi1tok\n"
 VERSION = 1
@@ -63,14 +63,18 @@ class ShardHeader:
             return _HEADER.pack(MAGIC, VERSION, self.header_bytes, 8 * TOKEN.itemsize, self.block_tokens,
                                 self.n_tokens, bytes.fromhex(self.tokenizer), checksum)
         blocks = struct.pack(f"<{len(self.blocks)}Q", *self.blocks)
-        checksum = xxhash.xxh3_64_intdigest((fixed(0) + blocks).ljust(self.header_bytes, b"\0"))
+        checksum = _checksum((fixed(0) + blocks).ljust(self.header_bytes, b"\0"))
         return (fixed(checksum) + blocks).ljust(self.header_bytes, b"\0")
 
     @staticmethod
     def size(shard_tokens: int, block_tokens: int) -> int:
         """Bytes of a header with room for the blocks of `shard_tokens`, in whole pages."""
-        needed = _HEADER.size + 8 * -(-shard_tokens // block_tokens)
-        return -(-needed // PAGE) * PAGE
+        return -(-(_HEADER.size + 8 * -(-shard_tokens // block_tokens)) // PAGE) * PAGE
+
+
+def _checksum(data: bytes) -> int:
+    import xxhash
+    return xxhash.xxh3_64_intdigest(data)
 
 
 def read_header(path: Path) -> ShardHeader:
@@ -89,7 +93,7 @@ def read_header(path: Path) -> ShardHeader:
                             f"{VERSION} with {8 * TOKEN.itemsize}-bit tokens: prepare the corpus again")
         rest = file.read(max(0, header_bytes - _HEADER.size))
     n_blocks = -(-n_tokens // max(1, block_tokens))
-    if xxhash.xxh3_64_intdigest(fixed[:-8] + bytes(8) + rest) != checksum or len(rest) < 8 * n_blocks:
+    if _checksum(fixed[:-8] + bytes(8) + rest) != checksum or len(rest) < 8 * n_blocks:
         raise DataError(f"{path}: the header is damaged: its checksum is wrong")
     return ShardHeader(header_bytes, n_tokens, tokenizer.hex(), block_tokens,
                        struct.unpack(f"<{n_blocks}Q", rest[:8 * n_blocks]))
@@ -132,8 +136,7 @@ class Shard:
         begin, done = self.header_bytes + first * TOKEN.itemsize, 0
         while done < out.nbytes:
             rest = out.view(np.uint8)[done:] if done else out  # a view costs a third of a read, which is rarely short
-            got = _read(self.path, self._file, rest, begin + done)
-            if not got:
+            if not (got := _read(self.path, self._file, rest, begin + done)):
                 raise DataError(f"{self.path}: cut short since it was opened: it has no byte {begin + done:,} any more")
             done += got
 
@@ -157,13 +160,14 @@ def damaged_block(path: Path) -> str:
         file.seek(header.header_bytes)
         for i, expected in enumerate(header.blocks):
             tokens = min(header.block_tokens, header.n_tokens - i * header.block_tokens)
-            if xxhash.xxh3_64_intdigest(file.read(tokens * TOKEN.itemsize)) != expected:
+            if _checksum(file.read(tokens * TOKEN.itemsize)) != expected:
                 return f"block {i} (tokens {i * header.block_tokens:,} to {i * header.block_tokens + tokens - 1:,})"
     return "each block agrees with the header, so it is a shard of another corpus"
 
 
 def file_hash(path: Path) -> str:
     """xxh3-128 of a file's content, in hex, as `xxhsum -H2` prints it."""
+    import xxhash
     digest, at = xxhash.xxh3_128(), 0
     buffer = memoryview(bytearray(1 << 22))
     with path.open("rb") as file:
@@ -194,8 +198,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     none = f"{folder}: no corpus there (no {MANIFEST}); make one with: phi1 prepare --out {folder}"
     try:
-        text = path.read_text(encoding="utf-8")
-        manifest = json.loads(text)
+        manifest = json.loads(text := path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT or manifest["version"] != VERSION:
             raise DataError(f"{path}: {manifest['format']} version {manifest['version']}; this reader knows {FORMAT} "
                             f"version {VERSION}: prepare the corpus again")
