@@ -7,6 +7,10 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # only there: help does without it
+    from multiprocessing.connection import Connection
 
 
 @contextlib.contextmanager
@@ -32,11 +36,13 @@ def end_with_parent(pipe: int = 0) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def begin_worker() -> None:
-    """The initializer of a pool's processes, which end with their parent, and at Ctrl-C without a traceback each."""
-    from multiprocessing import parent_process  # only here: help does without it
+def begin_worker(ended: Connection) -> None:
+    """The initializer of a pool's processes, of which their parent alone says when they end, at Ctrl-C too.
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = parent_process()
-    assert parent is not None
-    end_with_parent(parent.sentinel)
+    Args:
+        ended: their end of a pipe; the parent keeps the other one open, and writes nothing to it.
+    """
+    # Not ignored, or what they run would ignore it as well.
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    end_with_parent(os.dup(ended.fileno()))

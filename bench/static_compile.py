@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import re
+import signal
 import subprocess
 import tempfile
 import threading
@@ -12,7 +13,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import triton
@@ -67,6 +69,8 @@ def measure(case: Case, arch: str) -> Report:
 def compile_all(jobs: Sequence[Job], processes: int = 2) -> Iterator[tuple[Job, Report]]:
     """Compile cases, known by name, in processes of their own; what fails, or kills the compiler, has an error.
 
+    Where it is closed or interrupted, it ends them all, and returns when they have ended.
+
     Raises:
         Exception: a case is wrong, which is a mistake of ours.
     """
@@ -74,29 +78,40 @@ def compile_all(jobs: Sequence[Job], processes: int = 2) -> Iterator[tuple[Job, 
     finished: queue.SimpleQueue[tuple[Job, Report] | Exception] = queue.SimpleQueue()
     for job in jobs:
         waiting.put(job)
-    for _ in range(min(processes, len(jobs))):
-        threading.Thread(target=_work, args=(waiting, finished), daemon=True).start()
+    threads = []
+    ended, lifeline = Pipe(duplex=False)
     try:
+        for _ in range(min(processes, len(jobs))):
+            threads.append(threading.Thread(target=_work, args=(waiting, finished, ended), daemon=True))
+            threads[-1].start()
         for _ in jobs:
             outcome = finished.get()
             if isinstance(outcome, Exception):
                 raise outcome
             yield outcome
-    finally:  # where it is stopped, nothing more begins
+    finally:
         with contextlib.suppress(queue.Empty):
             while True:
                 waiting.get_nowait()
+        lifeline.close()  # nothing waits any more, so that nothing begins in place of what ends by this
+        for thread in threads:
+            thread.join()
 
 
-def _work(waiting: queue.SimpleQueue[Job], finished: queue.SimpleQueue[tuple[Job, Report] | Exception]) -> None:
-    pool = _pool()
+def _work(waiting: queue.SimpleQueue[Job], finished: queue.SimpleQueue[tuple[Job, Report] | Exception],
+          ended: Connection) -> None:
+    pool = _pool(ended)
+    # What the pool starts inherits it, so that Ctrl-C while a process starts gives no traceback. Only here, as
+    # `multiprocessing` lets SIGINT through when it makes its first pool.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         while True:
             job = waiting.get_nowait()
             try:
                 report = pool.submit(_measure_named, job).result()
             except BrokenProcessPool:  # LLVM aborts the process on some inputs
-                report, pool = Report(error="the compiler crashed"), _pool()
+                pool.shutdown()
+                report, pool = Report(error="the compiler crashed"), _pool(ended)
             finished.put((job, report))
     except queue.Empty:
         pass
@@ -106,8 +121,8 @@ def _work(waiting: queue.SimpleQueue[Job], finished: queue.SimpleQueue[tuple[Job
         pool.shutdown()
 
 
-def _pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, get_context("spawn"), begin_worker)
+def _pool(ended: Connection) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, get_context("spawn"), begin_worker, (ended,))
 
 
 def _measure_named(job: Job) -> Report:

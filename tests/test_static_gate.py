@@ -1,5 +1,6 @@
 """The compile gate: it passes the kernels, and refuses those that spill, lose vector loads or do not compile."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import triton.language as tl
 from phi1.bench import static_compile, static_gate
 from phi1.bench.static_case import Case
 from phi1.bench.static_cases import cases
-from phi1.train.testing import wait_until
+from phi1.train.testing import injected, wait_until
 
 GATE = Path(__file__).parent.parent / "bench" / "static_gate.py"
 ARCHS = list(static_gate.ARCHS)
@@ -171,36 +172,57 @@ def test_a_mistake_of_ours_in_a_process_is_raised(monkeypatch):
 def test_what_nobody_waits_for_any_more_is_not_compiled(monkeypatch, tmp_path):
     monkeypatch.setattr(static_compile, "_measure_named", exec)
     jobs = [f"open({str(tmp_path / str(i))!r}, 'w'); import time; time.sleep(0.02)" for i in range(20)]
-    threads = threading.active_count()
+    before = set(threading.enumerate())
     found = static_compile.compile_all(jobs, processes=1)
     next(found)
     found.close()
-    wait_until(lambda: threading.active_count() == threads)
+    wait_until(lambda: set(threading.enumerate()) <= before)
     assert len(list(tmp_path.iterdir())) <= 3
 
 
-COMPILES = """import signal, sys
+COMPILES = """import signal, sys, time
 from phi1.bench import static_compile
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell lets its background processes ignore
+
+def stop(number, frame):  # a shell lets its background processes ignore it
+    time.sleep(float(sys.argv[1]))
+    signal.default_int_handler(number, frame)
+
+signal.signal(signal.SIGINT, stop)
 static_compile._measure_named = exec
 try:
     list(static_compile.compile_all([f"open('begun{i}', 'w'); import time; time.sleep(600)" for i in range(3)]))
 except KeyboardInterrupt:
     sys.exit(130)"""
+STARTS_SLOWLY = """import os, sys, time
+if "--multiprocessing-fork" in sys.orig_argv:
+    open(f"begun{os.getpid()}", "w")
+    while not os.path.exists("released"):
+        time.sleep(0.02)
+"""
 
 
-@pytest.mark.parametrize(("stop", "code"), [
-    (lambda process: os.killpg(process.pid, signal.SIGINT), 130),  # as a terminal does
-    (lambda process: process.kill(), -9),
-], ids=["Ctrl-C", "kill"])
-def test_the_processes_that_compile_end_quietly_with_the_one_that_asks(tmp_path, stop, code):
-    process = subprocess.Popen([sys.executable, "-c", COMPILES], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
-    wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
-    stop(process)
-    said = process.communicate(timeout=300)[1]  # until all have closed it, those that it started as well
+@pytest.mark.parametrize(("stop", "late", "hook", "code"), [
+    (lambda process: os.killpg(process.pid, signal.SIGINT), 0, "", 130),  # as a terminal does
+    (lambda process: os.killpg(process.pid, signal.SIGINT), 0.3, "", 130),
+    (lambda process: os.killpg(process.pid, signal.SIGINT), 0, STARTS_SLOWLY, 130),
+    (lambda process: process.kill(), 0, "", -9),
+], ids=["Ctrl-C", "Ctrl-C, of which they hear first", "Ctrl-C as they start", "kill"])
+def test_the_processes_that_compile_end_quietly_with_the_one_that_asks(tmp_path, stop, late, hook, code):
+    place = tmp_path / "place"
+    place.mkdir()
+    process = subprocess.Popen([sys.executable, "-c", COMPILES, f"{late}"], cwd=place, stderr=subprocess.PIPE,
+                               text=True, start_new_session=True, env=os.environ | injected(tmp_path / "hook", hook))
+    try:
+        wait_until(lambda: len(list(place.iterdir())) == 2)
+        stop(process)
+        (place / "released").touch()
+        said = process.communicate(timeout=300)[1]  # until all have closed it, those that it started as well
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert "Traceback" not in said
     assert process.returncode == code
+    assert not (place / "begun2").exists(), "another has begun"
 
 
 def test_a_case_that_names_no_argument_of_its_kernel_is_our_mistake():
