@@ -1,8 +1,8 @@
 """Which implementation an operation runs: the Triton kernel, PyTorch code, or the readable reference.
 
 The device decides: on CUDA devices (NVIDIA and ROCm) an operation runs its Triton kernels; on everything else, PyTorch
-code with the same signature, the same saved tensors and the same backward. `backend` overrides the choice, for
-comparisons and tests.
+code with the same signature. The backward runs where it is called, and takes what either forward saved. `backend`
+overrides the choice, for comparisons and tests.
 """
 
 from __future__ import annotations

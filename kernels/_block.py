@@ -6,7 +6,7 @@ N rows, D width, H heads, K head size, F MLP width, B batch, R rotary dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,8 +37,14 @@ class Layout:
         """Whether a branch drops anything."""
         return self.dense_dropout is not None or self.fc2_dropout is not None
 
+    def scheme_of(self, qkv: torch.Tensor) -> Scheme:
+        """How attention takes qkv, whose axes say which forward saved it: [N, 3D], or [N, 3, D] with q and k rotated.
+        """
+        return replace(self.scheme, rotary_applied=qkv.dim() == 3)
+
     def by_sample(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[N, 3D] -> q, k, v [B, T, H, K], views."""
+        """[N, 3D] or [N, 3, D] -> q, k, v [B, T, H, K], views."""
+        qkv = qkv.flatten(1)
         n_rows, columns = qkv.shape
         shape = (self.batch, n_rows // self.batch, 3, self.n_heads, columns // (3 * self.n_heads))
         q, k, v = qkv.unflatten(1, shape[2:]).unflatten(0, shape[:2]).unbind(2)
@@ -69,9 +75,10 @@ def branches_forward(
     layout: Layout,
     keeps_pre: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(x', qkv [N, 3D], pre [N, F], att [N, D], lse [H, N]) of the normalised h and the residual x, both [N, D].
+    """(x', qkv, pre [N, F], att [N, D], lse [H, N]) of the normalised h and the residual x, both [N, D].
 
-    pre is empty unless it is kept. Whether q and k are saved rotated is between this and `branches_backward`.
+    qkv is [N, 3D]; of the Triton kernels [N, 3, D] with q and k rotated. `branches_backward` takes either, whichever
+    backend it runs on. pre is empty unless it is kept.
     """
     if use_triton(h):
         from phi1.kernels._block_triton import launch_forward
@@ -124,17 +131,12 @@ def branches_decode(
     return linear_forward(joined, out_weight, out_bias[0] + out_bias[1], x, False, None)[0]
 
 
-def rotate_keys(qkv: torch.Tensor, h: torch.Tensor, in_weight: torch.Tensor, layout: Layout) -> None:
+def rotate_keys(qkv: torch.Tensor, layout: Layout) -> None:
     """Rotate k in the forward's qkv, in place, unless it is; what q then is, is left open."""
     assert layout.scheme.rotary is not None
-    keys = qkv.unflatten(1, (3, layout.n_heads, -1))[:, 1:2]
-    if use_triton(qkv):
-        from phi1.kernels._block_triton import launch_rotate_keys
-
-        launch_rotate_keys(keys, h, in_weight, layout)
-    else:
+    if not layout.scheme_of(qkv).rotary_applied:
         cos, sin = rows_of_tables(*layout.scheme.rotary)
-        rotate_(keys, cos[:, None, None], sin[:, None, None])
+        rotate_(qkv.unflatten(1, (3, layout.n_heads, -1))[:, 1:2], cos[:, None, None], sin[:, None, None])
 
 
 def _attended(
@@ -187,12 +189,12 @@ def branches_backward(
         from phi1.kernels._block_triton import launch_backward
 
         return launch_backward(dy, h, in_weight, out_weight, qkv, pre, att, lse, layout)
-    n_qkv = qkv.shape[1]
+    n_qkv = 3 * h.shape[1]
     dproj = empty((h.shape[0], in_weight.shape[0]), dtype=h.dtype, device=h.device)
     datt, dw_out, db_out = _output_backward(dy, att, pre, out_weight, layout, dproj[:, n_qkv:])
     q, k, v = layout.by_sample(qkv)
     attention_backward(datt.unflatten(1, (layout.n_heads, -1)).unflatten(0, q.shape[:2]), q, k, v, att.view(q.shape),
-                       lse, layout.by_sample(dproj[:, :n_qkv]), layout.scheme, layout.cu_seqlens)
+                       lse, layout.by_sample(dproj[:, :n_qkv]), layout.scheme_of(qkv), layout.cu_seqlens)
     return _mm(dproj, in_weight), _mm(dproj.t(), h), dproj.sum(0), dw_out, db_out
 
 

@@ -1,17 +1,15 @@
 """The parallel block behind its norm on GPUs: the order of its launches, forward and backward; formulas in `block.py`.
 
-Where in_proj's kernel multiplies, it rotates q and k as well, and qkv is saved rotated; where the tuned table gives the
-product to cuBLAS, attention rotates them as it reads. Either way the gradients leave attention rotated back. Gradients
-of [q | k | v | pre] share one buffer, so that dh and dW_in are one product each; act comes out of the pass that makes
-dpre. Bias gradients are partial sums, added in order. What the forward has not kept is computed again by its own
-kernels, and has the same bits.
+qkv is saved as [N, 3, D] with q and k rotated: by in_proj's kernel, or in place where the tuned table gives the product
+to cuBLAS. Their gradients leave attention rotated back. Gradients of [q | k | v | pre] share one buffer, so that dh and
+dW_in are one product each; act comes out of the pass that makes dpre. Bias gradients are partial sums, added in order.
+What the forward has not kept is computed again by its own kernels, and has the same bits.
 
 N rows, D width, H heads, K head size, F MLP width.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +24,6 @@ from phi1.kernels._projections_triton import in_proj_tile, launch_in_proj, launc
 from phi1.kernels._rotary_triton import launch_rotary
 
 if TYPE_CHECKING:
-    from phi1.kernels._attention import Scheme
     from phi1.kernels._block import Layout
 
 
@@ -36,7 +33,7 @@ def launch_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `branches_forward` of `_block.py`."""
     qkv, pre, act = _project(h, in_weight, in_bias, layout, pre=keeps_pre)
-    att, lse = _attend(qkv, h, in_weight, layout)
+    att, lse = _attend(qkv, layout)
     if layout.drops:
         width = h.shape[1]
         y = launch_linear(att, out_weight[:, :width], out_bias[0], x, False, layout.dense_dropout, layout.cu_seqlens)[0]
@@ -54,7 +51,7 @@ def launch_again(
     if recompute == "mlp":
         return qkv, _project(h, in_weight, in_bias, layout, qkv=False, act=False)[1], att, lse
     qkv, pre, _ = _project(h, in_weight, in_bias, layout, act=False)
-    return qkv, pre, *_attend(qkv, h, in_weight, layout)
+    return qkv, pre, *_attend(qkv, layout)
 
 
 def launch_backward(
@@ -73,7 +70,7 @@ def launch_backward(
     dpre_sums = launch_dgelu_partial(fc2_dy, fc2_weight, pre, dpre, act)
     q, k, v = layout.by_sample(qkv)
     launch_attention_backward(torch.mm(dense_dy, dense_weight).view(q.shape), q, k, v, att.view(q.shape), lse,
-                              layout.by_sample(dqkv), _scheme(h, in_weight, layout), layout.cu_seqlens)
+                              layout.by_sample(dqkv), layout.scheme_of(qkv), layout.cu_seqlens)
     dqkv_sums, *dy_sums = launch_bias_partials(dqkv, None if layout.drops else dy)
     db_in, db_out = launch_bias_sums(dqkv_sums, dpre_sums, branch_sums if layout.drops else dy_sums * 2, h)
     dw_out = torch.empty_like(out_weight, memory_format=torch.contiguous_format)
@@ -82,24 +79,19 @@ def launch_backward(
     return torch.mm(dproj, in_weight), torch.mm(dproj.t(), h), db_in, dw_out, db_out
 
 
-def launch_rotate_keys(keys: torch.Tensor, h: torch.Tensor, in_weight: torch.Tensor, layout: Layout) -> None:
-    """As `rotate_keys` of `_block.py`, of the keys [N, 1, H, K]."""
-    assert layout.scheme.rotary is not None
-    if _in_proj_tile(h, in_weight, layout) is None:
-        launch_rotary(keys, keys, *layout.scheme.rotary, False)
-
-
 def _project(
     h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, layout: Layout, *, qkv: bool = True, pre: bool = True,
     act: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(qkv [N, 3D], pre [N, F], act [N, F]); empty what is not wanted."""
-    assert layout.scheme.rotary is not None
-    n_qkv, t = 3 * h.shape[1], _in_proj_tile(h, weight, layout)
+    """(qkv [N, 3, D], q and k rotated, pre [N, F], act [N, F]); empty what is not wanted."""
+    rotary, width = layout.scheme.rotary, h.shape[1]
+    assert rotary is not None
+    t = in_proj_tile(h, weight.shape[0], width // layout.n_heads, rotary[0].shape[1])
     if t is not None:
-        return launch_in_proj(h, weight, bias, layout.scheme.rotary, layout.n_heads, t, qkv=qkv, pre=pre, act=act)
-    none = h.new_empty(0)
-    q_k_v = torch.addmm(bias[:n_qkv], h, weight[:n_qkv].t()) if qkv else none
+        q_k_v, before, after = launch_in_proj(h, weight, bias, rotary, layout.n_heads, t, qkv=qkv, pre=pre, act=act)
+        return q_k_v.unflatten(1, (3, width)) if qkv else q_k_v, before, after
+    none, n_qkv = h.new_empty(0), 3 * width
+    q_k_v = _rotated_by_cublas(h, weight[:n_qkv], bias[:n_qkv], layout) if qkv else none
     before = torch.addmm(bias[n_qkv:], h, weight[n_qkv:].t())
     if not act:
         return q_k_v, before, none
@@ -107,20 +99,16 @@ def _project(
     return q_k_v, before if pre else none, after
 
 
-def _attend(
-    qkv: torch.Tensor, h: torch.Tensor, in_weight: torch.Tensor, layout: Layout
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(att [N, D], lse [H, N])."""
-    att, lse = launch_attention(*layout.by_sample(qkv), _scheme(h, in_weight, layout), layout.cu_seqlens)
-    return att.view(h.shape), lse
-
-
-def _scheme(h: torch.Tensor, weight: torch.Tensor, layout: Layout) -> Scheme:
-    """How attention takes qkv: rotated, where in_proj's kernel has projected it."""
-    return replace(layout.scheme, rotary_applied=_in_proj_tile(h, weight, layout) is not None)
-
-
-def _in_proj_tile(h: torch.Tensor, weight: torch.Tensor, layout: Layout) -> dict[str, int] | None:
+def _rotated_by_cublas(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """qkv [N, 3, D]: one launch rotates q and k in place, where attention would rotate each at every read."""
     assert layout.scheme.rotary is not None
-    return in_proj_tile(h, weight.shape[0], h.shape[1] // layout.n_heads, layout.scheme.rotary[0].shape[1])
+    qkv = torch.addmm(bias, h, weight.t()).unflatten(1, (3, h.shape[1]))
+    q_and_k = qkv[:, :2].unflatten(2, (layout.n_heads, -1))
+    launch_rotary(q_and_k, q_and_k, *layout.scheme.rotary, False)
+    return qkv
 
+
+def _attend(qkv: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """(att [N, D], lse [H, N])."""
+    att, lse = launch_attention(*layout.by_sample(qkv), layout.scheme_of(qkv), layout.cu_seqlens)
+    return att.view(qkv.shape[0], qkv.shape[2]), lse

@@ -229,7 +229,7 @@ def store_residual(
 
 
 def in_proj_tile(x: torch.Tensor, in_rows: int, head_size: int, half: int) -> dict[str, int] | None:
-    """The tile of in_proj's kernel for x [N, D]; None where cuBLAS multiplies, and attention rotates q and k.
+    """The tile of in_proj's kernel for x [N, D]; None where cuBLAS multiplies, and q and k are rotated afterwards.
 
     The kernel rotates whole heads of a power of two of elements in a tile, by a power of two of angles.
     """

@@ -9,7 +9,7 @@ Without dropout on the branches [att | act] W_out^T is one product with one accu
 dx = layer_norm'([dqkv | dpre] W_in) + dx' is one product over 3D + F, and dW_in, dW_out one each; with dropout on a
 branch the two branches have their own. h, its statistics and act are computed again in the backward. Saved: x, and
 
-    recompute="none"     qkv, pre, att, lse
+    recompute="none"     qkv (of the Triton kernels with q and k rotated), pre, att, lse
     recompute="mlp"      qkv, att, lse; pre is one product more
     recompute="block"    no more: all but the output projection is computed again. So also where no backward follows
 
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 
 import torch
 
-from phi1.kernels._backend import operator, reference_forced
+from phi1.kernels._backend import operator, reference_forced, use_triton
 from phi1.kernels._block import branches_again, branches_backward, branches_forward, layout_of, rotate_keys
 from phi1.kernels._block_rules import check_block, check_without_gradients, wants_gradients
 from phi1.kernels._checks import require
@@ -70,7 +70,7 @@ def _parallel_block_op(
     y, qkv, pre, att, lse = branches_forward(h, x, in_weight, in_bias, out_weight, out_bias, layout,
                                              keeps_pre=recompute == "none")
     if recompute == PREFILL:
-        rotate_keys(qkv, h, in_weight, layout)
+        rotate_keys(qkv, layout)
     elif recompute == "block":
         qkv = qkv.new_empty(0)
     if recompute in ("block", PREFILL):
@@ -83,7 +83,7 @@ def _(x: torch.Tensor, norm_weight, norm_bias, in_weight: torch.Tensor, in_bias,
       positions, cu_seqlens, seq_starts, rng, sample_ids, n_heads: int, batch, ps, layers, kinds, eps, recompute: str):
     n_rows, width = x.shape
     keeps_att = recompute in ("none", "mlp")
-    qkv = x.new_empty((n_rows, 3 * width) if recompute != "block" else (0,))
+    qkv = x.new_empty((0,) if recompute == "block" else (n_rows, 3, width) if use_triton(x) else (n_rows, 3 * width))
     pre = x.new_empty((n_rows, in_weight.shape[0] - 3 * width) if recompute == "none" else (0,))
     att = x.new_empty(x.shape if keeps_att else (0,))
     lse = x.new_empty((n_heads, n_rows) if keeps_att else (0,), dtype=torch.float32)
@@ -258,7 +258,7 @@ def parallel_block_prefill(
     check_without_gradients(op, x, *parameters)
     out, qkv, *_ = torch.ops.phi1.parallel_block(x, *parameters, cos, sin, positions, None, seq_starts, None, None,
                                                  n_heads, batch, (0.0,) * 3, (0,) * 3, (0,) * 3, eps, PREFILL)
-    _, keys, values = qkv.unflatten(1, (3, n_heads, -1)).unbind(1)
+    _, keys, values = qkv.flatten(1).unflatten(1, (3, n_heads, -1)).unbind(1)
     return out, keys, values
 
 

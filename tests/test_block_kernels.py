@@ -26,7 +26,7 @@ SHAPES = [  # B, T, D, H, F, R
     (1, 3, 16, 1, 5, 2),  # less than a tile in every direction
     (2, 17, 32, 2, 48, 8),
     (1, 70, 64, 1, 200, 32),  # phi-1's head; two tiles of rows, four of fc1
-    (1, 9, 160, 2, 40, 32),  # phi-2's head, no power of two: attention rotates
+    (1, 9, 160, 2, 40, 32),  # phi-2's head, no power of two: rotated behind the product
 ]
 PACKED = SHAPES[1]
 RNG = torch.tensor([5, 7], device=DEVICE)
