@@ -1,8 +1,9 @@
 """Search the kernels' tile shapes on the GPU at hand, and write what wins to kernels/tuned/gpus/.
 
 Each operation of the benchmarks' registry runs at phi-1's shapes, forward and backward, and what its kernels look up in
-the tables is noted. Then each candidate tile of each of these kernels is forced in turn: what the operation computes is
-held against the reference in float64, and it is timed. The fastest tile that is right goes into the GPU's table at
+the tables is noted. Then each candidate tile of each of these kernels is forced in turn: what the operation computes,
+gradients included, is held against the reference in float64, and the pass that looks the tile up is timed: a forward as
+in training, where it also writes what the backward needs. The fastest tile that is right goes into the GPU's table at
 once, so that a search that is stopped has lost nothing; the same command goes on with it. After a tile that has taken
 the GPU away from the process the exit code is 3: the same command goes on behind that tile. A second search of the same
 GPU into the same folder is refused.
@@ -27,9 +28,9 @@ from phi1.bench.case import Case, Inputs
 from phi1.bench.cases import operations
 from phi1.bench.command import MakeParser, plain_parser
 from phi1.bench.processes import end_with_parent, sigterm_as_ctrl_c
-from phi1.bench.runner import DeviceLostError, bind, one_line, release, still_there
+from phi1.bench.runner import DeviceLostError, one_line, release, still_there
 from phi1.bench.timing import Call, CudaClock, quantile
-from phi1.bench.tune_cases import Task, candidates_of, chosen_cases, inputs_of, lookups_on_paper, tasks_of
+from phi1.bench.tune_cases import Task, chosen_cases, inputs_of, lookups_on_paper, tasks_of
 from phi1.bench.tune_compile import compile_ahead
 from phi1.bench.tune_store import Store, Tile, trial_key, when_of
 from phi1.kernels import _tuned
@@ -71,7 +72,7 @@ class Tuner:
         return all(finished)
 
     def _search(self, task: Task) -> bool:
-        keys = [trial_key(task.lookup, tile, task.case.name, self.versions) for tile in task.tiles]
+        keys = [trial_key(task.lookup, tile, task.timed, self.versions) for tile in task.tiles]
         trials = [self.store.trial(key) for key in keys]
         if not all(trials):
             try:
@@ -95,7 +96,7 @@ class Tuner:
     def _try(self, task: Task, key: str, tile: Tile, inputs: Inputs, judge: Callable[[], str]) -> dict[str, Any]:
         """What came of a tile, as it is noted. Before, its start is: one without an end has ended the process."""
         facts = {"op": task.lookup.op, "kernel": task.lookup.kernel, "shape": dict(task.lookup.shape),
-                 "tile": dict(tile), "case": task.case.name}
+                 "tile": dict(tile), "case": task.timed}
         broke = False
         try:
             self.store.note(key, **facts)
@@ -117,8 +118,7 @@ class Tuner:
     def _measured(self, task: Task, inputs: Inputs, judge: Callable[[], str]) -> dict[str, Any]:
         if complaint := judge():
             return {"error": f"wrong: {complaint}"}
-        function = task.case.providers[0].prepare(task.case, self.device)
-        return {"ms": float(f"{self.timer(bind(task.case, function, [inputs])):.4g}")}
+        return {"ms": float(f"{self.timer(task.call(self.device, inputs)):.4g}")}
 
     def _conclude(self, task: Task, timed: list[tuple[float, Tile]], failed: int, finished: int) -> None:
         """Write the winner of what was tried, if the table's own tile is among it."""
@@ -178,8 +178,7 @@ def _compile_share(share: str, tasks: Sequence[Task], device: torch.device, dead
             break
         with _tuned.forced(task.lookup.op, task.lookup.kernel, tile):
             try:
-                function = task.case.providers[0].prepare(task.case, device)
-                bind(task.case, function, [inputs_of(task.case, device)])(0)
+                task.call(device, inputs_of(task.case, device))(0)
             except NO_TILES_FAULT:
                 raise
             except Exception:  # the search meets it again and notes it
@@ -204,15 +203,17 @@ def _parse(argv: Sequence[str], make_parser: MakeParser) -> argparse.Namespace:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    found: dict[Lookup, str] = {}
-    for case in chosen_cases("cuda", options.op, options.dtype):
-        for lookup in lookups_on_paper(case, "sm_90"):
-            found.setdefault(lookup, case.name)
-    tiles = {lookup: len(candidates_of(lookup)) for lookup in found}
-    for lookup, name in found.items():
-        print(f"{_name(lookup)}: {tiles[lookup]} tiles, timed as {name}")
-    print(f"phi1 tune: {len(found)} kernels and shapes, {sum(tiles.values())} tiles; nothing was run")
+    found = _tasks(options, "sm_90")
+    for task in found:
+        print(f"{_name(task.lookup)}: {len(task.tiles)} tiles, timed as {task.timed}")
+    tiles = sum(len(task.tiles) for task in found)
+    print(f"phi1 tune: {len(found)} kernels and shapes, {tiles} tiles; nothing was run")
     return 0
+
+
+def _tasks(options: argparse.Namespace, arch: str) -> list[Task]:
+    cases = chosen_cases("cuda", options.op, options.dtype)
+    return tasks_of(cases, arch, lambda case: lookups_on_paper(case, arch))
 
 
 def main(argv: Sequence[str], make_parser: MakeParser = plain_parser) -> int:
@@ -238,17 +239,12 @@ def main(argv: Sequence[str], make_parser: MakeParser = plain_parser) -> int:
 
 
 def _tune(options: argparse.Namespace, device: torch.device, deadline: float) -> int:
-    def tasks() -> list[Task]:
-        arch = _tuned.architecture(device)
-        return tasks_of(chosen_cases("cuda", options.op, options.dtype), device,
-                        lambda case: lookups_on_paper(case, arch))
-
     if options.compile_share:  # the files are of the search that has started this process
         end_with_parent()
-        return _compile_share(options.compile_share, tasks(), device, deadline)
+        return _compile_share(options.compile_share, _tasks(options, _tuned.architecture(device)), device, deadline)
     gpu = torch.cuda.get_device_name()
     with Store(options.out, gpu) as store:
-        found = tasks()
+        found = _tasks(options, _tuned.architecture(device))
         if options.compilers:
             _compile_ahead(options, COMPILE_SHARE * 60 * options.minutes)
         done = Tuner(device, store, cuda_timer, deadline, lambda line: print(line, flush=True)).run(found)

@@ -5,43 +5,50 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 import phi1.kernels
 from phi1.bench import check
-from phi1.bench.case import Case, Inputs
+from phi1.bench.case import DIRECTIONS, Case, Inputs
 from phi1.bench.cases import select
 from phi1.bench.op_count import counting
 from phi1.bench.runner import bind
+from phi1.bench.timing import Call
 from phi1.bench.tune_store import Tile
 from phi1.kernels import _tuned
 from phi1.kernels._tuned import Lookup
 
-DIRECTIONS = ("forward", "backward")
+Lookups = tuple[list[Lookup], list[Lookup]]
+"""Of a case's forward, and of its backward."""
 
 
 def chosen_cases(kind: str, ops: Sequence[str], dtype: str) -> list[Case]:
-    """The cases that are tuned, the short selection first; a backward that is not timed by itself with its forward."""
-    cases = [case for case in select(kind, ops, ("kernel", "block")) if case.dtype == dtype]
+    """The cases that are tuned, the short selection first; a backward that is not timed by itself with its forward.
+
+    Those that take gradients come before those that do not, which have the less to write.
+    """
+    cases = [case for case in select(kind, ops, ("kernel", "block"))
+             if case.dtype == dtype and case.direction in DIRECTIONS[:3]]
     alone = {(case.op, str(case.shape)) for case in cases if case.direction == "backward"}
-    tuned = [case for case in cases if case.direction in DIRECTIONS
-             or (case.direction == "forward+backward" and (case.op, str(case.shape)) not in alone)]
-    return sorted(tuned, key=lambda case: not case.quick)
+    tuned = [case for case in cases
+             if case.direction != "forward+backward" or (case.op, str(case.shape)) not in alone]
+    return sorted(tuned, key=lambda case: (not case.quick, case.direction == "forward"))
 
 
-def lookups_on_paper(case: Case, arch: str) -> list[Lookup]:
+def lookups_on_paper(case: Case, arch: str) -> Lookups:
     """What a case would look up on a GPU, found on tensors without values: nothing is compiled for it."""
     device = torch.device("meta")
     with counting(arch), _tuned.recorded() as lookups:
         inputs = check.leaves_of(case, case.inputs(device, torch.Generator()))
         outputs = check.as_tuple(case.providers[0].prepare(case, device)(inputs))
+        ends = len(lookups)
         if case.direction in check.GRADIENTS:
             leaves = [inputs[name] for name in case.leaves if inputs[name] is not None]
             torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs])
-        return list(dict.fromkeys(lookups))
+        return lookups[:ends], lookups[ends:]
 
 
 def all_candidates() -> dict[str, dict[str, list[Tile]]]:
@@ -70,33 +77,44 @@ class Task:
     row: dict[str, Any]
     tiles: tuple[Tile, ...]
     """The table's own tile first."""
+    direction: str
+    """What is timed: what looks the tile up, and no more, as the rest would hide in its noise how tiles differ."""
+
+    @property
+    def timed(self) -> str:
+        """What is timed, by name."""
+        name = self.case.name.replace(f" {self.case.direction}", f" {self.direction}")
+        wants = self.direction == "forward" and self.case.direction in check.GRADIENTS
+        return name + ", gradients wanted" * wants
+
+    def call(self, device: torch.device, inputs: Inputs) -> Call:
+        """What is timed. The forward of a case that takes gradients leaves what the backward needs, as in training."""
+        function = self.case.providers[0].prepare(self.case, device)
+        if self.direction != "forward":
+            return bind(replace(self.case, direction=self.direction), function, [inputs])
+        leaves = check.leaves_of(self.case, inputs)
+        return lambda number: function(leaves)
 
 
-def tasks_of(cases: Sequence[Case], device: torch.device,
-             look: Callable[[Case], list[Lookup]] | None = None) -> list[Task]:
+def tasks_of(cases: Sequence[Case], arch: str, look: Callable[[Case], Lookups]) -> list[Task]:
     """Every lookup that the cases make, once, with more than one tile to choose from.
 
     Args:
         cases: the most important first.
-        device: where.
-        look: finds a case's lookups; by default the case runs.
+        arch: of the GPU.
+        look: finds a case's lookups.
     """
     found: dict[Lookup, Task] = {}
     for case in cases:
-        for lookup in look(case) if look else _lookups(case, device):
-            row = _tuned.first_fit(lookup.op, lookup.kernel, "", _tuned.architecture(device), lookup.shape)
+        forward, backward = look(case)
+        for lookup in [*forward, *backward]:
+            row = _tuned.first_fit(lookup.op, lookup.kernel, "", arch, lookup.shape)
             own = row["tile"]
             tiles = [own, *(tile for tile in candidates_of(lookup) if tile != own)]
             if len(tiles) > 1 and lookup not in found:
-                found[lookup] = Task(case, lookup, row, tuple(tiles))
+                both = "forward+backward" if lookup in forward else case.direction
+                found[lookup] = Task(case, lookup, row, tuple(tiles), both if lookup in backward else "forward")
     return list(found.values())
-
-
-def _lookups(case: Case, device: torch.device) -> list[Lookup]:
-    call = bind(case, case.providers[0].prepare(case, device), [inputs_of(case, device)])
-    with _tuned.recorded() as lookups:
-        call(0)
-    return lookups
 
 
 def inputs_of(case: Case, device: torch.device) -> Inputs:

@@ -12,6 +12,7 @@ import torch
 
 from phi1 import cli
 from phi1.bench import tune, tune_cases
+from phi1.bench.op_count import counting
 from phi1.bench.runner import DeviceLostError
 from phi1.bench.tune_compile import compile_ahead
 from phi1.bench.tune_store import CRASHED, Store, trial_key, when_of
@@ -64,7 +65,7 @@ def test_a_process_that_compiles_needs_no_files(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(tune, "end_with_parent", lambda: None)
     monkeypatch.setattr(tune, "inputs_of", lambda case, device: {})
-    monkeypatch.setattr(tune, "bind", lambda case, function, inputs: calls.append)
+    monkeypatch.setattr(tune.Task, "call", lambda task, device, inputs: calls.append)
     with Store(tmp_path, GPU) as store:  # of the search that has started it
         for share in ("0/2", "1/2"):
             assert on_a_gpu(monkeypatch, tmp_path, None, "--compile-share", share) == 0
@@ -84,13 +85,14 @@ def test_a_tile_under_which_the_search_was_stopped_is_tried_again(tmp_path, monk
         synced(descriptor)
         at(next(moments, None))
 
-    case = SimpleNamespace(name="case", providers=[SimpleNamespace(prepare=lambda case, device: None)])
+    case = SimpleNamespace(name="case forward", direction="forward")
     with Store(tmp_path, GPU) as store, monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        patch.setattr(tune, "bind", lambda *arguments: None)
+        patch.setattr(tune.Task, "call", lambda *arguments: None)
         tuner = tune.Tuner(torch.device("cpu"), store, lambda call: at("it is timed") or 1.0, 0.0)
+        task = tune.Task(case, LOOKUP, {}, (), "forward")
         with pytest.raises(KeyboardInterrupt):
-            tuner._try(tune.Task(case, LOOKUP, {}, ()), "key", {"rows": 1}, {}, lambda: at("it is judged") or "")
+            tuner._try(task, "key", {"rows": 1}, {}, lambda: at("it is judged") or "")
     with Store(tmp_path, GPU) as again:
         assert again.trial("key") is None
 
@@ -244,7 +246,8 @@ def test_without_a_gpu_it_ends_in_one_line(capsys):
 def test_a_dry_run_lists_cases_and_tiles(capsys):
     assert cli.main(["tune", "--op", "layer_norm", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "layer_norm forward width=2048: 8 tiles, timed as layer_norm N=16384 D=2048 float16 forward"
+    assert lines[0] == ("layer_norm forward width=2048: 8 tiles, timed as layer_norm N=16384 D=2048 float16 forward, "
+                        "gradients wanted")
     assert lines[1].startswith("layer_norm backward width=2048: 12 tiles, timed as layer_norm N=16384")
     assert lines[-1].endswith("nothing was run")
 
@@ -254,6 +257,41 @@ def test_a_backward_without_a_case_of_its_own_is_tuned_with_its_forward():
                   for op in ("layer_norm", "parallel_block")}
     assert directions["layer_norm"] == {"forward", "backward"}
     assert directions["parallel_block"] == {"forward", "forward+backward"}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_what_a_tile_is_chosen_by_is_the_pass_that_looks_it_up_as_training_runs_it(arch):
+    (rows, width, inner), meta = (16384, 2048, 8192), torch.device("meta")
+    cases = tune.chosen_cases("cuda", ["parallel_block"], "float16")
+    tasks = tune.tasks_of(cases, arch, lambda case: tune_cases.lookups_on_paper(case, arch))
+    by_kernel = {task.lookup.kernel: task for task in reversed(tasks)}
+
+    def launches(kernel, tile):
+        task = by_kernel[kernel]
+        with counting(arch) as counter, _tuned.forced(task.lookup.op, kernel, tile):
+            task.call(meta, task.case.inputs(meta, torch.Generator()))(0)
+        return {launch.name: launch.n_bytes for launch in counter.launches}
+
+    ours = next(tile for tile in by_kernel["in_proj"].tiles if "cublas" not in tile)
+    forward = launches("in_proj", ours)
+    parameters = 2 * ((3 * width + inner) * (width + 1)) + 4 * 2 * 2048 * 16 + 8 * rows  # and tables and positions
+    assert forward["in_proj_kernel"] == 2 * rows * (width + 3 * width + inner + inner) + parameters, "act and pre"
+    assert not any("backward" in name for name in forward)
+    assert "epilogue_forward_kernel" in launches("in_proj", {"cublas": 1})
+    assert by_kernel["in_proj"].timed.endswith(" forward, gradients wanted")
+    assert by_kernel["dgelu"].timed.endswith(" forward+backward")
+
+
+@pytest.mark.parametrize(("direction", "forward", "backward", "timed"), [
+    ("forward", True, False, "op N=8 forward cpu"), ("backward", True, False, "op N=8 forward cpu, gradients wanted"),
+    ("backward", False, True, "op N=8 backward cpu"), ("backward", True, True, "op N=8 forward+backward cpu"),
+    ("forward+backward", False, True, "op N=8 forward+backward cpu"),
+])
+def test_a_tile_that_both_passes_look_up_is_timed_in_both(monkeypatch, direction, forward, backward, timed):
+    monkeypatch.setattr(tune_cases, "candidates_of", lambda lookup: [{"rows": 1}])
+    case = SimpleNamespace(name=f"op N=8 {direction} cpu", direction=direction)
+    (task,) = tune.tasks_of([case], "any", lambda case: ([LOOKUP] * forward, [LOOKUP] * backward))
+    assert task.timed == timed
 
 
 @pytest.mark.parametrize(("arguments", "message"), [(["--op", "norm"], "invalid choice: 'norm'"),

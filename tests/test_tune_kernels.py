@@ -39,6 +39,12 @@ def few_rows(inputs):
     return inputs | {"x": inputs["x"][:32]}
 
 
+def looked_up(case):
+    with _tuned.recorded() as lookups:
+        case.providers[0].prepare(case, torch.device(DEVICE))(tune.inputs_of(case, torch.device(DEVICE)))
+    return lookups, []
+
+
 @pytest.fixture
 def searched(tmp_path, monkeypatch):
     monkeypatch.setattr(tune_cases, "candidates_of", lambda lookup: [FAST, OWN, WRONG, BROKEN, SLOW])
@@ -52,7 +58,7 @@ def searched(tmp_path, monkeypatch):
         lines = []
         with Store(tmp_path, "A GPU") as store, backend("triton"):
             tuner = tune.Tuner(torch.device(DEVICE), store, timer, time.monotonic() + seconds, lines.append)
-            yield tuner, tune.tasks_of(cases, tuner.device), lines, store
+            yield tuner, tune.tasks_of(cases, _tuned.architecture(tuner.device), looked_up), lines, store
 
     yield search
     all_cases.cache_clear()
