@@ -96,7 +96,9 @@ def _check_rows(op, x, batch, cu_seqlens, seq_starts, dropouts, n_heads) -> int:
     check_whole(op, batch=batch)
     require(batch >= 1 and n_rows % batch == 0, op, f"batch must divide the {n_rows} rows of x", batch)
     check_packing(op, x, batch, n_rows, n_rows // batch, cu_seqlens, seq_starts)
-    require(len(dropouts) == 3, op, "dropouts must be three: attention, dense, fc2", len(dropouts))
+    several = isinstance(dropouts, tuple | list)
+    require(several and len(dropouts) == 3, op, "dropouts must be three: attention, dense, fc2",
+            len(dropouts) if several else type(dropouts).__name__)
     n_samples = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     for i, dropout in enumerate(dropouts):
         check_dropout(op, dropout, x, n_samples, n_heads if i == 0 else 1, f"dropouts[{i}]")

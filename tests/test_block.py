@@ -254,6 +254,8 @@ def bad(**changes):
     (bad(positions=torch.arange(11)), ValueError, r"positions.shape must be \(12,\)"),
     (bad(recompute="all"), ValueError, "recompute must be one of none, mlp, block; got 'all'"),
     (bad(dropouts=(None, None)), ValueError, "dropouts must be three: attention, dense, fc2; got 2"),
+    (bad(dropouts=None), ValueError, "dropouts must be three: attention, dense, fc2; got NoneType"),
+    (bad(dropouts=Dropout(0.1, RNG)), ValueError, "dropouts must be three: attention, dense, fc2; got Dropout"),
     (bad(dropouts=(0.1, None, None)), TypeError, r"dropouts\[0\] must be a phi1.kernels.Dropout or None"),
     (bad(dropouts=drops(0, 0, 0.1, torch.arange(3))), ValueError, r"dropouts\[2\].sample_ids.shape must be \(2,\)"),
     (bad(dropouts=(Dropout(0.1, RNG), Dropout(0.1, RNG.clone(), kind=1), None)), ValueError,
