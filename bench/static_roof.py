@@ -1,5 +1,8 @@
 """The static report's second half: what phi-1 asks of a GPU, by kernel and for a whole layer and step, and the roofs.
 
+A kernel's line has its launches in a training step, or where that has none, in the first of the benchmarks' cases of
+phi-1's shapes that has some.
+
 A sequence's roof time is the sum over its launches of the larger of bytes over bandwidth and flops over the peak: no
 launch overlaps another, none is slower than the data sheet. It says what fusing saves, not how fast a kernel is.
 
@@ -12,7 +15,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from phi1.bench.op_count import Launch
+import torch
+
+from phi1.bench import check
+from phi1.bench.case import Case
+from phi1.bench.cases import select
+from phi1.bench.op_count import Launch, counting
 from phi1.bench.op_sequences import BATCH, OURS, PROVIDERS, TOKENS, UNITS, sequence
 from phi1.gpus import GPUS as ALL_GPUS
 
@@ -20,18 +28,18 @@ TRITON = "_kernel"  # how the names of our kernels end
 GPUS = {arch: ALL_GPUS[name] for arch, name in
         (("sm_80", "a100-80"), ("sm_90", "h100-80"), ("sm_100", "b200"), ("gfx942", "mi300x"))}
 Launches = list[Launch]
+Kind = tuple[Launch, int, str]
+"""(one launch, how many there are of it, the case that makes them; "" for a training step)."""
 
 
 def print_roofs() -> None:
     """Print both tables."""
     steps = {arch: sequence("phi1", "training step", arch=arch) for arch in GPUS}
     roofs = "".join(f"{gpu.name:>9}" for gpu in GPUS.values())
-    print(f"\nour kernels in a training step of phi-1, B = {BATCH}, T = {TOKENS}, fp16; microseconds at the roof, "
-          "- where a GPU launches others")
+    print(f"\nour kernels in a training step of phi-1, B = {BATCH}, T = {TOKENS}, fp16, or else in the case that is "
+          "named; microseconds at the roof, - where a GPU launches others")
     print(f"{'kernel':36} {'launches':>8} {'MB each':>9} {'GFLOP each':>10}{roofs}")
-    for (launch, count), times in _by_kind(steps):
-        facts = f"{launch.name:36} {count:8} {launch.n_bytes / 1e6:9.1f} {launch.n_flops / 1e9:10.1f}"
-        print(facts + _columns(times, 1))
+    print("\n".join(kernel_lines(steps)))
     print(f"\nwhole sequences, B = {BATCH}, T = {TOKENS}, fp16; milliseconds at the roof")
     print(f"{'unit':24} {'provider':14} {'launches':>8} {'GB':>9} {'TFLOP':>8}{roofs}")
     for unit in UNITS:
@@ -43,6 +51,19 @@ def print_roofs() -> None:
                 continue
             for totals, times in _totals(found):
                 print(f"{unit:24} {provider:14} {totals}{_columns(times, 2)}")
+
+
+def kernel_lines(steps: Mapping[str, Launches]) -> list[str]:
+    """The first table's lines.
+
+    Args:
+        steps: architecture -> the launches of a training step.
+    """
+    lines = []
+    for (launch, count, case), times in [*_by_kind(steps), *_others(steps)]:
+        facts = f"{launch.name:36} {count:8} {launch.n_bytes / 1e6:9.1f} {launch.n_flops / 1e9:10.1f}"
+        lines.append(f"{facts}{_columns(times, 1)}  {case}".rstrip())
+    return lines
 
 
 def _sequences(provider: str, unit: str) -> dict[str, Launches]:
@@ -66,13 +87,44 @@ def _totals(found: Mapping[str, Launches]) -> list[tuple[str, dict[str, float]]]
     return list(lines.items())
 
 
-def _by_kind(steps: Mapping[str, Launches]) -> list[tuple[tuple[Launch, int], dict[str, float]]]:
-    """Our kernels and the matrix products, each with how often it is launched, the costliest first, and microseconds of
-    one on the GPUs where that is so."""
-    found: dict[tuple[Launch, int], dict[str, float]] = {}
+def _by_kind(steps: Mapping[str, Launches]) -> list[tuple[Kind, dict[str, float]]]:
+    """Our kernels and the matrix products of a step, the costliest first, and microseconds of one launch on the GPUs
+    where that is so."""
+    found: dict[Kind, dict[str, float]] = {}
     for arch, launches in steps.items():
         kinds = Counter(launch for launch in launches if launch.name.endswith(TRITON) or launch.n_flops)
         for launch, count in kinds.items():
-            found.setdefault((launch, count), {})[arch] = 1e3 * GPUS[arch].ms(launch.n_bytes, launch.n_flops)
+            found.setdefault((launch, count, ""), {})[arch] = _microseconds(launch, arch)
     cost = {kind: kind[1] * GPUS["sm_90"].ms(kind[0].n_bytes, kind[0].n_flops) for kind in found}
     return sorted(found.items(), key=lambda item: -cost[item[0]])
+
+
+def _others(steps: Mapping[str, Launches]) -> list[tuple[Kind, dict[str, float]]]:
+    """Our kernels that a GPU's step does not launch, by the case, and microseconds as before."""
+    found: dict[Kind, dict[str, float]] = {}
+    cases = [case for case in select("cuda", (), ("kernel", "block")) if case.dtype == "float16"]
+    for arch, step in steps.items():
+        known = {launch.name for launch in step}
+        for case in cases:
+            kinds = Counter(launch for launch in _launches(case, arch)
+                            if launch.name.endswith(TRITON) and launch.name not in known)
+            for launch, count in kinds.items():
+                found.setdefault((launch, count, case.name), {})[arch] = _microseconds(launch, arch)
+            known |= {launch.name for launch in kinds}
+    return list(found.items())
+
+
+def _launches(case: Case, arch: str) -> Launches:
+    """What our side of a case launches."""
+    device = torch.device("meta")
+    with counting(arch) as counter:
+        inputs = check.leaves_of(case, case.inputs(device, torch.Generator()))
+        outputs = check.as_tuple(case.providers[0].prepare(case, device)(inputs))
+        if case.direction in check.GRADIENTS:
+            leaves = [inputs[name] for name in case.leaves if inputs[name] is not None]
+            torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs])
+        return counter.launches
+
+
+def _microseconds(launch: Launch, arch: str) -> float:
+    return 1e3 * GPUS[arch].ms(launch.n_bytes, launch.n_flops)
