@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import SupportsFloat
+from typing import SupportsFloat, SupportsIndex
 
 import torch
 
@@ -31,6 +31,7 @@ def check_values(enabled: bool) -> Iterator[None]:
         enabled: True checks on every device, False nowhere. In this process, all threads.
     """
     global _check_values
+    check_flag("check_values", enabled=enabled)
     previous, _check_values = _check_values, enabled
     try:
         yield
@@ -54,20 +55,43 @@ def require(holds: bool, op: str, rule: str, got: object) -> None:
         raise ValueError(f"{op}: {rule}; got {got}")
 
 
+def check_flag(op: str, **flags: object) -> None:
+    """Raise TypeError unless every argument is True or False."""
+    for name, x in flags.items():
+        if not isinstance(x, bool):
+            raise TypeError(f"{op}: {name} must be True or False; got {_shown(x)}")
+
+
 def check_whole(op: str, **numbers: object) -> None:
-    """Raise TypeError unless every argument is a whole number."""
+    """Raise unless every argument is a whole number of 64 bits; True and False are none."""
     for name, x in numbers.items():
-        if not hasattr(x, "__index__"):
-            raise TypeError(f"{op}: {name} must be a whole number; got {x!r}")
+        if isinstance(x, bool | torch.Tensor) or not isinstance(x, int | SupportsIndex):
+            raise TypeError(f"{op}: {name} must be a whole number; got {_shown(x)}")
+        if isinstance(x, int) and not -(2**63) <= x < 2**63:
+            raise ValueError(f"{op}: {name} must fit in 64 bits; got {_shown(x)}")
 
 
 def check_real(op: str, **numbers: object) -> None:
-    """Raise unless every argument is a finite number."""
+    """Raise unless every argument is a finite number; True and False are none."""
     for name, x in numbers.items():
-        if type(x) not in (float, int) and not isinstance(x, SupportsFloat):  # 3 us
-            raise TypeError(f"{op}: {name} must be a number; got {x!r}")
-        if isinstance(x, float):  # what torch.compile traces has no value yet
-            require(math.isfinite(x), op, f"{name} must be finite", x)
+        if isinstance(x, bool | torch.Tensor) or not isinstance(x, float | int | SupportsFloat):
+            raise TypeError(f"{op}: {name} must be a number; got {_shown(x)}")
+        if not -math.inf < _as_float(x) < math.inf:
+            raise ValueError(f"{op}: {name} must be finite; got {_shown(x)}")
+
+
+def _as_float(x: SupportsFloat) -> float:
+    try:
+        return float(x)
+    except OverflowError:  # of a whole number; float() rounds no other number to infinity
+        return math.inf
+
+
+def _shown(x: object) -> str:
+    """x for a message, in few words."""
+    if isinstance(x, torch.Tensor):
+        return f"a tensor of shape {shape_of(x)}"
+    return f"a number of {x.bit_length()} bits" if isinstance(x, int) and x.bit_length() > 64 else repr(x)
 
 
 def check_tensors(op: str, **tensors: object) -> None:

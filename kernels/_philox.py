@@ -63,7 +63,7 @@ class Dropout:
     kind: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.p, int | float):
+        if isinstance(self.p, bool) or not isinstance(self.p, int | float):
             raise TypeError(f"Dropout: p must be a number; got {self.p!r}")
         if not (0 <= self.p < 1 and threshold(self.p) <= 0xFFFF):
             raise ValueError(f"Dropout: p must be at least 0 and at most 65535/65536; got {self.p}")
@@ -76,8 +76,9 @@ class Dropout:
                 raise ValueError(f"Dropout: sample_ids must be [B] on rng's device ({self.rng.device}); got shape "
                                  f"{tuple(self.sample_ids.shape)} on {self.sample_ids.device}")
         for name in ("layer", "kind"):
-            if not hasattr(getattr(self, name), "__index__"):
-                raise TypeError(f"Dropout: {name} must be a whole number; got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if isinstance(value, bool | torch.Tensor) or not hasattr(value, "__index__"):
+                raise TypeError(f"Dropout: {name} must be a whole number; got {value!r}")
         if not 0 <= self.layer <= MAX_LAYER:
             raise ValueError(f"Dropout: layer must be 0..{MAX_LAYER}; got {self.layer}")
         if not 0 <= self.kind <= MAX_KIND:

@@ -15,6 +15,7 @@ from phi1.kernels._backend import operator, reference_forced
 from phi1.kernels._checks import (
     check_alike,
     check_dropout,
+    check_flag,
     check_float,
     check_rank,
     check_shape,
@@ -128,7 +129,7 @@ def attention(
         [B, Tq, H, K] in q's dtype, contiguous.
 
     Raises:
-        TypeError: an argument is not a tensor, or of another dtype.
+        TypeError: an argument is of another type or dtype.
         ValueError: a shape, a device or a value breaks its rule. Values inside tensors are checked on CPU and under
             `check_values(True)`.
 
@@ -144,6 +145,7 @@ def attention(
 def _check(q, k, v, causal, scale, cu_seqlens, seq_starts, dropout) -> float:
     op = "attention"
     check_tensors(op, q=q, k=k, v=v)
+    check_flag(op, causal=causal)
     check_float(op, "q", q)
     check_alike(op, "q", q, k=k, v=v)
     check_rank(op, "q", q, "B, Tq, H, K")

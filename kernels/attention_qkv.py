@@ -15,6 +15,7 @@ from phi1.kernels._attention_rules import attend_reference, check_packing, check
 from phi1.kernels._backend import operator, reference_forced
 from phi1.kernels._checks import (
     check_dropout,
+    check_flag,
     check_float,
     check_rank,
     check_tensors,
@@ -155,12 +156,13 @@ def attention_qkv(
         [N, H * K] in qkv's dtype, contiguous.
 
     Raises:
-        TypeError: an argument is not a tensor, or of another dtype.
+        TypeError: an argument is of another type or dtype.
         ValueError: a shape, a device or a value breaks its rule. Values inside tensors are checked on CPU and under
             `check_values(True)`.
 
     Source: as for `attention` and `rotary`.
     """
+    check_flag("attention_qkv", causal=causal, rotary_applied=rotary_applied)
     batch, scale = _check(qkv, batch, cu_seqlens, scale, seq_starts, dropout)
     positions = _positions(qkv, batch, rotary, rotary_applied, positions, cu_seqlens, seq_starts)
     if reference_forced():

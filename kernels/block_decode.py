@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from phi1.kernels._backend import operator, reference_forced
 from phi1.kernels._block import branches_decode
 from phi1.kernels._block_rules import check_decode
+from phi1.kernels._checks import check_flag
 from phi1.kernels._gelu import gelu_new
 from phi1.kernels._layer_norm import layer_norm_forward
 from phi1.kernels._rotary import rotate_reference
@@ -91,6 +92,7 @@ def parallel_block_decode(
     Source: as `parallel_block`.
     """
     arguments = (x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, cos, sin, kv)
+    check_flag("parallel_block_decode", check=check)
     if check or positions is None:
         positions = check_decode("parallel_block_decode", *arguments, seq_starts, positions, eps)
     if reference_forced():

@@ -16,6 +16,7 @@ from phi1.kernels._checks import (
     check_alike,
     check_device,
     check_dtype,
+    check_flag,
     check_float,
     check_range,
     check_rank,
@@ -192,11 +193,12 @@ def linear_cross_entropy(
         float32 loss, a scalar or [N]; with return_lse, (loss, lse).
 
     Raises:
-        TypeError: an argument is not a tensor, or of another dtype.
+        TypeError: an argument is of another type or dtype.
         ValueError: a shape, a device, a number or a target breaks its rule.
 
     Source: label smoothing as in Szegedy et al., arXiv 1512.00567; z-loss as in Chowdhery et al., arXiv 2204.02311.
     """
+    check_flag("linear_cross_entropy", return_lse=return_lse)
     vocab = _check("linear_cross_entropy", x, weight, bias, targets, reduction, ignore_index, label_smoothing, z_loss,
                    valid_vocab, workspace_mb)
     if reference_forced():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from phi1.kernels._backend import operator, reference_forced, use_triton
-from phi1.kernels._checks import check_float, check_rank, check_tensors, check_writable, require
+from phi1.kernels._checks import check_flag, check_float, check_rank, check_tensors, check_writable, require
 from phi1.kernels._rotary import check_positions, check_tables, rotate_reference, rotate_rows_
 
 
@@ -82,12 +82,12 @@ def rotary(
         [N, S, H, K] in x's dtype, contiguous.
 
     Raises:
-        TypeError: an argument is not a tensor, or x not of a floating-point dtype.
+        TypeError: an argument is of another type, or x not of a floating-point dtype.
         ValueError: a shape, a device, a table's dtype or a position breaks its rule.
 
     Source: Su et al., "RoFormer", arXiv 2104.09864; halves paired as in GPT-NeoX.
     """
-    _check("rotary", x, cos, sin, positions)
+    _check("rotary", x, cos, sin, positions, inverse)
     if reference_forced():
         return rotary_reference(x, cos, sin, positions, inverse=inverse)
     return torch.ops.phi1.rotary(x, cos, sin, positions, inverse)
@@ -110,7 +110,7 @@ def rotary_(
         TypeError: as `rotary`.
         ValueError: as `rotary`; x requires a gradient, or is expanded.
     """
-    _check("rotary_", x, cos, sin, positions)
+    _check("rotary_", x, cos, sin, positions, inverse)
     require(not x.requires_grad, "rotary_", "x must not require a gradient: `rotary` has a backward", "one that does")
     check_writable("rotary_", "x", x)
     if reference_forced():
@@ -119,8 +119,11 @@ def rotary_(
     return x
 
 
-def _check(op: str, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> None:
+def _check(
+    op: str, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, inverse: bool
+) -> None:
     check_tensors(op, x=x, cos=cos, sin=sin, positions=positions)
+    check_flag(op, inverse=inverse)
     check_float(op, "x", x)
     check_rank(op, "x", x, "N, S, H, K")
     require(x.shape[1] in (1, 2, 3), op, "x.shape[1] must be 1, 2 or 3: q, or q and k, or q, k and v", x.shape[1])

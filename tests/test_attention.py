@@ -272,6 +272,11 @@ def bad(shape=(2, 6, 6, 2, 16), **changes):
     (bad(scale=0.0), ValueError, r"scale must be greater than 0; got 0\.0"),
     (bad(scale=math.nan), ValueError, "scale must be finite; got nan"),
     (bad(scale="1"), TypeError, "scale must be a number; got '1'"),
+    (bad(scale=True), TypeError, "scale must be a number; got True"),
+    (bad(scale=torch.tensor([0.5, 1])), TypeError, r"scale must be a number; got a tensor of shape \[2\]"),
+    (bad(scale=10**400), ValueError, "scale must be finite; got a number of 1329 bits"),
+    (bad(causal=None), TypeError, "causal must be True or False; got None"),
+    (bad(causal="no"), TypeError, "causal must be True or False; got 'no'"),
     (bad((2, 6, 6, 0, 16)), ValueError, r"q must have a head of at least one element; got \[2, 6, 0, 16\]"),
     (bad(cu_seqlens=starts(0, 12), seq_starts=starts(0, 0)), ValueError, "at most one of cu_seqlens and seq_starts"),
     (bad((2, 6, 7, 2, 16), cu_seqlens=starts(0, 12)), ValueError, "k must have q's 6 tokens with cu_seqlens; got 7"),
@@ -296,6 +301,8 @@ def bad(shape=(2, 6, 6, 2, 16), **changes):
 ])
 def test_errors(arguments, error, match):
     with pytest.raises(error, match=f"^attention: .*{match}"):
+        attention(**arguments)
+    with backend("reference"), pytest.raises(error, match=f"^attention: .*{match}"):
         attention(**arguments)
 
 

@@ -160,6 +160,7 @@ KV = torch.zeros(2, 3, 20, 2, 16)
     (bad(cos=None), TypeError, "cos must be a tensor"),
     (bad(in_bias=torch.zeros(144).requires_grad_()), ValueError, "no argument may want a gradient.*got one that does"),
     (bad(out_bias=torch.zeros(32)), ValueError, r"out_bias.shape must be \(2, 32\)"),
+    (bad(check=None), TypeError, "check must be True or False; got None"),
     (bad(eps=0.0), ValueError, "eps must be greater than 0"),
     (bad(cos=torch.zeros(150, 9), sin=torch.zeros(150, 9)), ValueError, "cos must have between 1 and 8 columns"),
     (bad(positions=torch.full((3,), 150)), ValueError, "positions must be at least 0 and less than 150"),

@@ -1,12 +1,17 @@
 """What all operations share: the choice of a backend, when values are checked, the messages, the table of tiles."""
 
+import sys
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
 from phi1 import testing
 from phi1.kernels import Dropout, _tuned, backend, check_values
 from phi1.kernels._backend import reference_forced, use_triton
-from phi1.kernels._checks import check_dropout, check_range, values_checked
+from phi1.kernels._checks import check_dropout, check_flag, check_range, check_real, check_whole, values_checked
 
 ON_CPU = torch.zeros(3, dtype=torch.int64)
 
@@ -62,6 +67,47 @@ def test_values_on_a_gpu_are_checked_only_on_request():
     assert not values_checked(x)
     with check_values(True):
         assert values_checked(x)
+
+
+@pytest.mark.parametrize(
+    ("check", "value", "error", "message"),
+    [
+        (check_flag, 1, TypeError, "op: x must be True or False; got 1"),
+        (check_flag, torch.tensor(True), TypeError, r"op: x must be True or False; got a tensor of shape \[\]"),
+        (check_whole, True, TypeError, "op: x must be a whole number; got True"),
+        (check_whole, torch.tensor(2), TypeError, "op: x must be a whole number; got a tensor"),
+        (check_whole, 2**63, ValueError, f"op: x must fit in 64 bits; got {2**63}"),
+        (check_whole, -(10**5000), ValueError, "op: x must fit in 64 bits; got a number of 16610 bits"),
+        (check_real, False, TypeError, "op: x must be a number; got False"),
+        (check_real, -(10**5000), ValueError, "op: x must be finite; got a number of 16610 bits"),
+        (check_real, Decimal("-Infinity"), ValueError, "op: x must be finite"),
+    ],
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),  # not str(): of 5,001 digits it raises
+)
+def test_flags_and_numbers_are_told_apart(check, value, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        check("op", x=value)
+
+
+def test_check_values_takes_a_flag():
+    with pytest.raises(TypeError, match="check_values: enabled must be True or False; got 'no'"), check_values("no"):
+        pass
+
+
+def test_numbers_of_any_type_pass():
+    check_whole("op", most=2**63 - 1, least=-(2**63), x=np.int32(3))
+    check_real("op", largest=int(sys.float_info.max), x=np.float16(0.5), y=Fraction(1, 3))
+
+
+def test_numbers_are_checked_while_tracing():
+    def scaled(x, factor, n):
+        check_real("op", factor=factor)
+        check_whole("op", n=n)
+        return x * factor + n
+
+    compiled = torch.compile(scaled, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert compiled(torch.ones(1), 1.5, 3).tolist() == [4.5]
+    assert compiled(torch.ones(1), 2.5, 4).tolist() == [6.5]
 
 
 def test_check_range_names_the_first_bad_value():

@@ -149,6 +149,8 @@ def bad(**changes):
 @pytest.mark.parametrize(("arguments", "error", "match"), [
     (bad(x=3), TypeError, "x must be a tensor"),
     (bad(positions=None), TypeError, "positions must be a tensor"),
+    (bad(inverse=None), TypeError, "inverse must be True or False; got None"),
+    (bad(inverse="no"), TypeError, "inverse must be True or False; got 'no'"),
     (bad(x=torch.zeros(6, 2, 2, 16).long()), TypeError, "x must be float16, bfloat16 or float32"),
     (bad(x=torch.zeros(6, 2, 16)), ValueError, r"x must be \[N, S, H, K\]; got shape \(6, 2, 16\)"),
     (bad(x=torch.zeros(6, 4, 2, 16)), ValueError, r"x.shape\[1\] must be 1, 2 or 3"),
