@@ -42,6 +42,34 @@ def test_what_every_process_refuses_is_for_long_left_to_rank_0(started, tmp_path
     assert capfd.readouterr().err.startswith("pretrain: error: rank 1: ")
 
 
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "x"), ("RANK", "2"), ("RANK", "-1"), ("LOCAL_RANK", ""),
+                                             ("TORCHELASTIC_RESTART_COUNT", "1.5")])
+def test_numbers_that_torchrun_would_not_give_are_one_line(started, monkeypatch, capfd, name, value):
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch.os, "_exit", sys.exit)
+    monkeypatch.setattr(sys, "argv", ["train/finetune.py"])
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.main()
+    error = capfd.readouterr().err
+    assert error.startswith("finetune: error: torchrun numbers the processes it starts; for one alone unset RANK and ")
+    assert f"{name}={value}" in error
+    assert error.count("\n") == 1
+
+
+def test_the_place_is_what_torchrun_says(started, monkeypatch):
+    assert started[0] == Place(0, 2, launcher=os.getppid())
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "7")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert Place.from_environment() == Place(7, 8, 1, 2, 3, os.getppid())
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert Place.from_environment() == Place(7, 8, 1, 2, 3)
+    monkeypatch.delenv("RANK")
+    assert Place.from_environment() == Place()
+
+
 def test_the_end_of_torchrun_is_noticed_whenever_it_was(started):
     place, end = started
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from phi1.cli import main
-from phi1.train.checkpoint_files import describe, write_manifest
+from phi1.train.checkpoint_files import choose, describe, write_manifest
 from phi1.train.prepare import prepare
 
 
@@ -70,6 +70,16 @@ def test_what_a_disk_cannot_read_is_damaged(run, corpus, capsys, monkeypatch):
     first, second = capsys.readouterr().out.splitlines()
     assert re.fullmatch(rf"{re.escape(str(corpus))}: \S+: cannot be read at byte 0: Input/output error", first)
     assert second == f"{run}/checkpoints/step-20: __0_0.distcp cannot be read: Input/output error"
+
+
+def test_what_is_only_read_is_not_forced_to_the_disk(run, monkeypatch):
+    def failing(*_):  # as some file systems' does
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    assert choose(run / "checkpoints", "auto") == run / "checkpoints" / "step-20"
+    with pytest.raises(OSError, match="Invalid argument"):
+        describe(run / "checkpoints" / "step-20" / "trainer.json")
 
 
 @pytest.mark.parametrize(("make", "message"), [

@@ -75,11 +75,12 @@ def test_a_heartbeat_that_cannot_be_written_does_not_matter(tmp_path):
 
 
 def test_a_process_that_hangs_ends_with_its_stack():
-    code = ("import time\nfrom phi1.train.watch import Watch\ndef wait_for_nothing():\n    time.sleep(60)\n"
+    code = ("import sys, time\nsys.argv = ['train/finetune.py']\nfrom phi1.train.watch import Watch\n"
+            "def wait_for_nothing():\n    time.sleep(60)\n"
             "with Watch(1, 0.3) as watch:\n    watch.report('step 2')\n    wait_for_nothing()\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == HUNG
-    assert done.stderr.startswith("pretrain: error: rank 1 has been in step 2 for ")
+    assert done.stderr.startswith("finetune: error: rank 1 has been in step 2 for ")
     assert "where run.watchdog allows 0.3: it hangs, or waits for a rank that does; its threads:" in done.stderr
     assert "in wait_for_nothing" in done.stderr
 
@@ -96,7 +97,7 @@ def test_a_process_that_was_suspended_is_not_one_that_hangs():
     assert process.returncode == 0, err
 
 
-@pytest.mark.parametrize("hangs", ["open_data", "connect_processes", "make_trainer"])
+@pytest.mark.parametrize("hangs", ["connect_processes", "open_together", "make_trainer"])
 def test_a_process_that_hangs_before_the_first_step_is_found(tmp_path, monkeypatch, hangs):
     said = []
 
@@ -107,8 +108,9 @@ def test_a_process_that_hangs_before_the_first_step_is_found(tmp_path, monkeypat
         raise RunError("enough")
 
     monkeypatch.setattr(watch_module, "_end", said.append)
-    monkeypatch.setattr(run_module, "open_data", lambda *_, **__: (None, None, None))
     monkeypatch.setattr(run_module, "connect_processes", lambda *_: None)
+    monkeypatch.setattr(RunFolder, "check_shared", lambda *_: None)
+    monkeypatch.setattr(run_module, "open_together", lambda *_: (None, None, None))
     monkeypatch.setattr(run_module, hangs, hang)
     recipe, folder = read_recipe(None, {"run.watchdog": "0.2", "run.device": "cpu"}), RunFolder(tmp_path)
     with pytest.raises(RunError, match="enough"):

@@ -16,12 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from phi1.train.launch import RunError
+from phi1.train.launch import RunError, say
 
 MANIFEST = "manifest.json"
 STATE = "trainer.json"
 LEDGER = "ledger.jsonl"
-_NAME = re.compile(r"step-(\d+)")
+_NAME = re.compile(r"step-\d+")
 
 
 def checkpoint_name(step: int) -> str:
@@ -30,9 +30,7 @@ def checkpoint_name(step: int) -> str:
 
 def step_of(checkpoint: Path) -> int:
     """The step that a checkpoint's name says."""
-    match = _NAME.fullmatch(checkpoint.name)
-    assert match, f"{checkpoint} is not a checkpoint's name"
-    return int(match[1])
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -40,7 +38,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=step_of)
 
 
-def choose(folder: Path, resume: str, report: Callable[[str], None] = print) -> Path | None:
+def choose(folder: Path, resume: str, report: Callable[[str], None] = say) -> Path | None:
     """The checkpoint to go on from, whole and verified; None to start from the beginning.
 
     Args:
@@ -101,18 +99,18 @@ class Notes(dict[str, Any]):
                        f"{STATE}; go on with that version, or begin another --run.folder")
 
 
-def describe(path: Path) -> list[int | str]:
-    """Size and SHA-256 of a file, which is forced to the disk on the way."""
+def describe(path: Path, written: bool = True) -> list[int | str]:
+    """Size and SHA-256 of a file, which is forced to the disk on the way where it has just been `written`."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
+        if written:  # not where it is only read: not every file system has an fsync of that
+            os.fsync(file.fileno())
         return [file.tell(), digest]
 
 
 def write_manifest(checkpoint: Path, files: dict[str, list[int | str]]) -> None:
-    path = checkpoint / MANIFEST
-    path.write_text(_manifest_text(files), encoding="utf-8")
-    describe(path)
+    (checkpoint / MANIFEST).write_text(_manifest_text(files), encoding="utf-8")
+    describe(checkpoint / MANIFEST)
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -125,15 +123,13 @@ def find_damage(checkpoint: Path) -> str | None:
         if extra := set(os.listdir(checkpoint)) - files.keys() - {MANIFEST}:
             return f"{min(extra)} is not one of its files"
         for name, (size, digest) in files.items():
-            now = os.stat(checkpoint / name).st_size
-            if now != size:
+            if (now := os.stat(checkpoint / name).st_size) != size:
                 return f"{name} has {now} bytes where {size} were written"
-            if describe(checkpoint / name)[1] != digest:
+            if describe(checkpoint / name, written=False)[1] != digest:
                 return f"{name} is not as it was written (SHA-256 differs)"
-    except FileNotFoundError:
-        return f"{name} is missing"
     except OSError as error:
-        return f"{name} cannot be read: {error.strerror}"
+        missing = isinstance(error, FileNotFoundError)
+        return f"{name} is missing" if missing else f"{name} cannot be read: {error.strerror}"
     return None
 
 

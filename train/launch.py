@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -28,6 +28,9 @@ LONGEST_PREPARATION = timedelta(days=2)
 # torchrun stops the other ranks about a second after rank 0 has exited; whoever exits first is named as the cause.
 # What every rank refuses alike they leave to rank 0 for longer: a busy machine may keep it from saying so.
 GRACE_SECONDS, ALIKE_SECONDS = 20, 180
+# What torchrun sets for each process, with what holds without it, in the order of Place.
+_ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+                "TORCHELASTIC_RESTART_COUNT": "0"}
 
 
 class RunError(Exception):
@@ -49,13 +52,14 @@ class Place:
 
     @classmethod
     def from_environment(cls) -> Place:
-        env = os.environ
-        if "RANK" not in env or "WORLD_SIZE" not in env:
+        """Raises RunError for what torchrun would not set."""
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls()
-        return cls(rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]), local_rank=int(env.get("LOCAL_RANK", 0)),
-                   local_world_size=int(env.get("LOCAL_WORLD_SIZE", 1)),
-                   attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", 0)),
-                   launcher=os.getppid() if "TORCHELASTIC_RUN_ID" in env else 0)
+        found = {name: os.environ.get(name, default) for name, default in _ENVIRONMENT.items()}
+        if not all(map(str.isdecimal, found.values())) or int(found["RANK"]) >= int(found["WORLD_SIZE"]):
+            raise RunError("torchrun numbers the processes it starts; for one alone unset RANK and WORLD_SIZE; got "
+                           + ", ".join(f"{name}={text}" for name, text in found.items()))
+        return cls(*map(int, found.values()), *([os.getppid()] if "TORCHELASTIC_RUN_ID" in os.environ else []))
 
     def is_orphan(self) -> bool:
         """Whether torchrun has ended."""
@@ -75,13 +79,25 @@ class Place:
 
     def command(self, arguments: str) -> str:
         """The command line that starts this script as it was started, with other arguments."""
-        script = sys.argv[0]
         if not self.launcher:
-            return f"python {script} {arguments}"
+            return f"python {sys.argv[0]} {arguments}"
         nodes = self.world_size // self.local_world_size
         where = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:PORT" if nodes > 1 else "--standalone"
         processes = f" --nproc-per-node {self.local_world_size}" if self.local_world_size > 1 else ""
-        return f"torchrun {where}{processes} {script} {arguments}"
+        return f"torchrun {where}{processes} {sys.argv[0]} {arguments}"
+
+
+def say(text: str = "", to: TextIO | None = None, end: str = "\n") -> None:
+    """Print at once, to standard output or `to`. What cannot be written, on a full disk say, is lost, and ends no run.
+
+    Raises:
+        BrokenPipeError: the reader of standard output has gone away.
+    """
+    try:
+        print(text, file=to, end=end, flush=True)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and to is None:
+            raise
 
 
 def stop_with(message: str, place: Place, program: str = "pretrain", alike: bool = False) -> NoReturn:
@@ -92,16 +108,15 @@ def stop_with(message: str, place: Place, program: str = "pretrain", alike: bool
     line = " ".join(str(message).split())
     if place.rank == 0:
         if place.attempt == 0:
-            print(f"{program}: error: {line}", file=sys.stderr, flush=True)
+            say(f"{program}: error: {line}", sys.stderr)
         _write_root_cause(f"{program}: error: {line}")
     elif place.launcher:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(ALIKE_SECONDS if alike else GRACE_SECONDS)
         # Still here: rank 0 has no such error, and waits for this process.
-        print(f"{program}: error: rank {place.rank}: {line}", file=sys.stderr, flush=True)
+        say(f"{program}: error: rank {place.rank}: {line}", sys.stderr)
         _write_root_cause(f"{program}: error: rank {place.rank}: {line}")
-    sys.stdout.flush()
-    os._exit(2)  # a rank that waits inside a collective would otherwise be joined at exit
+    leave(2)  # a rank that waits inside a collective would otherwise be joined at exit
 
 
 def leave(code: int) -> NoReturn:
@@ -110,10 +125,10 @@ def leave(code: int) -> NoReturn:
     A thread of gloo that still drops what a collective held would meet an interpreter that is gone, and abort.
     """
     try:
-        sys.stdout.flush()
+        say(end="")
     except BrokenPipeError:
         code = 141  # 128 + SIGPIPE: the reader of our output has gone away
-    sys.stderr.flush()
+    say(to=sys.stderr, end="")
     os._exit(code)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi1.train.checkpoint_files import checkpoints
-from phi1.train.launch import Place, RunError, announce, connect, leave, limit_spinning, on_signals, stop_with
+from phi1.train.launch import Place, RunError, announce, connect, leave, limit_spinning, on_signals, say, stop_with
 
 if TYPE_CHECKING:  # what takes long to import is imported by main, where Ctrl-C finds somebody to catch it
     from phi1.train.recipe import Recipe
@@ -55,19 +55,19 @@ def parse(arguments: list[str], file: Path | None = None) -> Recipe | None:
 def main(file: Path | None = None, purpose: str | None = __doc__) -> int:  # type: ignore[return]  # see stop_with
     """Run the command line. `file` is the recipe without --config, the nano run's if None; `purpose` heads --help."""
     limit_spinning()
-    place, program = Place.from_environment(), Path(sys.argv[0]).stem
+    place, program = Place(), Path(sys.argv[0]).stem
     folder: RunFolder | None = None
     try:
+        place = Place.from_environment()
         recipe = parse(sys.argv[1:], file)
 
         from phi1.train.admission import check_recipe
-        from phi1.train.recipe_file import SHOWN_PATH, help_text
+        from phi1.train.recipe_file import show_help
         from phi1.train.runfolder import RunFolder
 
         if recipe is None:
             if place.rank == 0:
-                print(f"{purpose}\nWithout --config: {file or SHOWN_PATH}. Keys, with what stands where no file sets "
-                      f"them:\n\n{help_text()}")
+                show_help(purpose, file)
             return 0
         check_recipe(recipe, place)
         folder = RunFolder(recipe.run.folder)
@@ -82,7 +82,7 @@ def main(file: Path | None = None, purpose: str | None = __doc__) -> int:  # typ
         if place.rank == 0:
             resumes = folder and checkpoints(folder.checkpoints) and recipe and not recipe.run.prove_resume
             then = "goes on from the newest checkpoint" if resumes else "begins anew"
-            print(f"{program}: interrupted; the same command {then}", file=sys.stderr)
+            say(f"{program}: interrupted; the same command {then}", sys.stderr)
         return 130
     except RuntimeError:
         if not place.is_orphan():
@@ -119,8 +119,7 @@ def start_or_resume(recipe: Recipe, folder: RunFolder, place: Place) -> int:
 
     stopped = run(recipe, folder, place, store, fingerprint, *chosen)
     if stopped and place.rank == 0:
-        go_on = place.command(f"--config {shlex.quote(str(folder.config))}")
-        print(f"{stopped}; go on with: {go_on}")
+        say(f"{stopped}; go on with: {place.command(f'--config {shlex.quote(str(folder.config))}')}")
     return 0
 
 

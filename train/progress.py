@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from phi1.train.launch import say
+
 PLAIN_SECONDS = 10.0
 
 
@@ -55,8 +57,8 @@ class Progress:
             self._live.console.print(text, markup=False, soft_wrap=True)
         elif not self.silent:
             try:
-                print(text, flush=True)
-            except OSError:  # the reader has gone away; a run of days goes on without it
+                say(text)
+            except BrokenPipeError:  # the reader has gone away; a run of days goes on without it
                 self.silent = True
 
     def close(self) -> None:

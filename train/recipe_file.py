@@ -119,6 +119,22 @@ def _rule(error: Any, key: str) -> str:
     return error["msg"][0].lower() + error["msg"][1:]
 
 
+def show_help(purpose: str | None, file: Path | None) -> None:
+    """Print what `--help` asks for; `file` is the recipe without --config, the nano run's if None.
+
+    Raises:
+        RunError: it cannot be written.
+        BrokenPipeError: the reader has gone away.
+    """
+    try:
+        print(f"{purpose}\nWithout --config: {file or SHOWN_PATH}. Keys, with what stands where no file sets them:\n\n"
+              f"{help_text()}", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise RunError(f"--help: {error.strerror}") from None
+
+
 def help_text() -> str:
     """Every key with its default and its line of documentation."""
     lines = []

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import phi1
 from phi1.config import Phi1Config
 from phi1.tokenizer import Tokenizer
-from phi1.train.launch import Place, RunError
+from phi1.train.launch import Place, RunError, say
 from phi1.train.progress import duration
 from phi1.train.runfolder import RunFolder
 
@@ -70,8 +70,7 @@ def show_completions(folder: RunFolder, headers: list[str], seed: int) -> None:
         if not _lacks_memory(error):
             raise
         completions = "not made, for want of memory\n"
-    print(f"\nCompletions of held-out function headers, temperature {TEMPERATURE}, seed {seed}:\n\n{completions}",
-          flush=True)
+    say(f"\nCompletions of held-out function headers, temperature {TEMPERATURE}, seed {seed}:\n\n{completions}")
 
 
 def _lacks_memory(error: Exception) -> bool:
@@ -94,7 +93,7 @@ def show_summary(reached: Reached, folder: RunFolder, headers: list[str]) -> Non
     speed = f", {reached.tokens_per_s:,.0f} tokens/s" if reached.tokens_per_s else ""
     solved = "" if reached.solved is None else f"HumanEval        pass@1 {100 * reached.solved:.1f} %\n"
     prompt = headers[0].split("\n")[0] if headers else "def "
-    print(f"""trained          {reached.steps:,} steps{skipped}, {reached.tokens:,} tokens{speed}, \
+    say(f"""trained          {reached.steps:,} steps{skipped}, {reached.tokens:,} tokens{speed}, \
 {duration(reached.seconds)}
 validation loss  {reached.loss:.4f} nats a token
 bits per byte    {reached.bits_per_byte:.4f} on {reached.held_out_bytes:,} held-out bytes; xz -9 on the same bytes \
@@ -102,7 +101,7 @@ bits per byte    {reached.bits_per_byte:.4f} on {reached.held_out_bytes:,} held-
 {solved}Hugging Face     {folder.export}
 checkpoints      {folder.checkpoints}
 every step       {folder.ledger}
-next             phi1 generate --model {shlex.quote(str(folder.export))} --prompt {shlex.quote(prompt)}""", flush=True)
+next             phi1 generate --model {shlex.quote(str(folder.export))} --prompt {shlex.quote(prompt)}""")
 
 
 def _beside_xz(bits: float, xz: float | None) -> str:
@@ -114,9 +113,9 @@ def _beside_xz(bits: float, xz: float | None) -> str:
 def show_complete(summary: dict[str, Any], folder: RunFolder, place: Place) -> None:
     """Print that there is nothing left to do, and what could be done instead."""
     config = shlex.quote(str(folder.config))
-    print(f"""{folder.path} is complete: {summary['steps']:,} steps, validation loss {summary['loss']:.4f}, \
+    say(f"""{folder.path} is complete: {summary['steps']:,} steps, validation loss {summary['loss']:.4f}, \
 {summary['bits_per_byte']:.4f} bits per byte (xz -9 \
 {_beside_xz(summary['bits_per_byte'], summary['xz_bits_per_byte'])})
 train on         {place.command(f"--config {config} --train.steps {2 * summary['steps']}")}
 start another    {place.command(f"--config {config} --train.seed 2 --run.folder {shlex.quote(f'{folder.path}-2')}")}
-complete code    phi1 generate --model {shlex.quote(str(folder.export))} --prompt 'def '""", flush=True)
+complete code    phi1 generate --model {shlex.quote(str(folder.export))} --prompt 'def '""")

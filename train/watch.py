@@ -19,8 +19,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn
+
+from phi1.train.launch import say
 
 HUNG = 75  # EX_TEMPFAIL: trying again may help
 HEARTBEAT_SECONDS = 5.0
@@ -52,8 +53,7 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._over.set()
         self._thread.join()
         self._beat("ended" if error is None else f"ended by {str(error) or type(error).__name__}", 0.0)
@@ -84,6 +84,6 @@ class Watch:
 
 
 def _end(message: str) -> NoReturn:
-    print(f"pretrain: error: {message}", file=sys.stderr, flush=True)
+    say(f"{Path(sys.argv[0]).stem}: error: {message}", sys.stderr)
     faulthandler.dump_traceback(sys.stderr, all_threads=True)
     os._exit(HUNG)
