@@ -36,7 +36,7 @@ done
 "$python" -c 'import torch, triton' 2>/dev/null || fail "$python has no torch and triton; PYTHON names another"
 
 overlay=$(mktemp -d)
-trap 'rm -rf "$overlay"' EXIT
+trap 'rm -rf "$overlay" || :' EXIT  # whose failure would be the script's
 mkdir -p "$overlay/phi1" "$overlay/bin" "$overlay/site" "$overlay/scratch" "$out"
 out=$(cd "$out" && pwd)
 if [ -n "${WHEELS:-}" ]; then WHEELS=$(cd "$WHEELS" && pwd); fi
@@ -66,10 +66,16 @@ done
 [ -z "${WHEELS:-}" ] || for name in $("$python" "$root/bench/gpu_stages.py" --absent "$WHEELS" "$@"); do
     install "$name" || echo "gpu.sh: $name has a wheel, but cannot be installed: $out/wheels.log says why" >&2
 done
-# In the background, since bash acts on a signal only between commands.
+# In the background, since bash acts on a signal only between commands; one may come before the number is known.
+running='' stopped=''
+stop() {
+    stopped=1
+    [ -z "$running" ] || kill "$running" 2>/dev/null || :
+}
+trap stop TERM INT HUP
 "$python" "$root/bench/gpu_stages.py" "$@" --out "$out" --scratch "$overlay/scratch" "${rehearse[@]}" &
 running=$!
-trap 'kill "$running" 2>/dev/null' TERM INT HUP
+[ -z "$stopped" ] || stop
 code=0
 wait "$running" || code=$?
 while kill -0 "$running" 2>/dev/null; do wait "$running" || code=$?; done

@@ -4,9 +4,9 @@
     python bench/gpu_stages.py --needs STAGE ...       names of packages that are missing, one a line
     python bench/gpu_stages.py --absent DIR STAGE      names of packages that have a wheel in DIR and are not installed
 
-A stage ends within nine minutes: each command has a limit of its own, and none starts when the stage's time is up. A
-command at its limit is interrupted, so that it can say what it knows, and killed later. What a command prints goes to
-DIR/STAGE/NAME.log as it comes.
+A stage ends within nine minutes, or five times as long when it is rehearsed: each command has a limit of its own, and
+none starts when the stage's time is up. A command at its limit is interrupted, so that it can say what it knows, and
+killed later. What a command prints goes to DIR/STAGE/NAME.log as it comes.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from phi1.bench.processes import end_session, signals_later
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 STAGE_SECONDS = 525
 LAST_WORDS_SECONDS = 10
-STOPS = (signal.SIGINT, signal.SIGTERM)
+REHEARSAL_TIMES = 5  # as long, since the CPU may be a slow one, and busy
 LOST = "GPU lost"  # the tuner's exit code 3: a tile took the GPU's context with it; another process goes on behind it
 WORTH_SECONDS = 60  # for another process to find something
 SHOWN_LINES = 12
@@ -168,7 +170,7 @@ class Row:
 
 
 def run(command: Command, folder: Path, seconds: float) -> Row:
-    """Run one command within its limit, and then as long as its last words take; its process group ends with it."""
+    """Run one command within its limit, and then as long as its last words take; its session ends with it."""
     if command.program and shutil.which(command.program) is None:
         return Row(command.name, "skipped", 0.0, [f"{command.program} is not installed"])
     if seconds < 10:
@@ -180,7 +182,7 @@ def run(command: Command, folder: Path, seconds: float) -> Row:
     process: subprocess.Popen[bytes] | None = None
     with log.open("w") as file:
         try:
-            with _signals_later():  # or the process would be there and its number unknown
+            with signals_later():  # or the process would be there and its number unknown
                 process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, cwd=folder,
                                            start_new_session=True, env=os.environ | command.environment)
             code = process.wait(min(seconds, command.seconds))
@@ -193,43 +195,9 @@ def run(command: Command, folder: Path, seconds: float) -> Row:
                 process.wait(LAST_WORDS_SECONDS)
         finally:
             if process:
-                _end_group(process)
+                end_session(process, LAST_WORDS_SECONDS)
     text = log.read_text(errors="replace").strip().splitlines()
     return Row(command.name, outcome, time.monotonic() - begin, text[-SHOWN_LINES:])
-
-
-@contextlib.contextmanager
-def _signals_later() -> Iterator[None]:
-    """What SIGINT and SIGTERM do is done at the end of the block."""
-    came: list[int] = []
-    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in STOPS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for missed in came:
-            signal.raise_signal(missed)
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and its group, and wait until none of them can write any more."""
-    with contextlib.suppress(ProcessLookupError):  # it has ended, and left nothing behind
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    end = time.monotonic() + LAST_WORDS_SECONDS
-    while _is_running(process.pid) and time.monotonic() < end:  # a kill is not at once where a disk is busy
-        time.sleep(0.01)
-
-
-def _is_running(group: int) -> bool:
-    """Whether a process of the group runs; one that is dead and not reaped does not."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # ended meanwhile
-            state, _, its_group = stat.read_text(errors="replace").rpartition(")")[2].split()[:3]
-            if int(its_group) == group and state not in "ZX":
-                return True
-    return False
 
 
 def run_stage(stage: str, out: Path, rehearse: bool, scratch: Path | None = None) -> int:
@@ -245,13 +213,16 @@ def run_stage(stage: str, out: Path, rehearse: bool, scratch: Path | None = None
         os.close(held)
         return 2
     try:
-        return _run_commands(stage, folder, commands(stage, folder, rehearse, scratch or folder))
+        times = REHEARSAL_TIMES if rehearse else 1
+        waiting = [replace(command, seconds=times * command.seconds)
+                   for command in commands(stage, folder, rehearse, scratch or folder)]
+        return _run_commands(stage, folder, waiting, times * STAGE_SECONDS)
     finally:
         os.close(held)
 
 
-def _run_commands(stage: str, folder: Path, waiting: list[Command]) -> int:
-    end = time.monotonic() + STAGE_SECONDS
+def _run_commands(stage: str, folder: Path, waiting: list[Command], seconds: float) -> int:
+    end = time.monotonic() + seconds
     rows = []
     while waiting:
         command = waiting.pop(0)
@@ -296,7 +267,7 @@ def absent(wheels: Path) -> list[str]:
 
 def main() -> int:
     # SIGINT too, which a shell lets its background processes ignore, and they theirs.
-    for number in STOPS:
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     parser = argparse.ArgumentParser(prog="gpu.sh", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("stages", nargs="+", choices=list(NEEDS), metavar="STAGE", help=", ".join(NEEDS))

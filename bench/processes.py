@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # only there: help does without it
@@ -21,6 +24,46 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def signals_later() -> Iterator[None]:
+    """What SIGINT and SIGTERM do is done at the end of the block."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: came.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for missed in came:
+            signal.raise_signal(missed)
+
+
+def end_session(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Kill a process that was started in a session of its own, and all in that, whatever their process groups.
+
+    It returns when none of them can write any more, or the seconds are over.
+    """
+    end = time.monotonic() + seconds
+    while (running := _running(process.pid)) and time.monotonic() < end:  # again, as they may have begun others
+        for pid in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)  # a kill is not at once where a disk is busy
+    process.wait()
+
+
+def _running(session: int) -> list[int]:
+    """The processes of a session that run; one that is dead and not reaped does not."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            state, _, _, its_session = stat.read_text(errors="replace").rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state not in "ZX":
+                found.append(int(stat.parent.name))
+    return found
 
 
 def end_with_parent(pipe: int = 0) -> None:
