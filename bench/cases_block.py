@@ -20,6 +20,7 @@ NAMES = ("norm_weight", "norm_bias", "in_weight", "in_bias", "out_weight", "out_
 # Weights of 4 D^2 + 2 D F, read; their gradients, written. Between: x in and out; saved and read again are x, qkv, att
 # and pre. Scores are half of T^2 a head.
 WEIGHTS = "(4*D*D + 2*D*F)*e"
+MAX = "max-autotune-no-cudagraphs"
 COSTS = {
     "forward": (f"2*N*D*e + {WEIGHTS}", "2*N*(4*D*D + 2*D*F) + 2*N*T*D"),
     "forward+backward": (f"3*{WEIGHTS} + (14*D + 2*F)*N*e", "6*N*(4*D*D + 2*D*F) + 7*N*T*D"),
@@ -146,8 +147,10 @@ def _peers(batch: int, heads: int, p: float) -> tuple[Provider, ...]:
         peer("transformers", "transformers", lambda case: decoder_layer(case, batch, heads, p), ("cpu", "cuda"),
              **same),
         Provider("transformers-compiled", _compiled_layer(batch, heads, p, "default"), package="transformers", **best),
-        Provider("transformers-max", _compiled_layer(batch, heads, p, "max-autotune-no-cudagraphs"),
-                 package="transformers", slow=True, **best),
+        Provider("transformers-max", _compiled_layer(batch, heads, p, MAX), package="transformers", slow=True, **best),
+        # PyTorch does not choose cuDNN's attention, which is the faster one on some GPUs.
+        Provider("transformers-max+sdpa-cudnn", _compiled_layer(batch, heads, p, MAX, BACKENDS["sdpa-cudnn"]),
+                 package="transformers", devices=("cuda",), slow=True, **best),
     )
 
 
@@ -167,9 +170,11 @@ def _with_liger(batch: int, heads: int, p: float):
     return prepare
 
 
-def _compiled_layer(batch: int, heads: int, p: float, mode: str):
+def _compiled_layer(batch: int, heads: int, p: float, mode: str, backend: str = ""):
     def prepare(case: Case, device: torch.device) -> Function:
-        return torch.compile(decoder_layer(case, batch, heads, p), dynamic=False, mode=mode)
+        layer = decoder_layer(case, batch, heads, p)
+        # Within what is compiled: around it, torch.compile would take what it has compiled of the layer without it.
+        return torch.compile(forced(layer, backend) if backend else layer, dynamic=False, mode=mode)
 
     return prepare
 

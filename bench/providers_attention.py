@@ -32,15 +32,15 @@ def sdpa(causal: bool, p: float) -> Attend:
     return attend
 
 
-def forced(attend: Attend, backend: str) -> Attend:
+def forced(function: Callable[..., torch.Tensor], backend: str) -> Callable[..., torch.Tensor]:
     """With one backend of SDPA allowed; it raises where that cannot run."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     kind = getattr(SDPBackend, backend)
 
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def run(*arguments: Any) -> torch.Tensor:
         with sdpa_kernel(kind):
-            return attend(q, k, v)
+            return function(*arguments)
 
     return run
 

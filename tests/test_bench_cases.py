@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from phi1 import kernels
-from phi1.bench import check
+from phi1.bench import cases_block, check
 from phi1.bench.case import ELEMENT_BYTES, Case
 from phi1.bench.cases import all_cases, operations, select
 from phi1.bench.cases_attention import document_lengths
@@ -45,6 +45,27 @@ def test_the_lengths_head_sizes_and_variants_of_attention():
     assert any("documents" in case.shape for case in select("cuda", ["attention_qkv"]))
     peers = {provider.name for case in cases for provider in case.providers}
     assert {"sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flex", "flash-attn", "flash-attn-4"} <= peers
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_has_the_attention_that_is_forced(monkeypatch):
+    pytest.importorskip("transformers")
+    from torch._dynamo.backends.common import aot_autograd
+
+    operators, compile_with = [], torch.compile
+
+    def noted(graph, inputs):
+        operators.append({node.target._opname for node in graph.graph.nodes if hasattr(node.target, "_opname")})
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic, mode: compile_with(
+        function, dynamic=dynamic, backend=aot_autograd(fw_compiler=noted)))
+    case = next(case for case in SMALL if case.op == "parallel_block" and case.direction == "forward")
+    with torch.no_grad():
+        for backend in ("", "MATH", "FLASH_ATTENTION"):
+            layer = cases_block._compiled_layer(2, 4, 0.0, "default", backend)(case, CPU)
+            layer(draw(case))
+    assert ["_scaled_dot_product_flash_attention_for_cpu" in found for found in operators] == [True, False, True]
 
 
 @pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
