@@ -25,6 +25,9 @@ NEW = "new"
 """What is filled in a workspace."""
 _OLD = "old"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY
+# A holder that stalls in its renames looks like `flock FOLDER phi1 ...`, which waits for us: both are there. To go on
+# beside the first may cost a spurious "it is taken", and no data; to wait for the second would be for ever.
+_LOCK_LOOKS, _LOOK_SECONDS = 100, 0.01
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 T = TypeVar("T")
@@ -177,11 +180,11 @@ def _locked(folder: Path, how: int) -> Iterator[None]:
         with contextlib.suppress(OSError):  # it may not be read, or the file system has no locks
             lock = os.open(folder, _FOLDER)
             stack.callback(os.close, lock)
-            for _ in range(100):
+            for _ in range(_LOCK_LOOKS):
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(lock, how | fcntl.LOCK_NB)
                     break
-                time.sleep(0.01)
+                time.sleep(_LOOK_SECONDS)
         yield
 
 
