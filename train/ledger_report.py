@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from phi1.train.checkpoint_files import LEDGER
 from phi1.train.launch import RunError
-from phi1.train.ledger import read_ledger
+from phi1.train.ledger import KINDS, read_ledger
 from phi1.train.progress import duration
 
 PLOTS = ("loss", "norm", "tokens_per_s", "scale")
@@ -39,11 +40,31 @@ def _read(path: Path) -> list[dict[str, Any]]:
         lines = read_ledger(path)
     except OSError as error:
         raise RunError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path}: not a ledger: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or not all(_is_sound(kind, line) for kind in KINDS if kind in line):
+            raise RunError(f"{path}: not a ledger: line {number} is not as the trainer writes it")
     if not any("step" in line for line in lines):
         raise RunError(f"{path}: no step has been finished yet")
     return lines
+
+
+def _is_sound(kind: str, line: dict[str, Any]) -> bool:
+    """Whether a line of this kind has what the summary and the plot read of it."""
+    match kind, line:
+        case "step", {"step": int(), "loss": int() | float() | None, "skipped": bool(),
+                      "measured": {"seconds": _, "tokens_per_s": _, **others} as measured}:
+            return all(isinstance(value, int | float) and math.isfinite(value) for value in measured.values())
+        case "eval", {"eval": {"step": int(), "loss": int() | float() | None}}:
+            return True
+        case "humaneval", {"humaneval": {"step": int(), "pass@1": int() | float()}}:
+            return True
+        case "start", {"start": {"finished": int(), **others}}:
+            changed = others.get("changed", {})
+            return (isinstance(changed, dict) and isinstance(others.get("versions", {}), dict)
+                    and all(isinstance(pair, list) and len(pair) == 2 for pair in changed.values()))
+    return kind == "saved"
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> list[str]:
@@ -65,9 +86,11 @@ def summary(lines: Sequence[dict[str, Any]]) -> list[str]:
         f"memory        {max(entry.get('memory_gib', 0.0) for entry in measured):.2f} GiB at most, rank 0",
     ]
     if evaluations:
-        best = min(evaluations, key=lambda entry: entry["loss"])
-        found.append(f"validation    loss {evaluations[-1]['loss']:.4f} after step {evaluations[-1]['step']:,}; best "
-                     f"{best['loss']:.4f} after step {best['step']:,}")
+        finite = [entry for entry in evaluations if entry["loss"] is not None]
+        best = min(finite, key=lambda entry: entry["loss"], default=None)
+        loss = f"{evaluations[-1]['loss']:.4f}" if evaluations[-1] in finite else "not finite"
+        found.append(f"validation    loss {loss} after step {evaluations[-1]['step']:,}"
+                     + (f"; best {best['loss']:.4f} after step {best['step']:,}" if best else ""))
     solved = [line["humaneval"] for line in lines if "humaneval" in line]
     if solved:
         best = max(solved, key=lambda entry: entry["pass@1"])
@@ -103,7 +126,8 @@ def _plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
         points = [(line["step"], line[name]) for line in steps if line.get(name) is not None]
         axis.plot(*zip(*points, strict=True), linewidth=0.8)
         axis.set_ylabel(name.replace("tokens_per_s", "tokens/s"))
-    evaluations = [(line["eval"]["step"], line["eval"]["loss"]) for line in lines if "eval" in line]
+    evaluations = [(line["eval"]["step"], line["eval"]["loss"]) for line in lines
+                   if "eval" in line and line["eval"]["loss"] is not None]
     if evaluations:
         axes[0].plot(*zip(*evaluations, strict=True), "o-", label="validation")
         axes[0].legend()
