@@ -10,6 +10,7 @@ import pytest
 
 from phi1.train import launch
 from phi1.train.launch import Place, RunError, leave, say, stop_with
+from phi1.train.ledger import Ledger
 from phi1.train.progress import Progress
 from phi1.train.recipe_file import show_help
 from phi1.train.report import Reached, show_complete, show_summary
@@ -109,6 +110,12 @@ def test_what_a_finished_run_says_may_be_lost(tmp_path, monkeypatch):
     with full(monkeypatch):
         show_summary(reached, RunFolder(tmp_path), ["def f():"])
         show_complete(vars(reached), RunFolder(tmp_path), Place())
+
+
+def test_a_warning_that_is_lost_is_no_ledger_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "ledger.jsonl").write_text("{]\n")
+    with full(monkeypatch):
+        Ledger(tmp_path / "ledger.jsonl", 5).close()
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from phi1._atomic import write_file
-from phi1.train.launch import RunError
+from phi1.train.launch import RunError, say
 
 
 class Board(Protocol):
@@ -82,7 +82,7 @@ def open_boards(folder: Path, finished: int, config: dict[str, Any], *, tensorbo
         except ImportError:
             pass  # asked for by default, so that it may be absent
         except Exception as error:  # a full disk, or packages that do not fit it: no reason to train nothing
-            print(f"warning: TensorBoard: {error}; it is left out", flush=True)
+            say(f"warning: TensorBoard: {error}; it is left out")
     if wandb:
         boards.append(WandB(folder / "wandb", config))
     return boards

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi1._atomic import sweep, write_file
-from phi1.train.launch import RunError
+from phi1.train.launch import RunError, say
 from phi1.train.provenance import changed, commit, versions
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ class Ledger:
             self._noted = cut_back(path, finished)
             kept = max((step for _, step in self._noted), default=0)
             if kept < finished:
-                print(f"warning: {path}: nothing readable after step {kept:,}; what it said of the steps up to "
-                      f"{finished:,} is lost", flush=True)
+                say(f"warning: {path}: nothing readable after step {kept:,}; what it said of the steps up to "
+                    f"{finished:,} is lost")
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
         except OSError as error:
             raise RunError(f"{path}: cannot be written: {error.strerror}; once that is mended, the same command goes "
@@ -96,7 +96,7 @@ class Ledger:
             try:
                 board.close()
             except Exception as error:  # as in _draw
-                print(f"warning: {board.name}: {error}", flush=True)
+                say(f"warning: {board.name}: {error}")
 
     def _draw(self, step: int, figures: dict[str, float]) -> None:
         for board in tuple(self._boards):
@@ -104,7 +104,7 @@ class Ledger:
                 board.draw(step, figures)
             except Exception as error:  # other people's code, on a disk that may be full: no reason to end a run
                 self._boards.remove(board)
-                print(f"warning: {board.name} at step {step}: {error}; from here on it is left out", flush=True)
+                say(f"warning: {board.name} at step {step}: {error}; from here on it is left out")
 
     def _write_once(self, kind: str, step: int, line: dict[str, Any]) -> None:
         if (kind, step) not in self._noted:
