@@ -11,6 +11,7 @@ import pytest
 from phi1.cli import main
 from phi1.train.checkpoint_files import choose, describe, write_manifest
 from phi1.train.prepare import prepare
+from phi1.train.testing import write_files
 
 
 @pytest.fixture
@@ -83,7 +84,8 @@ def test_what_is_only_read_is_not_forced_to_the_disk(run, monkeypatch):
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda path: path / "nosuch", "there is no such folder"),
+    (lambda path: path / "nosuch", "nosuch: there is no such folder"),
+    (lambda path: write_files(path, {"ledger.jsonl": ""}) / "ledger.jsonl", "ledger.jsonl: a file, where a checkpoint"),
     (lambda path: path, "neither a checkpoint, nor a run with checkpoints, nor a corpus"),
 ])
 def test_what_cannot_be_verified_is_one_line(make, message, tmp_path, capsys):

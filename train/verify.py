@@ -23,7 +23,8 @@ def verify(path: Path) -> Iterator[tuple[Path, str | None]]:
         RunError: it is none of these.
     """
     if not path.is_dir():
-        raise RunError(f"{path}: there is no such folder")
+        raise RunError(f"{path}: " + ("a file, where a checkpoint's, a run's or a corpus's folder is wanted"
+                                      if path.exists() else "there is no such folder"))
     alone = (path / STATE).is_file() or path.name.startswith("step-")
     if found := [path] if alone else checkpoints(path / "checkpoints") or checkpoints(path):
         some = False
