@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from phi1 import Phi1, save
 from phi1.train import admission, pretrain
@@ -217,8 +218,29 @@ def test_every_process_opens_the_corpus_that_rank_0_has_read(two_corpora, tmp_pa
     for name in ("admit", "admit_proof"):
         monkeypatch.setattr(admission, name, lambda *_: f"{'0' * 64} step-1 step-2"[:None if prove else 71])
     given = read_recipe(None, {key: str(value) for key, value in TINY.items()} | prove)
-    line = refusal(pretrain.start_or_resume, given, RunFolder(tmp_path), Place())
+    try:
+        line = refusal(pretrain.start_or_resume, given, RunFolder(tmp_path), Place())
+    finally:
+        torch.distributed.destroy_process_group()
     assert "another corpus has taken its place while the run starts (fingerprint 000000000000, now" in line
+
+
+def test_a_corpus_that_changes_while_it_is_trained_on_is_named_at_the_end(place, here, engines):
+    shutil.copytree(place / "data", "data")
+    given, said = read_recipe(None, {key: str(value) for key, value in TINY.items()}), []
+    fingerprint = read_manifest(Path("data"))["fingerprint"]
+    admission.read_again(given, fingerprint, Place(), said.append)
+    assert said == []
+    shard = Path("data/train-00000.bin")
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    admission.read_again(given, fingerprint, Place(1, 2, 1, 2), said.append)
+    assert said == [], "another process of this machine reads"
+    admission.read_again(given, fingerprint, Place(), said.append)
+    assert len(said) == 1
+    assert said[0].startswith("warning: the corpus has changed since the run began, and may have been read like that: "
+                              "data/train-00000.bin: damaged: its content hash is wrong: block ")
 
 
 AGAIN = "phi1 prepare --source src --tokenizer train --vocab-size 300 --out data --force"

@@ -1,8 +1,6 @@
 """Sharding: what is sent and when, and that no way of sharding changes what is computed. Real processes, with gloo."""
 
 import math
-import socket
-import subprocess
 from collections import Counter
 
 import numpy as np
@@ -18,10 +16,9 @@ from phi1.train.batches import Layout
 from phi1.train.checkpoint import gather_weights, load_checkpoint
 from phi1.train.data import open_corpus
 from phi1.train.launch import Place, RunError
-from phi1.train.ledger import read_ledger
 from phi1.train.recipe import Train
 from phi1.train.step import Trainer
-from phi1.train.testing import STEPS, command, in_processes, save_checkpoint, steps
+from phi1.train.testing import in_processes, save_checkpoint
 
 CONFIG = preset("nano", vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                 num_attention_heads=2, max_position_embeddings=64, attention_dropout=0.1, residual_dropout=0.1)
@@ -189,25 +186,6 @@ def test_an_overflow_on_one_process_skips_the_step_on_all(place, tmp_path, shard
     assert not math.isfinite(one[1][0].norm)
     assert repr(one) == repr(other)  # not ==, since NaN is not NaN
     assert one[3][0].loss < one[0][0].loss
-
-
-@pytest.mark.slow
-def test_two_machines_hold_a_replica_each(place, undisturbed):
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
-    words = command("machines", 2, train__steps=12, train__schedule_steps=STEPS, checkpoint__every=0)
-    at = words.index("--standalone")
-    words[at:at + 1] = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
-    agents = [subprocess.Popen(words, cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-              for _ in range(2)]
-    outputs = [agent.communicate(timeout=240)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], outputs
-    assert sum("(4 x cpu in 2 replicas, 1 threads, fp32)" in output for output in outputs) == 1  # rank 0 alone speaks
-    start = read_ledger(place / "machines" / "ledger.jsonl")[0]["start"]
-    assert (start["environment"]["world_size"], start["environment"]["replicas"]) == (4, 2)
-    for four, one in zip(steps(place, "machines"), steps(place, "whole"), strict=False):
-        assert four["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert four["norm"] == pytest.approx(one["norm"], rel=1e-3)
 
 
 def test_a_group_that_does_not_divide_is_refused():

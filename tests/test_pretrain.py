@@ -137,7 +137,7 @@ def test_steps_that_stay_not_finite_stop_the_run(place):
     assert re.search(r"the last 4 steps were skipped \(train.max_skips\), step \d+ since its gradient is not finite; "
                      r"first not finite: (blocks.\d|embed|head|norm)\S*, \S+, (forward|backward): .*largest finite "
                      r"value .*; samples \[\d+, \d+, \d+, \d+\], micro-step 1, rank 0 \(loss nan, loss scale 1\): the "
-                     r"newest checkpoint is none", line), line
+                     r"newest checkpoint is none; a lower train\.lr, or another train\.precision, may help", line), line
     assert [step["skipped"] for step in steps(place, "diverging")][-4:] == [True] * 4
 
 

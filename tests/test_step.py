@@ -158,3 +158,9 @@ def test_a_jump_of_the_loss_is_skipped_on_request_and_its_measure_is_saved(small
     assert re.fullmatch(r"its loss is beyond \d\.\d+ \(train\.max_loss_jump\)", straight.problem)
     assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(straight).items())
     assert straight.usual_loss == resumed.usual_loss > 0
+    again = make_trainer(small_corpus, engines, max_loss_jump=1.2, seed=1)
+    load_checkpoint(again, save_checkpoint(straight, tmp_path, {}, keep=1))
+    assert again.skips == straight.skips == 2, "a run stops after max_skips of them in a row, also if it was stopped"
+    straight.usual_loss = 0.0
+    losses(straight, 1)
+    assert (straight.skips, straight.skipped) == (0, 2)

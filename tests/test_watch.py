@@ -77,7 +77,7 @@ def test_a_heartbeat_that_cannot_be_written_does_not_matter(tmp_path):
 def test_a_process_that_hangs_ends_with_its_stack():
     code = ("import sys, time\nsys.argv = ['train/finetune.py']\nfrom phi1.train.watch import Watch\n"
             "def wait_for_nothing():\n    time.sleep(60)\n"
-            "with Watch(1, 0.3) as watch:\n    watch.report('step 2')\n    wait_for_nothing()\n")
+            "watch = Watch(1, 0.3)\nwatch.report('step 2')\nwith watch:\n    wait_for_nothing()\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == HUNG
     assert done.stderr.startswith("finetune: error: rank 1 has been in step 2 for ")
@@ -113,8 +113,12 @@ def test_a_process_that_hangs_before_the_first_step_is_found(tmp_path, monkeypat
     monkeypatch.setattr(run_module, "open_together", lambda *_: (None, None, None))
     monkeypatch.setattr(run_module, hangs, hang)
     recipe, folder = read_recipe(None, {"run.watchdog": "0.2", "run.device": "cpu"}), RunFolder(tmp_path)
-    with pytest.raises(RunError, match="enough"):
-        run_module.run(recipe, folder, Place(), None, None)
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(RunError, match="enough"):
+            run_module.run(recipe, folder, Place(), None, None)
+    finally:
+        torch.set_num_threads(threads)
     assert said
     assert said[0].startswith("rank 0 has been in the start for 0 s, where run.watchdog allows 0.2: it hangs")
     assert json.loads(folder.heartbeat.read_text())["doing"] == "ended by enough"

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shlex
+import socket
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,19 +226,20 @@ def check_init(recipe: Recipe) -> None:
         raise RunError(f"model.init {init} is another model: its {'; '.join(other)}")
 
 
-def open_data(recipe: Recipe, fingerprint: str | None = None) -> tuple[Corpus, Corpus, Tokenizer]:
+def open_data(recipe: Recipe, fingerprint: str | None = None, verify: bool = True) -> tuple[Corpus, Corpus, Tokenizer]:
     """Training split, validation split and tokenizer of a prepared corpus.
 
     Args:
         recipe: names the folder.
-        fingerprint: of the corpus there that another process of the run has read and hashed; None to do that.
+        fingerprint: of the corpus that the run is about; None for whatever is there.
+        verify: read all of it and compare its hashes.
 
     Raises:
         RunError: it is damaged, does not fit the model, is too small for one batch, or another one takes its place.
     """
     folder, vocab_size = Path(recipe.data.folder), recipe.phi1_config().vocab_size
     try:
-        train, validation = (open_corpus(folder, split, verify=fingerprint is None) for split in ("train", "val"))
+        train, validation = (open_corpus(folder, split, verify=verify) for split in ("train", "val"))
         train.require_samples(recipe.data.seq_len, recipe.train.batch_size)
         validation.require_samples(recipe.data.seq_len, 1)
         tokenizer = train.load_tokenizer()
@@ -252,6 +255,34 @@ def open_data(recipe: Recipe, fingerprint: str | None = None) -> tuple[Corpus, C
         raise RunError(f"model.vocab_size must be at least {train.vocab_size}, the number of token ids in {folder}; "
                        f"got {vocab_size}")
     return train, validation, tokenizer
+
+
+def open_together(recipe: Recipe, fingerprint: str, place: Place) -> tuple[Corpus, Corpus, Tokenizer]:
+    """Collective: `open_data` on every process. On each machine but rank 0's the first process reads all of it.
+
+    Raises:
+        Failed: on every process, if one cannot.
+    """
+    from phi1.train.together import fail, together  # imports torch, which a complete run can do without
+
+    def open_own() -> tuple[Corpus, Corpus, Tokenizer]:
+        try:
+            return open_data(recipe, fingerprint, verify=place.rank > 0 and place.local_rank == 0)
+        except RunError as error:
+            fail(f"rank {place.rank} on {socket.gethostname()}: {error}" if place.rank else str(error))
+
+    [opened] = together(open_own, keep=True)
+    return opened
+
+
+def read_again(recipe: Recipe, fingerprint: str, place: Place, say: Callable[[str], None]) -> None:
+    """Collective, at the end: one process of each machine sees whether its corpus is as it was when the run began."""
+    from phi1.train.together import Failed, together
+
+    try:
+        together(lambda: open_data(recipe, fingerprint) if place.local_rank == 0 else None, keep=True)
+    except Failed as error:
+        say(f"warning: the corpus has changed since the run began, and may have been read like that: {error}")
 
 
 def prepare_data(recipe: Recipe) -> None:

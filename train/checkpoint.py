@@ -169,7 +169,8 @@ class Saved:
 def load_checkpoint(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
     """Collective: bring a new trainer to a verified checkpoint's state, at any number of processes.
 
-    One from before the usual loss was noted begins that anew, which matters to train.max_loss_jump alone.
+    One from before the usual loss or the skips in a row were noted begins those anew, which matters to
+    train.max_loss_jump and train.max_skips alone.
 
     Returns:
         The facts that were saved with it.
@@ -187,7 +188,7 @@ def load_checkpoint(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
     notes = Notes(checkpoint)
     trainer.scaler.load_state_dict(notes["scaler"])
     trainer.finished, trainer.skipped = notes["step"], notes["skipped"]
-    trainer.usual_loss = notes.get("usual_loss", 0.0)
+    trainer.usual_loss, trainer.skips = notes.get("usual_loss", 0.0), notes.get("skips", 0)
     return notes
 
 
@@ -226,8 +227,8 @@ def _state(trainer: Trainer) -> dict[str, Any]:
 
 
 def _counts(trainer: Trainer) -> dict[str, Any]:
-    return {"step": trainer.finished, "skipped": trainer.skipped, "usual_loss": trainer.usual_loss,
-            "scaler": trainer.scaler.state_dict()}
+    return {"step": trainer.finished, "skipped": trainer.skipped, "skips": trainer.skips,
+            "usual_loss": trainer.usual_loss, "scaler": trainer.scaler.state_dict()}
 
 
 def _local_bytes(value: Any) -> int:

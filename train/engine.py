@@ -8,7 +8,6 @@ comes from the copies that are computed with, without autocast.
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from phi1 import Phi1, Phi1Config, load
 from phi1.train.launch import Place, RunError
-from phi1.train.provenance import versions
+from phi1.train.provenance import cpu, sources, versions
 from phi1.train.together import attempt, fail, together
 from phi1.working_copies import WorkingCopies
 
@@ -62,15 +61,12 @@ class Engine:
 
     def environment(self) -> dict[str, str | int]:
         """What a bitwise replay needs to be equal, for checkpoints and the ledger."""
-        if self.device.type == "cuda":
-            hardware = torch.cuda.get_device_name(self.device)
-        else:
-            hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        hardware = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu()
         # Who adds which gradients, and in which order, changes bits; a process alone adds the same ones either way.
         return {"world_size": self.world_size, "replicas": self.replicas, "threads": self.threads,
                 "precision": self.precision, "device": self.device.type, "hardware": hardware,
-                "torch": torch.__version__, "triton": versions().get("triton", "none"),
-                "reshard": self.reshard and self.world_size > 1}
+                "torch": torch.__version__, "triton": versions().get("triton", "none"), "numpy": versions()["numpy"],
+                "phi1": sources(), "reshard": self.reshard and self.world_size > 1}
 
 
 def start(place: Place, device_name: str, precision: str, threads: int, shard_group: int = 0,

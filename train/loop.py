@@ -71,8 +71,6 @@ class Loop:
     saver: Saver
     profiler: Profiler
     saved: Path | None = None
-    skips: int = 0
-    """Steps in a row that were skipped."""
     stopped: bool = False
     """Whether an evaluation was stopped."""
     standing: Standing | None = None
@@ -213,25 +211,24 @@ class Loop:
         return every > 0 and finished % every == 0 and finished < self.recipe.train.steps
 
     def _step(self) -> None:
-        self.watch.report(f"step {self.trainer.finished + 1}")
+        trainer = self.trainer
+        self.watch.report(f"step {trainer.finished + 1}")
         started = time.perf_counter()
-        with self.profiler.step(self.trainer.finished + 1):
-            outcome = self.trainer.run_step()
+        with self.profiler.step(trainer.finished + 1):
+            outcome = trainer.run_step()
         seconds = time.perf_counter() - started
         speed = self.progress.tokens / seconds
-        measured = {"tokens_per_s": speed, "seconds": seconds, "memory_gib": peak_memory_gib(self.trainer.engine),
+        measured = {"tokens_per_s": speed, "seconds": seconds, "memory_gib": peak_memory_gib(trainer.engine),
                     **self.utilisation.of(speed)}
         self.progress.step(outcome.step, outcome.loss, seconds)
         self._note(lambda ledger: ledger.step(outcome, measured))
         if outcome.skipped:
-            self.progress.say(f"step {outcome.step:,}: skipped, since {self.trainer.problem} (loss {outcome.loss:.4g}, "
-                              f"loss scale {outcome.scale:g})")
-        self.skips = self.skips + 1 if outcome.skipped else 0
-        if self.skips >= self.recipe.train.max_skips:  # every process comes to the same answer
-            raise RunError(f"the last {self.skips} steps were skipped (train.max_skips), step {outcome.step} since "
-                           f"{self.trainer.problem} (loss {outcome.loss:.4g}, loss scale {outcome.scale:g}): the "
-                           f"newest checkpoint is {self.saved.name if self.saved else 'none'}; a lower train.lr, or "
-                           "another train.precision, may help")
+            why = f"{trainer.problem} (loss {outcome.loss:.4g}, loss scale {outcome.scale:g})"
+            self.progress.say(f"step {outcome.step:,}: skipped, since {why}")
+            if trainer.skips >= self.recipe.train.max_skips:  # every process comes to the same answer
+                raise RunError(f"the last {trainer.skips} steps were skipped (train.max_skips), step {outcome.step} "
+                               f"since {why}: the newest checkpoint is {self.saved.name if self.saved else 'none'}; "
+                               f"{trainer.cure} may help")
 
     def _try(self, action: Callable[[], None]) -> None:
         """Something on the way that the training can do without: what goes wrong is reported, and the run goes on."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from phi1.train.admission import open_data, start_engine
+from phi1.train.admission import open_together, start_engine
 from phi1.train.checkpoint import load_checkpoint, state_hash
 from phi1.train.checkpoint_files import step_of
 from phi1.train.engine import connect_processes
@@ -42,8 +42,9 @@ def prove(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerp
     """
     with Watch(place.rank, recipe.run.watchdog) as watch:
         engine = start_engine(recipe, place)
-        corpus, _, _ = open_data(recipe, fingerprint)
         connect_processes(engine, place, store)
+        folder.check_shared(place.rank)
+        corpus, _, _ = open_together(recipe, fingerprint, place)
         trainer, _ = make_trainer(recipe, engine, corpus, place, first)
         wrong = _compare(trainer, newest, read_ledger(folder.ledger), watch)
         # Together, since torchrun stops the other ranks, the first one too, when one has ended with an error.

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import importlib
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("phi1", "torch", "triton", "numpy")
+_OF_PRODUCTS = re.compile(r"amx_.*|.*(bf16|fp16|vnni|i8mm)|sve.*")
 
 
 def versions() -> dict[str, str]:
@@ -31,6 +36,31 @@ def commit() -> str | None:
         return head + ("+changes" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+@functools.cache
+def sources() -> str:
+    """A hash of the code that a run's numbers come from: the model, the kernels and their tables, the trainer."""
+    digest = hashlib.sha256()
+    for module in map(importlib.import_module, ("phi1", "phi1.kernels", "phi1.train")):
+        folder = Path(module.__path__[0])
+        for path in sorted(path for pattern in ("*.py", "tuned/**/*.json") for path in folder.glob(pattern)):
+            digest.update(f"{module.__name__}/{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@functools.cache
+def cpu() -> str:
+    """The model of this machine's CPU, and which of those instructions it has that products are chosen by."""
+    import torch  # only here: what says nothing of CPUs does without it
+
+    try:
+        told = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        told = None
+    capable: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions do not say
+    flags = sorted(name for name, value in capable.items() if value is True and _OF_PRODUCTS.fullmatch(name))
+    return " ".join([told[1] if told else platform.machine(), torch.backends.cpu.get_cpu_capability(), *flags])
 
 
 def changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phi1.humaneval import read_problems
-from phi1.train.admission import environment_of, open_data, start_engine
+from phi1.train.admission import environment_of, open_together, read_again, start_engine
 from phi1.train.batches import Layout
 from phi1.train.best import Standing
 from phi1.train.boards import open_boards
@@ -97,8 +97,9 @@ def train(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerp
     if place.world_size > 1:  # one that waits for another would not come to a handler in Python
         on_signals(signal.SIG_DFL)
     engine = start_engine(recipe, place)
-    corpus, validation, tokenizer = open_data(recipe, fingerprint)
     connect_processes(engine, place, store)
+    folder.check_shared(place.rank)
+    corpus, validation, tokenizer = open_together(recipe, fingerprint, place)
     control = Control(place, recipe.run.time_limit)
     with explained(recipe, engine, folder.path, place):
         trainer, stored = make_trainer(recipe, engine, corpus, place, checkpoint)
@@ -122,6 +123,9 @@ def train(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerp
                         facts, Utilisation.of_run(recipe, engine), watch, saver, profiler, checkpoint)
             found = loop.assess() if loop.run() else None
             profiler.finish()
+            if found:
+                watch.report("the corpus, read once more")
+                read_again(recipe, fingerprint, place, progress.say)
         if ledger:
             ledger.close()
         return loop, found, loop.weights() if found else {}

@@ -10,6 +10,9 @@ import errno
 import fcntl
 import json
 import os
+import secrets
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -24,6 +27,9 @@ from phi1.train.schedule import learning_rate, schedule_end
 # These may change when a run goes on. Other keys of [model], [data] and [train] decide every later step.
 _MAY_CHANGE = {"train.steps", "train.schedule_steps", "train.micro_batch_size", "train.threads", "train.precision",
                "train.activations", "train.max_skips", "train.max_loss_jump", "train.find_nonfinite"}
+
+
+NETWORK_SECONDS = 10  # until a file that one machine has made is seen by the others
 
 
 class RunFolder:
@@ -70,6 +76,36 @@ class RunFolder:
             give_back(self.checkpoints)
         except OSError as error:
             raise RunError(f"run.folder {self.path}: {error.filename}: {error.strerror}") from None
+
+    def check_shared(self, rank: int) -> None:
+        """Collective: see that every process finds what rank 0 writes here, or checkpoints would be written in parts.
+
+        Raises:
+            Failed: on every process, if one does not.
+        """
+        from phi1.train.together import fail, together  # imports torch, which a complete run can do without
+
+        name, *_ = together(lambda: self._mark() if rank == 0 else "")
+        mark = self.path / name
+
+        def find() -> None:
+            end = time.monotonic() + NETWORK_SECONDS
+            while not mark.exists():
+                if time.monotonic() > end:
+                    fail(f"run.folder {self.path}: rank {rank} on {socket.gethostname()} does not find there what rank "
+                         "0 writes: it must lie on a disk that all machines share")
+                time.sleep(0.05)
+
+        try:
+            together(find)
+        finally:
+            if rank == 0:
+                mark.unlink(missing_ok=True)
+
+    def _mark(self) -> str:
+        name = f".shared-{secrets.token_hex(8)}"  # new, so that no machine remembers it as not being there
+        (self.path / name).touch()
+        return name
 
     def _owner(self) -> str:
         try:
@@ -185,7 +221,7 @@ def _changed_environment(stored: dict[str, Any], environment: dict[str, Any]) ->
 def notes(stored: dict[str, Any], environment: dict[str, Any], train: Train) -> Iterator[str]:
     """What keeps the rest of a run from being bitwise what it would have been, a line each."""
     if changed := _changed_environment(stored, environment):
-        yield f"same batches and masks, but other rounding from here on: {changed}"
+        yield f"same batches and masks, but perhaps other rounding from here on: {changed}"
     end = schedule_end(train)
     if end != stored["schedule"]:
         yield (f"the learning rate now falls over {end:,} steps, before over {stored['schedule']:,}; the next step "

@@ -80,12 +80,13 @@ class Trainer:
         self.scaler = LossScale(train, enabled=engine.precision == "fp16")
         self.n_samples = corpus.n_samples(seq_len)
         self._prefetch = Prefetch(self._read, engine.device)
-        self.finished = 0
-        self.skipped = 0
+        self.finished = self.skipped = 0
+        self.skips = 0
+        """Steps in a row that were skipped."""
         self.usual_loss = 0.0
         """Running mean over about 50 steps that were taken; 0 before the first."""
-        self.problem = ""
-        """Why a step was last skipped."""
+        self.problem = self.cure = ""
+        """Why a step was last skipped, and what may help."""
 
     def set_batch(self, batch_size: int, micro_batch: int) -> None:
         """From the next step on, another batch, or the same in other micro-batches; what was read ahead is given up."""
@@ -109,8 +110,9 @@ class Trainer:
             self.usual_loss += (loss - self.usual_loss) * (0.02 if self.usual_loss else 1.0)
         elif finite:
             self.problem = f"its loss is beyond {limit:.4g} (train.max_loss_jump)"
+            self.cure = "a larger train.max_loss_jump"
         else:
-            self.problem = "its gradient is not finite"
+            self.problem, self.cure = "its gradient is not finite", "a lower train.lr, or another train.precision,"
             if train.find_nonfinite:
                 found = find_nonfinite(self.model, lambda: self._accumulate(step, batch.micro_batches, count),
                                        [ids for ids, _ in batch.micro_batches])
@@ -119,6 +121,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.finished += 1
         self.skipped += not taken
+        self.skips = 0 if taken else self.skips + 1
         return Outcome(self.finished, loss, lr, norm, scale, not taken, samples_hash(batch.samples))
 
     def _batch(self, step: int) -> tuple[Batch, float]:
