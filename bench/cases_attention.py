@@ -36,6 +36,7 @@ def cases() -> list[Case]:
     for tokens in (512, 1024, 2048, 4096, 8192, 16384):
         found += _attention(TOKENS // tokens, tokens, 32, 64, quick=tokens in (2048, 16384))
     found += _attention(8, 2048, 32, 64, causal=False) + _attention(8, 2048, 32, 64, dtype="bfloat16")
+    found += _attention(1, TOKENS, 32, 64, causal=False)  # as FlashAttention-3 was measured, arXiv 2407.08608
     found += _attention(8, 2048, 32, 80) + _attention(8, 2048, 16, 128) + _attention(8, 2048, 32, 64, p=0.1)
     found += _attention(2, 256, 4, 64, dtype="float32", device="cpu", quick=True)
     for tokens, rotary in ((2048, True), (2048, False), (8192, True)):
