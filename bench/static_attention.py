@@ -6,6 +6,7 @@ Strides are those of a packed [N, 3, H, K]. The backward of phi-1's heads rotate
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,15 @@ def cases(arch: str) -> list[Case]:
     if arch == "sm_80":
         made += [_case("any", kernel, variant) for variant in ANY_VARIANTS for kernel in KERNELS]
     return [*made, _rotate_rows_case()]
+
+
+def at(arch: str, kernel: str, shape: Mapping[str, Any]) -> list[Case]:
+    """What a launch makes of a kernel where it looks this shape up."""
+    padded = not shape.get("described", True) and not shape["packed"]
+    return [_case(arch, kernel, Variant("fp32" if shape["bits"] == 32 else "fp16", shape["head_size"], rotary,
+                                        dropout=shape["dropout"], packed=shape["packed"], padded=padded,
+                                        causal=shape["causal"]))
+            for rotary in (("inside",) if shape["rotates"] else ("", "applied"))]
 
 
 def _case(arch: str, kernel: str, variant: Variant) -> Case:

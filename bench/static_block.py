@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from phi1.bench.static_case import Case
 from phi1.kernels import _bias_sums_triton as bias_sums
 from phi1.kernels import _projections_triton as projections
@@ -30,6 +33,12 @@ def cases(arch: str) -> list[Case]:
     found |= {case.name: case for outputs in (("qkv", "act"), ("qkv", "pre"), ("pre",))
               for case in _case(arch, "in_proj", "fp16", 16384, PHI1, outputs=outputs)}
     return list(found.values())
+
+
+def at(arch: str, kernel: str, shape: Mapping[str, Any]) -> list[Case]:
+    """What a launch makes of a kernel where it looks this shape up."""
+    dtype = next(short for short, name in SHORT.items() if name == shape["dtype"])
+    return _case(arch, kernel, dtype, shape["rows"], (shape["width"], shape["inner"], *PHI1[2:]))
 
 
 def _case(arch: str, kernel: str, dtype: str, rows: int, size: Size, table: str = "",

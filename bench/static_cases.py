@@ -1,4 +1,5 @@
-"""What the compile gate compiles: every Triton kernel, at phi-1's shapes and at each tile that its table can pick.
+"""What the compile gate compiles: every Triton kernel, at phi-1's shapes and at each tile that its table can pick, also
+the table of a GPU on which tiles were measured.
 
 A kernel without a case here is not checked; a new kernel brings a `static_<family>.py` with its cases.
 """
@@ -12,6 +13,7 @@ from phi1.bench import (
     static_elementwise,
     static_layer_norm,
     static_linear,
+    static_measured,
     static_rotary,
 )
 from phi1.bench.static_case import Case
@@ -29,4 +31,4 @@ FAMILIES = (
 
 def cases(arch: str) -> list[Case]:
     """Every case on an architecture: "sm_80", "sm_90", "sm_100" or "gfx942"."""
-    return [case for family in FAMILIES for case in family.cases(arch)]
+    return [*(case for family in FAMILIES for case in family.cases(arch)), *static_measured.cases(arch)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from phi1.bench.static_case import Case
 from phi1.kernels import _cross_entropy_triton as cross_entropy
 from phi1.kernels._tuned import tile_for
@@ -20,6 +23,16 @@ def cases(arch: str) -> list[Case]:
         *(_column_sums_case(arch, dtype) for dtype in ("fp16", "bf16", "fp32")),
         *(_scale_case(arch, *dtypes) for dtypes in (("fp32", "fp16"), ("bf16", "bf16"), ("fp32", "bf16"))),
     ]
+
+
+def at(arch: str, kernel: str, shape: Mapping[str, Any]) -> list[Case]:
+    """What a launch makes of a kernel where it looks this shape up."""
+    if kernel == "column_sums":
+        return [_column_sums_case(arch, "fp16")]
+    if kernel == "scale":
+        return [_scale_case(arch, "fp32", "fp16")]
+    return [_rows_case(arch, "fp32" if shape["itemsize"] == 4 else "fp16", shape["vocab"], gradients)
+            for gradients in (False, True)]
 
 
 def _rows_case(arch: str, dtype: str, vocab: int, gradients: bool, smooths: bool = False) -> Case:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from phi1.bench.static_case import Case
 from phi1.kernels import _epilogue_triton as epilogue
 from phi1.kernels._tuned import tile_for
@@ -31,6 +34,22 @@ def cases(arch: str) -> list[Case]:
             narrow_stores=1,  # 32 sums are fewer pieces of 16 bytes than there are threads
         ),
     )]
+
+
+def at(arch: str, kernel: str, shape: Mapping[str, Any]) -> list[Case]:
+    """What a launch makes of a kernel where it looks this shape up."""
+    if kernel == "forward":
+        if shape["dropout"]:
+            return [_forward_case(arch, "fp16", "dropout", N, D, "residual_ptr", *MASK)]
+        if shape["rows"] == 1:
+            return [_forward_case(arch, "fp16", "gelu", 1, N * F),
+                    _forward_case(arch, "fp16", "add", 1, N * D, "residual_ptr")]
+        return [_forward_case(arch, "fp16", "gelu rows", N, F)]
+    if shape["rows"] == 1:
+        return [_backward_case(arch, "fp16", "gelu", 1, N * F, "pre_ptr", "dpre_ptr")]
+    if shape["dropout"]:
+        return [_backward_case(arch, "fp16", "gelu dropout bias", N, F, "pre_ptr", "dpre_ptr", "db_partial_ptr", *MASK)]
+    return [_backward_case(arch, "fp16", "gelu bias", N, F, "pre_ptr", "dpre_ptr", "act_ptr", "db_partial_ptr")]
 
 
 def _forward_case(arch: str, dtype: str, what: str, n_rows: int, n_cols: int, *given: str) -> Case:

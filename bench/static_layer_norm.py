@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import triton
 
 from phi1.bench.static_case import Case
@@ -18,6 +21,12 @@ def cases(arch: str) -> list[Case]:
         *(case for width in (256, 512, 1024, 2560, 8192) for case in _row_cases(arch, "fp16", width, residual=True)),
         *(_sum_partials_case(dtype, 2048) for dtype in ("fp16", "bf16", "fp32")),
     ]
+
+
+def at(arch: str, kernel: str, shape: Mapping[str, Any]) -> list[Case]:
+    """What a launch makes of a kernel where it looks this shape up."""
+    return [case for residual in (False, True) for case in _row_cases(arch, "fp16", shape["width"], residual)
+            if case.name.startswith(f"layer_norm_{kernel}")]
 
 
 def _row_cases(arch: str, dtype: str, width: int, residual: bool) -> list[Case]:

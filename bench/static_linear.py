@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from phi1.bench.static_case import Case
 from phi1.kernels import _linear_triton as linear
 from phi1.kernels import _mlp_triton as mlp
@@ -9,6 +12,7 @@ from phi1.kernels._tuned import tile_for
 
 D, F, N = 2048, 8192, 16_384
 TRITON_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+TYPES = {name: short for short, name in TRITON_NAMES.items()}
 BIAS, GELU, RESIDUAL, DROPOUT = ("bias",), ("bias", "pre"), ("bias", "residual"), ("bias", "dropout", "residual")
 PACKED = (*DROPOUT, "packed")
 # Of GPUs that have no rows of their own: their instructions are those of one of these two.
@@ -41,6 +45,15 @@ def cases(arch: str) -> list[Case]:
                   for k, m, epilogue in ((D, F, GELU), (F, D, DROPOUT))]
         found += [_dgelu_case(arch, dtype, table="any") for dtype in ("fp16", "fp32")]
     return found
+
+
+def at(arch: str, kernel: str, shape: Mapping[str, Any]) -> list[Case]:
+    """What a launch makes of a kernel where it looks this shape up."""
+    dtype = TYPES[shape["dtype"]]
+    if kernel == "dgelu":
+        return [_dgelu_case(arch, dtype, tma=shape["described"], size=(shape["width"], shape["inner"]))]
+    epilogue = GELU if shape["gelu"] else DROPOUT if shape["dropout"] else RESIDUAL
+    return [_linear_case(arch, dtype, shape["rows"], shape["inputs"], shape["outputs"], epilogue)]
 
 
 def _linear_case(
@@ -77,8 +90,10 @@ def _linear_case(
     )
 
 
-def _dgelu_case(arch: str, dtype: str, table: str = "", tma: bool = True, own: Tile | None = None) -> Case:
-    t = own or tile_for("mlp", "dgelu", table or arch, dtype=TRITON_NAMES[dtype], rows=N, width=D, inner=F,
+def _dgelu_case(arch: str, dtype: str, table: str = "", tma: bool = True, own: Tile | None = None,
+                size: tuple[int, int] = (D, F)) -> Case:
+    width, inner = size
+    t = own or tile_for("mlp", "dgelu", table or arch, dtype=TRITON_NAMES[dtype], rows=N, width=width, inner=inner,
                         described=tma)
     t = t | {"tma": t["tma"] and tma}
     pointers = dict.fromkeys(("pre_ptr", "dpre_ptr", "act_ptr"), f"*{dtype}") | {
@@ -86,12 +101,12 @@ def _dgelu_case(arch: str, dtype: str, table: str = "", tma: bool = True, own: T
         "weight_ptr": _operand(t, dtype, t["block_k"], t["block_n"]),
     }
     return Case(
-        name=f"dgelu {dtype} N={N} D={D} F={F}{_suffix(t, table)}",
+        name=f"dgelu {dtype} N={N} D={width} F={inner}{_suffix(t, table)}",
         kernel=mlp.dgelu_kernel,
         types=pointers | {"db_partial_ptr": "*fp32", "n_rows": "i32"},
-        constexprs={"n_cols": F, "n_inner": D, "stride_dout_n": D, "stride_dout_d": 1, "stride_weight_d": F,
-                    "stride_weight_f": 1, "stride_pre_n": F, "stride_dpre_n": F, "stride_act_n": F,
-                    "EVEN_K": D % t["block_k"] == 0} | _blocks(t),
+        constexprs={"n_cols": inner, "n_inner": width, "stride_dout_n": width, "stride_dout_d": 1,
+                    "stride_weight_d": inner, "stride_weight_f": 1, "stride_pre_n": inner, "stride_dpre_n": inner,
+                    "stride_act_n": inner, "EVEN_K": width % t["block_k"] == 0} | _blocks(t),
         num_warps=t["num_warps"],
         num_stages=t["num_stages"],
         tensor_core=dtype != "fp32",

@@ -24,6 +24,7 @@ from phi1.bench.static_case import Case
 from phi1.bench.static_cases import cases as cases_of
 from phi1.bench.static_compile import compile_all
 from phi1.bench.static_gate import ARCHS, WIDE, Report, complaints, narrow
+from phi1.bench.static_measured import not_compiled
 from phi1.bench.static_roof import print_roofs
 from phi1.bench.static_table import VERSIONS, Rows, left_over, load, report_of, row_of, save, stale
 
@@ -148,8 +149,9 @@ def _check_table(chosen: Chosen, whole: bool) -> int:
             if (arch, case.name) not in old:
                 found = complaints(case, arch, report_of(rows[arch][case.name]))
                 lines += [f"{case.name} on {arch}: {'; '.join(found)}"] if found else []
-        lines += [f"{name} is in the table, but no case of this name is left" for name in left_over(rows, chosen)
-                  if whole]
+        if whole:
+            lines += [f"{name} is in the table, but no case of this name is left" for name in left_over(rows, chosen)]
+            lines += not_compiled()
         for line in lines:
             print(f"Triton {version}: {line}")
         failures += len(lines) + len(old)

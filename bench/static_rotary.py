@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import triton
 
 from phi1.bench.static_case import Case
@@ -17,6 +20,12 @@ def cases(arch: str) -> list[Case]:
         _case(arch, "fp16", 128, in_place=False, rotary_dim=64),
         _case(arch, "fp16", 256, in_place=False, rotary_dim=256),
     ]
+
+
+def at(arch: str, kernel: str, shape: Mapping[str, Any]) -> list[Case]:
+    """What a launch makes of a kernel where it looks this shape up."""
+    rotary_dim = 2 * shape["half"]
+    return [_case(arch, "fp16", max(64, rotary_dim), in_place, rotary_dim=rotary_dim) for in_place in (False, True)]
 
 
 def _case(arch: str, dtype: str, head_dim: int, in_place: bool, n_heads: int = 32, rotary_dim: int = 32) -> Case:

@@ -7,6 +7,8 @@ in training, where it also writes what the backward needs. The fastest tile that
 once, so that a search that is stopped has lost nothing; the same command goes on with it. After a tile that has taken
 the GPU away from the process the exit code is 3: the same command goes on behind that tile. A second search of the same
 GPU into the same folder is refused.
+
+`phi1 bench static --check` refuses what is written here until `phi1 bench static --update` has compiled it.
 """
 
 from __future__ import annotations
@@ -25,12 +27,11 @@ import torch
 import phi1.kernels
 from phi1.bench import check
 from phi1.bench.case import Case, Inputs
-from phi1.bench.cases import operations
 from phi1.bench.command import MakeParser, plain_parser
 from phi1.bench.processes import end_with_parent, sigterm_as_ctrl_c
 from phi1.bench.runner import DeviceLostError, one_line, release, still_there
 from phi1.bench.timing import Call, CudaClock, quantile
-from phi1.bench.tune_cases import Task, chosen_cases, inputs_of, lookups_on_paper, tasks_of
+from phi1.bench.tune_cases import Task, chosen_cases, inputs_of, lookups_on_paper, tasks_of, tunable
 from phi1.bench.tune_compile import compile_ahead
 from phi1.bench.tune_store import Store, Tile, trial_key, when_of
 from phi1.kernels import _tuned
@@ -74,7 +75,7 @@ class Tuner:
     def _search(self, task: Task) -> bool:
         keys = [trial_key(task.lookup, tile, task.timed, self.versions) for tile in task.tiles]
         trials = [self.store.trial(key) for key in keys]
-        if not all(trials):
+        if not all(trials) and time.monotonic() < self.deadline:
             try:
                 inputs = inputs_of(task.case, self.device)
                 judge = _judge(task.case, inputs)
@@ -129,7 +130,7 @@ class Tuner:
         ms, best = min(timed, key=lambda item: item[0])
         if ms > WORTH * own:
             ms, best = own, task.tiles[0]
-        self.store.write_winner(task.lookup, when_of(task.lookup, task.row), best)
+        self.store.write_winner(task.lookup, when_of(task.lookup, task.row), best, _tuned.architecture(self.device))
         left = f", {len(task.tiles) - finished} not tried" if finished < len(task.tiles) else ""
         self.say(f"{_name(task.lookup)}: {dict(best)} {ms:.4g} ms, the table's {own:.4g} ms ({own / ms:.2f}x); "
                  f"{finished} tiles, {failed} of them failed{left}")
@@ -188,8 +189,8 @@ def _compile_share(share: str, tasks: Sequence[Task], device: torch.device, dead
 
 def _parse(argv: Sequence[str], make_parser: MakeParser) -> argparse.Namespace:
     parser = make_parser("phi1 tune", (__doc__ or "").partition("\n")[0])
-    parser.add_argument("--op", action="append", default=[], choices=operations(), metavar="OP",
-                        help=f"tune this one alone; may be repeated: {', '.join(operations())}")
+    parser.add_argument("--op", action="append", default=[], choices=tunable(), metavar="OP",
+                        help=f"tune this one alone; may be repeated: {', '.join(tunable())}")
     parser.add_argument("--minutes", type=float, default=30.0, help="start no trial after this long (%(default)s)")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"), help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=TABLES, help="folder of the tables (%(default)s)")
@@ -199,6 +200,8 @@ def _parse(argv: Sequence[str], make_parser: MakeParser) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if not 0 < options.minutes < math.inf or options.compilers < 0:
         parser.error("--minutes must be over 0 and finite, and --compilers at least 0")
+    if not chosen_cases("cuda", options.op, options.dtype):
+        parser.error(f"--dtype {options.dtype}: there is no case of {', '.join(options.op)} in it")
     return options
 
 

@@ -21,8 +21,14 @@ from phi1.bench.tune_store import Tile
 from phi1.kernels import _tuned
 from phi1.kernels._tuned import Lookup
 
+UNITS = ("kernel", "block")
 Lookups = tuple[list[Lookup], list[Lookup]]
 """Of a case's forward, and of its backward."""
+
+
+def tunable() -> list[str]:
+    """Names of the operations that can be tuned."""
+    return list(dict.fromkeys(case.op for case in select("cuda", (), UNITS)))
 
 
 def chosen_cases(kind: str, ops: Sequence[str], dtype: str) -> list[Case]:
@@ -30,7 +36,7 @@ def chosen_cases(kind: str, ops: Sequence[str], dtype: str) -> list[Case]:
 
     Those that take gradients come before those that do not, which have the less to write.
     """
-    cases = [case for case in select(kind, ops, ("kernel", "block"))
+    cases = [case for case in select(kind, ops, UNITS)
              if case.dtype == dtype and case.direction in DIRECTIONS[:3]]
     alone = {(case.op, str(case.shape)) for case in cases if case.direction == "backward"}
     tuned = [case for case in cases

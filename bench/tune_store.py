@@ -85,11 +85,11 @@ class Store:
         """Take a trial's start back: what ended it was not the tile."""
         self.note(key, forgotten=True)
 
-    def write_winner(self, lookup: Lookup, when: Mapping[str, Any], tile: Tile) -> None:
-        """Put a row into the table, in place of one with the same "when"."""
+    def write_winner(self, lookup: Lookup, when: Mapping[str, Any], tile: Tile, arch: str) -> None:
+        """Put a row into the table, in place of one with the same "when". `arch`: whose tiles the GPU takes else."""
         table = json.loads(self.table.read_text()) if self.table.is_file() else {}
         rows = table.setdefault(lookup.op, {}).setdefault(lookup.kernel, [])
-        rows[:] = [{"when": dict(when), "tile": dict(tile)}] + [row for row in rows if row["when"] != when]
+        rows[:] = [{"gpu": arch, "when": dict(when), "tile": dict(tile)}] + [row for row in rows if row["when"] != when]
         replace(self.table, _dumps(table))
 
 

@@ -6,8 +6,8 @@ under "when" is an exact value or a range [lowest, highest]. Rows of an architec
 whose tiles need at most 64 KiB of shared memory. Which rows a GPU takes that is none of these: see `architecture`.
 These tiles were chosen from compiled register counts.
 
-`tuned/gpus/<name>.json` holds what was measured on one GPU, by operation and kernel, and goes before them. `phi1 tune`
-writes it, by means of `recorded` and `forced`.
+`tuned/gpus/<name>.json` holds what was measured on one GPU, by operation and kernel, and goes before them, whatever
+their "gpu", which says whose rows that GPU takes otherwise. `phi1 tune` writes it, by means of `recorded` and `forced`.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ def tile(op: str, kernel: str, device: torch.device, **shape: Value) -> dict[str
 
 def tile_for(op: str, kernel: str, arch: str, **shape: Value) -> dict[str, int]:
     """As `tile`, for a GPU of an architecture that this machine need not have and that nobody has measured."""
+    if (op, kernel) in _forced:
+        return _forced[op, kernel]
     return first_fit(op, kernel, "", arch, tuple(sorted(shape.items())))["tile"]
 
 
@@ -115,7 +117,7 @@ def table(op: str) -> dict[str, list[dict[str, Any]]]:
 
 @lru_cache
 def measured(gpu: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """What was measured on a GPU: operation -> kernel -> rows without a "gpu". Empty where nothing was."""
+    """What was measured on a GPU: operation -> kernel -> rows. Empty where nothing was."""
     path = files("phi1.kernels") / "tuned" / "gpus" / gpu_file(gpu)
     return json.loads(path.read_text()) if gpu and path.is_file() else {}
 

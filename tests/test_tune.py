@@ -12,7 +12,6 @@ import torch
 
 from phi1 import cli
 from phi1.bench import tune, tune_cases
-from phi1.bench.op_count import counting
 from phi1.bench.runner import DeviceLostError
 from phi1.bench.tune_compile import compile_ahead
 from phi1.bench.tune_store import CRASHED, Store, trial_key, when_of
@@ -107,9 +106,9 @@ def test_a_trial_belongs_to_its_tile_case_and_versions():
 def test_winners_are_what_the_operations_read(tmp_path, monkeypatch):
     when = {"width": [1025, 2048], "dtype": "float16"}
     with Store(tmp_path, GPU) as store:
-        store.write_winner(LOOKUP, when, {"rows": 2, "num_warps": 4})
-        store.write_winner(LOOKUP, when | {"dtype": "float32"}, {"rows": 3, "num_warps": 4})
-        store.write_winner(LOOKUP, when, {"rows": 8, "num_warps": 8})
+        store.write_winner(LOOKUP, when, {"rows": 2, "num_warps": 4}, "sm_90")
+        store.write_winner(LOOKUP, when | {"dtype": "float32"}, {"rows": 3, "num_warps": 4}, "sm_90")
+        store.write_winner(LOOKUP, when, {"rows": 8, "num_warps": 8}, "sm_90")
     assert store.table.name == _tuned.gpu_file(GPU)
     assert len(json.loads(store.table.read_text())["layer_norm"]["forward"]) == 2
     table = json.loads(store.table.read_text())
@@ -142,27 +141,6 @@ def test_lookups_are_recorded_inside_the_block_alone():
         _tuned.tile("layer_norm", "forward", device, width=2048)
     _tuned.tile("layer_norm", "forward", device, width=1024)
     assert lookups == [Lookup("layer_norm", "forward", (("width", 2048),))]
-
-
-def test_each_kernel_with_candidates_finds_its_own(monkeypatch):
-    tiles = {"_attention_triton": {"forward": ["a"], "dq": ["b"]}, "_layer_norm_triton": {"forward": ["c"]},
-             "_cross_entropy_triton": {"rows": ["d"]}, "_projections_triton": {"in_proj": ["e"]}}
-    monkeypatch.setattr(tune_cases, "all_candidates", lambda: tiles)
-    wanted = {("attention", "forward"): ["a"], ("attention", "dq"): ["b"], ("layer_norm", "forward"): ["c"],
-              ("linear_cross_entropy", "rows"): ["d"], ("block", "in_proj"): ["e"],
-              ("gelu", "forward"): [], ("gelu", "other"): []}
-    assert {key: tune_cases.candidates_of(Lookup(*key, ())) for key in wanted} == wanted
-
-
-def test_every_shipped_table_has_candidates_of_its_own_form():
-    names = [path.stem for path in (tune.TABLES.parent).glob("*.json")]
-    assert "layer_norm" in names
-    for op in names:
-        for kernel, rows in _tuned.table(op).items():
-            forms = {frozenset(row["tile"]) for row in rows}
-            for tile in tune_cases.candidates_of(Lookup(op, kernel, ())):
-                form = frozenset(tile) - {"persistent"}  # a way of running a tile that no table takes yet
-                assert form in forms, f"a candidate of {op} {kernel} has other keys than the table's tiles"
 
 
 def on_a_gpu(monkeypatch, tmp_path, run, *more):
@@ -252,49 +230,18 @@ def test_a_dry_run_lists_cases_and_tiles(capsys):
     assert lines[-1].endswith("nothing was run")
 
 
-def test_a_backward_without_a_case_of_its_own_is_tuned_with_its_forward():
-    directions = {op: {case.direction for case in tune.chosen_cases("cuda", [op], "float16")}
-                  for op in ("layer_norm", "parallel_block")}
-    assert directions["layer_norm"] == {"forward", "backward"}
-    assert directions["parallel_block"] == {"forward", "forward+backward"}
-
-
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_what_a_tile_is_chosen_by_is_the_pass_that_looks_it_up_as_training_runs_it(arch):
-    (rows, width, inner), meta = (16384, 2048, 8192), torch.device("meta")
-    cases = tune.chosen_cases("cuda", ["parallel_block"], "float16")
-    tasks = tune.tasks_of(cases, arch, lambda case: tune_cases.lookups_on_paper(case, arch))
-    by_kernel = {task.lookup.kernel: task for task in reversed(tasks)}
-
-    def launches(kernel, tile):
-        task = by_kernel[kernel]
-        with counting(arch) as counter, _tuned.forced(task.lookup.op, kernel, tile):
-            task.call(meta, task.case.inputs(meta, torch.Generator()))(0)
-        return {launch.name: launch.n_bytes for launch in counter.launches}
-
-    ours = next(tile for tile in by_kernel["in_proj"].tiles if "cublas" not in tile)
-    forward = launches("in_proj", ours)
-    parameters = 2 * ((3 * width + inner) * (width + 1)) + 4 * 2 * 2048 * 16 + 8 * rows  # and tables and positions
-    assert forward["in_proj_kernel"] == 2 * rows * (width + 3 * width + inner + inner) + parameters, "act and pre"
-    assert not any("backward" in name for name in forward)
-    assert "epilogue_forward_kernel" in launches("in_proj", {"cublas": 1})
-    assert by_kernel["in_proj"].timed.endswith(" forward, gradients wanted")
-    assert by_kernel["dgelu"].timed.endswith(" forward+backward")
-
-
-@pytest.mark.parametrize(("direction", "forward", "backward", "timed"), [
-    ("forward", True, False, "op N=8 forward cpu"), ("backward", True, False, "op N=8 forward cpu, gradients wanted"),
-    ("backward", False, True, "op N=8 backward cpu"), ("backward", True, True, "op N=8 forward+backward cpu"),
-    ("forward+backward", False, True, "op N=8 forward+backward cpu"),
-])
-def test_a_tile_that_both_passes_look_up_is_timed_in_both(monkeypatch, direction, forward, backward, timed):
-    monkeypatch.setattr(tune_cases, "candidates_of", lambda lookup: [{"rows": 1}])
-    case = SimpleNamespace(name=f"op N=8 {direction} cpu", direction=direction)
-    (task,) = tune.tasks_of([case], "any", lambda case: ([LOOKUP] * forward, [LOOKUP] * backward))
-    assert task.timed == timed
+def test_only_what_can_be_tuned_is_offered(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["tune", "--op", "train-step"])
+    assert end.value.code == 2
+    assert "invalid choice: 'train-step' (choose from 'layer_norm'" in capsys.readouterr().err.splitlines()[-1]
+    for op in tune_cases.tunable():
+        assert tune.chosen_cases("cuda", [op], "float16"), f"{op} is offered, and nothing of it is tuned"
 
 
 @pytest.mark.parametrize(("arguments", "message"), [(["--op", "norm"], "invalid choice: 'norm'"),
+                                                    (["--op", "gelu", "--op", "mlp", "--dtype", "bfloat16"],
+                                                     "--dtype bfloat16: there is no case of gelu, mlp in it"),
                                                     (["--minutes", "0"], "--minutes must be over 0"),
                                                     (["--minutes", "inf"], "--minutes must be over 0 and finite")])
 def test_bad_usage_is_one_line(arguments, message, capsys):
