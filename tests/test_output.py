@@ -7,13 +7,16 @@ import sys
 from contextlib import contextmanager, suppress
 
 import pytest
+import torch
 
 from phi1.train import launch
+from phi1.train.admission import prepare_data
 from phi1.train.launch import Place, RunError, leave, say, stop_with
 from phi1.train.ledger import Ledger
 from phi1.train.progress import Progress
-from phi1.train.recipe_file import show_help
+from phi1.train.recipe_file import read_recipe, show_help
 from phi1.train.report import Reached, show_complete, show_summary
+from phi1.train.run import weights_of_best
 from phi1.train.runfolder import RunFolder
 from phi1.train.testing import command
 from phi1.train.watch import HUNG
@@ -116,6 +119,22 @@ def test_a_warning_that_is_lost_is_no_ledger_that_cannot_be_written(tmp_path, mo
     (tmp_path / "ledger.jsonl").write_text("{]\n")
     with full(monkeypatch):
         Ledger(tmp_path / "ledger.jsonl", 5).close()
+
+
+def test_a_preparation_that_cannot_say_how_far_it_is_goes_on(tmp_path, monkeypatch):
+    def prepare(*_, report, **__):
+        report("half")
+        raise ValueError("its own mistake")
+
+    monkeypatch.setattr("phi1.train.prepare.prepare", prepare)
+    with full(monkeypatch), pytest.raises(RunError, match="its own mistake"):
+        prepare_data(read_recipe(None, {"data.folder": str(tmp_path / "new")}))
+
+
+def test_a_choice_of_weights_that_cannot_be_said_is_made(tmp_path, monkeypatch):
+    last = {"head.bias": torch.zeros(1)}
+    with full(monkeypatch):
+        assert weights_of_best(tmp_path / "step-3", last, "the best by validation") is last
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from phi1.tokenizer import Tokenizer
 from phi1.train.batches import Layout
 from phi1.train.checkpoint_files import Notes, checkpoints, choose, remove_after, step_of
 from phi1.train.data import Corpus, open_corpus
-from phi1.train.launch import Place, RunError
+from phi1.train.launch import Place, RunError, say
 from phi1.train.ledger import has_saved, read_ledger
 from phi1.train.profiling import profiled_steps
 from phi1.train.recipe import Recipe
@@ -114,7 +114,7 @@ def admit(recipe: Recipe, folder: RunFolder, place: Place) -> str:
     if checkpoint and stored:
         check_data(checkpoint, stored, train)
     for name in remove_after(folder.checkpoints, checkpoint):
-        print(f"removed {folder.checkpoints / name}, which lies after {checkpoint and checkpoint.name}")
+        say(f"removed {folder.checkpoints / name}, which lies after {checkpoint and checkpoint.name}")
     folder.store(recipe, launch)
     return f"{train.fingerprint} {checkpoint.name}" if checkpoint else train.fingerprint
 
@@ -125,8 +125,8 @@ def _asked_for(recipe: Recipe, folder: RunFolder, place: Place, launch: str) -> 
     if not place.attempt:
         folder.went_back.unlink(missing_ok=True)  # of an earlier launch: without --standalone all have one name
     elif resume != "auto" and folder.has_gone_back(launch):
-        print(f"note: torchrun has restarted the run, which goes on from its newest checkpoint; {resume} was where it "
-              "began", flush=True)
+        say(f"note: torchrun has restarted the run, which goes on from its newest checkpoint; {resume} was where it "
+            "began")
         return "auto"
     return resume
 
@@ -296,9 +296,9 @@ def prepare_data(recipe: Recipe) -> None:
     data, folder = recipe.data, Path(recipe.data.folder)
     try:
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-            print(f"preparing {folder} from {data.source}", flush=True)
-            print(prepare(data.source, folder, tokenizer=data.tokenizer, vocab_size=data.vocab_size,
-                          workers=data.workers, report=lambda line: print(line, flush=True)), flush=True)
+            say(f"preparing {folder} from {data.source}")
+            say(str(prepare(data.source, folder, tokenizer=data.tokenizer, vocab_size=data.vocab_size,
+                            workers=data.workers, report=say)))
     except (ValueError, OSError) as error:
         raise RunError(f"data.folder {folder}: {error}") from None
     made_from = _made_from(recipe)

@@ -18,7 +18,7 @@ from phi1.train.admission import open_together, start_engine
 from phi1.train.checkpoint import load_checkpoint, state_hash
 from phi1.train.checkpoint_files import step_of
 from phi1.train.engine import connect_processes
-from phi1.train.launch import Place
+from phi1.train.launch import Place, say
 from phi1.train.ledger import as_line, read_ledger
 from phi1.train.recipe import Recipe
 from phi1.train.run import make_trainer
@@ -58,7 +58,7 @@ def _say(wrong: str, folder: RunFolder, first: Path, newest: Path) -> None:
     verdict = f"not proven: {span}: {wrong}" if wrong else (
         f"proven: {span}, run again from {first.name}, gave the ledger's loss, norm, scale and samples and "
         f"{newest.name}'s weights and optimizer, bit for bit")
-    print(verdict, flush=True)
+    say(verdict)
     if wrong:
         with contextlib.suppress(OSError):  # a full disk: then a restart runs the steps again
             folder.not_proven.write_text(verdict, encoding="utf-8")

@@ -22,7 +22,7 @@ from phi1.train.convert import read_weights
 from phi1.train.data import Corpus
 from phi1.train.engine import Engine, build_model, connect_processes
 from phi1.train.humaneval import HumanEval
-from phi1.train.launch import Place, RunError, on_signals
+from phi1.train.launch import Place, RunError, on_signals, say
 from phi1.train.ledger import Ledger
 from phi1.train.loop import Loop
 from phi1.train.out_of_memory import explained
@@ -136,9 +136,9 @@ def weights_of_best(chosen: Path, last: dict[str, Tensor], why: str) -> dict[str
     try:
         weights, _ = read_weights(chosen)
     except (RunError, OSError) as error:
-        print(f"warning: {error}; exporting the last step instead of {why}", flush=True)
+        say(f"warning: {error}; exporting the last step instead of {why}")
         return last
-    print(f"exporting {chosen.name}, {why}", flush=True)
+    say(f"exporting {chosen.name}, {why}")
     return weights
 
 
