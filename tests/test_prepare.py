@@ -85,7 +85,7 @@ def test_one_core_tokenises_fast_enough(code, tmp_path):
         # The worker's start is part of it.
         speeds.append(summary.tokens / (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
         assert summary.tokens > 500_000
-    assert max(speeds) > 0.25e6  # 0.45e6 measured
+    assert max(speeds) > 0.15e6  # 0.45e6 measured, which others on the same core's caches can halve
 
 
 def test_shards_are_cut_where_asked(code, tmp_path):

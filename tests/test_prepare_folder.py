@@ -182,9 +182,11 @@ def tokenising(code: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFact
     process = subprocess.Popen([*COMMAND, "--source", str(code), "--out", str(tmp_path / "out"), "--workers", "2",
                                 "--val-fraction", "0.5"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True, env=os.environ | hook)
-    wait_for(process, lambda: len(os.listdir(workers)) == 2)
-    yield process, list(workers.iterdir())
-    process.kill()
+    try:
+        wait_for(process, lambda: len(os.listdir(workers)) == 2)
+        yield process, list(workers.iterdir())
+    finally:
+        process.kill()
 
 
 def any_alive(workers: list[Path]) -> bool:
