@@ -114,7 +114,7 @@ def test_a_signal_saves_and_says_how_to_go_on(place, undisturbed, number):
 
 
 def test_two_processes_stop_together_resume_exactly_and_give_the_losses_of_one(place, undisturbed, undisturbed_pair):
-    # torchrun kills after 30 s, which a busy machine may take to save; versions before 2.13 do not read it.
+    # torchrun kills after 30 s, which a busy machine may take to save; older versions do not read this.
     process = start(place, "two", 2, hold="step-40", environment={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"})
     wait_for(process, (place / "two" / "checkpoints" / "step-20").exists)
     process.send_signal(signal.SIGTERM)
