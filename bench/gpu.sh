@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All that wants a GPU, in stages of nine minutes at most, on a machine with nothing but PyTorch and Triton.
+# All that wants a GPU, in stages of nine minutes at most, on a machine with PyTorch, Triton and transformers; check wants
+# pytest and pytest-benchmark as well. Tests that need more are left out where it is missing, and named.
 #
 #   bench/gpu.sh STAGE [STAGE ...]         check kernels block train decode tune profile
 #   bench/gpu.sh --rehearse [STAGE ...]    the same scripts on a CPU, with tiny shapes; without a stage all of them
@@ -33,11 +34,15 @@ for stage in "$@"; do
     [[ " ${stages[*]} " == *" $stage "* ]] || fail "there is no stage '$stage'; there are ${stages[*]}"
 done
 [ -z "${WHEELS:-}" ] || [ -d "$WHEELS" ] || fail "WHEELS=$WHEELS is no folder"
-"$python" -c 'import torch, triton' 2>/dev/null || fail "$python has no torch and triton; PYTHON names another"
+[[ $python != */* || $python == /* ]] || python=$PWD/$python  # not through links: a virtual environment is one
+found=0
+"$python" -c 'import sys, torch, triton; sys.exit(0 if torch.cuda.is_available() else 3)' 2>/dev/null || found=$?
+[[ $found == [03] ]] || fail "$python has no torch and triton; PYTHON names another"
+[ "$found" = 0 ] || [ ${#rehearse[@]} -gt 0 ] || fail "$python finds no CUDA device; --rehearse runs on a CPU"
 
 overlay=$(mktemp -d)
 trap 'rm -rf "$overlay" || :' EXIT  # whose failure would be the script's
-mkdir -p "$overlay/phi1" "$overlay/bin" "$overlay/site" "$overlay/scratch" "$out"
+mkdir -p "$overlay/phi1" "$overlay/bin" "$overlay/site" "$out"
 out=$(cd "$out" && pwd)
 if [ -n "${WHEELS:-}" ]; then WHEELS=$(cd "$WHEELS" && pwd); fi
 for path in "$root"/phi1/*; do ln -s "$path" "$overlay/phi1/"; done
@@ -57,11 +62,18 @@ install() {  # a package from the folder of wheels, without what it depends on
         --target "$overlay/site" --upgrade "$1" 2>>"$out/wheels.log"
 }
 cd "$out"  # not the checkout: Hugging Face's libraries would take its kernels/ for a package of theirs
-while missing=$("$python" "$root/bench/gpu_stages.py" --needs "$@") && [ -n "$missing" ]; do
+needs() { "$python" "$root/bench/gpu_stages.py" --needs ${WHEELS:+--wheels "$WHEELS"} "$@"; }
+before=''
+missing=$(needs "$@")
+while [ -n "$missing" ]; do
+    lacking=''
     for name in $missing; do
-        install "$name" || fail "stage $* needs Python packages that are missing: ${missing//$'\n'/, }; put their \
-wheels for $("$python" -V) into a folder and give it as WHEELS"
+        { [ "$missing" != "$before" ] && install "$name"; } || lacking+="${lacking:+, }$name"
     done
+    [ -z "$lacking" ] || fail "stage $* needs Python packages that are missing: $lacking; put their wheels for \
+$("$python" -V) into a folder and give it as WHEELS${WHEELS:+; $out/wheels.log says why pip took none from $WHEELS}"
+    before=$missing
+    missing=$(needs "$@")
 done
 [ -z "${WHEELS:-}" ] || for name in $("$python" "$root/bench/gpu_stages.py" --absent "$WHEELS" "$@"); do
     install "$name" || echo "gpu.sh: $name has a wheel, but cannot be installed: $out/wheels.log says why" >&2
@@ -73,7 +85,7 @@ stop() {
     [ -z "$running" ] || kill "$running" 2>/dev/null || :
 }
 trap stop TERM INT HUP
-"$python" "$root/bench/gpu_stages.py" "$@" --out "$out" --scratch "$overlay/scratch" "${rehearse[@]}" &
+"$python" "$root/bench/gpu_stages.py" "$@" --out "$out" "${rehearse[@]}" &
 running=$!
 [ -z "$stopped" ] || stop
 code=0

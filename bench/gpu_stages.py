@@ -1,7 +1,8 @@
 """The stages of bench/gpu.sh: which commands each runs, for how long, and the short table at the end.
 
     python bench/gpu_stages.py STAGE --out DIR [--rehearse]
-    python bench/gpu_stages.py --needs STAGE ...       names of packages that are missing, one a line
+    python bench/gpu_stages.py --needs STAGE ...       names of packages that are missing, one a line; with --wheels DIR
+                                                       also what those need that have a wheel in DIR
     python bench/gpu_stages.py --absent DIR STAGE      names of packages that have a wheel in DIR and are not installed
 
 A stage ends within nine minutes, or five times as long when it is rehearsed: each command has a limit of its own, and
@@ -13,150 +14,29 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import email
 import importlib
-import importlib.util
+import importlib.metadata
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from phi1.bench.gpu_commands import LEFT_OUT, NEEDS, STAGE_SECONDS, Command, commands
 from phi1.bench.processes import end_session, signals_later
 
-BENCH = Path(__file__).resolve().parent
-ROOT = BENCH.parent
-STAGE_SECONDS = 525
 LAST_WORDS_SECONDS = 10
 REHEARSAL_TIMES = 5  # as long, since the CPU may be a slow one, and busy
 LOST = "GPU lost"  # the tuner's exit code 3: a tile took the GPU's context with it; another process goes on behind it
 WORTH_SECONDS = 60  # for another process to find something
 SHOWN_LINES = 12
-# A line a test, so that what ran is known where the time was not enough.
-PYTEST = ("-m", "pytest", "-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "-p", "phi1.bench.print_failures",
-          "-o", "addopts=--import-mode=importlib")
-LAYER = "parallel_block N=16384 T=2048 D=2048 F=8192 H=32 float16 forward+backward"
-SMALL_LAYER = "parallel_block N=256 T=128 D=256 F=1024 H=4 float32 forward+backward cpu"
-LAYER_PEERS = ("torch", "torch+sdpa-cudnn", "liger+cudnn", "transformers-max")
-
-NEEDS = {
-    "check": ("pytest", "pytest_benchmark", "hypothesis", "transformers", "phi1.weights", "phi1.train.run",
-              "phi1.train.prepare", "datasets", "setuptools"),
-    "kernels": ("phi1.bench.runner",), "block": ("phi1.bench.runner", "transformers"),
-    "train": ("phi1.train.run", "phi1.train.prepare", "datasets"),
-    "decode": ("phi1.generation", "transformers"), "tune": ("phi1.bench.runner",),
-    "profile": ("phi1.bench.runner",),
-}
-"""Stage -> modules that must import."""
-
-
-@dataclass(frozen=True)
-class Command:
-    """One command of a stage.
-
-    Args:
-        name: of its log and its row.
-        words: the command; Python's where it starts with a script or an option.
-        seconds: its limit.
-        program: skipped, and said so, where this program is not on the PATH.
-        environment: added to the stage's.
-        minutes: of the tuner: its last word is these or, where the stage has less left, that.
-    """
-
-    name: str
-    words: tuple[str, ...]
-    seconds: int = STAGE_SECONDS
-    program: str = ""
-    environment: dict[str, str] = field(default_factory=dict)
-    minutes: float = 0.0
-
-
-def commands(stage: str, out: Path, rehearse: bool, scratch: Path) -> list[Command]:
-    """The commands of a stage; a rehearsal runs the same scripts on a CPU, with little work.
-
-    `scratch` is for what is needed while the stage runs.
-    """
-    script = {name: str(BENCH / f"gpu_{name}.py") for name in ("train", "profile", "sanitize")}
-    tiny = ("--rehearse",) if rehearse else ()
-    if stage == "check":
-        return _rehearsed_check(script["sanitize"]) if rehearse else _check(script["sanitize"])
-    if stage in ("kernels", "block", "decode"):
-        return _bench(stage, out, rehearse)
-    if stage == "train":
-        minutes = ("--minutes", "2.5"), ("--minutes", "4.5")
-        folders = ("--out", str(out), "--corpus", str(scratch / "corpus"))
-        return [Command(part, (script["train"], part, *folders, *limit, *tiny), seconds)
-                for part, limit, seconds in zip(("search", "run"), minutes, (230, 330), strict=True)]
-    if stage == "tune":
-        tune = (str(BENCH / "tune.py"), "--out", str(out / "tuned"))
-        search = Command("search", (*tune, "--compilers", "6", "--minutes"), minutes=8.0)
-        dry = Command("list", (*tune, "--dry-run"), 60)
-        return [dry, *([] if rehearse else [search])]
-    return [Command("trace", (script["profile"], "trace", "--out", str(out), *tiny), 200),
-            Command("counters", (script["profile"], "counters", "--out", str(out), *tiny), 300)]
-
-
-def _check(sanitize: str) -> list[Command]:
-    tests = sorted((ROOT / "tests").glob("test_*.py"))
-    kernels = [str(path) for path in tests if path.name.endswith("_kernels.py")]
-    # The interpreter's tests say nothing here, nor do those of packaging; the rest is what users run.
-    rest = [str(path) for path in tests if str(path) not in kernels
-            and path.name not in ("test_interpreter.py", "test_packaging.py", "test_gpu_rehearsal.py")]
-    return [
-        Command("kernels", (*PYTEST, *_side_by_side(6), *kernels), 240),
-        Command("sanitizer", ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable,
-                              sanitize), 100, program="compute-sanitizer",
-                # PyTorch's allocator cuts tensors out of large blocks, within which memcheck sees no bounds.
-                environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
-        Command("suite", (*PYTEST, *_side_by_side(6), *rest), 250),
-    ]
-
-
-def _side_by_side(workers: int) -> tuple[str, ...]:
-    return ("-n", str(workers)) if importlib.util.find_spec("xdist") else ()
-
-
-def _rehearsed_check(sanitize: str) -> list[Command]:
-    tests = ROOT / "tests"
-    return [
-        Command("kernels", (*PYTEST, str(tests / "test_layer_norm_kernels.py"), "-k", "widest or empty"), 100,
-                environment={"TRITON_INTERPRET": "1"}),
-        Command("sanitizer", (sanitize, "--rehearse"), 60),
-        Command("suite", (*PYTEST, str(tests / "test_config.py"), str(tests / "test_philox.py")), 100),
-    ]
-
-
-def _bench(stage: str, out: Path, rehearse: bool) -> list[Command]:
-    """The benchmarks of a stage: the short selection first, then all of it as far as the time goes."""
-    start = ("-c", "import sys; from phi1.cli import main; sys.exit(main())", "bench")
-    chosen = {"kernels": ("--unit", "kernel"), "block": ("--unit", "block"),
-              "decode": ("--op", "decode", "prefill")}[stage]
-    model = ("--op", "micro-step", "--quick")
-
-    def json(name: str) -> tuple[str, str]:
-        return "--json", str(out / f"{name}.json")
-
-    # The figure for a whole layer: its peer that is tuned for minutes has a command of its own.
-    layer = ("--case", SMALL_LAYER if rehearse else LAYER, "--peers", *LAYER_PEERS, *json("max"))
-    if rehearse:
-        little = ("--device", "cpu", "--seconds", "0.01")
-        alone = (*little, "--peers")
-        quick = Command("quick", (*start, *chosen, "--quick", *json("quick"), *alone), 150)
-        rest = (*start, *chosen, "--case", "gelu", "--last", str(out / "quick.json"), *json("all"), *alone)
-        beside = [Command("max", (*start, *layer, *little), 150), Command("model", (*start, *model, *alone), 60)]
-        return [quick, *{"block": beside, "kernels": [Command("all", rest, 60)]}.get(stage, [])]
-    # `--minutes` starts no case too late to end before the limit, which would lose it. The whole model beside its peers
-    # belongs to the block: it is what the block is for.
-    minutes, seconds = ("2", 165) if stage == "block" else ("3.5", 260)
-    quick = Command("quick", (*start, *chosen, "--quick", "--minutes", minutes, *json("quick")), seconds)
-    beside = [Command("max", (*start, *layer), 185),
-              Command("model", (*start, *model, "--minutes", "2", *json("model")), 165)] if stage == "block" else []
-    return [quick, *beside,
-            Command("all", (*start, *chosen, "--seconds", "1", "--minutes", "1" if beside else "3.5", "--last",
-                            str(out / "quick.json"), *json("all")))]
 
 
 @dataclass
@@ -167,6 +47,8 @@ class Row:
     outcome: str
     seconds: float
     last: list[str]
+    left_out: list[str] = field(default_factory=list)
+    """Lines that say which tests could not run here."""
 
 
 def run(command: Command, folder: Path, seconds: float) -> Row:
@@ -197,10 +79,11 @@ def run(command: Command, folder: Path, seconds: float) -> Row:
             if process:
                 end_session(process, LAST_WORDS_SECONDS)
     text = log.read_text(errors="replace").strip().splitlines()
-    return Row(command.name, outcome, time.monotonic() - begin, text[-SHOWN_LINES:])
+    return Row(command.name, outcome, time.monotonic() - begin, text[-SHOWN_LINES:],
+               [line for line in text if line.startswith(LEFT_OUT)])
 
 
-def run_stage(stage: str, out: Path, rehearse: bool, scratch: Path | None = None) -> int:
+def run_stage(stage: str, out: Path, rehearse: bool) -> int:
     """Run a stage and print its table; 1 if a command failed or found no time, 2 if the stage runs there already."""
     from phi1.bench.files import lock
 
@@ -215,7 +98,7 @@ def run_stage(stage: str, out: Path, rehearse: bool, scratch: Path | None = None
     try:
         times = REHEARSAL_TIMES if rehearse else 1
         waiting = [replace(command, seconds=times * command.seconds)
-                   for command in commands(stage, folder, rehearse, scratch or folder)]
+                   for command in commands(stage, folder, rehearse)]
         return _run_commands(stage, folder, waiting, times * STAGE_SECONDS)
     finally:
         os.close(held)
@@ -237,6 +120,8 @@ def _run_commands(stage: str, folder: Path, waiting: list[Command], seconds: flo
     print(f"\n{stage:10} {'outcome':10} {'s':>4}  last line")
     for row in rows:
         print(f"{row.name:10} {row.outcome:10} {row.seconds:4.0f}  {(row.last or [''])[-1][:110]}")
+        for line in row.left_out:
+            print(f"{'':28}{line}")
     print(f"results in {folder}", flush=True)
     # The long selection ends with the stage's time as a rule; what it has done is in its file.
     bad = [row for row in rows if row.outcome not in ("ok", "skipped", LOST) and not
@@ -244,25 +129,51 @@ def _run_commands(stage: str, folder: Path, waiting: list[Command], seconds: flo
     return 1 if bad else 0
 
 
-def missing(stages: Sequence[str]) -> list[str]:
-    """Packages without which the stages cannot run, as they are named at installation."""
-    names = {}
+def missing(stages: Sequence[str], wheels: Path | None = None) -> list[str]:
+    """Packages without which the stages cannot run, as they are named at installation.
+
+    Those for which there is a wheel bring what it says that they need and is missing as well.
+    """
+    names = []
     for module in dict.fromkeys(module for stage in stages for module in NEEDS[stage]):
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith("phi1"):
                 raise
-            names[error.name.partition(".")[0].replace("_", "-")] = module
-    return sorted(names)
+            names.append(_package(error.name.partition(".")[0]))
+    names = sorted(set(names))
+    for name in names:  # which grows
+        needed = (_package(other) for other in (_required(wheels, name) if wheels else ()))
+        names += [other for other in dict.fromkeys(needed) if other not in names and not _is_installed(other)]
+    return names
+
+
+def _package(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _is_installed(package: str) -> bool:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return bool(importlib.metadata.version(package))
+    return False
+
+
+def _required(wheels: Path, package: str) -> list[str]:
+    """What the package's wheel says that it needs wherever it is; nothing where no wheel of it can be read."""
+    for path in wheels.glob("*.whl"):
+        if _package(path.name.partition("-")[0]) == package:
+            with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as wheel:
+                facts = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+                lines = email.message_from_bytes(wheel.read(facts[0])).get_all("Requires-Dist", []) if facts else []
+                return [re.split(r"[^\w.-]", line)[0] for line in lines if ";" not in line]
+    return []
 
 
 def absent(wheels: Path) -> list[str]:
     """Distributions that have a wheel in the folder and are not installed."""
-    from phi1.bench.providers import installed_version
-
-    names = sorted({path.name.partition("-")[0].replace("_", "-") for path in wheels.glob("*.whl")})
-    return [name for name in names if installed_version(name) is None]
+    names = sorted({_package(path.name.partition("-")[0]) for path in wheels.glob("*.whl")})
+    return [name for name in names if not _is_installed(name)]
 
 
 def main() -> int:
@@ -273,12 +184,12 @@ def main() -> int:
     parser.add_argument("stages", nargs="+", choices=list(NEEDS), metavar="STAGE", help=", ".join(NEEDS))
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument("--scratch", type=Path, help="folder for what only the stage needs (the results')")
     parser.add_argument("--needs", action="store_true")
+    parser.add_argument("--wheels", type=Path, metavar="DIR")
     parser.add_argument("--absent", type=Path, metavar="WHEELS")
     options = parser.parse_args()
     if options.needs or options.absent:
-        for name in absent(options.absent) if options.absent else missing(options.stages):
+        for name in absent(options.absent) if options.absent else missing(options.stages, options.wheels):
             print(name)
         return 0
     from phi1.bench.environment import commit  # only here: what the package needs may be missing above
@@ -286,7 +197,7 @@ def main() -> int:
     if commit() == "unknown":
         print("gpu.sh: the sources' commit is unknown, as there is no git here: set PHI1_COMMIT, or results name none",
               flush=True)
-    return max([run_stage(stage, options.out, options.rehearse, options.scratch) for stage in options.stages])
+    return max([run_stage(stage, options.out, options.rehearse) for stage in options.stages])
 
 
 if __name__ == "__main__":

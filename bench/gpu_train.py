@@ -4,8 +4,8 @@
     python bench/gpu_train.py run --out DIR         50 or more steps at the fastest of them that fits
 
 A process that has run out of memory is not used again: `run` tries each size in one of its own (`attempt`). The text is
-this Python's standard library. Each size and each step is a line in DIR as soon as it is done; --rehearse takes a tiny
-model on the CPU.
+this Python's standard library, tokenised in memory. Each size and each step is a line in DIR as soon as it is done;
+--rehearse takes a tiny model on the CPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -26,13 +27,12 @@ import torch
 
 from phi1 import Phi1, Phi1Config, preset
 from phi1.bench import files
+from phi1.bench.code_corpus import read_code
 from phi1.bench.environment import environment
 from phi1.gpus import gpu_named
 from phi1.train import engine
 from phi1.train.batches import Layout
-from phi1.train.data import Corpus, open_corpus
 from phi1.train.launch import Place, connect, leave
-from phi1.train.prepare import prepare
 from phi1.train.recipe import Train
 from phi1.train.step import Trainer
 
@@ -41,6 +41,7 @@ SEARCHED, RUN, RESULT = "micro_batches.jsonl", "steps.jsonl", "train.json"
 SEARCH_MICRO_STEPS = 2
 STEP_SECONDS = 2.5  # of one optimizer step: the micro-batches of a step are as many as fit
 DROPOUT_STEPS = 3
+TEXT_BYTES = 32 << 20  # more than the steps of a run read
 OUT_OF_MEMORY = 12
 """Exit code of an attempt that a smaller micro-batch may follow."""
 
@@ -69,22 +70,20 @@ class Training:
 
     Args:
         size: what is trained.
-        corpus: folder of the prepared text, which is made if it is not there.
     """
 
-    def __init__(self, size: Size, corpus: Path) -> None:
+    def __init__(self, size: Size) -> None:
         place = Place()
         self.size = size
         self.machine = engine.start(place, size.device, "fp16", 0)
         engine.connect_processes(self.machine, place, connect(place))
-        prepare(size.source, corpus, tokenizer=size.tokenizer, vocab_size=512,
-                report=lambda line: print(line, flush=True))
-        self.corpus: Corpus = open_corpus(corpus, "train")
+        corpus: Any = read_code(size.source, size.tokenizer, TEXT_BYTES)
+        print(f"{corpus.tokens.size:,} tokens of {corpus.folder}", flush=True)
         self.model: Phi1 = engine.build_model(size.config, self.machine, seed=1)
         # A batch is far smaller than phi-1's 1024 sequences, and so is the rate.
         train = replace(Train(), batch_size=1, lr=3e-4, warmup_steps=size.steps // 3, steps=size.steps,
                         loss_scale_window=200)
-        self.trainer = Trainer(self.model, train, size.tokens, self.corpus, Layout.of(1, 1, 0, 1), self.machine)
+        self.trainer = Trainer(self.model, train, size.tokens, corpus, Layout.of(1, 1, 0, 1), self.machine)
 
     def set_batch(self, micro_batch: int, micro_steps: int) -> None:
         """From the next step on."""
@@ -116,10 +115,10 @@ class Training:
         return round(peak, 2)
 
 
-def search(size: Size, out: Path, corpus: Path, end: float) -> int:
+def search(size: Size, out: Path, end: float) -> int:
     """Time micro-batches one after another, until one does not fit or the time is up."""
     (out / SEARCHED).unlink(missing_ok=True)
-    training = Training(size, corpus)
+    training = Training(size)
     for micro_batch in size.micro_batches:
         if time.monotonic() > end:
             break
@@ -154,20 +153,20 @@ def run(options: argparse.Namespace, end: float) -> int:
     code = OUT_OF_MEMORY
     while code == OUT_OF_MEMORY:
         minutes = max(0.0, end - time.monotonic()) / 60
-        words = ["--out", options.out, "--corpus", options.corpus, "--minutes", minutes]
+        words = ["--out", options.out, "--minutes", minutes]
         code = subprocess.run([sys.executable, __file__, "attempt", *map(str, words),
                                *(["--rehearse"] if options.rehearse else [])]).returncode
     return code
 
 
-def attempt(size: Size, out: Path, corpus: Path, end: float) -> int:
+def attempt(size: Size, out: Path, end: float) -> int:
     """Steps at the fastest micro-batch, then a few with phi-1's dropout. 1 if the loss has not fallen."""
     best = fastest(out / SEARCHED)
     if best is None:
         print("gpu_train: error: no micro-batch was timed that fits; run `search` first", file=sys.stderr)
         return 2
     micro_steps = max(2, min(64, int(STEP_SECONDS / best["seconds"]))) if size is FULL else 2
-    training = Training(size, corpus)
+    training = Training(size)
     training.set_batch(best["micro_batch"], micro_steps)
     for of_another in (RUN, RESULT):
         (out / of_another).unlink(missing_ok=True)
@@ -241,12 +240,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("part", choices=("search", "run", "attempt"))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--corpus", type=Path, metavar="DIR", help="keeps the prepared text (OUT/corpus)")
     parser.add_argument("--minutes", type=float, default=5.0, help="begin no step after this long (%(default)s)")
     parser.add_argument("--rehearse", action="store_true", help="a tiny model on the CPU")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    options.corpus = options.corpus or options.out / "corpus"
     end = time.monotonic() + 60 * options.minutes
     size = TINY if options.rehearse else FULL
     if size.device == "cuda" and not torch.cuda.is_available():
@@ -254,7 +251,8 @@ def main() -> int:
         return 2
     if options.part == "run":
         return run(options, end)
-    code = {"search": search, "attempt": attempt}[options.part](size, options.out, options.corpus, end)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing is forked behind it, and one core would take minutes
+    code = {"search": search, "attempt": attempt}[options.part](size, options.out, end)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return code

@@ -4,14 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 
-from phi1.bench import gpu_stages
+from phi1.bench import gpu_commands, gpu_stages
 from phi1.bench.cases import all_cases
-from phi1.bench.gpu_stages import Command
+from phi1.bench.gpu_commands import Command
 from phi1.train.testing import alive, wait_until
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +31,7 @@ def gpu_sh(*arguments, **environment):
         ([], {}, "give a stage: check kernels block train decode tune profile"),
         (["kernel"], {}, "there is no stage 'kernel'"),
         (["tune"], {"PYTHON": "/nowhere/python"}, "/nowhere/python has no torch and triton"),
+        (["decode"], {"CUDA_VISIBLE_DEVICES": ""}, "finds no CUDA device; --rehearse runs on a CPU"),
     ],
 )
 def test_wrong_use_ends_in_one_line(arguments, environment, message, tmp_path):
@@ -42,36 +42,6 @@ def test_wrong_use_ends_in_one_line(arguments, environment, message, tmp_path):
     assert message in done.stderr
 
 
-def without_tomli_w(folder):
-    """A folder for PYTHONPATH on which the package looks as if it were not installed."""
-    folder.mkdir()
-    (folder / "tomli_w.py").write_text("raise ModuleNotFoundError(\"No module named 'tomli_w'\", name='tomli_w')\n")
-    return str(folder)
-
-
-def test_a_missing_package_is_named_in_one_line(tmp_path):
-    done = gpu_sh("train", OUT=str(tmp_path / "out"), PYTHONPATH=without_tomli_w(tmp_path / "shim"))
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "stage train needs Python packages that are missing: tomli-w; put their wheels" in done.stderr
-
-
-@pytest.mark.slow
-def test_a_missing_package_is_taken_from_the_wheels(tmp_path):
-    wheels = tmp_path / "wheels"
-    wheels.mkdir()
-    with zipfile.ZipFile(wheels / "tomli_w-9.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("tomli_w.py", "def dumps(data): return ''\n")
-        wheel.writestr("tomli_w-9.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tomli-w\nVersion: 9.0\n")
-        wheel.writestr("tomli_w-9.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr("tomli_w-9.0.dist-info/RECORD", "")
-    done = gpu_sh("--rehearse", "train", OUT=str(tmp_path / "out"), WHEELS=str(wheels),
-                  PYTHONPATH=without_tomli_w(tmp_path / "shim"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "out" / "train" / "train.json").is_file()
-    assert not list((tmp_path / "out").rglob("corpus")), "it would travel with the results"
-
-
 def test_absent_are_the_wheels_that_are_not_installed(tmp_path):
     for name in ("torch-9.0-cp312-cp312-any", "no_such_peer-1.0-py3-none-any", "no_such_peer-1.1-py3-none-any"):
         (tmp_path / f"{name}.whl").touch()
@@ -79,10 +49,10 @@ def test_absent_are_the_wheels_that_are_not_installed(tmp_path):
     assert done.stdout == b"no-such-peer\n", done.stderr
 
 
-@pytest.mark.parametrize("name", [gpu_stages.LAYER, gpu_stages.SMALL_LAYER])
+@pytest.mark.parametrize("name", [gpu_commands.LAYER, gpu_commands.SMALL_LAYER])
 def test_the_layer_of_the_figure_is_a_case_with_its_peers(name):
     (case,) = (case for case in all_cases() if name in case.name)
-    assert set(gpu_stages.LAYER_PEERS) < {provider.name for provider in case.providers}
+    assert set(gpu_commands.LAYER_PEERS) < {provider.name for provider in case.providers}
 
 
 def test_a_stage_runs_from_the_source_tree_and_leaves_it_clean(tmp_path):
@@ -185,7 +155,7 @@ def test_tests_that_take_too_long_leave_the_failures_so_far(tmp_path, monkeypatc
     monkeypatch.setattr(gpu_stages, "LAST_WORDS_SECONDS", 60)
     count_time_from(lambda: "test_long" in log.read_text(), monkeypatch)
     (tmp_path / "test_it.py").write_text(TESTS)
-    row = gpu_stages.run(Command("tests", (*gpu_stages.PYTEST, "test_it.py"), 1), tmp_path, 100)
+    row = gpu_stages.run(Command("tests", (*gpu_commands.PYTEST, "test_it.py"), 1), tmp_path, 100)
     assert row.outcome == "time out"
     begun, ended = log.read_text().split("test_it.py::test_long", 1)
     assert "assert 7 == 8" in begun, "at once, as what follows may not end"
@@ -230,10 +200,10 @@ def test_the_table_is_last_and_a_failure_shows(monkeypatch, tmp_path, capsys, co
     assert lines[-2].endswith("the result")
 
 
-@pytest.mark.parametrize("stage", list(gpu_stages.NEEDS))
+@pytest.mark.parametrize("stage", list(gpu_commands.NEEDS))
 @pytest.mark.parametrize("rehearse", [True, False])
 def test_every_stage_names_scripts_that_are_there(stage, rehearse, tmp_path):
-    commands = gpu_stages.commands(stage, tmp_path, rehearse, tmp_path)
+    commands = gpu_commands.commands(stage, tmp_path, rehearse)
     assert commands
     for command in commands:
         for word in command.words:

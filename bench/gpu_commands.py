@@ -1,0 +1,134 @@
+"""The commands of bench/gpu.sh's stages, and the packages that they need beside PyTorch, Triton and NumPy."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BENCH = Path(__file__).resolve().parent
+ROOT = BENCH.parent
+STAGE_SECONDS = 525
+# A line a test, so that what ran is known where the time was not enough.
+PYTEST = ("-m", "pytest", "-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "-p", "phi1.bench.print_failures",
+          "-p", "phi1.bench.leave_out", "-o", "addopts=--import-mode=importlib")
+OF_STAGES = ("test_gpu_rehearsal.py", "test_gpu_bare.py", "test_gpu_stopped.py")
+LEFT_OUT = "left out, "  # how a line of leave_out.py begins
+LAYER = "parallel_block N=16384 T=2048 D=2048 F=8192 H=32 float16 forward+backward"
+SMALL_LAYER = "parallel_block N=256 T=128 D=256 F=1024 H=4 float32 forward+backward cpu"
+LAYER_PEERS = ("torch", "torch+sdpa-cudnn", "liger+cudnn", "transformers-max")
+
+NEEDS = {
+    "check": ("numpy", "pytest", "pytest_benchmark", "phi1.bench.check"),
+    "kernels": ("numpy", "phi1.bench.runner"),
+    "block": ("numpy", "transformers", "phi1.bench.runner", "phi1.train.step"),
+    "train": ("numpy", "tokenizers", "phi1.train.step"),
+    "decode": ("numpy", "transformers", "phi1.bench.runner", "phi1.generation"),
+    "tune": ("numpy", "phi1.bench.runner"),
+    "profile": ("numpy", "phi1.model"),
+}
+"""Stage -> modules that must import, of other packages first. Tests that need more are left out, and said so."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a stage.
+
+    Args:
+        name: of its log and its row.
+        words: the command; Python's where it starts with a script or an option.
+        seconds: its limit.
+        program: skipped, and said so, where this program is not on the PATH.
+        environment: added to the stage's.
+        minutes: of the tuner: its last word is these or, where the stage has less left, that.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    seconds: int = STAGE_SECONDS
+    program: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+    minutes: float = 0.0
+
+
+def commands(stage: str, out: Path, rehearse: bool) -> list[Command]:
+    """The commands of a stage; a rehearsal runs the same scripts on a CPU, with little work."""
+    script = {name: str(BENCH / f"gpu_{name}.py") for name in ("train", "profile", "sanitize")}
+    tiny = ("--rehearse",) if rehearse else ()
+    if stage == "check":
+        return _rehearsed_check(script["sanitize"]) if rehearse else _check(script["sanitize"])
+    if stage in ("kernels", "block", "decode"):
+        return _bench(stage, out, rehearse)
+    if stage == "train":
+        minutes = ("--minutes", "2.5"), ("--minutes", "4.5")
+        return [Command(part, (script["train"], part, "--out", str(out), *limit, *tiny), seconds)
+                for part, limit, seconds in zip(("search", "run"), minutes, (230, 330), strict=True)]
+    if stage == "tune":
+        tune = (str(BENCH / "tune.py"), "--out", str(out / "tuned"))
+        search = Command("search", (*tune, "--compilers", "6", "--minutes"), minutes=8.0)
+        dry = Command("list", (*tune, "--dry-run"), 60)
+        return [dry, *([] if rehearse else [search])]
+    return [Command("trace", (script["profile"], "trace", "--out", str(out), *tiny), 200),
+            Command("counters", (script["profile"], "counters", "--out", str(out), *tiny), 300)]
+
+
+def _check(sanitize: str) -> list[Command]:
+    tests = sorted((ROOT / "tests").glob("test_*.py"))
+    kernels = [str(path) for path in tests if path.name.endswith("_kernels.py")]
+    # The interpreter's tests say nothing here, nor do those of packaging; the rest is what users run.
+    rest = [str(path) for path in tests if str(path) not in kernels
+            and path.name not in ("test_interpreter.py", "test_packaging.py", *OF_STAGES)]
+    return [
+        Command("kernels", (*PYTEST, *_side_by_side(6), *kernels), 240),
+        Command("sanitizer", ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable,
+                              sanitize), 100, program="compute-sanitizer",
+                # PyTorch's allocator cuts tensors out of large blocks, within which memcheck sees no bounds.
+                environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+        Command("suite", (*PYTEST, *_side_by_side(6), *rest), 250),
+    ]
+
+
+def _side_by_side(workers: int) -> tuple[str, ...]:
+    return ("-n", str(workers)) if importlib.util.find_spec("xdist") else ()
+
+
+def _rehearsed_check(sanitize: str) -> list[Command]:
+    tests = ROOT / "tests"
+    return [
+        Command("kernels", (*PYTEST, str(tests / "test_layer_norm_kernels.py"), "-k", "widest or empty"), 100,
+                environment={"TRITON_INTERPRET": "1"}),
+        Command("sanitizer", (sanitize, "--rehearse"), 60),
+        Command("suite", (*PYTEST, str(tests / "test_config.py"), str(tests / "test_philox.py")), 100),
+    ]
+
+
+def _bench(stage: str, out: Path, rehearse: bool) -> list[Command]:
+    """The benchmarks of a stage: the short selection first, then all of it as far as the time goes."""
+    start = ("-c", "import sys; from phi1.cli import main; sys.exit(main())", "bench")
+    chosen = {"kernels": ("--unit", "kernel"), "block": ("--unit", "block"),
+              "decode": ("--op", "decode", "prefill")}[stage]
+    model = ("--op", "micro-step", "--quick")
+
+    def json(name: str) -> tuple[str, str]:
+        return "--json", str(out / f"{name}.json")
+
+    # The figure for a whole layer: its peer that is tuned for minutes has a command of its own.
+    layer = ("--case", SMALL_LAYER if rehearse else LAYER, "--peers", *LAYER_PEERS, *json("max"))
+    if rehearse:
+        little = ("--device", "cpu", "--seconds", "0.01")
+        alone = (*little, "--peers")
+        quick = Command("quick", (*start, *chosen, "--quick", *json("quick"), *alone), 150)
+        rest = (*start, *chosen, "--case", "gelu", "--last", str(out / "quick.json"), *json("all"), *alone)
+        beside = [Command("max", (*start, *layer, *little), 150), Command("model", (*start, *model, *alone), 60)]
+        return [quick, *{"block": beside, "kernels": [Command("all", rest, 60)]}.get(stage, [])]
+    # `--minutes` starts no case too late to end before the limit, which would lose it. The whole model beside its peers
+    # belongs to the block: it is what the block is for.
+    minutes, seconds = ("2", 165) if stage == "block" else ("3.5", 260)
+    on_gpu = (*start, "--device", "cuda")
+    quick = Command("quick", (*on_gpu, *chosen, "--quick", "--minutes", minutes, *json("quick")), seconds)
+    beside = [Command("max", (*on_gpu, *layer), 185),
+              Command("model", (*on_gpu, *model, "--minutes", "2", *json("model")), 165)] if stage == "block" else []
+    return [quick, *beside,
+            Command("all", (*on_gpu, *chosen, "--seconds", "1", "--minutes", "1" if beside else "3.5", "--last",
+                            str(out / "quick.json"), *json("all")))]
