@@ -59,24 +59,34 @@ def launch_backward(
     pre: torch.Tensor, att: torch.Tensor, lse: torch.Tensor, layout: Layout,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `branches_backward` of `_block.py`."""
-    width, act = h.shape[1], torch.empty_like(pre)
-    dense_weight, fc2_weight = out_weight[:, :width], out_weight[:, width:]
+    width = h.shape[1]
     dproj = h.new_empty((h.shape[0], in_weight.shape[0]))
     dqkv, dpre = dproj[:, : 3 * width], dproj[:, 3 * width :]
+    datt, dw_out, dpre_sums, branch_sums = _output_backward(dy, att, pre, out_weight, layout, dpre)
+    q, k, v = layout.by_sample(qkv)
+    launch_attention_backward(datt.view(q.shape), q, k, v, att.view(q.shape), lse, layout.by_sample(dqkv),
+                              layout.scheme_of(qkv), layout.cu_seqlens)
+    dqkv_sums, *dy_sums = launch_bias_partials(dqkv, None if layout.drops else dy)
+    db_in, db_out = launch_bias_sums(dqkv_sums, dpre_sums, branch_sums or dy_sums * 2, h)
+    return torch.mm(dproj, in_weight), torch.mm(dproj.t(), h), db_in, dw_out, db_out
+
+
+def _output_backward(
+    dy: torch.Tensor, att: torch.Tensor, pre: torch.Tensor, out_weight: torch.Tensor, layout: Layout, dpre: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """(datt [N, D], dw_out [D, D+F], dpre's partial sums, those of dy where a branch drops); dpre [N, F] is filled."""
+    width, act = att.shape[1], torch.empty_like(pre)
     dense_dy, fc2_dy = dy, dy
+    branch_sums: list[torch.Tensor] = []
     if layout.drops:
         (dense_dy, fc2_dy), branch_sums = launch_branch_gradients(dy, layout.dense_dropout, layout.fc2_dropout,
                                                                   layout.cu_seqlens)
-    dpre_sums = launch_dgelu_partial(fc2_dy, fc2_weight, pre, dpre, act)
-    q, k, v = layout.by_sample(qkv)
-    launch_attention_backward(torch.mm(dense_dy, dense_weight).view(q.shape), q, k, v, att.view(q.shape), lse,
-                              layout.by_sample(dqkv), layout.scheme_of(qkv), layout.cu_seqlens)
-    dqkv_sums, *dy_sums = launch_bias_partials(dqkv, None if layout.drops else dy)
-    db_in, db_out = launch_bias_sums(dqkv_sums, dpre_sums, branch_sums if layout.drops else dy_sums * 2, h)
+    dpre_sums = launch_dgelu_partial(fc2_dy, out_weight[:, width:], pre, dpre, act)
     dw_out = torch.empty_like(out_weight, memory_format=torch.contiguous_format)
-    torch.mm(dense_dy.t(), att, out=dw_out[:, :width])
     torch.mm(fc2_dy.t(), act, out=dw_out[:, width:])
-    return torch.mm(dproj, in_weight), torch.mm(dproj.t(), h), db_in, dw_out, db_out
+    del act, fc2_dy  # here the backward holds most
+    torch.mm(dense_dy.t(), att, out=dw_out[:, :width])
+    return torch.mm(dense_dy, out_weight[:, :width]), dw_out, dpre_sums, branch_sums
 
 
 def _project(

@@ -1,5 +1,5 @@
 """What each operation keeps for its backward and takes as workspace, in bytes, against formulas (run by
-test_interpreter.py without a GPU). parallel_block's: test_block_kernels.py.
+test_interpreter.py without a GPU).
 
 Kept is what autograd holds that no argument holds; an output may be among it. Workspace is the most that was held at
 once on the way beyond what is held in the end. N rows, D width, F MLP width, M outputs, H heads, K head size,
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from phi1 import kernels, testing
-from phi1.kernels import Dropout, _tuned, backend
+from phi1.kernels import Dropout, _bias_sums_triton, _tuned, backend
 
 DEVICE = testing.kernel_device()
 if DEVICE is None:
@@ -97,9 +97,9 @@ def draw(shapes, dtype=torch.float16):
             for name, shape in shapes.items()}
 
 
-def measure(operation, tensors, **options):
+def measure(operation, tensors, constants=CONSTANTS, **options):
     """(bytes kept, workspace of the forward, workspace of the backward)."""
-    given = [*tensors.values(), *CONSTANTS.values(), MASK.rng, MASK.sample_ids]
+    given = [*tensors.values(), *constants.values(), MASK.rng, MASK.sample_ids]
     gc.freeze()  # the collections below leave aside what is there already: a tenth of a second each time
     with backend("triton"):
         with testing.kept_bytes(given) as kept, Allocations(given) as forward:
@@ -125,6 +125,32 @@ def test_bytes_kept_and_workspace(name):
     assert found == kept
     for workspace, expected in zip(measured, workspaces, strict=True):
         assert expected <= workspace <= expected + SMALL
+
+
+@pytest.mark.parametrize(("rate", "recompute"), [(0.0, "none"), (0.0, "mlp"), (0.3, "block")])
+def test_parallel_block_keeps_to_its_workspace(monkeypatch, rate, recompute):
+    """Rows enough to outweigh the weights' gradients, which come after the backward holds most: when act is there."""
+    n_rows, width, inner, partials = 192, 32, 128, 3
+    monkeypatch.setattr(_bias_sums_triton, "MAX_PARTIALS", partials)
+    tensors = {name: x.requires_grad_() for name, x in
+               testing.block_inputs((2, n_rows // 2, width, H, inner), torch.float16).items()}
+    rotary = {**dict(zip(("cos", "sin"), testing.rotary_tables(8), strict=True)),
+              "positions": torch.arange(n_rows // 2, device=DEVICE).repeat(2)}
+    dropouts = tuple(Dropout(rate, MASK.rng, MASK.sample_ids, kind=kind) if rate else None for kind in range(3))
+    tile = TILE | {"block_m": 64}
+    with _tuned.forced("mlp", "dgelu", tile), _tuned.forced("layer_norm", "backward", NORM_TILE):
+        found, forward, backward = measure(kernels.parallel_block, tensors, rotary, **rotary, n_heads=H, batch=2,
+                                           dropouts=dropouts, recompute=recompute)
+    rows, pre, lse = n_rows * width * E, n_rows * inner * E, 4 * n_rows * H  # rows: [N, D] once
+    kept = {"none": 4 * rows + lse + pre, "mlp": 4 * rows + lse, "block": 0}[recompute]
+    assert found == kept
+    not_kept = 4 * rows + lse - min(kept, 4 * rows + lse)
+    expected = rows + pre + (rows if rate else 0) + not_kept  # h, act, the dense branch
+    assert expected <= forward <= expected + SMALL
+    sums = 4 * (n_rows // tile["block_m"] * inner + (2 * partials * width if rate else 0))
+    expected = 3 * rows + 2 * pre + (2 * rows if rate else 0) + (4 * rows + lse + pre - kept) + sums
+    later = sum(x.numel() * E for name, x in tensors.items() if name not in ("x", "out_weight"))
+    assert expected <= backward + later <= expected + SMALL + 8 * n_rows  # the norm's statistics
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
