@@ -69,6 +69,11 @@ VARIANTS = (
     Variant(head_size=80, rotary="inside", dropout=True),
     *(Variant(head_size=128, rotary="", dropout=dropout) for dropout in (False, True)),
     *(Variant("fp32", head_size) for head_size in (64, 128)),
+    *(Variant("fp32", head_size, dropout=True) for head_size in (64, 80, 128)),
+    *(Variant("fp32", head_size, rotary="inside", dropout=True) for head_size in (80, 128)),
+    Variant("fp32", 128, rotary="inside", dropout=True, padded=True),
+    Variant(rotary="inside", packed=True),
+    *(Variant(rotary="inside", packed=packed, causal=False) for packed in (False, True)),
 )
 
 
@@ -77,7 +82,8 @@ ANY_VARIANTS = (
     *(Variant(packed=packed, dropout=dropout) for packed in (False, True) for dropout in (False, True)),
     Variant("bf16", rotary="inside"),
     *(Variant(rotary="inside", packed=packed, dropout=True) for packed in (False, True)),
-    Variant(head_size=128, dropout=True),
+    *(Variant(head_size=128, dropout=dropout) for dropout in (False, True)),
+    *(Variant("fp32", 128, rotary=rotary, dropout=True) for rotary in ("applied", "inside")),
 )
 
 
@@ -177,11 +183,22 @@ def _spills(arch: str, kernel: str, v: Variant) -> int:
              ("sm_80", "backward_dkdv", "bf16 K=64 dropout rotary inside"): 8,
              ("sm_80", "backward_dkdv", "fp16 K=64 dropout packed rotary inside"): 8,
              ("sm_80", "forward", "fp16 K=64 dropout packed rotary inside"): 8,
+             ("sm_80", "forward", "fp16 K=64 packed rotary inside"): 8,
+             ("sm_80", "forward", "fp32 K=80 dropout rotary applied"): 8,
+             ("sm_80", "backward_dq", "fp32 K=80 dropout rotary applied"): 16,
+             ("sm_80", "backward_dq", "fp32 K=128 dropout rotary applied"): 8,
+             ("sm_100", "forward", "fp32 K=80 dropout rotary inside"): 8,
+             ("sm_100", "backward_dq", "fp32 K=128 dropout rotary inside"): 8,
+             **{("sm_100", kernel, f"fp16 K=64 {packed}rotary inside full"): 8
+                for kernel in ("backward_dq", "backward_dkdv") for packed in ("", "packed ")},
              ("gfx942", "backward_dq", "fp16 K=64 rotary inside R=24"): 20,
              ("any", "forward", "fp16 K=64 packed rotary applied"): 16,
              ("any", "forward", "fp16 K=64 dropout packed rotary applied"): 16,
              ("any", "forward", "fp16 K=64 dropout packed rotary inside"): 24,
+             ("any", "forward", "fp32 K=128 dropout rotary applied"): 8,
+             ("any", "forward", "fp32 K=128 dropout rotary inside"): 8,
              ("any", "backward_dq", "bf16 K=64 rotary inside"): 8,
+             ("any", "backward_dq", "fp32 K=128 dropout rotary applied"): 8,
              ("any", "backward_dq", "fp16 K=64 dropout rotary inside"): 16,
              ("any", "backward_dq", "fp16 K=64 dropout packed rotary inside"): 40,
              ("any", "backward_dkdv", "fp16 K=64 packed rotary applied"): 8,
