@@ -1,7 +1,8 @@
-"""What a compiled kernel depends on, as a short key: its source, its callees', its types, constants and tile.
+"""What a row of the table depends on, as a short key: the kernel's source, its callees', its types, constants and tile;
+the target; and how the compiler is called and its output read, which is what `static_read.py` says.
 
-The source counts as Python understands it, so that comments, docstrings and a move within the file change no key, and
-the key is the same under every Triton version.
+Source counts as Python understands it, so that comments, docstrings and a move within the file change no key, and the
+key is the same under every Triton version.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ast
 import hashlib
 import json
 from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,12 +19,18 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 from phi1.bench.static_case import Case
+from phi1.bench.static_gate import ARCHS
+
+READER = Path(__file__).with_name("static_read.py")
 
 
-def key_of(case: Case) -> str:
-    """12 hexadecimal digits that change when the compiled code may change."""
+def key_of(case: Case, arch: str) -> str:
+    """12 hexadecimal digits that change when the compiled code may change, or what is read off it."""
     types, constants, multiples = case.arguments()
+    gpu = ARCHS[arch]
     parts = {
+        "reading": _meaning(READER),
+        "target": [gpu.backend, gpu.version, gpu.warp, gpu.tensor_instruction],
         "source": sorted(_sources(case.kernel).items()),
         "types": sorted(types.items()),
         "constexprs": sorted((name, _constant(value)) for name, value in constants.items()),
@@ -31,6 +39,16 @@ def key_of(case: Case) -> str:
         "tile": [case.num_warps, case.num_stages],
     }
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+@lru_cache
+def _meaning(path: Path) -> str:
+    """A file without its comments, its docstrings and the messages of its assertions."""
+    tree = _without_docstrings(ast.parse(path.read_text()))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            node.msg = None
+    return ast.unparse(tree)
 
 
 @lru_cache
@@ -78,6 +96,6 @@ def _constant(value: Any) -> str:
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+        if isinstance(node, ast.FunctionDef | ast.Module) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return tree

@@ -111,7 +111,7 @@ def _report(chosen: Chosen, options: argparse.Namespace) -> int:
     saved = time.monotonic()
     for job, report in compile_all(list(by_name), options.jobs):
         refused += _print(by_name[job], job[0], report)
-        compiled.setdefault(job[0], {})[job[1]] = row_of(by_name[job], report)
+        compiled.setdefault(job[0], {})[job[1]] = row_of(by_name[job], job[0], report)
         if options.update and time.monotonic() - saved > 60:  # the whole matrix takes long; nothing of it is lost
             save(triton.__version__, compiled)
             saved = time.monotonic()

@@ -80,9 +80,9 @@ def _dumps(table: Mapping[str, Rows]) -> str:
     return "{\n" + ",\n".join(blocks) + "\n}\n"
 
 
-def row_of(case: Case, report: Report) -> dict[str, Any]:
+def row_of(case: Case, arch: str, report: Report) -> dict[str, Any]:
     """A report with its key, without what is empty."""
-    return {"key": key_of(case)} | {name: value for name, value in asdict(report).items() if value}
+    return {"key": key_of(case, arch)} | {name: value for name, value in asdict(report).items() if value}
 
 
 def report_of(row: Mapping[str, Any]) -> Report:
@@ -92,8 +92,9 @@ def report_of(row: Mapping[str, Any]) -> Report:
 
 
 def stale(rows: Rows, cases: Sequence[tuple[str, Case]]) -> list[tuple[str, Case]]:
-    """The (architecture, case) that the rows do not hold, or hold for other source, types or tiles."""
-    return [(arch, case) for arch, case in cases if rows.get(arch, {}).get(case.name, {}).get("key") != key_of(case)]
+    """The (architecture, case) that the rows do not hold, or hold with another key."""
+    return [(arch, case) for arch, case in cases
+            if rows.get(arch, {}).get(case.name, {}).get("key") != key_of(case, arch)]
 
 
 def left_over(rows: Rows, cases: Sequence[tuple[str, Case]]) -> list[str]:

@@ -19,7 +19,7 @@ if sys.platform != "linux" or os.environ.get("TRITON_INTERPRET", "0") not in (""
 import triton
 import triton.language as tl
 
-from phi1.bench import static_compile, static_gate
+from phi1.bench import static_compile, static_gate, static_read
 from phi1.bench.static_case import Case
 from phi1.bench.static_cases import cases
 from phi1.train.testing import injected, wait_until
@@ -52,12 +52,12 @@ WHOLE_COPY = replace(COPY, types=POINTERS, constexprs={"BLOCK": 2048, "n": 1 << 
 
 
 def verdict(case, arch="sm_90"):
-    return static_gate.complaints(case, arch, static_compile.measure(case, arch))
+    return static_gate.complaints(case, arch, static_read.measure(case, arch))
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_good_kernel_passes(arch):
-    report = static_compile.measure(WHOLE_COPY, arch)
+    report = static_read.measure(WHOLE_COPY, arch)
     assert static_gate.complaints(WHOLE_COPY, arch, report) == []
     assert set(report.loads) == set(report.stores) == {16}
     assert 4 < report.registers < 64
@@ -91,7 +91,7 @@ def test_a_kernel_that_spills_is_refused(arch):
 
 
 def test_too_much_shared_memory_is_refused():
-    report = static_compile.measure(WHOLE_COPY, "sm_80")
+    report = static_read.measure(WHOLE_COPY, "sm_80")
     over = replace(report, shared=166_913, registers=128)
     assert "shared memory, over 166912" in static_gate.complaints(WHOLE_COPY, "sm_80", over)[0]
     assert static_gate.complaints(WHOLE_COPY, "sm_90", over) == []
@@ -118,12 +118,12 @@ def test_the_compiler_knows_of_sizes_what_a_launch_tells_it(n, free, expected):
 
 
 def test_assembly_without_accesses_is_refused():
-    report = replace(static_compile.measure(WHOLE_COPY, "sm_90"), loads={}, stores={})
+    report = replace(static_read.measure(WHOLE_COPY, "sm_90"), loads={}, stores={})
     assert len(static_gate.complaints(WHOLE_COPY, "sm_90", report)) == 2
 
 
 def test_a_spill_in_a_main_loop_is_refused_and_one_outside_may_be_allowed():
-    report = replace(static_compile.measure(WHOLE_COPY, "sm_90"), stack=8, loop_spills=2)
+    report = replace(static_read.measure(WHOLE_COPY, "sm_90"), stack=8, loop_spills=2)
     allowed = replace(WHOLE_COPY, spill_bytes=8)
     assert "spills 8 bytes a thread, 0 allowed" in static_gate.complaints(WHOLE_COPY, "sm_90", report)[0]
     assert "2 accesses to spilled registers in a main loop" in static_gate.complaints(allowed, "sm_90", report)[0]
@@ -144,7 +144,7 @@ def test_spills_in_a_loop_are_found_in_the_machine_code(arch):
     # 1024 threads, at most 64 registers each (AMD 128), with 128 (256) sums alive around the loop.
     warps, block = (16, 1 << 18) if arch == "gfx942" else (32, 1 << 17)
     case = Case("spills", spill_in_loop_kernel, POINTERS | {"n": "i32"}, {"BLOCK": block}, num_warps=warps)
-    report = static_compile.measure(case, arch)
+    report = static_read.measure(case, arch)
     assert report.stack > 0
     assert report.loop_spills > 0
 
@@ -227,7 +227,7 @@ def test_the_processes_that_compile_end_quietly_with_the_one_that_asks(tmp_path,
 
 def test_a_case_that_names_no_argument_of_its_kernel_is_our_mistake():
     with pytest.raises(AssertionError, match="the kernel has no argument"):
-        static_compile.measure(replace(COPY, constexprs={"BLOCKS": 4}), "sm_90")
+        static_read.measure(replace(COPY, constexprs={"BLOCKS": 4}), "sm_90")
 
 
 def test_a_product_without_tensor_instructions_is_refused():

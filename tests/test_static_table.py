@@ -1,5 +1,6 @@
 """The table of the compiler's results: what makes a row stale, and what `--check` and `--sample` refuse."""
 
+import ast
 import importlib.util
 import os
 import sys
@@ -11,10 +12,9 @@ if sys.platform != "linux" or os.environ.get("TRITON_INTERPRET", "0") not in (""
     pytest.skip("Triton compiles on Linux, and not in its interpreter", allow_module_level=True)
 
 
-from phi1.bench import static_report, static_table
+from phi1.bench import static_key, static_report, static_table
 from phi1.bench.static_case import Case
 from phi1.bench.static_gate import ARCHS, Report
-from phi1.bench.static_key import key_of
 
 SOURCE = '''
 import triton
@@ -45,6 +45,10 @@ def copy_case(folder, source=SOURCE, **changes):
     return replace(case, **changes)
 
 
+def key(case):
+    return static_key.key_of(case, "sm_90")
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [('"""Copies."""', '"""Copies all."""'), ("    offs =", "    # all of them\n\n    offs ="),
@@ -52,7 +56,7 @@ def copy_case(folder, source=SOURCE, **changes):
     ids=["docstring", "comment", "line"],
 )
 def test_what_changes_no_code_changes_no_key(tmp_path, old, new):
-    assert key_of(copy_case(tmp_path)) == key_of(copy_case(tmp_path, SOURCE.replace(old, new)))
+    assert key(copy_case(tmp_path)) == key(copy_case(tmp_path, SOURCE.replace(old, new)))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +65,7 @@ def test_what_changes_no_code_changes_no_key(tmp_path, old, new):
     ids=["kernel", "callee", "constant"],
 )
 def test_what_changes_the_code_changes_the_key(tmp_path, old, new):
-    assert key_of(copy_case(tmp_path)) != key_of(copy_case(tmp_path, SOURCE.replace(old, new)))
+    assert key(copy_case(tmp_path)) != key(copy_case(tmp_path, SOURCE.replace(old, new)))
 
 
 @pytest.mark.parametrize(
@@ -71,17 +75,43 @@ def test_what_changes_the_code_changes_the_key(tmp_path, old, new):
     ids=lambda changes: next(iter(changes)),
 )
 def test_another_specialisation_has_another_key(tmp_path, changes):
-    assert key_of(copy_case(tmp_path)) != key_of(copy_case(tmp_path, **changes))
+    assert key(copy_case(tmp_path)) != key(copy_case(tmp_path, **changes))
 
 
 def test_rules_of_the_gate_are_no_part_of_the_key(tmp_path):
-    assert key_of(copy_case(tmp_path)) == key_of(copy_case(tmp_path, narrow_loads=9, spill_bytes=8, name="other"))
+    assert key(copy_case(tmp_path)) == key(copy_case(tmp_path, narrow_loads=9, spill_bytes=8, name="other"))
+
+
+def test_another_target_has_another_key(tmp_path):
+    assert len({static_key.key_of(copy_case(tmp_path), arch) for arch in ARCHS}) == len(ARCHS)
+
+
+@pytest.mark.parametrize(("old", "new", "same"), [
+    (r"LDL|STL", r"LDL", False),
+    ('"enable_fp_fusion": True', '"enable_fp_fusion": False', False),
+    ("# Without the alignment", "# Lacking the alignment", True),
+    ('"""Compile one kernel', '"""Compiles one kernel', True),
+    ("cuobjdump says nothing of registers", "cuobjdump is silent about registers", True),
+], ids=["what a spill is", "an option", "a comment", "the docstring", "a message"])
+def test_how_the_compiler_is_called_and_read_is_part_of_the_key(tmp_path, monkeypatch, old, new, same):
+    case, reader = copy_case(tmp_path), tmp_path / "reader.py"
+    before, text = key(case), static_key.READER.read_text()
+    assert old in text
+    reader.write_text(text.replace(old, new))
+    monkeypatch.setattr(static_key, "READER", reader)
+    assert (key(case) == before) == same
+
+
+def test_the_key_is_the_same_under_every_python():
+    # Of all that is written there, Python's versions print f-strings alone in different ways.
+    assert not [node for node in ast.walk(ast.parse(static_key._meaning(static_key.READER)))
+                if isinstance(node, ast.JoinedStr)]
 
 
 def test_rows_come_back_as_they_were_written_and_other_versions_stay(tmp_path):
     case, path = copy_case(tmp_path), tmp_path / "table.json"
-    static_table.save("3.9.0", {"sm_90": {"copy": static_table.row_of(case, REPORT)}}, path)
-    static_table.save("3.6.0", {"sm_80": {"copy": static_table.row_of(case, Report(error="no"))}}, path)
+    static_table.save("3.9.0", {"sm_90": {"copy": static_table.row_of(case, "sm_90", REPORT)}}, path)
+    static_table.save("3.6.0", {"sm_80": {"copy": static_table.row_of(case, "sm_80", Report(error="no"))}}, path)
     assert static_table.report_of(static_table.load("3.9.0", path)["sm_90"]["copy"]) == REPORT
     assert static_table.report_of(static_table.load("3.6.0", path)["sm_80"]["copy"]) == Report(error="no")
     assert static_table.load("3.8.0", path) == {}
@@ -93,7 +123,7 @@ def checked(tmp_path, monkeypatch, capsys):
     """`phi1 bench static --check` over a table of its own, which starts fresh and without complaints."""
     case = copy_case(tmp_path)
     path = tmp_path / "table.json"
-    rows = {arch: {"copy": static_table.row_of(case, REPORT)} for arch in ARCHS}
+    rows = {arch: {"copy": static_table.row_of(case, arch, REPORT)} for arch in ARCHS}
     monkeypatch.setattr(static_report, "cases_of", lambda arch: [case])
     monkeypatch.setattr(static_report, "load", lambda version: static_table.load(version, path))
 
@@ -144,7 +174,8 @@ def test_a_refused_kernel_in_the_table_fails(checked, values, complaint):
 
 def test_a_case_that_is_gone_is_reported(tmp_path):
     case = copy_case(tmp_path)
-    rows = {"sm_90": {"copy": static_table.row_of(case, REPORT), "gone": static_table.row_of(case, REPORT)}}
+    row = static_table.row_of(case, "sm_90", REPORT)
+    rows = {"sm_90": {"copy": row, "gone": row}}
     assert static_table.left_over(rows, [("sm_90", case)]) == ["gone on sm_90"]
 
 
