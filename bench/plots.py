@@ -85,7 +85,7 @@ def speedup(axes: Any, content: dict[str, Any]) -> bool:
     if not bars:
         return False
     axes.figure.set_size_inches(SIZE[0], 1.5 + 0.24 * len(bars))
-    labels = [f"{record['op']} {record['direction']}, {entry['provider']}" for record, entry in bars]
+    labels = labels_of(bars)
     medians = [entry["ratio"][0] for _, entry in bars]
     spans = [[entry["ratio"][0] - entry["ratio"][1] for _, entry in bars],
              [entry["ratio"][2] - entry["ratio"][0] for _, entry in bars]]
@@ -100,6 +100,21 @@ def speedup(axes: Any, content: dict[str, Any]) -> bool:
     axes.tick_params(axis="x", which="both", labelsize=8)
     axes.grid(True, axis="x", which="both", alpha=0.3)
     return True
+
+
+def labels_of(bars: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
+    """Operation, direction and peer, and in what else cases of one operation and direction differ: sizes, the dtype."""
+    def traits(record: dict[str, Any]) -> dict[str, str]:
+        sizes = {letter: f"{letter}={value}" for letter, value in record["shape"].items() if letter != "P"}
+        return sizes | {"dtype": record["dtype"]}
+
+    def label(record: dict[str, Any], entry: dict[str, Any]) -> str:
+        alike = [traits(other) for other, _ in bars
+                 if (other["op"], other["direction"]) == (record["op"], record["direction"])]
+        own = [text for name, text in traits(record).items() if any(other.get(name) != text for other in alike)]
+        return f"{' '.join([record['op'], *own, record['direction']])}, {entry['provider']}"
+
+    return [label(record, entry) for record, entry in bars]
 
 
 def over_length(axes: Any, content: dict[str, Any]) -> bool:
