@@ -81,6 +81,8 @@ class Case:
         leaves: the inputs that get gradients; their number widens to float64 for the reference.
         providers: us first. Everyone gets the same inputs.
         reference: the specification, at any precision of the inputs; None where there is nothing to compare.
+        asked: (function, inputs) -> what is compared with the reference's results, where a call's own say too little:
+            a file that it has written, the weights after some steps.
         kernels: beginnings of names of static cases (`static_cases.py`) of the kernels that it launches.
         quick: part of the short selection (`--quick`), which covers every operation once.
         readme: a row of the README's tables, as every quick case of a GPU is; most of a CPU's shapes are too small.
@@ -100,6 +102,7 @@ class Case:
     providers: tuple[Provider, ...]
     leaves: tuple[str, ...] = ()
     reference: Function | None = None
+    asked: Callable[[Function, Inputs], Any] | None = None
     kernels: tuple[str, ...] = ()
     quick: bool = False
     readme: bool = False

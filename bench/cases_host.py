@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import sysconfig
 import tempfile
 from functools import cache
@@ -149,7 +150,7 @@ def _load(devices: tuple[str, ...], name: str, config: Phi1Config, quick: bool) 
     def prepare(case: Case, on: torch.device) -> Function:
         from phi1.weights import load
 
-        return lambda inputs: _first(load(_saved(config), device=on))
+        return lambda inputs: _touched(load(_saved(config), device=on))
 
     def theirs(case: Case, on: torch.device) -> Function:
         from transformers import PhiForCausalLM
@@ -158,17 +159,43 @@ def _load(devices: tuple[str, ...], name: str, config: Phi1Config, quick: bool) 
 
         quiet()
         loader: Any = PhiForCausalLM
-        return lambda inputs: _first(loader.from_pretrained(_saved(config), dtype=torch.float16).to(on))
+        return lambda inputs: _touched(loader.from_pretrained(_saved(config), dtype=torch.float16).to(on))
 
     return _case("load", {"model": name, "P": config.num_parameters}, "float16", devices, bytes="2*P*e", quick=quick,
                  inputs=lambda on, generator: {},
                  providers=(Provider("phi1", prepare, package="phi1"),
-                            Provider("transformers", theirs, package="transformers")))
+                            Provider("transformers", theirs, package="transformers")),
+                 reference=lambda inputs: _bits(_model(config).state_dict(), config),
+                 asked=lambda function, inputs: _bits(function(inputs).state_dict(), config))
 
 
-def _first(model: Any) -> torch.Tensor:
-    """An element of the last parameter, so that a lazy loader has loaded it."""
-    return list(model.parameters())[-1].flatten()[:1].float()
+def _touched(model: Any) -> Any:
+    """The model, an element of whose last parameter was read, so that a lazy loader has loaded it."""
+    list(model.parameters())[-1].flatten()[:1].float()
+    return model
+
+
+def _bits(state: dict[str, torch.Tensor], config: Phi1Config) -> tuple[torch.Tensor, ...]:
+    """Every parameter of a model in float16, as integers, which must be equal; ours are cut as published ones are."""
+    from phi1._layouts import LAYOUTS, WRITTEN, places
+
+    found = places(LAYOUTS[WRITTEN], config)
+    whole = [state[place.parameter][place.index] if place.parameter in state else state[name]
+             for name, place in found.items()]
+    assert all(x.dtype == torch.float16 for x in whole), "not every parameter is float16"
+    return tuple(x.cpu().contiguous().view(torch.int16) for x in whole)
+
+
+def _written(function: Function, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """The parameters in what the function writes, a file of torch.save or a folder of safetensors."""
+    from safetensors.torch import load_file
+
+    path: Path = function(inputs)
+    path.unlink() if path.is_file() else shutil.rmtree(path)  # so that nothing of an earlier call is read
+    function(inputs)
+    if path.is_file():
+        return torch.load(path, weights_only=True)
+    return {name: x for file in sorted(path.glob("*.safetensors")) for name, x in load_file(file).items()}
 
 
 def _save(devices: tuple[str, ...], name: str, config: Phi1Config, quick: bool) -> Case:
@@ -178,9 +205,9 @@ def _save(devices: tuple[str, ...], name: str, config: Phi1Config, quick: bool) 
 
         model, folder = _on(on, config), _scratch() / f"{name}-ours"
 
-        def run(inputs: Inputs) -> torch.Tensor:
+        def run(inputs: Inputs) -> Path:
             save(model, folder)
-            return _size(folder)
+            return folder
 
         return run
 
@@ -190,18 +217,18 @@ def _save(devices: tuple[str, ...], name: str, config: Phi1Config, quick: bool) 
         quiet()
         model, folder = causal_model(_model(config), config).to(on), _scratch() / f"{name}-theirs"
 
-        def run(inputs: Inputs) -> torch.Tensor:
+        def run(inputs: Inputs) -> Path:
             model.save_pretrained(folder)
-            return _size(folder)
+            return folder
 
         return run
 
     def torch_save(case: Case, on: torch.device) -> Function:
         model, path = _on(on, config), _scratch() / f"{name}.pt"
 
-        def run(inputs: Inputs) -> torch.Tensor:
+        def run(inputs: Inputs) -> Path:
             torch.save(model.state_dict(), path)
-            return torch.tensor(path.stat().st_size)
+            return path
 
         return run
 
@@ -209,8 +236,6 @@ def _save(devices: tuple[str, ...], name: str, config: Phi1Config, quick: bool) 
                  inputs=lambda on, generator: {}, exclusive=not quick,
                  providers=(Provider("phi1", prepare, package="phi1"),
                             Provider("transformers", theirs, package="transformers"),
-                            Provider("torch.save", torch_save)))
-
-
-def _size(folder: Path) -> torch.Tensor:
-    return torch.tensor(sum(path.stat().st_size for path in folder.iterdir()))
+                            Provider("torch.save", torch_save)),
+                 reference=lambda inputs: _bits(_model(config).state_dict(), config),
+                 asked=lambda function, inputs: _bits(_written(function, inputs), config))

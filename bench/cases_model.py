@@ -6,6 +6,8 @@ reference computes losses and logits; gradients of the whole are compared on a C
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 from phi1.bench.case import Case, Function, Inputs, Provider, named
 from phi1.bench.inputs import Draw
 from phi1.bench.providers import peer
-from phi1.bench.training import Plan, phi1_step, transformers_step
+from phi1.bench.training import Phi1Step, Plan, TransformersStep
 from phi1.bench.transformers_peer import causal_model
 from phi1.config import Phi1Config, preset
 from phi1.kernels import backend
@@ -192,21 +194,29 @@ def _gradients(model: torch.nn.Module, loss: torch.Tensor, weight: torch.Tensor,
 
 
 def _step(plan: Plan, quick: bool = False) -> Case:
-    def steps(make: Any) -> Any:
-        def prepare(case: Case, on: torch.device) -> Function:
-            step = make(plan)
-            return lambda inputs: torch.tensor(step())
-
-        return prepare
-
     def theirs(mode: str | None) -> Any:
-        return steps(lambda plan: transformers_step(plan, mode))
+        return lambda case, on: TransformersStep(plan, mode)
+
+    @cache
+    def judged(precision: str) -> tuple[torch.Tensor, ...]:
+        # In float32 a GPU has no room for a batch that fits in 16 bits.
+        return TransformersStep(replace(plan, precision=precision, micro_batch=int(plan.device == "cuda"))).judged()
+
+    def reference(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        return judged("fp32" if inputs["like"].dtype == torch.float64 else plan.precision)
 
     dtype = "bfloat16" if plan.precision == "bf16" else "float16"
     return _case("train-step", plan.config, plan.batch, plan.tokens, dtype, plan.device, direction="call",
                  # read and write master weights and two states in float32, read the gradient
-                 bytes="28*P", flops=TRAIN_FLOPS, inputs=lambda on, generator: {}, quick=quick, readme=True,
-                 providers=(Provider("phi1", steps(phi1_step), package="phi1"), *_transformers(theirs)))
+                 bytes="28*P", flops=TRAIN_FLOPS, quick=quick, readme=True, leaves=("like",),
+                 inputs=lambda on, generator: {"like": torch.empty(0, dtype=getattr(torch, dtype), device=on)},
+                 providers=(Provider("phi1", lambda case, on: Phi1Step(plan), package="phi1"), *_transformers(theirs)),
+                 # Each draws a dropout of its own.
+                 reference=None if plan.config.residual_dropout else reference, asked=_judged)
+
+
+def _judged(step: Any, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    return step.judged()
 
 
 def _prefill(config: Phi1Config, batch: int, tokens: int, dtype: str, device: str, quick: bool = False,

@@ -23,6 +23,8 @@ COMMANDS = {
     "trace": ("phi1.bench.chrome_trace", "a Chrome trace and a table of time by operation of one unit"),
     "static": ("phi1.bench.static_report", "what the compiler makes of every kernel, without a GPU"),
 }
+LOST = 3
+"""Exit code: a provider took the GPU's context with it; with --json the same command goes on without it."""
 DESCRIPTION = "Measure phi1's operations and units beside their peers; a time counts once its result is right."
 
 
@@ -32,7 +34,7 @@ def plain_parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str], make_parser: MakeParser) -> int:
-    """Run `phi1 bench ARGV`; the exit code. 1 if phi1 itself failed or computed something wrong."""
+    """Run `phi1 bench ARGV`; the exit code: 1 if phi1 itself failed or computed something wrong, LOST if the GPU is."""
     with sigterm_as_ctrl_c():
         if argv and argv[0] in COMMANDS:
             return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:], make_parser)
@@ -63,7 +65,9 @@ def parse(argv: list[str], make_parser: MakeParser) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="time for the rounds of a case (4; 1 with --quick)")
     parser.add_argument("--minutes", type=float, help="start no case after this long; those not reached are named")
     parser.add_argument("--last", type=Path, metavar="FILE", help="cases that this results file has come last")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file, case by case")
+    parser.add_argument("--json", type=Path, metavar="FILE",
+                        help="write the results to this file, case by case; after exit code 3, a peer that lost the "
+                             "GPU, the same command goes on without it")
     parser.add_argument("--save", action="store_true",
                         help="write the results to bench/results/<machine>/, beside those of earlier runs")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and of their providers")
@@ -110,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
 
     from phi1.bench.environment import environment
     from phi1.bench.results import ResultsFile, standard_path
-    from phi1.bench.runner import Runner
+    from phi1.bench.runner import DeviceLostError, Runner
 
     choose_device(args)
     cases = chosen_cases(args)
@@ -118,9 +122,14 @@ def run(args: argparse.Namespace) -> int:
     seconds = args.seconds or (1.0 if args.quick else 4.0)
     settings = {"quick": args.quick, "seconds": seconds, "peers": args.peers}
     file = ResultsFile(standard_path(facts) if args.save else args.json, facts, settings, beside=args.save)
-    runner = Runner(torch.device(args.device), args.peers, seconds, args.quick)
+    runner = Runner(torch.device(args.device), args.peers, seconds, args.quick, file.lost)
     print(about(facts))
-    unreached = [case.name for case in measure(cases, runner, file, args.minutes)]
+    try:
+        unreached = [case.name for case in measure(cases, runner, file, args.minutes)]
+    except DeviceLostError as error:
+        print(f"phi1 bench: {error}; " + ("the" if args.json else "with --json FILE the") + " same command goes on "
+              f"without {error.provider} there", file=sys.stderr)
+        return LOST
     if torch.distributed.is_initialized():  # by a training step
         torch.distributed.destroy_process_group()
     if file.path and file.path.exists():  # it is not where --save had no case to write
@@ -136,19 +145,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(cases: list[Any], runner: Any, file: Any, minutes: float | None) -> list[Any]:
-    """Run, print and write the cases, one after another; those that there was no time for are returned."""
+    """Run, print and write the cases, one after another; those that there was no time for are returned.
+
+    Raises:
+        DeviceLostError: its line names the case and the provider, whose record is in the file.
+    """
     from phi1.bench import table
     from phi1.bench.runner import DeviceLostError
 
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    unit = ""
+    unit, cases = "", [case for case in cases if case.name not in file.finished]
     for number, case in enumerate(cases):
         if time.monotonic() > end:
             return cases[number:]
         try:
             record = runner.run(case)
         except DeviceLostError as error:
-            raise ValueError(f"{case.name}: {error}; {number} cases are done") from error
+            file.add_cut(error.record, error.provider, f"took the GPU's context with it in an earlier run: {error}")
+            error.args = (f"{case.name}: {error.provider}: {error}",)
+            raise
         file.add(record)
         if case.unit != unit:
             unit = case.unit

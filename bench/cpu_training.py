@@ -25,7 +25,7 @@ from typing import Any
 from phi1 import preset
 from phi1.bench.environment import environment
 from phi1.bench.files import replace
-from phi1.bench.training import Plan, Step, phi1_step, transformers_step
+from phi1.bench.training import Phi1Step, Plan, Step, TransformersStep
 
 BATCH, TOKENS, LAYERS, WIDTH = 8, 256, 4, 256
 PROVIDERS = ("phi1", "transformers")
@@ -38,8 +38,8 @@ def plan(vocab_size: int) -> Plan:
 
 
 STEPS: dict[str, Callable[[int], Step]] = {
-    "phi1": lambda vocab_size: phi1_step(plan(vocab_size)),
-    "transformers": lambda vocab_size: transformers_step(plan(vocab_size)),
+    "phi1": lambda vocab_size: Phi1Step(plan(vocab_size)),
+    "transformers": lambda vocab_size: TransformersStep(plan(vocab_size)),
 }
 
 

@@ -42,15 +42,16 @@ def _one(path: Path, root: Path) -> str:
 
 
 def row(record: dict[str, Any]) -> str:
-    """A case's row of the README table; a failure is a row as well."""
+    """A case's row of the README table; a failure is a row as well, and what nothing was compared with says so."""
     ours, best = record["providers"][0], best_peer(record)
     if ours["status"] != "ok":
         return f"| {record['case']} | {ours['status']} | - | - | - | - |"
+    case = record["case"] if "error" in ours else f"{record['case']} (unchecked)"
     peer, ratio = "-", "-"
     if best is not None:
         middle, least, most = best["ratio"]
         peer, ratio = best["provider"], f"{middle:.2f} [{least:.2f}-{most:.2f}]"
-    return (f"| {record['case']} | {times(ours)} | {rate(record, ours['ms'][0])} | "
+    return (f"| {case} | {times(ours)} | {rate(record, ours['ms'][0])} | "
             f"{100 * ours['roof_share']:.0f} % | {peer} | {ratio} |")
 
 

@@ -14,6 +14,8 @@ from phi1.bench.files import locked, replace
 
 FORMAT = "phi1 bench 1"
 FOLDER = ROOT / "bench" / "results"
+CASE = ("case", "op", "unit", "direction", "shape", "dtype", "bytes", "flops", "readme", "roof", "providers")
+"""What the record of a case has, whatever became of it."""
 
 
 class ResultsFile:
@@ -24,13 +26,20 @@ class ResultsFile:
         facts: of `environment`.
         settings: how the run was asked for.
         beside: leave a file of that name alone: with its first case the run takes the next free one, as in NAME.2.json.
+
+    A run that a lost GPU has ended goes on in its file where machine, commit and settings are the same: what is there
+    is kept, and who took the GPU's context with it is not run again, in that run or in a later one.
     """
 
     def __init__(self, path: Path | None, facts: dict[str, Any], settings: dict[str, Any], *,
                  beside: bool = False) -> None:
         self.path, self._to_be_named = path, beside
-        self.content: dict[str, Any] = {"format": FORMAT, "date": today(), "environment": facts, "settings": settings,
-                                        "cases": []}
+        self.content: dict[str, Any] = {"format": FORMAT, "date": today(), "environment": facts, "settings": settings}
+        before = {} if beside else _earlier(path, facts, settings)
+        if "lost" in before:
+            self.content["lost"] = before["lost"]
+        cut = any("cut" in record for record in before.get("cases", []))
+        self.content["cases"] = before["cases"] if cut else []
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             if beside:
@@ -38,10 +47,28 @@ class ResultsFile:
             else:
                 self._write()
 
+    @property
+    def finished(self) -> set[str]:
+        """Names of the cases that need not be run."""
+        return {record["case"] for record in self.content["cases"] if "cut" not in record}
+
+    @property
+    def lost(self) -> dict[tuple[str, str], str]:
+        """(case, provider) that took a GPU's context with them -> how."""
+        return {(case, provider): reason for case, provider, reason in self.content.get("lost", [])}
+
     def add(self, record: dict[str, Any]) -> None:
-        """Append a case's record and write the file."""
-        self.content["cases"].append(record)
+        """Append a case's record, in the place of one that was cut short, and write the file."""
+        cases = self.content["cases"]
+        cases[:] = [other for other in cases if other["case"] != record["case"]] + [record]
         self._write()
+
+    def add_cut(self, record: dict[str, Any], provider: str, reason: str) -> None:
+        """Append the record of a case in which a provider took the GPU's context with it."""
+        cases = self.content.pop("cases")
+        self.content.setdefault("lost", []).append([record["case"], provider, reason])
+        self.content["cases"] = cases
+        self.add(record)
 
     def _write(self) -> None:
         if self.path is None:
@@ -53,6 +80,18 @@ class ResultsFile:
             self.path = _free(self.path)
             replace(self.path, as_text(self.content))
         self._to_be_named = False
+
+
+def _earlier(path: Path | None, facts: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run of the same kind has left in the file; nothing where it has lost no GPU."""
+    if path is None or not path.is_file():
+        return {}
+    try:
+        content = read(path)
+    except ValueError:
+        return {}
+    same = content["environment"] == facts and content["settings"] == settings
+    return content if same and "lost" in content else {}
 
 
 def _free(path: Path) -> Path:
@@ -97,7 +136,29 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a results file: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a results file of `phi1 bench`: it has no format {FORMAT!r}")
+    if lacking := _lacking(content):
+        raise ValueError(f"{path} is not a whole results file of `phi1 bench`: it lacks {lacking}")
     return content
+
+
+def _lacking(content: dict[str, Any]) -> str:
+    """The first of the keys that every results file has and this one has not, or not with such a value."""
+    for key, kind in (("date", str), ("environment", dict), ("settings", dict), ("cases", list)):
+        if not isinstance(content.get(key), kind):
+            return key
+    facts = content["environment"]
+    machine = ("gpu",) if facts.get("device") == "cuda" else ("cpu", "cores", "threads")
+    for key in ("device", *machine, "torch", "triton", "commit"):
+        if key not in facts:
+            return f"environment.{key}"
+    for number, record in enumerate(content["cases"]):
+        for key in CASE:
+            if not isinstance(record, dict) or key not in record:
+                return f"cases[{number}].{key}"
+        for place, entry in enumerate(record["providers"]):
+            if not isinstance(entry, dict) or not {"provider", "status"} <= entry.keys():
+                return f"cases[{number}].providers[{place}]: provider or status"
+    return ""
 
 
 def gather(folder: Path) -> Path:

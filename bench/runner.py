@@ -1,8 +1,10 @@
-"""Runs cases: prepare every provider, check what it computes, then time them in turns on the same inputs.
+"""Runs cases: prepare every provider, check what it computes, time them in turns on the same inputs, and check again.
 
-A provider that is not installed, fails or computes something else is a row with its reason, never a missing row. Times
-are taken in rounds that go over all providers, so that a change of the machine's speed meets all of them; ratios are
-those of the rounds. Cases whose providers do not fit in memory together are timed one after another.
+What is checked before the timing are the results for the first of the inputs, and behind it those for the last: then
+one that gives an earlier result again is wrong, as is one that is faster than the machine. A provider that is not
+installed, fails or computes something else is a row with its reason, never a missing row. Times are taken in rounds
+that go over all providers, so that a change of the machine's speed meets all of them; ratios are those of the rounds.
+Cases whose providers do not fit in memory together are timed one after another.
 """
 
 from __future__ import annotations
@@ -10,8 +12,7 @@ from __future__ import annotations
 import gc
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,49 +20,25 @@ import torch
 from phi1.bench import check
 from phi1.bench.case import Case, Function, Inputs, Provider
 from phi1.bench.providers import VERSIONS, installed_version, settings_for
+from phi1.bench.record import Row, one_line, record
 from phi1.bench.roof import Roof, RoundProbes, measure
-from phi1.bench.timing import Call, Clock, CudaClock, cache_bytes, clock_for, peak_mb, quantile, spread
+from phi1.bench.timing import Call, Clock, CudaClock, cache_bytes, clock_for, peak_mb
 
 MOST_COPIES = 16
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 60
+MOST_OF_THE_ROOF = 1.5
+"""A time that means more than this many times the measured roof is that of something else."""
 
 
 class DeviceLostError(RuntimeError):
     """The GPU does not answer any more; nothing after this would be true."""
 
-
-@dataclass
-class Row:
-    """What one provider made of a case."""
-
-    provider: Provider
-    version: str = ""
-    status: str = "ok"
-    """`ok`; `wrong`: it computes something else; `failed`: it raised; `not installed`."""
-    reason: str = ""
-    error: float | None = None
-    worst: str = ""
-    """Which result is furthest from exact."""
-    function: Function | None = None
-    rounds: list[list[float]] = field(default_factory=list)
-    """Milliseconds of every call, round by round."""
-    host_ms: float | None = None
-    peak_mb: float | None = None
-    """Memory that a call takes on a GPU beyond its inputs."""
-
-    @property
-    def medians(self) -> list[float]:
-        """The median of each round."""
-        return [quantile(samples, 0.5) for samples in self.rounds]
-
-    def fail(self, error: BaseException) -> None:
-        self.status, self.reason, self.function = "failed", one_line(error), None
-
-
-def one_line(error: BaseException) -> str:
-    """An error's type and the first line of its message that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.provider = ""
+        """Who was running."""
+        self.record: dict[str, Any] = {}
+        """What is known of the case that was under way."""
 
 
 class Runner:
@@ -72,43 +49,63 @@ class Runner:
         peers: names of providers to run beside phi1; None takes those that run by default.
         seconds: time to spend on the rounds of one case.
         quick: small roof probes, and no peers that take minutes to prepare.
+        lost: (case, provider) that took a GPU's context with them in an earlier run -> how; they are not run.
     """
 
     def __init__(self, device: torch.device, peers: Sequence[str] | None = None, seconds: float = 4.0,
-                 quick: bool = False) -> None:
+                 quick: bool = False, lost: Mapping[tuple[str, str], str] | None = None) -> None:
         self.device, self.peers, self.seconds, self.quick = device, peers, seconds, quick
+        self.lost = lost or {}
         self._roofs: dict[str, Roof] = {}
 
     def run(self, case: Case) -> dict[str, Any]:
-        """Measure a case; the record for the results file."""
+        """Measure a case; the record for the results file.
+
+        Raises:
+            DeviceLostError: a provider took the GPU's context with it; it has the record as far as it goes.
+        """
         with settings_for(case):
             return self._run(case)
 
     def _run(self, case: Case) -> dict[str, Any]:
         if "torch._dynamo" in sys.modules:  # its import takes seconds, and is not needed without torch.compile
             torch._dynamo.reset()  # or what earlier cases compiled counts against torch's limit of recompiles
-        copies = self._inputs(case)
-        rows = [self._row(case, provider) for provider in self._chosen(case)]
-        note, exact = self._exact(case, copies[0])
-        if exact is not None:
-            self._widen(exact, rows)
         # Before the first timing, so that the probes do not run between two providers of a GPU.
         roof = None if self.device.type == "cpu" else self.roof(case.dtype)
-        groups = [[row] for row in rows] if case.exclusive else [rows]
-        for group in groups:
-            for row in sorted(group, key=lambda row: row.provider.name != check.YARDSTICK):
-                self._prepare(case, row, exact, copies[0])
-            roof = self._time(case, [row for row in group if row.function], copies) or roof
-            if case.exclusive:
-                for row in group:
-                    row.function = None
-                release(self.device)
+        copies = self._inputs(case)
+        rows = [self._row(case, provider) for provider in self._chosen(case)]
+        note, exacts = self._exacts(case, copies)
+        try:
+            self._widen(case, exacts, rows)
+            for group in [[row] for row in rows] if case.exclusive else [rows]:
+                roof = self._measure(case, group, exacts, copies) or roof
+        except DeviceLostError as error:
+            for row in rows:
+                if not row.finished:
+                    row.fail(f"not run to its end: {error.provider} took the GPU's context with it")
+            error.record = record(case, rows, roof or self.roof(case.dtype), len(copies), note) | {"cut": True}
+            raise
         entry = record(case, rows, roof or self.roof(case.dtype), len(copies), note)
-        if exact is not None:
-            entry["eager_error"] = float(f"{exact.eager_error:.2e}")
-        del exact
+        if exacts:
+            entry["eager_error"] = float(f"{exacts[0].eager_error:.2e}")
+        exacts.clear()
         release(self.device)
         return entry
+
+    def _measure(self, case: Case, group: list[Row], exacts: list[check.Exact], copies: list[Inputs]) -> Roof | None:
+        """All there is to know of providers that are in memory together. On a CPU returns the roof of their rounds."""
+        group = sorted(group, key=lambda row: row.provider.name != check.YARDSTICK)
+        for row in group:
+            self._prepare(case, row, exacts)
+        roof = self._time(case, [row for row in group if row.function], copies)
+        for row in group:
+            self._confirm(case, row, exacts, roof or self.roof(case.dtype))
+            row.finished = True
+        if case.exclusive:
+            for row in group:
+                row.function = None
+            release(self.device)
+        return roof
 
     def roof(self, dtype: str) -> Roof:
         """The device's roof for a dtype, measured once a run."""
@@ -126,6 +123,12 @@ class Runner:
         return self.device.type in provider.by_default and not (self.quick and provider.slow)
 
     def _row(self, case: Case, provider: Provider) -> Row:
+        row = self._named(provider)
+        if reason := self.lost.get((case.name, provider.name)):
+            row.fail(reason)
+        return row
+
+    def _named(self, provider: Provider) -> Row:
         if provider.package in ("torch", "phi1"):
             return Row(provider, torch.__version__ if provider.package == "torch" else "")
         version = installed_version(provider.package)
@@ -145,36 +148,67 @@ class Runner:
     def _draw(self, case: Case, seed: int) -> Inputs:
         return case.inputs(self.device, torch.Generator(self.device).manual_seed(1000 + seed))
 
-    def _exact(self, case: Case, inputs: Inputs) -> tuple[str, check.Exact | None]:
+    def _exacts(self, case: Case, copies: list[Inputs]) -> tuple[str, list[check.Exact]]:
+        """The exact results for the first inputs and for the last; else why there are none."""
         if case.reference is None:
-            return "", None
+            return "unchecked: there is no reference", []
         try:
-            return "", check.Exact(case, inputs)
+            return "", [check.Exact(case, inputs) for inputs in (copies[0], copies[-1])]
         except (torch.OutOfMemoryError, ImportError) as error:
             release(self.device)
-            return f"unchecked: the reference could not be computed: {one_line(error)}", None
+            return f"unchecked: the reference could not be computed: {one_line(error)}", []
 
-    def _widen(self, exact: check.Exact, rows: list[Row]) -> None:
+    def _widen(self, case: Case, exacts: list[check.Exact], rows: list[Row]) -> None:
         """Let PyTorch's own operation widen the limits where it is not among the rows."""
-        yardsticks = [p for p in exact.case.providers if p.name == check.YARDSTICK and p.comparable]
-        for yardstick in yardsticks if check.YARDSTICK not in {row.provider.name for row in rows} else []:
+        there = {row.provider.name for row in rows} | {name for of, name in self.lost if of == case.name}
+        yardsticks = [p for p in case.providers if p.name == check.YARDSTICK and p.comparable]
+        for yardstick in yardsticks if exacts and check.YARDSTICK not in there else []:
             try:
-                exact.judge(yardstick.prepare(exact.case, self.device), check.YARDSTICK)
-            except Exception:  # the limits stay those of the eager reference
-                still_there(self.device)
+                for exact in exacts:
+                    exact.judge(yardstick.prepare(case, self.device), check.YARDSTICK)
+            except Exception as error:  # the limits stay those of the eager reference
+                self._failed(Row(yardstick), error)
 
-    def _prepare(self, case: Case, row: Row, exact: check.Exact | None, inputs: Inputs) -> None:
+    def _failed(self, row: Row, error: Exception) -> None:
+        """Note what a provider has raised; DeviceLostError if the device went with it."""
+        row.fail(one_line(error))
+        try:
+            still_there(self.device)
+        except DeviceLostError as lost:
+            lost.provider = row.provider.name
+            row.reason += "; the GPU's context went with it"
+            raise
+
+    def _prepare(self, case: Case, row: Row, exacts: list[check.Exact]) -> None:
         if row.status != "ok":
             return
         try:
             row.function = row.provider.prepare(case, self.device)
-            if exact is not None and row.provider.comparable:
-                verdict = exact.judge(row.function, row.provider.name)
-                row.error, row.worst, row.reason = verdict.error, verdict.worst, verdict.complaint
-                row.status = "wrong" if verdict.complaint else "ok"
+            if exacts and row.provider.comparable:
+                self._judge(row, exacts[0])
         except Exception as error:  # a peer may raise anything; its row says what
-            row.fail(error)
-            still_there(self.device)
+            self._failed(row, error)
+
+    def _judge(self, row: Row, exact: check.Exact, when: str = "") -> None:
+        assert row.function is not None
+        verdict = exact.judge(row.function, row.provider.name)
+        if row.error is None or not verdict.error <= row.error:
+            row.error, row.worst = verdict.error, verdict.worst
+        if verdict.complaint:
+            row.status, row.reason = "wrong", when + verdict.complaint
+
+    def _confirm(self, case: Case, row: Row, exacts: list[check.Exact], roof: Roof) -> None:
+        """What a provider computes behind its rounds, and whether their times can be true."""
+        if row.status != "ok" or row.function is None:
+            return
+        share = roof.ms(case) / row.ms
+        if share > MOST_OF_THE_ROOF:
+            row.status, row.reason = "wrong", f"its time is that of {share:.3g} times the measured roof"
+        try:
+            if exacts and row.provider.comparable:
+                self._judge(row, exacts[-1], "behind its rounds ")
+        except Exception as error:
+            self._failed(row, error)
 
     def _time(self, case: Case, rows: list[Row], copies: list[Inputs]) -> Roof | None:
         """Fill the rows' rounds. On a CPU returns the roof of the same rounds."""
@@ -189,8 +223,7 @@ class Runner:
                     row.host_ms, row.peak_mb = clock.host_ms(call), peak_mb(call)
                 calls.append((row, call))
             except Exception as error:
-                row.fail(error)
-                still_there(self.device)
+                self._failed(row, error)
         probes = RoundProbes(self.device, case.dtype, self.quick) if self.device.type == "cpu" and calls else None
         rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(self.seconds / max(seconds, 1e-9))))
         for turn in range(rounds):
@@ -207,9 +240,7 @@ class Runner:
         try:
             row.rounds.append(clock.sample(call, first))
         except Exception as error:
-            row.fail(error)
-            row.rounds.clear()
-            still_there(self.device)
+            self._failed(row, error)
 
 
 def bind(case: Case, function: Function | None, copies: list[Inputs]) -> Call:
@@ -241,42 +272,6 @@ def bind(case: Case, function: Function | None, copies: list[Inputs]) -> Call:
         return check.gradients(case, sets[i], check.as_tuple(run(sets[i])), upstream[i])
 
     return both
-
-
-def record(case: Case, rows: list[Row], roof: Roof, copies: int, note: str) -> dict[str, Any]:
-    """A case's entry in the results file."""
-    ours = next((row.medians for row in rows if row.provider.name == "phi1" and row.status == "ok"), [])
-    return {
-        "case": case.name, "op": case.op, "unit": case.unit, "direction": case.direction, "shape": dict(case.shape),
-        "dtype": case.dtype, "bytes": case.n_bytes, "flops": case.n_flops, "readme": case.in_readme,
-        "input_copies": copies,
-        "roof": {"gb_per_s": _digits(roof.gb_per_s), "tflop_per_s": _digits(roof.tflop_per_s),
-                 "ms": _digits(roof.ms(case)), "bound": "memory" if roof.memory_bound(case) else "compute"},
-        **({"note": note} if note else {}),
-        "providers": [_entry(row, ours, roof.ms(case)) for row in rows],
-    }
-
-
-def _entry(row: Row, ours: list[float], roof_ms: float) -> dict[str, Any]:
-    entry: dict[str, Any] = {"provider": row.provider.name, "version": row.version, "status": row.status}
-    if row.reason:
-        entry["reason"] = row.reason
-    if row.error is not None:
-        entry |= {"error": float(f"{row.error:.2e}"), "worst": row.worst}
-    if row.rounds:
-        samples = [ms for samples in row.rounds for ms in samples]
-        entry |= {"ms": spread(samples), "samples": len(samples), "rounds": len(row.rounds),
-                  "roof_share": _digits(roof_ms / quantile(samples, 0.5))}
-        if row.host_ms is not None and row.peak_mb is not None:
-            entry |= {"host_ms": _digits(row.host_ms), "peak_mb": _digits(row.peak_mb)}
-        if ours and row.status == "ok":
-            pairs = zip(row.medians, ours, strict=False)  # one that failed midway has fewer
-            entry["ratio"] = spread([theirs / mine for theirs, mine in pairs])
-    return entry
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 def release(device: torch.device) -> None:

@@ -1,22 +1,27 @@
 """One optimizer step on random tokens, as phi1's trainer takes it and as transformers' users write it.
 
-Both compute the same: gradients of the mean cross-entropy, global-norm clipping at 1, an AdamW update of float32 master
-weights. phi1 runs its trainer: on a GPU FSDP2 at one process, on a CPU 16-bit copies of the weights. transformers runs
-under autocast with a loss scaler, its usual way, in bfloat16 on a CPU and in float16 on a GPU.
+Both compute the same, from the same weights on the same batches: gradients of the mean cross-entropy, global-norm
+clipping at 1, an AdamW update of float32 master weights in which matrices decay. phi1 runs its trainer: on a GPU FSDP2
+at one process, on a CPU 16-bit copies of the weights. transformers runs under autocast with a loss scaler, its usual
+way, in bfloat16 on a CPU and in float16 on a GPU; without autocast, in float32, it is the measure of both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from phi1.config import Phi1Config
 
-Step = Callable[[], float]
-"""Takes a step; returns its loss."""
+JUDGED = 3
+"""Steps from the start whose losses and gradients are compared."""
+SEED = 1
+LOSS_SCALE = 1024.0  # of float16 runs, on both sides: at a trainer's first one a step may be skipped to find another
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Plan:
         batch: sequences.
         tokens: of each.
         device: "cpu" or "cuda".
-        precision: "bf16" or "fp16".
+        precision: "bf16" or "fp16"; "fp32" too for transformers.
         micro_batch: sequences at a time; 0 for all.
     """
 
@@ -38,6 +43,21 @@ class Plan:
     device: str = "cpu"
     precision: str = "bf16"
     micro_batch: int = 0
+
+    @property
+    def recipe(self) -> Any:
+        """The trainer's optimization."""
+        from phi1.train.recipe import Train
+
+        return replace(Train(), batch_size=self.batch, warmup_steps=0, loss_scale=LOSS_SCALE, seed=SEED)
+
+    def initial(self) -> Any:
+        """A model with the weights from which all begin."""
+        from phi1.model import Phi1
+
+        model = Phi1(self.config, device=torch.device(self.device), dtype=torch.float32)
+        model.init_weights(SEED)
+        return model
 
 
 @dataclass
@@ -51,71 +71,149 @@ class RandomCorpus:
         return 1 << 20
 
     def rows(self, indices: np.ndarray, seq_len: int) -> np.ndarray:
-        return np.random.default_rng(int(indices[0])).integers(self.vocab_size, size=(len(indices), seq_len + 1))
+        return np.stack([np.random.default_rng(int(i)).integers(self.vocab_size, size=seq_len + 1) for i in indices])
 
 
-def phi1_step(plan: Plan) -> Step:
+class Step(ABC):
+    """Takes steps one after another; called, it takes the next one and returns its loss."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._before: tuple[float, float] | None = None
+
+    @abstractmethod
+    def restart(self) -> None:
+        """Back to the initial weights and the first batch."""
+
+    @abstractmethod
+    def take(self) -> tuple[float, float]:
+        """A step: its loss, and the norm of its gradient before clipping."""
+
+    @abstractmethod
+    def bias(self) -> torch.Tensor:
+        """The head's bias, whose gradient is the furthest from 0 relative to its rounding: AdamW keeps the signs."""
+
+    def __call__(self, inputs: Any = None) -> float:
+        taken = loss, _ = self.take()
+        if not abs(loss - math.log(self.plan.config.vocab_size)) < 1.5:  # of random tokens it stays near log V
+            raise ArithmeticError(f"the loss is {loss:.4g}, not near log {self.plan.config.vocab_size}")
+        if taken == self._before:
+            raise ArithmeticError("two steps have the same loss and gradient: the second was not taken")
+        self._before = taken
+        return loss
+
+    def judged(self) -> tuple[torch.Tensor, ...]:
+        """Of the first JUDGED steps, taken anew: losses above log V, norms of gradients; then the head's bias."""
+        self.restart()
+        taken = torch.tensor([self.take() for _ in range(JUDGED)], dtype=torch.float64)
+        return taken[:, 0] - math.log(self.plan.config.vocab_size), taken[:, 1], self.bias().detach().clone()
+
+
+class Phi1Step(Step):
     """The trainer's own step."""
-    import torch
 
-    from phi1.train import engine
-    from phi1.train.batches import Layout
-    from phi1.train.launch import Place, connect
-    from phi1.train.recipe import Train
-    from phi1.train.step import Trainer
+    def __init__(self, plan: Plan) -> None:
+        from phi1.train import engine
+        from phi1.train.batches import Layout
+        from phi1.train.launch import Place, connect
+        from phi1.train.step import Trainer
 
-    place = Place()
-    machine = engine.start(place, plan.device, plan.precision, torch.get_num_threads())
-    if not torch.distributed.is_initialized():
-        engine.connect_processes(machine, place, connect(place))
-    model = engine.build_model(plan.config, machine, seed=1)
-    corpus: Any = RandomCorpus(plan.config.vocab_size)
-    recipe = replace(Train(), batch_size=plan.batch, warmup_steps=0)
-    trainer = Trainer(model, recipe, plan.tokens, corpus, Layout.of(plan.batch, plan.micro_batch, 0, 1), machine)
-    return lambda: checked(trainer.run_step().loss, plan)
+        super().__init__(plan)
+        place = Place()
+        machine = engine.start(place, plan.device, plan.precision, torch.get_num_threads())
+        if not torch.distributed.is_initialized():
+            engine.connect_processes(machine, place, connect(place))
+        model = engine.build_model(plan.config, machine, SEED)
+        corpus: Any = RandomCorpus(plan.config.vocab_size)
+        self.trainer = Trainer(model, plan.recipe, plan.tokens, corpus, Layout.of(plan.batch, plan.micro_batch, 0, 1),
+                               machine)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        trainer, initial = self.trainer, self.plan.initial().state_dict()
+        for name, parameter in trainer.model.named_parameters():
+            _local(parameter).copy_(initial[name])
+        for state in trainer.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+        trainer.finished, trainer.usual_loss, self._before = 0, 0.0, None
+
+    def take(self) -> tuple[float, float]:
+        outcome = self.trainer.run_step()
+        return outcome.loss, outcome.norm
+
+    def bias(self) -> torch.Tensor:
+        return _local(self.trainer.model.get_parameter("head.bias"))
 
 
-def transformers_step(plan: Plan, compile_mode: str | None = None) -> Step:
-    """PhiForCausalLM, sdpa, autocast, fused AdamW, a loss scaler for float16."""
-    import torch
-    from transformers import PhiForCausalLM
+def _local(parameter: Any) -> torch.Tensor:
+    """The whole of it, which a process alone holds."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
-    from phi1.bench.transformers_peer import phi_config
 
-    torch.manual_seed(1)
-    with torch.device(plan.device):
-        model: Any = PhiForCausalLM(phi_config(plan.config, plan.config.residual_dropout)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    dtype = torch.float16 if plan.precision == "fp16" else torch.bfloat16
-    scaler = torch.amp.GradScaler(plan.device, enabled=plan.precision == "fp16")
-    forward = torch.compile(model, dynamic=False, mode=compile_mode) if compile_mode else model
-    corpus, size = RandomCorpus(plan.config.vocab_size), plan.micro_batch or plan.batch
-    step = 0
+class TransformersStep(Step):
+    """PhiForCausalLM, sdpa, autocast, fused AdamW, a loss scaler for float16.
 
-    def run() -> float:
-        nonlocal step
-        rows = torch.from_numpy(corpus.rows(np.arange(step * plan.batch, (step + 1) * plan.batch), plan.tokens))
+    Args:
+        plan: what a step works on.
+        compile_mode: of torch.compile; None for eager.
+    """
+
+    def __init__(self, plan: Plan, compile_mode: str | None = None) -> None:
+        super().__init__(plan)
+        self.model = _causal_model(plan).train()
+        self.forward = torch.compile(self.model, dynamic=False, mode=compile_mode) if compile_mode else self.model
+        self.corpus = RandomCorpus(plan.config.vocab_size)
+        self._begin()
+
+    def _begin(self) -> None:
+        recipe, named = self.plan.recipe, list(self.model.named_parameters())
+        groups = [{"params": [parameter for name, parameter in named if _decays(name) == decays],
+                   "weight_decay": recipe.weight_decay if decays else 0.0} for decays in (True, False)]
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
+        self.scaler = torch.amp.GradScaler(self.plan.device, init_scale=LOSS_SCALE,
+                                           enabled=self.plan.precision == "fp16")
+        self.finished, self._before = 0, None
+
+    def restart(self) -> None:
+        self.model.load_state_dict(_causal_model(self.plan).state_dict())
+        self._begin()
+
+    def take(self) -> tuple[float, float]:
+        from phi1.train.batches import samples_of_step
+        from phi1.train.schedule import learning_rate
+
+        plan, recipe = self.plan, self.plan.recipe
+        samples = samples_of_step(self.finished, plan.batch, SEED, self.corpus.n_samples(plan.tokens))
+        rows = torch.from_numpy(self.corpus.rows(samples, plan.tokens)).to(plan.device)
+        size, dtype = plan.micro_batch or plan.batch, torch.float16 if plan.precision == "fp16" else torch.bfloat16
         total = 0.0
-        for part in rows.to(plan.device).split(size):
-            with torch.autocast(plan.device, dtype):
-                logits = forward(input_ids=part[:, :-1], use_cache=False).logits
+        for part in rows.split(size):
+            with torch.autocast(plan.device, dtype, enabled=plan.precision != "fp32"):
+                logits = self.forward(input_ids=part[:, :-1], use_cache=False).logits
                 loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten())
             loss = loss * (size / plan.batch)
-            scaler.scale(loss).backward()
+            self.scaler.scale(loss).backward()
             total += loss.item()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        return checked(total, plan)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.finished, recipe)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.finished += 1
+        return total, float(norm)
 
-    return run
+    def bias(self) -> torch.Tensor:
+        return self.model.lm_head.bias
 
 
-def checked(loss: float, plan: Plan) -> float:
-    """The loss, which on random tokens stays near log V: far from it, something else than training was timed."""
-    if not abs(loss - np.log(plan.config.vocab_size)) < 1.5:
-        raise ArithmeticError(f"the loss is {loss:.4g}, not near log {plan.config.vocab_size}")
-    return loss
+def _causal_model(plan: Plan) -> Any:
+    from phi1.bench.transformers_peer import causal_model
+
+    return causal_model(plan.initial(), plan.config, plan.config.residual_dropout)
+
+
+def _decays(name: str) -> bool:
+    return not (name.endswith("bias") or "norm" in name)

@@ -11,7 +11,8 @@ import torch
 from phi1.bench import cases_norm, command
 from phi1.bench.cases import all_cases
 from phi1.bench.chrome_trace import Line, as_table, kind_of, our_kernels, summarise
-from phi1.bench.results import FORMAT, read
+from phi1.bench.plots import labels_of
+from phi1.bench.results import CASE, FORMAT, read
 from phi1.bench.table import block, rate
 from phi1.cli import main
 from phi1.kernels._backend import reference_forced
@@ -73,7 +74,9 @@ def test_cases_that_a_file_has_come_last(tmp_path, capsys):
     assert run("--list", "--op", "gelu", "--device", "cpu") == 0
     names = [line.split("  ")[1].strip() for line in capsys.readouterr().out.splitlines()]
     path = tmp_path / "r.json"
-    path.write_text(json.dumps({"format": "phi1 bench 1", "cases": [{"case": names[0]}]}))
+    facts = dict.fromkeys(("device", "cpu", "cores", "threads", "torch", "triton", "commit"), "")
+    path.write_text(json.dumps({"format": FORMAT, "date": "", "environment": facts, "settings": {},
+                                "cases": [{key: [] for key in CASE} | {"case": names[0]}]}))
     assert run("--list", "--op", "gelu", "--device", "cpu", "--last", str(path)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(names) > 1
@@ -171,6 +174,16 @@ def test_a_gpus_table_counts_its_own_events():
     lines = summarise(events, "cuda", steps=2)
     assert lines == [Line("nvjet_x", "product", 0.5, 0), Line("layer_norm_forward_kernel", "phi1", 0.2, 2)]
     assert "71.4%" in as_table(lines)
+
+
+def test_bars_that_would_have_the_same_label_say_in_what_they_differ():
+    def bar(op, dtype, peer, **shape):
+        return {"op": op, "direction": "forward", "dtype": dtype, "shape": shape | {"P": id(shape)}}, {"provider": peer}
+
+    bars = [bar("decode", "float16", "a", B=1, T=64), bar("decode", "float16", "b", B=1, T=512),
+            bar("decode", "bfloat16", "b", B=1, T=64), bar("load", "float16", "a", model="nano")]
+    assert labels_of(bars) == ["decode T=64 float16 forward, a", "decode T=512 float16 forward, b",
+                               "decode T=64 bfloat16 forward, b", "load forward, a"]
 
 
 def test_lines_of_every_status():

@@ -10,6 +10,12 @@ import pytest
 from phi1.bench import files, report, results, static_table
 from phi1.bench.command import plain_parser
 
+FACTS = {"device": "cuda", "gpu": "A GPU", "torch": "2.11.0", "triton": "3.6.0", "commit": "abc1234"}
+
+
+def record(case):
+    return {key: [] for key in results.CASE} | {"case": case}
+
 
 @pytest.fixture
 def meanwhile(monkeypatch):
@@ -82,11 +88,11 @@ def test_what_two_processes_compile_for_the_table_at_once_is_kept(tmp_path, mean
 
 
 def test_results_saved_at_once_get_two_names(tmp_path, meanwhile):
-    one, two = (results.ResultsFile(tmp_path / "r.json", {}, {}, beside=True) for _ in range(2))
-    theirs = meanwhile(lambda: two.add({"case": "theirs", "providers": []}))
-    one.add({"case": "ours", "providers": []})
+    one, two = (results.ResultsFile(tmp_path / "r.json", FACTS, {}, beside=True) for _ in range(2))
+    theirs = meanwhile(lambda: two.add(record("theirs")))
+    one.add(record("ours"))
     theirs.join(60)
-    one.add({"case": "ours too", "providers": []})
+    one.add(record("ours too"))
     assert [results.read(file.path)["cases"][-1]["case"] for file in (one, two)] == ["ours too", "theirs"]
     assert names(tmp_path) == ["r.2.json", "r.json"]
 
@@ -96,8 +102,7 @@ def test_the_readme_is_whole_where_the_disk_is_full(tmp_path, full_disk):
     readme.write_text(f"{report.BEGIN}\n{report.END}\n" + "All the rest of it.\n" * 1000)
     before = readme.read_text()
     (tmp_path / "r.json").write_text(results.as_text(
-        {"format": results.FORMAT, "date": "2026-11-23", "cases": [], "environment": {
-            "device": "cuda", "gpu": "A GPU", "torch": "2.11.0", "triton": "3.6.0", "commit": "abc1234"}}))
+        {"format": results.FORMAT, "date": "2026-11-23", "environment": FACTS, "settings": {}, "cases": []}))
     with full_disk(), pytest.raises(OSError, match="File too large"):
         report.main([str(tmp_path / "r.json"), "--readme", str(readme), "--no-plots"], plain_parser)
     assert readme.read_text() == before

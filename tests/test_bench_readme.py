@@ -28,6 +28,7 @@ NOT_MEASURED = {
     "keeps 18.1 D bytes": "counted; tests hold it to the tensors that are kept",
     "(10.1 D)": "likewise",
     "2-5 s a kernel": "how long to wait for a compiler",
+    "1.5 times the roof": "a limit",
     "within 0.5 % of float32": "a bound, which a test holds",
 }
 """What the README says -> what it is, where it is no measured speed."""

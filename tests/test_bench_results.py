@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 def entry(provider, ms, ratio=None, status="ok", **more):
     found = {"provider": provider, "version": "1", "status": status}
     if status == "ok":
-        found |= {"ms": [ms, 0.98 * ms, 1.03 * ms], "roof_share": 0.5}
+        found |= {"ms": [ms, 0.98 * ms, 1.03 * ms], "roof_share": 0.5, "error": 1e-3}
     if ratio:
         found["ratio"] = [ratio, 0.99 * ratio, 1.02 * ratio]
     return found | more
@@ -35,8 +35,8 @@ def record(case="layer_norm N=16384 D=2048 float16 forward", ms=0.05, bound="mem
 
 
 def content(*records, device="cuda", **facts):
-    found = {"device": device, "gpu": "NVIDIA H100 80GB HBM3", "cpu": "AMD EPYC", "cores": 2, "driver": "550.1",
-             "torch": "2.11.0", "triton": "3.6.0", "commit": "abc1234"} | facts
+    found = {"device": device, "gpu": "NVIDIA H100 80GB HBM3", "driver": "550.1", "cpu": "AMD EPYC", "cores": 2,
+             "threads": 2, "torch": "2.11.0", "triton": "3.6.0", "commit": "abc1234"} | facts
     return {"format": results.FORMAT, "date": "2026-11-23", "environment": found, "settings": {},
             "cases": list(records)}
 
@@ -60,7 +60,7 @@ def test_a_file_has_a_line_for_each_provider(tmp_path):
 
 def test_every_case_is_on_the_disk_before_the_next(tmp_path):
     path = tmp_path / "deep" / "r.json"
-    file = results.ResultsFile(path, {"gpu": "x"}, {})
+    file = results.ResultsFile(path, content()["environment"], {})
     assert results.read(path)["cases"] == []
     file.add(record())
     assert [case["op"] for case in results.read(path)["cases"]] == ["layer_norm"]
@@ -124,6 +124,37 @@ def test_other_files_are_refused(tmp_path, text):
         results.read(path)
 
 
+def removed(*keys):
+    """A file's contents without what lies below these keys."""
+    inner = value = content(record())
+    for key in keys[:-1]:
+        inner = inner[key]
+    del inner[keys[-1]]
+    return value
+
+
+@pytest.mark.parametrize(("value", "lacks"), [
+    ({"format": results.FORMAT}, "date"),
+    (content() | {"cases": {}}, "cases"),
+    (removed("environment"), "environment"),
+    (removed("environment", "torch"), "environment.torch"),
+    (removed("environment", "gpu"), "environment.gpu"),
+    (removed("cases", 0, "readme"), "cases[0].readme"),
+    (content("x"), "cases[0].case"),
+    (removed("cases", 0, "providers", 1, "status"), "cases[0].providers[1]: provider or status"),
+])
+@pytest.mark.parametrize("words", [["report", "--no-plots", "--print"], ["compare", "OTHER"]])
+def test_a_file_that_lacks_something_is_one_line(tmp_path, capsys, value, lacks, words):
+    path, other = tmp_path / "r.json", write(tmp_path / "other.json", content(record()))
+    path.write_text(json.dumps(value))
+    with pytest.raises(SystemExit) as stop:
+        raise SystemExit(main(["bench", *[str(other) if word == "OTHER" else word for word in words], str(path)]))
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert err.endswith(f"{path} is not a whole results file of `phi1 bench`: it lacks {lacks}\n")
+    assert (out, err.count("\n")) == ("", 1)
+
+
 def test_the_place_of_a_machines_results():
     facts = content()["environment"]
     assert results.standard_path(facts).parent == ROOT / "bench/results/nvidia-h100-80gb-hbm3"
@@ -160,6 +191,30 @@ def test_compare_finds_what_moved_beyond_noise():
     found = {change.case: change.verdict for change in compare.changes(a, b)}
     # Each has p80 3 % above its median: 3 % + 3 % + the floor of 1 %.
     assert found == {record()["case"]: "faster", "same": "", "worse": "slower"}
+
+
+def within(before, after):
+    """The verdict on two times, each (median, p20, p80)."""
+    a, b = content(record()), content(record())
+    for each, ms in ((a, before), (b, after)):
+        each["cases"][0]["providers"][0]["ms"] = list(ms)
+    (change,) = compare.changes(a, b)
+    return change.verdict
+
+
+def test_two_times_differ_if_they_do_by_more_than_both_noises_and_the_floor():
+    """The noise of a time is the further of its p20 and p80 from its median; a GPU's floor is 1 %."""
+    quiet, low, high = (100, 100, 100), (100, 96, 101), (100, 99, 103)
+    assert within(quiet, (100.9, 100.9, 100.9)) == ""
+    assert within(quiet, (101.2, 101.2, 101.2)) == "slower"
+    assert within((101.2, 101.2, 101.2), quiet) == "faster"
+    assert within(low, (104.5, 104.5, 104.5)) == ""  # 4 % and 1 %
+    assert within(low, (105.5, 105.5, 105.5)) == "slower"
+    assert within(high, (103.5, 103.5, 103.5)) == ""  # 3 % and 1 %
+    assert within(high, (104.5, 104.5, 104.5)) == "slower"
+    assert within(low, (108, 108 * 0.97, 108)) == ""  # 4 %, 3 % and 1 %: log 1.08 is 0.077
+    assert within(low, (109, 109 * 0.97, 109)) == "slower"
+    assert within((109, 109 * 0.97, 109), low) == "faster"
 
 
 def test_compare_takes_the_ratio_to_a_peer_on_a_cpu():
