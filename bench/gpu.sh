@@ -16,6 +16,7 @@
 #
 # The package runs from the source tree: links in a temporary folder map kernels/, train/ and bench/ into phi1.
 set -euo pipefail
+began=$(date +%s)
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
 out=${OUT:-$root/runs/gpu}
@@ -85,7 +86,7 @@ stop() {
     [ -z "$running" ] || kill "$running" 2>/dev/null || :
 }
 trap stop TERM INT HUP
-"$python" "$root/bench/gpu_stages.py" "$@" --out "$out" "${rehearse[@]}" &
+"$python" "$root/bench/gpu_stages.py" "$@" --began "$began" --out "$out" "${rehearse[@]}" &
 running=$!
 [ -z "$stopped" ] || stop
 code=0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
-STAGE_SECONDS = 525
+STAGE_SECONDS = 540
 # A line a test, so that what ran is known where the time was not enough.
 PYTEST = ("-m", "pytest", "-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "-p", "phi1.bench.print_failures",
           "-p", "phi1.bench.leave_out", "-o", "addopts=--import-mode=importlib")
@@ -41,7 +41,8 @@ class Command:
         seconds: its limit.
         program: skipped, and said so, where this program is not on the PATH.
         environment: added to the stage's.
-        minutes: of the tuner: its last word is these or, where the stage has less left, that.
+        minutes: its last word is these or, where it has less left, that. With it exit code 3 says that the GPU was lost
+            and that the same command goes on.
     """
 
     name: str
@@ -61,9 +62,8 @@ def commands(stage: str, out: Path, rehearse: bool) -> list[Command]:
     if stage in ("kernels", "block", "decode"):
         return _bench(stage, out, rehearse)
     if stage == "train":
-        minutes = ("--minutes", "2.5"), ("--minutes", "4.5")
-        return [Command(part, (script["train"], part, "--out", str(out), *limit, *tiny), seconds)
-                for part, limit, seconds in zip(("search", "run"), minutes, (230, 330), strict=True)]
+        return [Command(part, (script["train"], part, "--out", str(out), *tiny, "--minutes"), seconds, minutes=minutes)
+                for part, seconds, minutes in (("search", 230, 2.5), ("run", 330, 4.5))]
     if stage == "tune":
         tune = (str(BENCH / "tune.py"), "--out", str(out / "tuned"))
         search = Command("search", (*tune, "--compilers", "6", "--minutes"), minutes=8.0)
@@ -124,11 +124,13 @@ def _bench(stage: str, out: Path, rehearse: bool) -> list[Command]:
         return [quick, *{"block": beside, "kernels": [Command("all", rest, 60)]}.get(stage, [])]
     # `--minutes` starts no case too late to end before the limit, which would lose it. The whole model beside its peers
     # belongs to the block: it is what the block is for.
-    minutes, seconds = ("2", 165) if stage == "block" else ("3.5", 260)
-    on_gpu = (*start, "--device", "cuda")
-    quick = Command("quick", (*on_gpu, *chosen, "--quick", "--minutes", minutes, *json("quick")), seconds)
-    beside = [Command("max", (*on_gpu, *layer), 185),
-              Command("model", (*on_gpu, *model, "--minutes", "2", *json("model")), 165)] if stage == "block" else []
-    return [quick, *beside,
-            Command("all", (*on_gpu, *chosen, "--seconds", "1", "--minutes", "1" if beside else "3.5", "--last",
-                            str(out / "quick.json"), *json("all")))]
+    seconds, minutes, rest_minutes = (165, 2.0, 1.0) if stage == "block" else (260, 3.5, 3.5)
+
+    def timed(name: str, *words: str, seconds: int, minutes: float) -> Command:
+        return Command(name, (*start, "--device", "cuda", *words, "--minutes"), seconds, minutes=minutes)
+
+    quick = timed("quick", *chosen, "--quick", *json("quick"), seconds=seconds, minutes=minutes)
+    beside = [timed("max", *layer, seconds=185, minutes=2.5),
+              timed("model", *model, *json("model"), seconds=165, minutes=2.0)] if stage == "block" else []
+    return [quick, *beside, timed("all", *chosen, "--seconds", "1", "--last", str(out / "quick.json"), *json("all"),
+                                  seconds=STAGE_SECONDS, minutes=rest_minutes)]

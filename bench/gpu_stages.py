@@ -5,9 +5,10 @@
                                                        also what those need that have a wheel in DIR
     python bench/gpu_stages.py --absent DIR STAGE      names of packages that have a wheel in DIR and are not installed
 
-A stage ends within nine minutes, or five times as long when it is rehearsed: each command has a limit of its own, and
-none starts when the stage's time is up. A command at its limit is interrupted, so that it can say what it knows, and
-killed later. What a command prints goes to DIR/STAGE/NAME.log as it comes.
+A stage ends within nine minutes of the script's call, or of the end of the stage before it, or five times as long when
+it is rehearsed: each command has a limit of its own, and none starts when the stage's time is up. A command at its
+limit is interrupted, so that it can say what it knows, and killed later. One that has lost the GPU is started again for
+the rest of its time. What a command prints goes to DIR/STAGE/NAME.log as it comes.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from phi1.bench.gpu_commands import LEFT_OUT, NEEDS, STAGE_SECONDS, Command, com
 from phi1.bench.processes import end_session, signals_later
 
 LAST_WORDS_SECONDS = 10
+END_SECONDS = 2 * LAST_WORDS_SECONDS + 5  # of the last command's end and the table
 REHEARSAL_TIMES = 5  # as long, since the CPU may be a slow one, and busy
-LOST = "GPU lost"  # the tuner's exit code 3: a tile took the GPU's context with it; another process goes on behind it
+LOST = "GPU lost"  # exit code 3: a tile or a peer took the GPU's context with it; another process goes on behind it
 WORTH_SECONDS = 60  # for another process to find something
 SHOWN_LINES = 12
 
@@ -59,7 +61,7 @@ def run(command: Command, folder: Path, seconds: float) -> Row:
         return Row(command.name, "no time", 0.0, [])
     words = command.words if command.program else (sys.executable, *command.words)
     if command.minutes:
-        words = (*words, f"{min(command.minutes, seconds / 60 - 0.5):.2f}")
+        words = (*words, f"{max(0.1, min(command.minutes, min(seconds, command.seconds) / 60 - 0.5)):.2f}")
     log, begin = folder / f"{command.name}.log", time.monotonic()
     process: subprocess.Popen[bytes] | None = None
     with log.open("w") as file:
@@ -83,8 +85,15 @@ def run(command: Command, folder: Path, seconds: float) -> Row:
                [line for line in text if line.startswith(LEFT_OUT)])
 
 
-def run_stage(stage: str, out: Path, rehearse: bool) -> int:
-    """Run a stage and print its table; 1 if a command failed or found no time, 2 if the stage runs there already."""
+def run_stage(stage: str, out: Path, rehearse: bool, begun: float | None = None) -> int:
+    """Run a stage and print its table; 1 if a command failed or found no time, 2 if the stage runs there already.
+
+    Args:
+        stage: its name.
+        out: folder for the results of all stages.
+        rehearse: on a CPU.
+        begun: when its time began, on the monotonic clock (now).
+    """
     from phi1.bench.files import lock
 
     folder = (out / stage).resolve()
@@ -99,13 +108,13 @@ def run_stage(stage: str, out: Path, rehearse: bool) -> int:
         times = REHEARSAL_TIMES if rehearse else 1
         waiting = [replace(command, seconds=times * command.seconds)
                    for command in commands(stage, folder, rehearse)]
-        return _run_commands(stage, folder, waiting, times * STAGE_SECONDS)
+        begun = time.monotonic() if begun is None else begun
+        return _run_commands(stage, folder, waiting, begun + times * STAGE_SECONDS - END_SECONDS)
     finally:
         os.close(held)
 
 
-def _run_commands(stage: str, folder: Path, waiting: list[Command], seconds: float) -> int:
-    end = time.monotonic() + seconds
+def _run_commands(stage: str, folder: Path, waiting: list[Command], end: float) -> int:
     rows = []
     while waiting:
         command = waiting.pop(0)
@@ -115,8 +124,9 @@ def _run_commands(stage: str, folder: Path, waiting: list[Command], seconds: flo
         print(f"-- {stage} {rows[-1].name}: {rows[-1].outcome}, {rows[-1].seconds:.0f} s", flush=True)
         for line in rows[-1].last:
             print(f"   {line[:160]}")
-        if rows[-1].outcome == LOST and end - time.monotonic() > WORTH_SECONDS:
-            waiting.insert(0, replace(command, name=f"{command.name}+"))
+        left = command.seconds - rows[-1].seconds
+        if rows[-1].outcome == LOST and min(left, end - time.monotonic()) > WORTH_SECONDS:
+            waiting.insert(0, replace(command, name=f"{command.name}+", seconds=int(left)))
     print(f"\n{stage:10} {'outcome':10} {'s':>4}  last line")
     for row in rows:
         print(f"{row.name:10} {row.outcome:10} {row.seconds:4.0f}  {(row.last or [''])[-1][:110]}")
@@ -125,7 +135,7 @@ def _run_commands(stage: str, folder: Path, waiting: list[Command], seconds: flo
     print(f"results in {folder}", flush=True)
     # The long selection ends with the stage's time as a rule; what it has done is in its file.
     bad = [row for row in rows if row.outcome not in ("ok", "skipped", LOST) and not
-           (row.name == "all" and row.outcome in ("time out", "no time"))]
+           (row.name.rstrip("+") == "all" and row.outcome in ("time out", "no time"))]
     return 1 if bad else 0
 
 
@@ -184,6 +194,7 @@ def main() -> int:
     parser.add_argument("stages", nargs="+", choices=list(NEEDS), metavar="STAGE", help=", ".join(NEEDS))
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--began", type=float, help="when the script was called, seconds since 1970 (now)")
     parser.add_argument("--needs", action="store_true")
     parser.add_argument("--wheels", type=Path, metavar="DIR")
     parser.add_argument("--absent", type=Path, metavar="WHEELS")
@@ -197,7 +208,12 @@ def main() -> int:
     if commit() == "unknown":
         print("gpu.sh: the sources' commit is unknown, as there is no git here: set PHI1_COMMIT, or results name none",
               flush=True)
-    return max([run_stage(stage, options.out, options.rehearse) for stage in options.stages])
+    begun = time.monotonic() - max(0.0, time.time() - (options.began or time.time()))
+    codes = []
+    for stage in options.stages:
+        codes.append(run_stage(stage, options.out, options.rehearse, begun))
+        begun = time.monotonic()
+    return max(codes)
 
 
 if __name__ == "__main__":

@@ -162,9 +162,11 @@ def test_tests_without_their_packages_are_left_out_and_named(tmp_path, monkeypat
 def test_a_relative_python_is_the_one_of_where_the_script_was_called(tmp_path):
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
-    python.write_text(f'#!/bin/sh\necho "$0" >> "{tmp_path}/called"\ncase $1 in -c) exit 3;; esac\n')
+    python.write_text(f'#!/bin/sh\necho "$0 $*" >> "{tmp_path}/called"\ncase $1 in -c) exit 3;; esac\n')
     python.chmod(0o755)
     done = subprocess.run([SCRIPT, "--rehearse", "check"], cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"PYTHON": "bin/python", "OUT": "out", "WHEELS": ""})
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "called").read_text().split() == 3 * [str(python)], "asked for PyTorch and packages, and run"
+    calls = (tmp_path / "called").read_text().splitlines()
+    assert [line.split()[0] for line in calls if line.startswith("/")] == 3 * [str(python)], "PyTorch? packages? stage"
+    assert re.search(r"gpu_stages.py check --began 1\d{9} --out .*/out --rehearse$", calls[-1])

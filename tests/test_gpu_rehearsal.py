@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from phi1.bench import gpu_commands, gpu_stages
 from phi1.bench.cases import all_cases
+from phi1.bench.command import parse, plain_parser
 from phi1.bench.gpu_commands import Command
 from phi1.train.testing import alive, wait_until
 
@@ -64,16 +66,46 @@ def test_a_stage_runs_from_the_source_tree_and_leaves_it_clean(tmp_path):
     assert set((ROOT / "phi1").iterdir()) == before
 
 
-def test_a_search_that_loses_the_gpu_goes_on_in_another_process(tmp_path, monkeypatch, capsys):
-    counts = "import sys, pathlib; log = pathlib.Path('tried'); log.open('a').write(sys.argv[1] + '\\n')\n"
-    search = Command("search", ("-c", counts + "sys.exit(3 * (len(log.read_text().split()) < 3))"), minutes=8.0)
+@pytest.mark.parametrize(("stage", "name"), [("tune", "search"), ("block", "all")])
+def test_what_loses_the_gpu_goes_on_in_another_process(tmp_path, monkeypatch, capsys, stage, name):
+    counts = "import sys, pathlib; log = pathlib.Path('tried'); log.open('a').write(sys.argv[-1] + '\\n')\n"
+    search = Command(name, ("-c", counts + "sys.exit(3 * (len(log.read_text().split()) < 3))"), 400, minutes=8.0)
     monkeypatch.setattr(gpu_stages, "commands", lambda *_: [search])
-    monkeypatch.setattr(gpu_stages, "STAGE_SECONDS", 400)
-    assert gpu_stages.run_stage("tune", tmp_path, rehearse=False) == 0
-    minutes = [float(line) for line in (tmp_path / "tune" / "tried").read_text().split()]
+    assert gpu_stages.run_stage(stage, tmp_path, rehearse=False) == 0
+    minutes = [float(line) for line in (tmp_path / stage / "tried").read_text().split()]
     assert len(minutes) == 3
-    assert 5.0 < minutes[2] <= minutes[0] <= 6.17
-    assert "search++   ok" in capsys.readouterr().out
+    assert 5.0 < minutes[2] <= minutes[0] == 6.17
+    assert f"{name}++ " in capsys.readouterr().out
+
+
+def test_what_loses_the_gpu_has_its_own_time_alone(tmp_path, monkeypatch):
+    seconds = []
+
+    def run(command, folder, left):
+        seconds.append(command.seconds)
+        return gpu_stages.Row(command.name, "exit 3", 90.5, [])
+
+    monkeypatch.setattr(gpu_stages, "run", run)
+    monkeypatch.setattr(gpu_stages, "commands", lambda *_: [Command("max", (), 185, minutes=2.5)])
+    assert gpu_stages.run_stage("block", tmp_path, rehearse=False) == 0
+    assert seconds == [185, 94]
+
+
+def test_a_stage_has_nine_minutes_from_the_call_of_the_script_or_the_end_of_another(tmp_path, monkeypatch):
+    limits = []
+
+    def run(command, folder, seconds):
+        limits.append(seconds)
+        return gpu_stages.Row(command.name, "ok", 0.0, [])
+
+    monkeypatch.setattr(gpu_stages, "run", run)
+    monkeypatch.setattr(gpu_stages, "commands", lambda *_: [Command("one", ())])
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    began = str(time.time() - 200)
+    monkeypatch.setattr(sys, "argv", ["", "tune", "profile", "--out", str(tmp_path), "--began", began])
+    assert gpu_stages.main() == 0
+    assert limits[0] <= 540 - 200 - gpu_stages.END_SECONDS < limits[1] <= 540 - gpu_stages.END_SECONDS
+    assert gpu_stages.END_SECONDS > 2 * gpu_stages.LAST_WORDS_SECONDS
 
 
 def count_time_from(happened, monkeypatch):
@@ -206,6 +238,10 @@ def test_every_stage_names_scripts_that_are_there(stage, rehearse, tmp_path):
     commands = gpu_commands.commands(stage, tmp_path, rehearse)
     assert commands
     for command in commands:
+        assert (command.words[-1] == "--minutes") == bool(command.minutes), "which the time left completes"
+        if "bench" in command.words:
+            options = parse([*command.words[3:], *["1"] * bool(command.minutes)], plain_parser)
+            assert options.device == ("cpu" if rehearse else "cuda")
         for word in command.words:
             if word.endswith(".py"):
                 assert Path(word).is_file(), word
