@@ -4,8 +4,9 @@
     python bench/gpu_train.py run --out DIR         50 or more steps at the fastest of them that fits
 
 A process that has run out of memory is not used again: `run` tries each size in one of its own (`attempt`). The text is
-this Python's standard library, tokenised in memory. Each size and each step is a line in DIR as soon as it is done;
---rehearse takes a tiny model on the CPU.
+this Python's standard library, tokenised in memory. Each size and each step is a line in DIR as soon as it is done:
+peak_gib is all that tensors held, activation_peak_gib what a sequence of the micro-batch took of it at most, beyond
+parameters, gradients and optimizer. --rehearse takes a tiny model on the CPU.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from phi1 import Phi1, Phi1Config, preset
 from phi1.bench import files
 from phi1.bench.code_corpus import read_code
 from phi1.bench.environment import environment
+from phi1.bench.step_memory import StepMemory
 from phi1.gpus import gpu_named
 from phi1.train import engine
 from phi1.train.batches import Layout
@@ -84,9 +86,12 @@ class Training:
         train = replace(Train(), batch_size=1, lr=3e-4, warmup_steps=size.steps // 3, steps=size.steps,
                         loss_scale_window=200)
         self.trainer = Trainer(self.model, train, size.tokens, corpus, Layout.of(1, 1, 0, 1), self.machine)
+        self.micro_batch = 1
+        self.memory = StepMemory(self.model) if self.machine.device.type == "cuda" else None
 
     def set_batch(self, micro_batch: int, micro_steps: int) -> None:
         """From the next step on."""
+        self.micro_batch = micro_batch
         self.trainer.set_batch(micro_batch * micro_steps, micro_batch)
 
     def set_dropout(self, p: float) -> None:
@@ -96,23 +101,21 @@ class Training:
             block.config = config  # type: ignore[assignment]
 
     def step(self) -> dict[str, Any]:
-        """One optimizer step and its time."""
+        """One optimizer step, its time and its memory, which is 0 on a CPU."""
         begin = time.perf_counter()
         outcome = self.trainer.run_step()
         if self.machine.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
         tokens = self.trainer.train.batch_size * self.size.tokens
+        activations = self.memory.activations / self.micro_batch if self.memory else 0
         return {"step": outcome.step, "loss": outcome.loss, "norm": outcome.norm, "scale": outcome.scale,
-                "skipped": outcome.skipped, "seconds": round(seconds, 4), "tokens_per_s": round(tokens / seconds)}
+                "skipped": outcome.skipped, "seconds": round(seconds, 4), "tokens_per_s": round(tokens / seconds),
+                "activation_peak_gib": round(activations / 2**30, 3)}
 
     def peak_gib(self) -> float:
         """Most memory that tensors have held since the last call, GiB; 0 on a CPU."""
-        if self.machine.device.type != "cuda":
-            return 0.0
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        torch.cuda.reset_peak_memory_stats()
-        return round(peak, 2)
+        return round(self.memory.take_peak() / 2**30, 2) if self.memory else 0.0
 
 
 def search(size: Size, out: Path, end: float) -> int:
@@ -133,10 +136,12 @@ def search(size: Size, out: Path, end: float) -> int:
             break
         seconds = statistics.median(step["seconds"] for step in steps) / SEARCH_MICRO_STEPS
         line = {"micro_batch": micro_batch, "seconds": round(seconds, 4), "peak_gib": training.peak_gib(),
+                "activation_peak_gib": steps[-1]["activation_peak_gib"],
                 "tokens_per_s": round(micro_batch * size.tokens / seconds)}
         files.append(out / SEARCHED, line)
         print(f"micro-batch {micro_batch:3}: {line['tokens_per_s']:,} tokens/s with an optimizer step every "
-              f"{SEARCH_MICRO_STEPS}, {line['peak_gib']} GiB", flush=True)
+              f"{SEARCH_MICRO_STEPS}, {line['peak_gib']} GiB, activations {line['activation_peak_gib']} GiB a sequence",
+              flush=True)
     return 0
 
 
@@ -211,13 +216,14 @@ def _write(size: Size, out: Path, best: dict[str, Any], micro_steps: int, steps:
     result = {
         "environment": facts, "tokens": size.tokens, "micro_batch": best["micro_batch"], "micro_steps": micro_steps,
         "steps": len(steps), "skipped": sum(step["skipped"] for step in steps), "peak_gib": peak,
-        "tokens_per_s": speed, "flops_per_token": flops,
+        "activation_peak_gib": steps[-1]["activation_peak_gib"], "tokens_per_s": speed, "flops_per_token": flops,
         "mfu": {name: round(speed * n / gpu.half_tflops / 1e12, 4) for name, n in flops.items()} if gpu else None,
         "loss_first": statistics.mean(step["loss"] for step in steps[:ends]),
         "loss_last": statistics.mean(step["loss"] for step in steps[-ends:]),
     }
     if dropped:
         result["tokens_per_s_dropout_0.1"] = max(step["tokens_per_s"] for step in dropped)
+        result["activation_peak_gib_dropout_0.1"] = dropped[-1]["activation_peak_gib"]
     files.replace(out / RESULT, json.dumps(result, indent=1) + "\n")
     return result
 
@@ -232,8 +238,8 @@ with dropout 0.1 {f'{dropped:,.0f}' if dropped else 'out of memory'}""")
         print(f"MFU {name:18} {100 * share:.1f} %")
     if not mfu:
         print("MFU              unknown: the peak of this device is not listed in phi1/gpus.py")
-    print(f"peak memory      {result['peak_gib']} GiB\nloss             {result['loss_first']:.3f} -> "
-          f"{result['loss_last']:.3f}", flush=True)
+    print(f"peak memory      {result['peak_gib']} GiB, activations {result['activation_peak_gib']} GiB a sequence\n"
+          f"loss             {result['loss_first']:.3f} -> {result['loss_last']:.3f}", flush=True)
 
 
 def main() -> int:

@@ -33,7 +33,8 @@ class Memory:
             raise torch.OutOfMemoryError("CUDA out of memory")
         self.steps += 1
         return {"step": self.steps, "loss": 9 - 0.1 * self.steps, "skipped": False, "seconds": 1.0,
-                "tokens_per_s": self.size.tokens * self.micro_batch * self.micro_steps}
+                "tokens_per_s": self.size.tokens * self.micro_batch * self.micro_steps,
+                "activation_peak_gib": 1.9 if self.dropout else 1.8}
 
     def peak_gib(self):
         return 70.0
@@ -54,7 +55,8 @@ def test_the_search_tries_sizes_with_the_buffer_that_the_run_needs(memory, tmp_p
     assert search(size, tmp_path, float("inf")) == 0
     assert [(line["micro_batch"], "error" in line) for line in lines(tmp_path / SEARCHED)] == \
         [(1, False), (2, False), (3, False), (4, True)]
-    assert lines(tmp_path / SEARCHED)[2] == {"micro_batch": 3, "seconds": 0.5, "peak_gib": 70.0, "tokens_per_s": 192}
+    assert lines(tmp_path / SEARCHED)[2] == {"micro_batch": 3, "seconds": 0.5, "peak_gib": 70.0,
+                                             "activation_peak_gib": 1.8, "tokens_per_s": 192}
 
 
 def test_a_run_that_does_not_fit_leaves_its_place_to_the_next_smaller(memory, tmp_path, capsys):
@@ -66,7 +68,11 @@ def test_a_run_that_does_not_fit_leaves_its_place_to_the_next_smaller(memory, tm
     assert attempt(TINY, tmp_path, float("inf")) == 0
     assert json.loads((tmp_path / RESULT).read_text())["micro_batch"] == 2
     assert len(lines(tmp_path / RUN)) == TINY.steps
-    assert "with dropout 0.1 128" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "with dropout 0.1 128" in printed
+    assert "peak memory      70.0 GiB, activations 1.8 GiB a sequence" in printed
+    result = json.loads((tmp_path / RESULT).read_text())
+    assert (result["activation_peak_gib"], result["activation_peak_gib_dropout_0.1"]) == (1.8, 1.9)
 
 
 def test_the_result_is_there_where_only_dropout_does_not_fit(memory, tmp_path, capsys):
