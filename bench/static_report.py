@@ -1,8 +1,8 @@
 """What the compiler makes of every Triton kernel, on every GPU, at each tile that a table can pick. No GPU is needed.
 
-Results are kept in a committed table, keyed by the kernel's source, types and tile, the target and the Triton version.
-What the table does not hold, or holds for older source, is compiled again. Ends in one line, and exit code 1 if a
-kernel is refused (static_gate.py says for what).
+Results are kept in a committed table, by Triton version, with a key of the kernel's source, types and tile, the target,
+and how the compiler is called and its output read. What the table does not hold, or holds with another key, is compiled
+again. Ends in one line, and exit code 1 if a kernel is refused (static_gate.py says for what).
 """
 
 from __future__ import annotations

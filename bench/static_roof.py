@@ -15,12 +15,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-import torch
-
-from phi1.bench import check
-from phi1.bench.case import Case
 from phi1.bench.cases import select
-from phi1.bench.op_count import Launch, counting
+from phi1.bench.on_paper import run_on_paper
+from phi1.bench.op_count import Launch
 from phi1.bench.op_sequences import BATCH, OURS, PROVIDERS, TOKENS, UNITS, sequence
 from phi1.gpus import GPUS as ALL_GPUS
 
@@ -106,24 +103,12 @@ def _others(steps: Mapping[str, Launches]) -> list[tuple[Kind, dict[str, float]]
     for arch, step in steps.items():
         known = {launch.name for launch in step}
         for case in cases:
-            kinds = Counter(launch for launch in _launches(case, arch)
+            kinds = Counter(launch for launch in run_on_paper(case, arch).launches
                             if launch.name.endswith(TRITON) and launch.name not in known)
             for launch, count in kinds.items():
                 found.setdefault((launch, count, case.name), {})[arch] = _microseconds(launch, arch)
             known |= {launch.name for launch in kinds}
     return list(found.items())
-
-
-def _launches(case: Case, arch: str) -> Launches:
-    """What our side of a case launches."""
-    device = torch.device("meta")
-    with counting(arch) as counter:
-        inputs = check.leaves_of(case, case.inputs(device, torch.Generator()))
-        outputs = check.as_tuple(case.providers[0].prepare(case, device)(inputs))
-        if case.direction in check.GRADIENTS:
-            leaves = [inputs[name] for name in case.leaves if inputs[name] is not None]
-            torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs])
-        return counter.launches
 
 
 def _microseconds(launch: Launch, arch: str) -> float:

@@ -14,7 +14,7 @@ import phi1.kernels
 from phi1.bench import check
 from phi1.bench.case import DIRECTIONS, Case, Inputs
 from phi1.bench.cases import select
-from phi1.bench.op_count import counting
+from phi1.bench.on_paper import run_on_paper
 from phi1.bench.runner import bind
 from phi1.bench.timing import Call
 from phi1.bench.tune_store import Tile
@@ -45,16 +45,9 @@ def chosen_cases(kind: str, ops: Sequence[str], dtype: str) -> list[Case]:
 
 
 def lookups_on_paper(case: Case, arch: str) -> Lookups:
-    """What a case would look up on a GPU, found on tensors without values: nothing is compiled for it."""
-    device = torch.device("meta")
-    with counting(arch), _tuned.recorded() as lookups:
-        inputs = check.leaves_of(case, case.inputs(device, torch.Generator()))
-        outputs = check.as_tuple(case.providers[0].prepare(case, device)(inputs))
-        ends = len(lookups)
-        if case.direction in check.GRADIENTS:
-            leaves = [inputs[name] for name in case.leaves if inputs[name] is not None]
-            torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs])
-        return lookups[:ends], lookups[ends:]
+    """What a case would look up on a GPU; nothing is compiled for it."""
+    found = run_on_paper(case, arch)
+    return found.forward, found.backward
 
 
 def all_candidates() -> dict[str, dict[str, list[Tile]]]:
