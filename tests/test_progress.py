@@ -1,6 +1,8 @@
 """What a run shows: a live line on rank 0's terminal, plain lines elsewhere, and nothing on the other ranks."""
 
+import contextlib
 import io
+import os
 import re
 import sys
 import time
@@ -36,6 +38,23 @@ def test_rank_0_shows_a_live_line_on_a_terminal(shown):
     assert "step 2/10  loss 2.500  200 tokens/s  0:04 left" in text
     assert "a line that stays\n" in text.replace("\r", "")
     assert re.search(r"\x1b\[2K", text), "the live line is drawn over"
+
+
+def test_a_terminal_that_goes_away_ends_nothing(monkeypatch):
+    (here, there), ended = os.openpty(), False
+    monkeypatch.setenv("TERM", "xterm")
+    # What waits to be written when the terminal's file is closed is an error of the test's own.
+    with contextlib.suppress(OSError), open(there, "w") as terminal, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", terminal)
+        with Progress(10, 0, 100) as progress:
+            progress.say("one")
+            os.close(here)
+            with pytest.raises(OSError, match="Input/output error"):
+                os.write(there, b"two")
+            progress.step(1, 2.5, 0.5)
+            progress.say("two")
+        ended = True
+    assert ended
 
 
 def test_elsewhere_it_says_a_line_now_and_then(shown, monkeypatch):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from contextlib import suppress
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.live import Live
@@ -13,6 +14,25 @@ from rich.text import Text
 from phi1.train.launch import say
 
 PLAIN_SECONDS = 10.0
+
+
+class _Terminal:
+    """A terminal's stream, to which nothing is written any more once the terminal has gone away."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
 
 
 class Progress:
@@ -33,7 +53,8 @@ class Progress:
         self._last_plain = time.monotonic()
         self._live: Live | None = None
         if not silent and sys.stdout.isatty():
-            self._live = Live(console=Console(highlight=False), refresh_per_second=4, transient=True)
+            console = Console(file=cast(TextIO, _Terminal(sys.stdout)), highlight=False)
+            self._live = Live(console=console, refresh_per_second=4, transient=True)
             self._live.start()
 
     def step(self, finished: int, loss: float, seconds: float) -> None:
