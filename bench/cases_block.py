@@ -31,9 +31,14 @@ def cases() -> list[Case]:
     """Every case of this unit."""
     found = _block(8, 2048, 2048, 8192, 32, quick=True) + _block(8, 2048, 2048, 8192, 32, p=0.1)
     found += _block(2, 8192, 2048, 8192, 32) + _block(8, 2048, 2048, 8192, 32, dtype="bfloat16")
-    small = _block(2, 128, 256, 1024, 4, dtype="float32", device="cpu", quick=True)
+    small = small_block()
     return [*found, *small, _prefill(found[0], 8), _prefill(small[0], 2), _decode(1, 2048, 2048, 8192, 32, quick=True),
             _decode(8, 512, 2048, 8192, 32), _decode(1, 128, 256, 1024, 4, dtype="float32", device="cpu", quick=True)]
+
+
+def small_block(p: float = 0.0) -> list[Case]:
+    """The block at a CPU's shape. With dropout it is in no table."""
+    return _block(2, 128, 256, 1024, 4, p=p, dtype="float32", device="cpu", quick=True)
 
 
 def _prefill(forward: Case, batch: int) -> Case:
