@@ -1,16 +1,30 @@
-"""The kernels of layer_norm, gelu, linear, mlp, dropout_add and linear_cross_entropy broken on purpose, one text at a
-time: the comparison with the reference must notice each break. Attention's: test_attention_mutations_kernels.py.
+"""The kernels of layer_norm, gelu, linear, mlp, dropout_add, linear_cross_entropy and parallel_block broken on purpose,
+one text at a time: the comparison with the reference must notice each break. Attention's:
+test_attention_mutations_kernels.py.
 
 A mutant is a file of kernels with one text replaced; it and all that build on it are loaded in place of the real ones.
 """
 
 import contextlib
+import functools
 
 import pytest
 import torch
 
 from phi1 import testing
-from phi1.kernels import Dropout, _tuned, add_layer_norm, backend, dropout_add, gelu, linear, linear_cross_entropy, mlp
+from phi1.kernels import (
+    Dropout,
+    _tuned,
+    add_layer_norm,
+    backend,
+    dropout_add,
+    gelu,
+    linear,
+    linear_cross_entropy,
+    mlp,
+    parallel_block,
+)
+from phi1.kernels.block import parallel_block_reference
 from phi1.kernels.cross_entropy import linear_cross_entropy_reference
 from phi1.kernels.dropout import dropout_add_reference
 from phi1.kernels.gelu import gelu_reference
@@ -23,7 +37,8 @@ if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
 # In the order of their imports.
-FILES = ("gelu", "residual", "gemm", "tma", "epilogue", "linear", "mlp", "layer_norm", "cross_entropy")
+FILES = ("gelu", "residual", "gemm", "tma", "epilogue", "linear", "mlp", "layer_norm", "cross_entropy", "bias_sums",
+         "projections", "block")
 RNG = torch.tensor([5, 7], device=DEVICE)
 TILE = {"block_m": 16, "block_n": 64, "block_k": 16, "group_m": 2, "parts": 1, "tma": 0, "num_warps": 4,
         "num_stages": 2}
@@ -31,6 +46,8 @@ ROWS = {"rows": 2, "cols": 64, "num_warps": 4}
 TILES = {  # the operation and kernel of the tables -> what every check forces, unless it says otherwise
     ("linear", "forward"): TILE,
     ("mlp", "dgelu"): TILE,
+    ("block", "in_proj"): TILE,
+    ("block", "out_proj"): TILE,
     ("epilogue", "forward"): ROWS,
     ("epilogue", "backward"): ROWS,
     ("layer_norm", "forward"): {"rows": 2, "num_warps": 4},
@@ -38,9 +55,11 @@ TILES = {  # the operation and kernel of the tables -> what every check forces, 
     ("linear_cross_entropy", "rows"): {"block": 64, "num_warps": 2},
 }
 SMALL = {("layer_norm", "MAX_PARTIALS"): 3, ("epilogue", "MAX_PARTIALS"): 3,
+         ("bias_sums", "MAX_PARTIALS"): 3, ("bias_sums", "SUM_BLOCK_P"): 2,
          ("cross_entropy", "chunk_rows"): lambda *_: 4, ("gemm", "multiprocessors"): lambda device: 2}
 """Sizes that few rows go over: sums of several groups of rows, several chunks, several tiles a program."""
 
+BY_GROUPS = "for first in range(pid_p * ROWS, n_rows, n_partials * ROWS"
 MUTATIONS = {  # name: (file, text, its replacement, how often it occurs, the check that notices)
     "no eps": ("layer_norm", "/ D + eps)", "/ D)", 1, "norm"),
     "mean over the block": ("layer_norm", "tl.sum(h, axis=1) / D", "tl.sum(h, axis=1) / BLOCK_D", 1, "norm"),
@@ -117,6 +136,35 @@ MUTATIONS = {  # name: (file, text, its replacement, how often it occurs, the ch
     "no factor": ("cross_entropy", "scaled = gradient * tl.load", "scaled = gradient + 0 * tl.load", 1, "loss"),
     "gradients not kept large": ("cross_entropy", "tl.where(known, SCALE, NAN)", "tl.where(known, 1.0, NAN)", 1,
                                  "loss, float16"),
+    "groups of dqkv's rows": ("bias_sums", f"loop\n    {BY_GROUPS})", f"loop\n    {BY_GROUPS} * 2)", 1, "block"),
+    "db of the last group alone": ("bias_sums", "total += tl.load(x_ptr", "total = tl.load(x_ptr", 1, "block"),
+    "dy's sums of other columns": ("bias_sums", "pid_f - TILES_QKV", "pid_f - TILES_QKV + 1", 1, "block"),
+    "groups of dy's rows": ("bias_sums", f"float32)\n    {BY_GROUPS})", f"float32)\n    {BY_GROUPS} * 2)", 1,
+                            "block, dropout"),
+    "db of undropped dy": ("bias_sums", "dense_sum += dense", "dense_sum += dy", 1, "block, dropout"),
+    "dense's mask for fc2": ("bias_sums", "fc2_stream, fc2_threshold", "dense_stream, fc2_threshold", 1,
+                             "block, dropout"),
+    "the first partial sums": ("bias_sums", "range(0, n_partials, BLOCK_P)", "range(0, 1, BLOCK_P)", 1, "block"),
+    "the last partial sums": ("bias_sums", "total += tl.load(partial_ptr", "total = tl.load(partial_ptr", 1, "block"),
+    "the block's last partial sum": ("bias_sums", "(offs_p < n_partials)", "(offs_p < n_partials - 1)", 1, "block"),
+    "one branch's bias for both": ("bias_sums", "add_partials(fc2_partial_ptr", "add_partials(dense_partial_ptr", 1,
+                                   "block, dropout"),
+    "k not rotated": ("projections", "first < 2 * WIDTH", "first < WIDTH", 1, "block, halves"),
+    "the block's rotation": ("projections", "a * c - b * s, b * c + a * s", "a * c + b * s, b * c - a * s", 1, "block"),
+    "the whole head turns": ("projections", "(tl.arange(0, PAIRS) == 0)", "(tl.arange(0, PAIRS) >= 0)", 1, "block"),
+    "one position for all": ("projections", "tl.load(positions_ptr + offs_n", "tl.load(positions_ptr + 0 * offs_n", 1,
+                             "block"),
+    "in_proj's bias": ("projections", "acc += tl.load(bias_ptr", "acc -= tl.load(bias_ptr", 1, "block"),
+    "fc1 where v would end": ("projections", "TILES_QKV * BLOCK_N - 3 * WIDTH", "TILES_QK * BLOCK_N - 2 * WIDTH", 1,
+                              "block"),
+    "in_proj's halves": ("projections", "first + BLOCK_N // 2, end", "first, end", 1, "block, halves"),
+    "act without gelu": ("projections", "gelu_new(pre.to(tl.float32))", "pre.to(tl.float32)", 1, "block"),
+    "fc1 again from another column": ("projections", "pid_n += LEFT_OUT", "pid_n += 0", 1, "block, again"),
+    "dense's weight for fc2": ("projections", "weight_ptr + WIDTH, rows", "weight_ptr, rows", 1, "block"),
+    "dense's weight for fc2 by TMA": ("projections", "row, col, WIDTH, INNER", "row, col, 0, INNER", 1, "block, tma"),
+    "dense's bias for fc2": ("projections", "bias_ptr + WIDTH + columns", "bias_ptr + columns", 1, "block"),
+    "the block's residual": ("projections", "bias[None, :] + x)", "bias[None, :] - x)", 1, "block"),
+    "out_proj's quarters": ("projections", "column + BLOCK_N // 4", "column", 1, "block, halves"),
 }
 
 
@@ -137,12 +185,22 @@ def loss_inputs(dtype=torch.float32):
     return tensors | {"targets": targets}
 
 
+def block_case(recompute="none", **more):
+    """40 rows: five groups of dqkv's, ten of dy's, three partial sums of dpre. v and fc1 end within a tile of in_proj.
+    """
+    cos, sin = testing.rotary_tables(8)
+    options = {"cos": cos, "sin": sin, "n_heads": 2, "batch": 2, **more}
+    operation = functools.partial(parallel_block, recompute=recompute)
+    return operation, parallel_block_reference, testing.block_inputs((2, 20, 32, 2, 40)), options
+
+
 def cases(name):
     """(operation, its reference, tensors, options) of a check."""
     mask = Dropout(0.3, RNG, torch.tensor([3, 8, 1], device=DEVICE), layer=5, kind=2)
     linear_options = {"activation": "gelu_new", "dropout": mask}
     loss_options = {"ignore_index": 1, "label_smoothing": 0.2, "z_loss": 0.05, "valid_vocab": 77}
     mlp_shapes = {"x": (33, 32), "w1": (72, 32), "b1": (72,), "w2": (32, 72), "b2": (32,)}
+    samples = torch.tensor([3, 8], device=DEVICE)
     losses = linear_cross_entropy, linear_cross_entropy_reference
     return {
         "norm": (add_layer_norm, add_layer_norm_reference,
@@ -157,22 +215,28 @@ def cases(name):
         "loss": (*losses, loss_inputs(), loss_options),
         "losses": (*losses, loss_inputs(), {"reduction": "none"}),
         "loss, float16": (*losses, loss_inputs(torch.float16), {"reduction": "none"}),
+        **{f"block{kind}": block_case() for kind in ("", ", halves", ", tma")},
+        "block, again": block_case("mlp"),
+        "block, dropout": block_case(dropouts=tuple(Dropout(0.3, RNG, samples, layer=5, kind=kind)
+                                                   for kind in range(3))),
     }[name]
 
 
 OTHER_TILES = {
-    "linear, halves": (("linear", "forward"), TILE | {"block_n": 128, "parts": 2}),
-    "linear, persistent": (("linear", "forward"), TILE | {"persistent": 1}),
-    "linear, tma": (("linear", "forward"), TILE | {"tma": 1}),
-    "mlp, tma": (("mlp", "dgelu"), TILE | {"tma": 1}),
-    "mlp, cublas": (("mlp", "dgelu"), {"cublas": 1}),
+    "linear, halves": {("linear", "forward"): TILE | {"block_n": 128, "parts": 2}},
+    "linear, persistent": {("linear", "forward"): TILE | {"persistent": 1}},
+    "linear, tma": {("linear", "forward"): TILE | {"tma": 1}},
+    "mlp, tma": {("mlp", "dgelu"): TILE | {"tma": 1}},
+    "mlp, cublas": {("mlp", "dgelu"): {"cublas": 1}},
+    "block, halves": {("block", "in_proj"): TILE | {"parts": 2}, ("block", "out_proj"): TILE | {"parts": 4}},
+    "block, tma": {("block", kernel): TILE | {"tma": 1} for kernel in ("in_proj", "out_proj")},
 }
 
 
 def check(name):
     """One comparison with the reference, outputs and gradients, on small tiles."""
     operation, reference, tensors, options = cases(name)
-    tiles = TILES | dict([OTHER_TILES[name]] if name in OTHER_TILES else [])
+    tiles = TILES | OTHER_TILES.get(name, {})
     with backend("triton"), contextlib.ExitStack() as stack:
         for (op, kernel), tile in tiles.items():
             stack.enter_context(_tuned.forced(op, kernel, tile))
