@@ -20,6 +20,7 @@ from phi1.bench.case import Case
 from phi1.bench.command import MakeParser
 from phi1.bench.environment import ROOT
 from phi1.bench.runner import bind
+from phi1.train.profiling import check_place, write_trace
 
 WARM_UP, STEPS = 3, 2
 KINDS = ("phi1", "product", "copy", "communication", "other")
@@ -49,8 +50,8 @@ def our_kernels() -> frozenset[str]:
 
 
 def kind_of(name: str) -> str:
-    """Of KINDS, from a kernel's or operation's name."""
-    if name.startswith("phi1::") or name in our_kernels():
+    """Of KINDS, from the name of a kernel, an operation, or autograd's node of one."""
+    if name.startswith("phi1::") or "GeneratedBackwardFor_phi1_" in name or name in our_kernels():
         return "phi1"
     for kind, pattern in (("communication", _COMMUNICATION), ("copy", _COPY), ("product", _PRODUCT)):
         if pattern.search(name):
@@ -109,7 +110,7 @@ def record(case: Case, device: torch.device, out: Path) -> list[Line]:
             call(number)
         if device.type == "cuda":
             torch.cuda.synchronize()
-    profiler.export_chrome_trace(str(out))
+    write_trace(profiler, out)
     return summarise(list(profiler.events() or []), device.type, STEPS)
 
 
@@ -131,6 +132,7 @@ def main(argv: list[str], make_parser: MakeParser) -> int:
     case = next((case for case in chosen if case.direction == "forward+backward"), chosen[0])
     out = args.out or Path(f"trace-{args.unit}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
+    check_place(out)
     lines = record(case, torch.device(args.device), out)
     if torch.distributed.is_initialized():  # by a training step
         torch.distributed.destroy_process_group()

@@ -20,9 +20,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from phi1 import Phi1, preset
+from phi1.bench.chrome_trace import kind_of
 from phi1.bench.files import replace
+from phi1.train.profiling import check_place, write_trace
 
-KERNELS = "kernels.json"
+TRACE, KERNELS = "trace.json", "kernels.json"
 COUNTED = 3
 # Nsight Compute would otherwise lock the clocks, which are not ours to set.
 NCU = ("ncu", "--clock-control", "none", "--target-processes", "all", "--launch-skip", "2", "--launch-count", "1",
@@ -51,6 +53,7 @@ def micro_step(rehearse: bool, layers: int = 0) -> Any:
 
 def trace(out: Path, rehearse: bool) -> int:
     """One micro-step after two of warm-up."""
+    check_place(out / TRACE)
     run = micro_step(rehearse)
     run()
     run()
@@ -59,7 +62,7 @@ def trace(out: Path, rehearse: bool) -> int:
         run()
         if not rehearse:
             torch.cuda.synchronize()
-    recorded.export_chrome_trace(str(out / "trace.json"))
+    write_trace(recorded, out / TRACE)
     rows = kernel_rows(recorded, rehearse)
     replace(out / KERNELS, json.dumps(rows, indent=1) + "\n")
     total = sum(row["ms"] for row in rows)
@@ -79,7 +82,7 @@ def kernel_rows(recorded: profile, rehearse: bool) -> list[dict[str, Any]]:
         micros = event.self_cpu_time_total if rehearse else event.self_device_time_total
         if micros and (rehearse or on_device):
             rows.append({"name": event.key, "calls": event.count, "ms": micros / 1e3,
-                         "ours": bool(re.fullmatch(r"\w+_kernel", event.key))})
+                         "ours": kind_of(event.key) == "phi1"})
     return sorted(rows, key=lambda row: -row["ms"])
 
 
@@ -127,13 +130,17 @@ def main() -> int:
     if not options.rehearse and not torch.cuda.is_available():
         print("gpu_profile: error: there is no CUDA device; --rehearse takes the CPU", file=sys.stderr)
         return 2
-    options.out.mkdir(parents=True, exist_ok=True)
     if options.part == "step":
         run = micro_step(options.rehearse, layers=2)
         run()
         run()
         return 0
-    return {"trace": trace, "counters": counters}[options.part](options.out, options.rehearse)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        return {"trace": trace, "counters": counters}[options.part](options.out, options.rehearse)
+    except OSError as error:
+        print(f"gpu_profile: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
+import os
 import re
+import shutil
+import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,11 +77,48 @@ class Profiler:
             self.say(line)
         path = self.folder / f"trace-{first}-{last}.json.gz"
         try:
-            recording.export_chrome_trace(str(path))
+            write_trace(recording, path)
             self.say(f"the trace of steps {first} to {last} is in {path}, for https://ui.perfetto.dev")
         except OSError as error:
             self.say(f"warning: the trace of steps {first} to {last} could not be written: {error.strerror}; the run "
                      "goes on")
+
+
+def write_trace(recording: Any, path: Path) -> None:
+    """Write what torch.profiler has recorded as a Chrome trace, gzipped if the name ends in .gz, whole or not at all.
+
+    The profiler says nothing where it cannot write, and leaves what it has begun: it writes in a folder of its own
+    beside `path`, and what is there then is looked at.
+
+    Raises:
+        OSError: of `check_place`, or the trace cannot be written, as on a full disk.
+    """
+    check_place(path)
+    path = path.resolve()  # what a link leads to is replaced, not the link
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        trace, packed = Path(folder, "trace.json"), Path(folder, path.name)
+        recording.export_chrome_trace(str(trace))
+        if not _is_whole(trace):
+            raise OSError(errno.EIO, "the profiler has not written all of the trace; the disk may be full", str(path))
+        if path.suffix == ".gz":
+            with trace.open("rb") as source, gzip.open(packed, "wb", compresslevel=6) as target:
+                shutil.copyfileobj(source, target)
+        os.replace(packed if path.suffix == ".gz" else trace, path)
+
+
+def check_place(path: Path) -> None:
+    """Raise OSError where something lies at `path` that is no regular file, which a trace would replace."""
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EEXIST, "a trace cannot take the place of what is no regular file", str(path))
+
+
+def _is_whole(trace: Path) -> bool:
+    """Whether a trace is there to its last bracket."""
+    if not trace.is_file():
+        return False
+    with trace.open("rb") as file:
+        file.seek(max(0, trace.stat().st_size - 64))
+        return file.read().rstrip().endswith(b"}")
 
 
 def _table(parts: Any, n_steps: int) -> list[str]:
