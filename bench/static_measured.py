@@ -64,7 +64,11 @@ def not_compiled() -> list[str]:
 
 def _rows() -> Iterator[Row]:
     for path in sorted(FOLDER.glob("*.json")):
-        for op, kernels in json.loads(path.read_text()).items():
+        try:
+            table = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no JSON: {error}") from None
+        for op, kernels in table.items():
             for kernel, rows in kernels.items():
                 yield from ((path.stem, op, kernel, row) for row in rows)
 

@@ -9,6 +9,7 @@ import pytest
 if sys.platform != "linux" or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("Triton compiles on Linux, and not in its interpreter", allow_module_level=True)
 
+from phi1 import cli
 from phi1.bench import static_measured, static_report, tune_cases
 from phi1.bench.static_cases import cases
 from phi1.bench.tune_store import Store, when_of
@@ -63,6 +64,16 @@ def test_a_row_of_a_kernel_that_there_is_not_is_named(measured):
     assert static_measured.not_compiled()[0].endswith("KeyError: 'sideways'")
     measured("no such", "in_proj", {"gpu": "sm_90", "when": WHEN, "tile": BIG})
     assert static_measured.not_compiled()[0].endswith("KeyError: 'no such'")
+
+
+def test_a_file_that_was_cut_short_is_named_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(static_measured, "FOLDER", tmp_path)
+    (tmp_path / f"{STEM}.json").write_text('{"block": {"in_proj": [')
+    assert cli.main(["bench", "static", "--check", "--only", "rotary"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("phi1 bench: error: ")
+    assert f"{STEM}.json is no JSON: " in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(("stem", "arch"), [("nvidia-rtx-4090", "sm_80"), ("amd-radeon-pro-w7900", "gfx942")])
