@@ -159,19 +159,20 @@ def _rotary_in_place(rows: int, heads: int, size: int, rotary_dim: int, dtype: s
         inputs=_rotary_inputs(rows, heads, size, rotary_dim, dtype), leaves=("x",),
         providers=(Provider("phi1", in_place[0], package="phi1"), Provider("torch", in_place[1])),
         reference=reference_of(_from("x", "cos", "sin", "positions", rotary)), kernels=("rotary",), quick=True,
+        asked=lambda function, inputs: function({**inputs, "x": inputs["x"].clone()}),
     ), IN_PLACE_COSTS)
 
 
 def _on_a_copy(function: Function) -> Any:
-    """Writes into a copy of x that the provider keeps for each set of inputs: rotated once at first, then further."""
+    """Writes into a copy of x that the provider keeps for each x: rotated once at first, then further."""
     def prepare(case: Case, device: torch.device) -> Function:
-        own: dict[int, torch.Tensor] = {}
+        own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def run(inputs: Inputs) -> torch.Tensor:
             x = inputs["x"]
             if x.data_ptr() not in own:
-                own[x.data_ptr()] = x.clone()
-            return function({**inputs, "x": own[x.data_ptr()]})
+                own[x.data_ptr()] = x, x.clone()  # x too, or another one might come to lie where it lay
+            return function({**inputs, "x": own[x.data_ptr()][1]})
 
         return run
 

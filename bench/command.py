@@ -64,7 +64,8 @@ def parse(argv: list[str], make_parser: MakeParser) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="without it cuda where there is a device")
     parser.add_argument("--seconds", type=float, help="time for the rounds of a case (4; 1 with --quick)")
     parser.add_argument("--minutes", type=float, help="start no case after this long; those not reached are named")
-    parser.add_argument("--last", type=Path, metavar="FILE", help="cases that this results file has come last")
+    parser.add_argument("--last", type=Path, metavar="FILE",
+                        help="cases that this results file has come last, without those who lost the GPU there")
     parser.add_argument("--json", type=Path, metavar="FILE",
                         help="write the results to this file, case by case; after exit code 3, a peer that lost the "
                              "GPU, the same command goes on without it")
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from phi1.bench.environment import environment
-    from phi1.bench.results import ResultsFile, standard_path
+    from phi1.bench.results import ResultsFile, lost_in, read, standard_path
     from phi1.bench.runner import DeviceLostError, Runner
 
     choose_device(args)
@@ -122,7 +123,8 @@ def run(args: argparse.Namespace) -> int:
     seconds = args.seconds or (1.0 if args.quick else 4.0)
     settings = {"quick": args.quick, "seconds": seconds, "peers": args.peers}
     file = ResultsFile(standard_path(facts) if args.save else args.json, facts, settings, beside=args.save)
-    runner = Runner(torch.device(args.device), args.peers, seconds, args.quick, file.lost)
+    lost = (lost_in(read(args.last)) if args.last else {}) | file.lost
+    runner = Runner(torch.device(args.device), args.peers, seconds, args.quick, lost)
     print(about(facts))
     try:
         unreached = [case.name for case in measure(cases, runner, file, args.minutes)]

@@ -55,7 +55,7 @@ class ResultsFile:
     @property
     def lost(self) -> dict[tuple[str, str], str]:
         """(case, provider) that took a GPU's context with them -> how."""
-        return {(case, provider): reason for case, provider, reason in self.content.get("lost", [])}
+        return lost_in(self.content)
 
     def add(self, record: dict[str, Any]) -> None:
         """Append a case's record, in the place of one that was cut short, and write the file."""
@@ -80,6 +80,11 @@ class ResultsFile:
             self.path = _free(self.path)
             replace(self.path, as_text(self.content))
         self._to_be_named = False
+
+
+def lost_in(content: dict[str, Any]) -> dict[tuple[str, str], str]:
+    """(case, provider) that took a GPU's context with them -> how."""
+    return {(case, provider): reason for case, provider, reason in content.get("lost", [])}
 
 
 def _earlier(path: Path | None, facts: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

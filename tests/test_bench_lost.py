@@ -150,6 +150,14 @@ def test_cases_that_a_lost_gpu_has_cut_short_come_last(machine, capsys):
     assert [line.split()[1] for line in lines[-3:]] == ["c", "a", "b"]
 
 
+def test_who_lost_the_gpu_in_the_last_file_does_not_run_in_another(machine, tmp_path):
+    assert machine.run() == 3
+    last, machine.path = machine.path, tmp_path / "all.json"
+    assert machine.run("--last", str(last)) == 0
+    assert ("b", "bad") not in machine.ran
+    assert machine.rows() == {"c": WHOLE, "a": WHOLE, "b": WHOLE | {"bad": "failed"}}
+
+
 def test_without_a_file_the_line_says_how_to_go_on(machine, capsys):
     assert main(["bench", "--device", "cpu", "--quick", "--seconds", "0.01"]) == command.LOST == 3
     assert "with --json FILE the same command goes on without bad there" in capsys.readouterr().err
