@@ -1,4 +1,5 @@
-"""What attention's and rotary's kernels do with offsets past 2^31 and with values that nobody has checked.
+"""What attention's, rotary's and the block's kernels do with offsets past 2^31, past the end of a weight, and with
+values that nobody has checked.
 
 In the interpreter every address of a load or a store is held against the tensors that the launch was given.
 """
@@ -12,8 +13,10 @@ import triton
 import triton.language as tl
 
 from phi1 import testing
+from phi1.kernels import _projections_triton as projections
 from phi1.kernels import attention, backend, check_values, rotary, rotary_
 from phi1.kernels._attention import Scheme
+from phi1.kernels._gelu import gelu_new
 from phi1.kernels.attention import attention_reference
 
 DEVICE = testing.kernel_device()
@@ -22,6 +25,8 @@ if DEVICE is None:
 
 SMALL = {"block_m": 64, "block_n": 64, "rotate_on_load": 1, "num_warps": 4, "num_stages": 2, "tma": 0,
          "warp_specialize": 0}
+PRODUCT = {"block_m": 32, "block_n": 64, "block_k": 32, "group_m": 2, "parts": 1, "tma": 0, "num_warps": 4,
+           "num_stages": 2}
 WILD = [-(2**63), -(2**31), -9, 0, 3, 40, 2**31 - 1, 2**31 + 3, 2**63 - 1]
 
 
@@ -175,3 +180,61 @@ def test_rows_of_a_tile_too_far_apart_for_32_bits_are_copied(shared_memory):
     with backend("triton"), addresses_checked():
         out = attention(q, small, small)
         assert torch.equal(out, attention(small, small, small))
+
+
+def rotary_of(n_rows, n_positions=9):
+    return *tables(n_positions, 8), torch.arange(n_rows, device=DEVICE) % n_positions
+
+
+def test_projections_read_nothing_past_their_weights(monkeypatch):
+    """Every part of in_proj and y end within a tile; behind each weight lies memory that is no tensor of the launch."""
+    n_rows, width, inner = 41, 48, 40
+    h, weight, bias = draw(n_rows, width), draw(3 * width + inner + 64, width)[:-64], draw(3 * width + inner)
+    monkeypatch.setattr(projections, "tile", lambda *_, **__: PRODUCT)
+    with addresses_checked():
+        _, pre, act = projections.launch_in_proj(h, weight, bias, rotary_of(n_rows), 3, PRODUCT)
+        out_weight, out_bias = draw(width + 64, width + inner)[:-64], draw(2, width)
+        y = projections.launch_out_proj(h, act, h, out_weight, out_bias)
+    torch.testing.assert_close(pre, h @ weight[3 * width :].t() + bias[3 * width :], rtol=1e-4, atol=1e-4)
+    expected = h + torch.cat((h, act), 1) @ out_weight.t() + out_bias.sum(0)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def last_tile_alone(monkeypatch):
+    """Let a program of the projections work on the last tile: all tiles past 2^31 elements would take hours."""
+    @triton.jit
+    def last_tile(pid, n_rows, n_cols, BLOCK_M, BLOCK_N, GROUP_M):
+        return tl.cdiv(n_rows, BLOCK_M) - 1, tl.cdiv(n_cols, BLOCK_N) - 1
+
+    monkeypatch.setattr(projections, "grouped_tile", last_tile)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="launches one program by hand, and its memory is not filled")
+def test_projections_past_2_to_31_elements(shared_memory, last_tile_alone):
+    """The last rows of pre and act [2^17 + 8, 2^14], and of y [2^17 + 8, 2^14]."""
+    width, inner, n_rows = 16, 2**14, 2**17 + 8
+    options = {"BLOCK_M": 16, "BLOCK_N": 64, "GROUP_M": 2, "PARTS": 1, "TMA": False, "num_warps": 4, "num_stages": 2}
+    before, after, att = giants(3, (n_rows, inner), (inner, 1))  # their last eight rows are apart
+    h, weight = draw(n_rows, width, dtype=torch.float16), draw(3 * width + inner, width, dtype=torch.float16) / 4
+    bias = draw(3 * width + inner, dtype=torch.float16)
+    with addresses_checked():
+        projections.in_proj_kernel[(1,)](
+            h, weight, bias, *rotary_of(n_rows), None, before, after, n_rows=n_rows, n_positions=9, WIDTH=width,
+            INNER=inner, HEAD_DIM=16, HALF=8, BLOCK_K=16, **options)
+    pre, act = (x[-8:, -64:].float() for x in (before, after))
+    exact = h[-8:].float() @ weight[-64:].float().t() + bias[-64:].float()
+    torch.testing.assert_close(pre, exact, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(act, gelu_new(pre), rtol=1e-3, atol=1e-3)
+
+    narrow, y = draw(n_rows, width, dtype=torch.float16), before
+    att[-8:] = draw(8, inner, dtype=torch.float16)
+    out_weight = torch.empty(inner, inner + width, dtype=torch.float16)
+    out_weight[-64:] = draw(64, inner + width, dtype=torch.float16) / 128
+    out_bias = draw(2, inner, dtype=torch.float16)
+    with addresses_checked():
+        projections.out_proj_kernel[(1,)](
+            att, narrow, att, out_weight, out_bias, y, n_rows=n_rows, WIDTH=inner, INNER=width, BLOCK_K=1024, **options)
+    joined = torch.cat((att[-8:], narrow[-8:]), 1).float()
+    exact = att[-8:, -64:].float() + joined @ out_weight[-64:].float().t() + out_bias[:, -64:].float().sum(0)
+    torch.testing.assert_close(y[-8:, -64:].float(), exact, rtol=1e-3, atol=1e-3)
