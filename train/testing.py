@@ -27,7 +27,6 @@ from phi1.train.data import Corpus
 from phi1.train.engine import Engine, build_model
 from phi1.train.launch import Place as Rank
 from phi1.train.ledger import read_ledger
-from phi1.train.prepare import prepare
 from phi1.train.recipe import Train
 from phi1.train.step import Trainer
 
@@ -55,6 +54,8 @@ FUNCTION = '''def scale_{i}_{j}(values, factor={j}):
 
 def make_corpus(place: Path, val_fraction: float = 0.1) -> None:
     """40 files of functions in place/source, prepared in place/data."""
+    from phi1.train.prepare import prepare  # only here: a corpus is not what every test needs, nor datasets there
+
     (place / "source").mkdir()
     for i in range(40):
         (place / "source" / f"m{i}.py").write_text("".join(FUNCTION.format(i=i, j=j) for j in range(12)))
