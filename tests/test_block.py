@@ -237,6 +237,8 @@ def bad(**changes):
     (bad(in_weight=torch.zeros(144)), ValueError, r"in_weight must be \[3D \+ F, D\]"),
     (bad(n_heads=5), ValueError, "n_heads must divide the 32 columns of x; got 5"),
     (bad(n_heads=0), ValueError, "n_heads must divide"),
+    (bad(n_heads=True), TypeError, "n_heads must be a whole number; got True"),
+    (bad(batch=True), TypeError, "batch must be a whole number; got True"),
     (bad(eps=0.0), ValueError, "eps must be greater than 0"),
     (bad(in_weight=torch.zeros(96, 32)), ValueError, "in_weight must have more rows than 3 x the 32 columns.*got 96"),
     (bad(in_weight=torch.zeros(144, 31)), ValueError, r"in_weight.shape must be \(144, 32\)"),
