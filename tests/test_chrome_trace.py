@@ -1,5 +1,6 @@
 """Traces are written whole or not at all, and never in the place of something else."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -25,13 +26,15 @@ def recorded():
     return profiler
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """No file gets longer than 4 KiB, which the profiler does not notice."""
+    """No file gets longer than 4 KiB, which the profiler does not notice; pytest's own report, say, is one outside."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def names(folder):
@@ -49,10 +52,10 @@ def test_a_trace_takes_the_place_of_the_one_before(recorded, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["t.json", "t.json.gz"])
-def test_a_full_disk_leaves_what_was_there(recorded, tmp_path, full_disk, name):
+def test_a_full_disk_leaves_what_was_there(recorded, tmp_path, name):
     path = tmp_path / name
     path.write_text("before")
-    with pytest.raises(OSError, match="has not written all of the trace; the disk may be full"):
+    with full_disk(), pytest.raises(OSError, match="has not written all of the trace; the disk may be full"):
         write_trace(recorded, path)
     assert path.read_text() == "before"
     assert names(tmp_path) == [name]
@@ -85,18 +88,19 @@ def test_what_is_no_file_is_refused_before_anything_runs(tmp_path, capsys, monke
     assert names(tmp_path) == ["empty", "pipe", "whole"]
 
 
-def test_a_trace_that_is_not_written_is_one_line(tmp_path, capsys, full_disk):
-    assert main([*TRACE, str(tmp_path / "t.json")]) == 2
+def test_a_trace_that_is_not_written_is_one_line(tmp_path, capsys):
+    with full_disk():
+        assert main([*TRACE, str(tmp_path / "t.json")]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.endswith(f"{tmp_path}/t.json: the profiler has not written all of the trace; the disk may be full\n")
     assert names(tmp_path) == []
 
 
-def test_a_trainer_says_that_its_trace_was_not_written_and_goes_on(tmp_path, full_disk):
+def test_a_trainer_says_that_its_trace_was_not_written_and_goes_on(tmp_path):
     said = []
     profiler = Profiler(range(1, 2), tmp_path, said.append)
-    with profiler.step(1):
+    with full_disk(), profiler.step(1):
         for _ in range(40):
             torch.ones(3).sum()
     assert said[-1] == ("warning: the trace of steps 1 to 1 could not be written: the profiler has not written all of "
