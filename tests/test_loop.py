@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from phi1.train import checkpoint
+from phi1.train import run as run_module
 from phi1.train.best import Standing
 from phi1.train.checkpoint import Saver
 from phi1.train.checkpoint_files import Notes, checkpoints
@@ -104,6 +105,16 @@ def test_the_last_step_is_exported_if_the_best_is_gone(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     assert out.startswith(f"warning: checkpoint {tmp_path / 'step-3'} is not there; exporting")
+
+
+def test_the_last_step_is_exported_if_memory_is_too_short_for_the_best(tmp_path, capsys, monkeypatch):
+    def short(path):
+        raise MemoryError
+
+    last = {"head.bias": torch.zeros(1)}
+    monkeypatch.setattr(run_module, "read_weights", short)
+    assert weights_of_best(tmp_path / "step-3", last, "the best") is last
+    assert capsys.readouterr().out == "warning: no memory; exporting the last step instead of the best\n"
 
 
 def test_the_weights_are_gathered_under_the_eyes_of_the_watch(small_corpus, engines, tmp_path, monkeypatch):

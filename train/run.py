@@ -135,8 +135,8 @@ def weights_of_best(chosen: Path, last: dict[str, Tensor], why: str) -> dict[str
     """Rank 0: what a checkpoint holds, or the `last` step's weights if it is damaged or gone."""
     try:
         weights, _ = read_weights(chosen)
-    except (RunError, OSError) as error:
-        say(f"warning: {error}; exporting the last step instead of {why}")
+    except (RunError, OSError, MemoryError) as error:
+        say(f"warning: {str(error) or 'no memory'}; exporting the last step instead of {why}")
         return last
     say(f"exporting {chosen.name}, {why}")
     return weights
