@@ -27,6 +27,8 @@ NOT_MEASURED = {
     "what has not stopped after 30 s": "torchrun's own limit",
     "keeps 18.1 D bytes": "counted; tests hold it to the tensors that are kept",
     "(10.1 D)": "likewise",
+    "phi-1 keeps 1.71 GiB": "likewise",
+    "holds 1.80 GiB (1.82 with dropout": "likewise",
     "2-5 s a kernel": "how long to wait for a compiler",
     "1.5 times the roof": "a limit",
     "within 0.5 % of float32": "a bound, which a test holds",
