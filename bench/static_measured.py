@@ -25,10 +25,10 @@ FOLDER = Path(phi1.kernels.__path__[0]) / "tuned" / "gpus"
 FAMILIES = {
     "attention": static_attention,
     "block": static_block,
+    "linear_cross_entropy": static_cross_entropy,
     "epilogue": static_elementwise,
     "layer_norm": static_layer_norm,
     "linear": static_linear,
-    "linear_cross_entropy": static_cross_entropy,
     "mlp": static_linear,
     "rotary": static_rotary,
 }

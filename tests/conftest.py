@@ -1,6 +1,8 @@
 """Code to prepare, a prepared corpus and an undisturbed run of it, made once for all tests."""
 
+import contextlib
 import os
+import resource
 import shutil
 import signal
 import sysconfig
@@ -26,6 +28,23 @@ def sigterm():
     yield lambda: os.kill(os.getpid(), signal.SIGTERM)
     after = signal.signal(signal.SIGTERM, before)
     assert after is unexpected, "SIGTERM was not given back"
+
+
+@pytest.fixture
+def full_disk():
+    """A disk on which no file gets longer than 4 KiB, for as long as the context that this makes; pytest's own report,
+    say, is a file outside of it.
+    """
+    @contextlib.contextmanager
+    def limited():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture(scope="session")

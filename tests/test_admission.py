@@ -206,7 +206,7 @@ def test_a_corpus_that_takes_anothers_place_while_it_is_opened_is_refused(two_co
         assert admission.open_data(given)[0].fingerprint == other
     else:
         assert refusal(admission.open_data, given, one if verified else None) == (
-            f"data.folder data: another corpus has taken its place while the run starts (fingerprint {one[:12]}, now "
+            f"data.folder data: another corpus has taken its place since the run began (fingerprint {one[:12]}, now "
             f"{other[:12]}); give the same command again")
     assert len(calls) == 4
 
@@ -222,7 +222,7 @@ def test_every_process_opens_the_corpus_that_rank_0_has_read(two_corpora, tmp_pa
         line = refusal(pretrain.start_or_resume, given, RunFolder(tmp_path), Place())
     finally:
         torch.distributed.destroy_process_group()
-    assert "another corpus has taken its place while the run starts (fingerprint 000000000000, now" in line
+    assert "another corpus has taken its place since the run began (fingerprint 000000000000, now" in line
 
 
 def test_a_corpus_that_changes_while_it_is_trained_on_is_named_at_the_end(place, here, engines):

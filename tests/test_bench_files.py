@@ -1,8 +1,6 @@
 """Files of the benchmarks that two processes write at once, or that a process is killed over."""
 
-import contextlib
 import os
-import resource
 import threading
 
 import pytest
@@ -33,21 +31,6 @@ def meanwhile(monkeypatch):
         return other
 
     return arrange
-
-
-@pytest.fixture
-def full_disk():
-    """A disk on which no file gets longer than 4 KiB."""
-    @contextlib.contextmanager
-    def limited():
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-    return limited
 
 
 def names(folder):

@@ -1,10 +1,8 @@
 """Traces are written whole or not at all, and never in the place of something else."""
 
-import contextlib
 import gzip
 import json
 import os
-import resource
 import sys
 
 import pytest
@@ -26,17 +24,6 @@ def recorded():
     return profiler
 
 
-@contextlib.contextmanager
-def full_disk():
-    """No file gets longer than 4 KiB, which the profiler does not notice; pytest's own report, say, is one outside."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -52,7 +39,7 @@ def test_a_trace_takes_the_place_of_the_one_before(recorded, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["t.json", "t.json.gz"])
-def test_a_full_disk_leaves_what_was_there(recorded, tmp_path, name):
+def test_a_full_disk_leaves_what_was_there(recorded, tmp_path, full_disk, name):
     path = tmp_path / name
     path.write_text("before")
     with full_disk(), pytest.raises(OSError, match="has not written all of the trace; the disk may be full"):
@@ -88,7 +75,7 @@ def test_what_is_no_file_is_refused_before_anything_runs(tmp_path, capsys, monke
     assert names(tmp_path) == ["empty", "pipe", "whole"]
 
 
-def test_a_trace_that_is_not_written_is_one_line(tmp_path, capsys):
+def test_a_trace_that_is_not_written_is_one_line(tmp_path, capsys, full_disk):
     with full_disk():
         assert main([*TRACE, str(tmp_path / "t.json")]) == 2
     out, err = capsys.readouterr()
@@ -97,7 +84,7 @@ def test_a_trace_that_is_not_written_is_one_line(tmp_path, capsys):
     assert names(tmp_path) == []
 
 
-def test_a_trainer_says_that_its_trace_was_not_written_and_goes_on(tmp_path):
+def test_a_trainer_says_that_its_trace_was_not_written_and_goes_on(tmp_path, full_disk):
     said = []
     profiler = Profiler(range(1, 2), tmp_path, said.append)
     with full_disk(), profiler.step(1):

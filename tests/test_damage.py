@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from phi1.train.checkpoint_files import find_damage
+from phi1.train.testing import release, start, wait_for
 from phi1.train.verify import verify
 
 FLIPS = 40
@@ -25,6 +26,23 @@ def checkpoint(place, undisturbed, tmp_path):
 @pytest.fixture
 def corpus(place, tmp_path):
     return shutil.copytree(place / "data", tmp_path / "data")
+
+
+def test_a_byte_that_is_flipped_under_a_run_is_named_when_it_ends(place):
+    shutil.copytree(place / "data", place / "flipped")
+    process = start(place, "unaware", data__folder="flipped", hold="step-40")
+    wait_for(process, lambda: list((place / "unaware" / "checkpoints").glob(".step-40.*")))
+    shard = place / "flipped" / "train-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    with shard.open("r+b") as file:  # the file that the run has open
+        file.write(content)
+    release(place, "unaware")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert ("warning: the corpus has changed since the run began, and may have been read like that: "
+            "flipped/train-00000.bin: damaged: its content hash is wrong") in out
+    assert (place / "unaware" / "export").is_dir()
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "corpus"])

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import phi1.kernels
 from phi1.train import provenance
 from phi1.train import run as run_module
 from phi1.train import watch as watch_module
@@ -135,6 +136,31 @@ def test_versions_and_commit_are_those_of_this_process():
     assert versions()["torch"] == torch.__version__
     head = commit()
     assert head is None or len(head.removesuffix("+changes")) >= 7
+
+
+@pytest.mark.parametrize("name", ["new.py", "tuned/op.json", "tuned/gpus/one.json"])
+def test_a_change_of_the_code_is_another_environment(tmp_path, monkeypatch, name):
+    def now():
+        provenance.sources.cache_clear()
+        return Engine(torch.device("cpu"), "fp32", 1, 1).environment()["phi1"]
+
+    monkeypatch.setattr(phi1.kernels, "__path__", [str(tmp_path)])
+    found = [now(), now()]
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for text in ("1", "2"):
+        path.write_text(text)
+        found.append(now())
+    path.rename(path.with_stem("renamed"))
+    found.append(now())
+    provenance.sources.cache_clear()
+    assert found[0] == found[1]
+    assert len(set(found)) == 4
+
+
+def test_the_cpu_is_more_than_its_architecture():
+    assert torch.backends.cpu.get_cpu_capability() in provenance.cpu()
+    assert provenance.cpu().split()[0] not in ("", torch.backends.cpu.get_cpu_capability())
 
 
 def test_a_repository_around_an_installation_is_not_its_commit(tmp_path, monkeypatch):

@@ -249,7 +249,7 @@ def open_data(recipe: Recipe, fingerprint: str | None = None, verify: bool = Tru
     except OSError as error:
         raise RunError(f"data.folder {folder}: {error.strerror}") from None
     if other := set(found) - {fingerprint or found[0]}:
-        raise RunError(f"data.folder {folder}: another corpus has taken its place while the run starts (fingerprint "
+        raise RunError(f"data.folder {folder}: another corpus has taken its place since the run began (fingerprint "
                        f"{(fingerprint or found[0])[:12]}, now {min(other)[:12]}); give the same command again")
     if train.vocab_size > vocab_size:
         raise RunError(f"model.vocab_size must be at least {train.vocab_size}, the number of token ids in {folder}; "
@@ -275,14 +275,14 @@ def open_together(recipe: Recipe, fingerprint: str, place: Place) -> tuple[Corpu
     return opened
 
 
-def read_again(recipe: Recipe, fingerprint: str, place: Place, say: Callable[[str], None]) -> None:
+def read_again(recipe: Recipe, fingerprint: str, place: Place, report: Callable[[str], None]) -> None:
     """Collective, at the end: one process of each machine sees whether its corpus is as it was when the run began."""
     from phi1.train.together import Failed, together
 
     try:
         together(lambda: open_data(recipe, fingerprint) if place.local_rank == 0 else None, keep=True)
     except Failed as error:
-        say(f"warning: the corpus has changed since the run began, and may have been read like that: {error}")
+        report(f"warning: the corpus has changed since the run began, and may have been read like that: {error}")
 
 
 def prepare_data(recipe: Recipe) -> None:
