@@ -41,14 +41,14 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     """What numbers depend on, into `--benchmark-json`: GPU, driver, torch, Triton, the peers' versions, the commit."""
     import torch
 
-    from phi1.bench.environment import environment
+    from phi1.bench.harness.environment import environment
 
     machine_info["phi1"] = environment("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict) -> None:
     """The commit without git too: from $PHI1_COMMIT."""
-    from phi1.bench.environment import commit
+    from phi1.bench.harness.environment import commit
 
     commit_info["phi1"] = commit()
 

@@ -5,15 +5,17 @@ would install a distribution without `phi1/*.py`, and a top-level package called
 Hugging Face's distribution of that name, which transformers imports.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
+
+ROOMS = {"phi1": "phi1", "phi1.kernels": "kernels", "phi1.train": "train", "phi1.bench": "bench"}
 
 setup(
-    packages=["phi1", "phi1.kernels", "phi1.train", "phi1.bench"],
-    package_dir={"phi1.kernels": "kernels", "phi1.train": "train", "phi1.bench": "bench"},
+    packages=[*ROOMS, *(f"{name}.{part}" for name, folder in ROOMS.items() for part in find_packages(folder))],
+    package_dir=ROOMS,
     package_data={
         "phi1": ["py.typed", "assets/*"],
         "phi1.kernels": ["tuned/*.json", "tuned/gpus/*.json"],
         "phi1.train": ["configs/*.toml"],
-        "phi1.bench": ["static_table.json"],
+        "phi1.bench.compile": ["table.json"],
     },
 )

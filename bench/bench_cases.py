@@ -9,11 +9,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phi1.bench import check
-from phi1.bench.case import Case, Provider
-from phi1.bench.cases import select
-from phi1.bench.providers import installed_version, settings_for
-from phi1.bench.runner import bind, release
+from phi1.bench.cases.registry import select
+from phi1.bench.harness import check
+from phi1.bench.harness.case import Case, Provider
+from phi1.bench.harness.providers import installed_version, settings_for
+from phi1.bench.harness.runner import bind, release
 
 KIND = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [(case, provider) for case in select(KIND, quick=True) for provider in case.providers

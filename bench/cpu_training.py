@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from phi1 import preset
-from phi1.bench.environment import environment
-from phi1.bench.files import replace
-from phi1.bench.training import Phi1Step, Plan, Step, TransformersStep
+from phi1.bench.harness.environment import environment
+from phi1.bench.harness.files import replace
+from phi1.bench.peers.training import Phi1Step, Plan, Step, TransformersStep
 
 BATCH, TOKENS, LAYERS, WIDTH = 8, 256, 4, 256
 PROVIDERS = ("phi1", "transformers")

@@ -50,7 +50,7 @@ for path in "$root"/phi1/*; do ln -s "$path" "$overlay/phi1/"; done
 for room in kernels train bench; do ln -s "$root/$room" "$overlay/phi1/$room"; done
 cat > "$overlay/bin/phi1" <<END
 #!/usr/bin/env bash
-exec "$python" -c 'import sys; from phi1.cli import main; sys.exit(main())' "\$@"
+exec "$python" -c 'import sys; from phi1.cli.main import main; sys.exit(main())' "\$@"
 END
 chmod +x "$overlay/bin/phi1"
 export PYTHONPATH="$overlay:$overlay/site${PYTHONPATH:+:$PYTHONPATH}" PATH="$overlay/bin:$PATH"
@@ -63,7 +63,7 @@ install() {  # a package from the folder of wheels, without what it depends on
         --target "$overlay/site" --upgrade "$1" 2>>"$out/wheels.log"
 }
 cd "$out"  # not the checkout: Hugging Face's libraries would take its kernels/ for a package of theirs
-needs() { "$python" "$root/bench/gpu_stages.py" --needs ${WHEELS:+--wheels "$WHEELS"} "$@"; }
+needs() { "$python" "$root/bench/gpu/stages.py" --needs ${WHEELS:+--wheels "$WHEELS"} "$@"; }
 before=''
 missing=$(needs "$@")
 while [ -n "$missing" ]; do
@@ -76,7 +76,7 @@ $("$python" -V) into a folder and give it as WHEELS${WHEELS:+; $out/wheels.log s
     before=$missing
     missing=$(needs "$@")
 done
-[ -z "${WHEELS:-}" ] || for name in $("$python" "$root/bench/gpu_stages.py" --absent "$WHEELS" "$@"); do
+[ -z "${WHEELS:-}" ] || for name in $("$python" "$root/bench/gpu/stages.py" --absent "$WHEELS" "$@"); do
     install "$name" || echo "gpu.sh: $name has a wheel, but cannot be installed: $out/wheels.log says why" >&2
 done
 # In the background, since bash acts on a signal only between commands; one may come before the number is known.
@@ -86,7 +86,7 @@ stop() {
     [ -z "$running" ] || kill "$running" 2>/dev/null || :
 }
 trap stop TERM INT HUP
-"$python" "$root/bench/gpu_stages.py" "$@" --began "$began" --out "$out" "${rehearse[@]}" &
+"$python" "$root/bench/gpu/stages.py" "$@" --began "$began" --out "$out" "${rehearse[@]}" &
 running=$!
 [ -z "$stopped" ] || stop
 code=0

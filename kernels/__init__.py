@@ -12,21 +12,21 @@ are above the others. `_backend.py` decides which implementation runs, `_checks.
 `_philox.py` specifies the dropout masks, `_memory.py` keeps memory, and `_tuned.py` finds tile shapes.
 """
 
-from phi1.kernels._backend import backend, built_for_gpus, load_kernels
-from phi1.kernels._checks import check_values
-from phi1.kernels._memory import empty
-from phi1.kernels._philox import Dropout
-from phi1.kernels.attention import attention
-from phi1.kernels.attention_qkv import attention_qkv
-from phi1.kernels.block import parallel_block, parallel_block_prefill
-from phi1.kernels.block_decode import parallel_block_decode
-from phi1.kernels.cross_entropy import linear_cross_entropy
-from phi1.kernels.dropout import dropout_add
-from phi1.kernels.gelu import gelu
-from phi1.kernels.layer_norm import add_layer_norm, layer_norm
-from phi1.kernels.linear import linear
-from phi1.kernels.mlp import mlp
-from phi1.kernels.rotary import rotary, rotary_
+from phi1.kernels.attention.attention import attention
+from phi1.kernels.attention.attention_qkv import attention_qkv
+from phi1.kernels.block.decode import parallel_block_decode
+from phi1.kernels.block.parallel_block import parallel_block, parallel_block_prefill
+from phi1.kernels.core.backend import backend, built_for_gpus, load_kernels
+from phi1.kernels.core.checks import check_values
+from phi1.kernels.core.cpu_memory import empty
+from phi1.kernels.core.philox import Dropout
+from phi1.kernels.cross_entropy.linear_cross_entropy import linear_cross_entropy
+from phi1.kernels.gemm.linear import linear
+from phi1.kernels.gemm.mlp import mlp
+from phi1.kernels.pointwise.dropout import dropout_add
+from phi1.kernels.pointwise.gelu import gelu
+from phi1.kernels.pointwise.layer_norm import add_layer_norm, layer_norm
+from phi1.kernels.pointwise.rotary import rotary, rotary_
 
 if built_for_gpus():
     load_kernels()

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from phi1.config import PRESETS, Phi1Config, preset
     from phi1.generation import generate
+    from phi1.mixed_precision import WorkingCopies
     from phi1.model import Cache, Phi1
     from phi1.tokenizer import load_tokenizer
-    from phi1.weights import load, save
-    from phi1.working_copies import WorkingCopies
+    from phi1.weights.huggingface import load, save
 
 __version__ = "0.1.0"
 _HOME = {
     "PRESETS": "config", "Phi1Config": "config", "preset": "config",
     "Cache": "model", "Phi1": "model",
     "generate": "generation",
-    "load": "weights", "save": "weights",
+    "load": "weights.huggingface", "save": "weights.huggingface",
     "load_tokenizer": "tokenizer",
-    "WorkingCopies": "working_copies",
+    "WorkingCopies": "mixed_precision",
 }
 __all__ = ["PRESETS", "Cache", "Phi1", "Phi1Config", "WorkingCopies", "generate", "load", "load_tokenizer", "preset",
            "save"]

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from phi1._sampling import Rules, choose, prompt_seed, uniform_numbers
 from phi1.model import Cache, Phi1
+from phi1.sampling import Rules, choose, prompt_seed, uniform_numbers
 
 if TYPE_CHECKING:
     from phi1.tokenizer import Tokenizer

@@ -18,9 +18,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from phi1._embedding import embed
 from phi1.cache import Cache
 from phi1.config import Phi1Config
+from phi1.embedding import embed
 from phi1.kernels import (
     Dropout,
     attention,

@@ -224,20 +224,23 @@ def load_kernels(
     """Load files of kernels anew, one text of one of them replaced; operations import them when they run.
 
     Args:
-        files: `gelu` for _gelu_triton.py, each behind those that it imports, up to those that the operations import.
+        files: `gelu` or `block/launch` for a _triton.py, each behind those that it imports, up to those that the
+            operations import.
         constants: (file, name) -> the value that it gets there.
         monkeypatch: takes the files back.
         folder: where the broken file is written.
         file, text, replacement, times: `text`, which `file` must hold so many times, becomes `replacement`.
     """
+    root = Path(kernels.__path__[0])
     for name in files:
-        path = Path(kernels.__path__[0]) / f"_{name}_triton.py"
+        (path,) = root.glob(f"**/{name}_triton.py")
+        module_name = ".".join(("phi1.kernels", *path.relative_to(root).with_suffix("").parts))
         if name == file:
             source = path.read_text()
             assert source.count(text) == times, f"{name} has {text!r} {source.count(text)} times: mend the mutation"
             path = folder / path.name
             path.write_text(source.replace(text, replacement))
-        spec = importlib.util.spec_from_file_location(f"phi1.kernels._{name}_triton", path)
+        spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)

@@ -60,7 +60,7 @@ def code(tmp_path_factory):
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
     """A working directory with a prepared corpus in data/."""
-    from phi1.train.testing import make_corpus  # only here: tests of kernels do without what it needs
+    from training_runs import make_corpus  # only here: tests of kernels do without what it needs
 
     folder = tmp_path_factory.mktemp("runs")
     make_corpus(folder)
@@ -70,7 +70,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="session")
 def undisturbed(place):
     """A whole run in one process, in whole/, and what it printed."""
-    from phi1.train.testing import train
+    from training_runs import train
 
     return train(place, "whole")
 
@@ -78,7 +78,7 @@ def undisturbed(place):
 @pytest.fixture(scope="session")
 def undisturbed_pair(place):
     """The same run in two processes, in pair/, and what it printed."""
-    from phi1.train.testing import train
+    from training_runs import train
 
     return train(place, "pair", 2)
 
@@ -86,8 +86,8 @@ def undisturbed_pair(place):
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory):
     """The training split that `make_trainer` takes."""
-    from phi1.train.data import open_corpus
-    from phi1.train.prepare import prepare
+    from phi1.train.data.corpus import open_corpus
+    from phi1.train.prepare.prepare import prepare
 
     folder = tmp_path_factory.mktemp("data")
     source = folder / "source"
@@ -104,8 +104,8 @@ def engines():
     """precision -> engine, in a group of one process."""
     from torch.distributed import HashStore
 
-    from phi1.train.engine import connect_processes, start
-    from phi1.train.launch import Place
+    from phi1.train.runtime.engine import connect_processes, start
+    from phi1.train.runtime.launch import Place
 
     threads = torch.get_num_threads()
     by_precision = {precision: start(Place(), "cpu", precision, 1) for precision in ("fp32", "fp16", "bf16")}

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from phi1.train.launch import leave
 from phi1.train.pretrain import main
+from phi1.train.runtime.launch import leave
 
 RECIPE = Path(__file__).parent / "configs" / "phi1.toml"
 

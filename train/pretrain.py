@@ -13,12 +13,22 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phi1.train.checkpoint_files import checkpoints
-from phi1.train.launch import Place, RunError, announce, connect, leave, limit_spinning, on_signals, say, stop_with
+from phi1.train.checkpoint.files import checkpoints
+from phi1.train.runtime.launch import (
+    Place,
+    RunError,
+    announce,
+    connect,
+    leave,
+    limit_spinning,
+    on_signals,
+    say,
+    stop_with,
+)
 
 if TYPE_CHECKING:  # what takes long to import is imported by main, where Ctrl-C finds somebody to catch it
-    from phi1.train.recipe import Recipe
-    from phi1.train.runfolder import RunFolder
+    from phi1.train.recipe.recipe import Recipe
+    from phi1.train.run.folder import RunFolder
 
 SHORT = {"prove-resume": "run.prove_resume", "profile": "run.profile"}
 
@@ -29,8 +39,8 @@ def parse(arguments: list[str], file: Path | None = None) -> Recipe | None:
     Raises:
         RunError: not understood.
     """
-    from phi1.train.recipe import KEYS
-    from phi1.train.recipe_file import read_recipe, unknown
+    from phi1.train.recipe.file import read_recipe, unknown
+    from phi1.train.recipe.recipe import KEYS
 
     overrides: dict[str, str] = {}
     rest = list(arguments)
@@ -61,9 +71,9 @@ def main(file: Path | None = None, purpose: str | None = __doc__) -> int:  # typ
         place = Place.from_environment()
         recipe = parse(sys.argv[1:], file)
 
-        from phi1.train.admission import check_recipe
-        from phi1.train.recipe_file import show_help
-        from phi1.train.runfolder import RunFolder
+        from phi1.train.recipe.file import show_help
+        from phi1.train.run.folder import RunFolder
+        from phi1.train.run.preflight import check_recipe
 
         if recipe is None:
             if place.rank == 0:
@@ -94,7 +104,7 @@ def main(file: Path | None = None, purpose: str | None = __doc__) -> int:  # typ
 
 def start_or_resume(recipe: Recipe, folder: RunFolder, place: Place) -> int:
     """Rank 0 admits the run and prepares its data, and then all processes run it."""
-    from phi1.train.admission import COMPLETE, admit, admit_proof
+    from phi1.train.run.preflight import COMPLETE, admit, admit_proof
 
     word = ""
     if place.rank == 0:
@@ -111,11 +121,11 @@ def start_or_resume(recipe: Recipe, folder: RunFolder, place: Place) -> int:
     fingerprint, *names = word.split()
     chosen = [folder.checkpoints / name for name in names]
     if recipe.run.prove_resume:
-        from phi1.train.prove import prove
+        from phi1.train.run.replay import prove
 
         return prove(recipe, folder, place, store, fingerprint, *chosen)
 
-    from phi1.train.run import run  # only now, since it imports torch
+    from phi1.train.run.run import run  # only now, since it imports torch
 
     stopped = run(recipe, folder, place, store, fingerprint, *chosen)
     if stopped and place.rank == 0:

@@ -1,0 +1,1 @@
+"""The registry of what is timed. Imports harness and peers."""

@@ -1,0 +1,181 @@
+"""attention and attention_qkv: lengths 512 to 16,384 at 16,384 tokens a call, head sizes 64, 80, 128, packed batches.
+
+Flops count the half of the score matrix that a causal mask leaves, as FlashAttention's own benchmarks do, and five
+products for the backward, whatever an implementation computes twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from phi1.bench.harness.case import Case, Function, Inputs, Provider, named, variants
+from phi1.bench.harness.inputs import Draw
+from phi1.bench.harness.providers import ours, part_of_reference
+from phi1.bench.peers.attention import packed_peers, peers
+from phi1.kernels import Dropout, attention, attention_qkv
+
+TOKENS = 16384
+# Read q, k, v, write out; then read them, out and dout, write dq, dk, dv. lse is float32.
+FORWARD_BYTES, BACKWARD_BYTES = "4*B*T*H*K*e + 4*B*T*H", "8*B*T*H*K*e + 4*B*T*H"
+PACKED_FORWARD_BYTES, PACKED_BACKWARD_BYTES = (formula.replace("B*T", "N") for formula in (FORWARD_BYTES,
+                                                                                           BACKWARD_BYTES))
+CHUNK_BYTES = 4 << 30  # of float64 scores that the reference may hold at once
+
+
+def costs(pairs: str, forward_bytes: str, backward_bytes: str) -> dict[str, tuple[str, str]]:
+    """For `pairs` scores a head: two products of 2 K flops each forward, five backward."""
+    return {"forward": (forward_bytes, f"4*H*K*{pairs}"), "backward": (backward_bytes, f"10*H*K*{pairs}"),
+            "forward+backward": (f"{forward_bytes} + {backward_bytes}", f"14*H*K*{pairs}")}
+
+
+def cases() -> list[Case]:
+    """Every case of these operations."""
+    found: list[Case] = []
+    for tokens in (512, 1024, 2048, 4096, 8192, 16384):
+        found += _attention(TOKENS // tokens, tokens, 32, 64, quick=tokens in (2048, 16384))
+    found += _attention(8, 2048, 32, 64, causal=False) + _attention(8, 2048, 32, 64, dtype="bfloat16")
+    found += _attention(1, TOKENS, 32, 64, causal=False)  # as FlashAttention-3 was measured, arXiv 2407.08608
+    found += _attention(8, 2048, 32, 80) + _attention(8, 2048, 16, 128) + _attention(8, 2048, 32, 64, p=0.1)
+    found += _attention(2, 256, 4, 64, dtype="float32", device="cpu", quick=True)
+    for tokens, rotary in ((2048, True), (2048, False), (8192, True)):
+        found += _packed(TOKENS // tokens, tokens, 32, 64, rotary=rotary, quick=tokens == 2048 and rotary)
+    found += _packed(8, 2048, 32, 64, rotary=True, p=0.1)
+    found += _documents(TOKENS, 32, 64, "float16", "cuda") + _documents(512, 4, 64, "float32", "cpu")
+    found += _packed(2, 256, 4, 64, rotary=True, dtype="float32", device="cpu", quick=True)
+    return found
+
+
+def _attention(batch: int, tokens: int, heads: int, size: int, *, causal: bool = True, p: float = 0.0,
+               dtype: str = "float16", device: str = "cuda", quick: bool = False) -> list[Case]:
+    shape = {"B": batch, "T": tokens, "H": heads, "K": size, "causal": causal} | ({"dropout": p} if p else {})
+
+    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
+        draw = Draw(on, generator, dtype)
+        q, k, v = (draw.normal(batch, tokens, heads, size) for _ in range(3))
+        return {"q": q, "k": k, "v": v, **_rng(draw, batch, p)}
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        return attention(inputs["q"], inputs["k"], inputs["v"], causal=causal, dropout=_dropout(inputs, p))
+
+    return _directions(Case(
+        name="", op="attention", unit="kernel", direction="forward", shape=shape, dtype=dtype, devices=(device,),
+        bytes="0", flops="0", inputs=inputs, leaves=("q", "k", "v"), providers=(ours(run), *peers(causal, p)),
+        reference=_by_parts(causal, p), kernels=("attention",), quick=quick,
+    ), costs("B*T*T//2" if causal else "B*T*T", FORWARD_BYTES, BACKWARD_BYTES))
+
+
+def _directions(case: Case, costs: dict[str, tuple[str, str]]) -> list[Case]:
+    """Forward, and forward and backward; backward alone at phi-1's length."""
+    alone = case.shape.get("T") == 2048
+    return variants(case, {name: cost for name, cost in costs.items() if name != "backward" or alone})
+
+
+def _rng(draw: Draw, samples: int, p: float) -> Inputs:
+    return {"rng": draw.rng(), "sample_ids": torch.arange(samples, device=draw.device)} if p else {}
+
+
+def _dropout(inputs: Inputs, p: float) -> Dropout | None:
+    return Dropout(p, inputs["rng"], inputs["sample_ids"], layer=0, kind=0) if p else None
+
+
+def _by_parts(causal: bool, p: float) -> Function:
+    """The reference, in parts that fit: sample by sample, and head by head where the masks do not count heads."""
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rng: Inputs) -> torch.Tensor:
+        return attention(q, k, v, causal=causal, dropout=_dropout(rng, p))
+
+    part = part_of_reference(attend)
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        batch, tokens, heads, _ = inputs["q"].shape
+        at_once = heads if p else max(1, min(heads, CHUNK_BYTES // (8 * tokens * tokens)))
+        rows = []
+        for b in range(batch):
+            split = (inputs[name][b : b + 1].split(at_once, dim=2) for name in ("q", "k", "v"))
+            outs = [part(q, k, v, _rng_of(inputs, b, p)) for q, k, v in zip(*split, strict=True)]
+            rows.append(torch.cat(outs, dim=2))
+        return torch.cat(rows)
+
+    return run
+
+
+def _rng_of(inputs: Inputs, sample: int, p: float) -> Inputs:
+    """What the dropout of one sample needs."""
+    return {"rng": inputs["rng"], "sample_ids": inputs["sample_ids"][sample : sample + 1]} if p else {}
+
+
+def _packed(batch: int, tokens: int, heads: int, size: int, *, rotary: bool, p: float = 0.0, dtype: str = "float16",
+            device: str = "cuda", quick: bool = False) -> list[Case]:
+    n_rows = batch * tokens
+    shape = {"N": n_rows, "T": tokens, "H": heads, "K": size, "rotary": rotary} | ({"dropout": p} if p else {})
+
+    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
+        draw = Draw(on, generator, dtype)
+        return {"qkv": draw.normal(n_rows, 3, heads, size), **_tables(draw, tokens, size, rotary),
+                **_rng(draw, batch, p)}
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        return attention_qkv(inputs["qkv"], batch=batch, rotary=_angles(inputs), dropout=_dropout(inputs, p))
+
+    part = part_of_reference(lambda qkv, angles, rng: attention_qkv(qkv, rotary=angles, dropout=_dropout(rng, p)))
+
+    def by_sample(inputs: Inputs) -> torch.Tensor:
+        return torch.cat([part(qkv, _angles(inputs), _rng_of(inputs, b, p))
+                          for b, qkv in enumerate(inputs["qkv"].split(tokens))])
+
+    return _directions(_packed_case(shape, dtype, device, inputs, run, by_sample,
+                                    packed_peers(batch, rotary, p), quick),
+                       costs("N*T//2", PACKED_FORWARD_BYTES, PACKED_BACKWARD_BYTES))
+
+
+def _packed_case(shape: dict[str, Any], dtype: str, device: str, inputs: Any, run: Function, reference: Function,
+                 others: tuple[Provider, ...], quick: bool) -> Case:
+    return Case(
+        name=named("attention_qkv", shape, dtype, "forward"), op="attention_qkv", unit="kernel", direction="forward",
+        shape=shape, dtype=dtype, devices=(device,), bytes="0", flops="0", inputs=inputs, leaves=("qkv",),
+        providers=(ours(run), *others), reference=reference, kernels=("attention",), quick=quick,
+    )
+
+
+def _tables(draw: Draw, tokens: int, size: int, rotary: bool) -> Inputs:
+    cos, sin = draw.tables(tokens, size // 2) if rotary else (None, None)
+    return {"cos": cos, "sin": sin}
+
+
+def _angles(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor] | None:
+    return None if inputs["cos"] is None else (inputs["cos"], inputs["sin"])
+
+
+def document_lengths(rows: int) -> list[int]:
+    """Lengths of packed documents that fill `rows`: log-normal about 400 tokens, as of Python files, at most 2,048."""
+    generator = torch.Generator().manual_seed(7)
+    lengths: list[int] = []
+    while sum(lengths) < rows:
+        drawn = int(torch.empty(()).log_normal_(5.5, 1.0, generator=generator))
+        lengths.append(max(1, min(drawn, 2048, rows - sum(lengths))))
+    return lengths
+
+
+def _documents(rows: int, heads: int, size: int, dtype: str, device: str) -> list[Case]:
+    lengths = document_lengths(rows)
+    shape = {"N": rows, "documents": len(lengths), "H": heads, "K": size, "S": sum(n * n for n in lengths)}
+    longest = max(lengths)
+
+    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
+        draw = Draw(on, generator, dtype)
+        ends = torch.tensor([0, *lengths], device=on).cumsum(0).int()
+        return {"qkv": draw.normal(rows, 3, heads, size), "cu_seqlens": ends, **_tables(draw, longest, size, True)}
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        return attention_qkv(inputs["qkv"], cu_seqlens=inputs["cu_seqlens"], rotary=_angles(inputs))
+
+    document = part_of_reference(lambda qkv, angles: attention_qkv(qkv, rotary=angles))
+
+    def by_document(inputs: Inputs) -> torch.Tensor:
+        return torch.cat([document(qkv, _angles(inputs)) for qkv in inputs["qkv"].split(lengths)])
+
+    return variants(_packed_case(shape, dtype, device, inputs, run, by_document,
+                                 packed_peers(1, True, 0.0, lengths=lengths), quick=True),
+                    {name: cost for name, cost in costs("S//2", PACKED_FORWARD_BYTES, PACKED_BACKWARD_BYTES).items()
+                     if name != "backward"})

@@ -1,0 +1,205 @@
+"""One parallel block, whole: phi1's operation beside transformers' layer and beside compositions of the best parts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from phi1.bench.cases.norm import torch_rotary
+from phi1.bench.harness.case import Case, Function, Inputs, Provider, named, variants
+from phi1.bench.harness.inputs import Draw
+from phi1.bench.harness.providers import ours, part_of_reference, peer, plain, reference_of
+from phi1.bench.peers.attention import BACKENDS, Attend, forced, sdpa
+from phi1.bench.peers.hf_transformers import decoder_layer
+from phi1.kernels import Dropout, parallel_block, parallel_block_decode, parallel_block_prefill
+
+NAMES = ("norm_weight", "norm_bias", "in_weight", "in_bias", "out_weight", "out_bias")
+# Weights of 4 D^2 + 2 D F, read; their gradients, written. Between: x in and out; saved and read again are x, qkv, att
+# and pre. Scores are half of T^2 a head.
+WEIGHTS = "(4*D*D + 2*D*F)*e"
+MAX = "max-autotune-no-cudagraphs"
+COSTS = {
+    "forward": (f"2*N*D*e + {WEIGHTS}", "2*N*(4*D*D + 2*D*F) + 2*N*T*D"),
+    "forward+backward": (f"3*{WEIGHTS} + (14*D + 2*F)*N*e", "6*N*(4*D*D + 2*D*F) + 7*N*T*D"),
+}
+
+
+def cases() -> list[Case]:
+    """Every case of this unit."""
+    found = _block(8, 2048, 2048, 8192, 32, quick=True) + _block(8, 2048, 2048, 8192, 32, p=0.1)
+    found += _block(2, 8192, 2048, 8192, 32) + _block(8, 2048, 2048, 8192, 32, dtype="bfloat16")
+    small = small_block()
+    return [*found, *small, _prefill(found[0], 8), _prefill(small[0], 2), _decode(1, 2048, 2048, 8192, 32, quick=True),
+            _decode(8, 512, 2048, 8192, 32), _decode(1, 128, 256, 1024, 4, dtype="float32", device="cpu", quick=True)]
+
+
+def small_block(p: float = 0.0) -> list[Case]:
+    """The block at a CPU's shape. With dropout it is in no table."""
+    return _block(2, 128, 256, 1024, 4, p=p, dtype="float32", device="cpu", quick=True)
+
+
+def _prefill(forward: Case, batch: int) -> Case:
+    """The forward that leaves keys and values as well, which are written; its peers leave none."""
+    def run(inputs: Inputs) -> torch.Tensor:
+        return parallel_block_prefill(inputs["x"], *(inputs[name] for name in (*NAMES, "cos", "sin")),
+                                      n_heads=forward.shape["H"], batch=batch)[0]
+
+    return replace(forward, name=forward.name.replace(forward.op, "parallel_block_prefill"),
+                   op="parallel_block_prefill", bytes=f"{forward.bytes} + 2*N*D*e",
+                   providers=(ours(run), *forward.providers[1:]))
+
+
+def _block(batch: int, tokens: int, width: int, inner: int, heads: int, *, p: float = 0.0, dtype: str = "float16",
+           device: str = "cuda", quick: bool = False) -> list[Case]:
+    shape = {"N": batch * tokens, "T": tokens, "D": width, "F": inner, "H": heads} | ({"dropout": p} if p else {})
+
+    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
+        draw = Draw(on, generator, dtype)
+        cos, sin = draw.tables(tokens, width // heads // 2)
+        return {"x": draw.normal(batch * tokens, width), **_parameters(draw, width, inner), "cos": cos, "sin": sin,
+                **_rng(draw, batch, p)}
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        return _ours(inputs, inputs["x"], batch, heads, _dropouts(inputs, p))
+
+    part = part_of_reference(lambda inputs, x, sample: _ours(inputs, x, 1, heads, _dropouts(inputs, p, sample)))
+
+    def by_sample(inputs: Inputs) -> torch.Tensor:
+        return torch.cat([part(inputs, x, slice(sample, sample + 1))
+                          for sample, x in enumerate(inputs["x"].split(tokens))])
+
+    return variants(Case(
+        name="", op="parallel_block", unit="block", direction="forward", shape=shape, dtype=dtype, devices=(device,),
+        bytes="0", flops="0", inputs=inputs, leaves=("x", *NAMES), providers=(ours(run), *_peers(batch, heads, p)),
+        reference=by_sample, quick=quick,
+        kernels=("layer_norm_", "sum_partials", "in_proj", "out_proj", "attention", "linear", "parallel_block"),
+    ), COSTS)
+
+
+def _parameters(draw: Draw, width: int, inner: int) -> Inputs:
+    return {"norm_weight": 1 + draw.normal(width, scale=0.1), "norm_bias": draw.normal(width, scale=0.1),
+            "in_weight": draw.weight(3 * width + inner, width), "in_bias": draw.normal(3 * width + inner, scale=0.1),
+            "out_weight": draw.weight(width, width + inner), "out_bias": draw.normal(2, width, scale=0.1)}
+
+
+def _decode(batch: int, tokens: int, width: int, inner: int, heads: int, *, dtype: str = "float16",
+            device: str = "cuda", quick: bool = False) -> Case:
+    """One token of each sequence behind tokens - 1 others, whose keys and values are a cache; each call writes its own
+    again."""
+    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
+        draw = Draw(on, generator, dtype)
+        cos, sin = draw.tables(tokens, width // heads // 2)
+        return {"x": draw.normal(batch, width), **_parameters(draw, width, inner), "cos": cos, "sin": sin,
+                "kv": draw.normal(2, batch, tokens, heads, width // heads)}
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        return parallel_block_decode(inputs["x"], *(inputs[name] for name in (*NAMES, "cos", "sin", "kv")))
+
+    op, shape = "parallel_block_decode", {"N": batch, "T": tokens, "D": width, "F": inner, "H": heads}
+    return Case(name=named(op, shape, dtype, "forward", device), op=op, unit="block", direction="forward",
+                shape=shape, dtype=dtype, devices=(device,),
+                bytes=f"2*N*D*e + {WEIGHTS} + 2*N*T*D*e", flops="2*N*(4*D*D + 2*D*F) + 4*N*T*D", inputs=inputs,
+                leaves=("x", *NAMES, "kv"), providers=(ours(run), plain("torch", _composed_decode)), quick=quick,
+                reference=reference_of(run), kernels=("layer_norm_", "linear", "rotary", "attention", "epilogue"))
+
+
+def _composed_decode(inputs: Inputs) -> torch.Tensor:
+    """The same from parts: a merged projection each way around PyTorch's attention over the cache."""
+    x, kv = inputs["x"], inputs["kv"]
+    rows, width = x.shape
+    h = F.layer_norm(x, (width,), inputs["norm_weight"], inputs["norm_bias"])
+    merged = F.linear(h, inputs["in_weight"], inputs["in_bias"])
+    positions = torch.full((rows,), kv.shape[2] - 1, device=x.device)
+    q, *new = torch_rotary({"x": merged[:, : 3 * width].unflatten(1, (3, *kv.shape[3:])), "cos": inputs["cos"],
+                            "sin": inputs["sin"], "positions": positions}).unbind(1)
+    with torch.no_grad():
+        kv[:, :, -1] = torch.stack(new)
+    keys, values = kv.transpose(2, 3)
+    att = F.scaled_dot_product_attention(q[:, :, None], keys, values).reshape(rows, width)
+    act = F.gelu(merged[:, 3 * width :], approximate="tanh")
+    return F.linear(torch.cat((att, act), dim=1), inputs["out_weight"], inputs["out_bias"].sum(0)) + x
+
+
+def _rng(draw: Draw, samples: int, p: float) -> Inputs:
+    return {"rng": draw.rng(), "sample_ids": torch.arange(samples, device=draw.device)} if p else {}
+
+
+def _dropouts(inputs: Inputs, p: float, samples: slice = slice(None)) -> tuple[Dropout | None, ...]:
+    if not p:
+        return None, None, None
+    sample_ids = inputs["sample_ids"][samples]
+    return tuple(Dropout(p, inputs["rng"], sample_ids, layer=0, kind=kind) for kind in range(3))
+
+
+def _ours(inputs: Inputs, x: torch.Tensor, batch: int, heads: int, dropouts: tuple[Dropout | None, ...]) -> \
+        torch.Tensor:
+    return parallel_block(x, *(inputs[name] for name in (*NAMES, "cos", "sin")), n_heads=heads, batch=batch,
+                          dropouts=dropouts)  # type: ignore[arg-type]
+
+
+def _peers(batch: int, heads: int, p: float) -> tuple[Provider, ...]:
+    same: dict[str, Any] = {"comparable": not p}
+    best: dict[str, Any] = {"by_default": ("cuda",), **same}
+    composition = _composed(sdpa(True, p), batch, heads, p, F.layer_norm)
+    return (
+        plain("torch", composition, **same),
+        *(Provider(f"torch+{name}", _with_backend(backend, batch, heads, p), devices=("cuda",), **best)
+          for name, backend in BACKENDS.items() if name in ("sdpa-flash", "sdpa-cudnn")),
+        Provider("liger+cudnn", _with_liger(batch, heads, p), package="liger-kernel", devices=("cuda",), **best),
+        peer("transformers", "transformers", lambda case: decoder_layer(case, batch, heads, p), ("cpu", "cuda"),
+             **same),
+        Provider("transformers-compiled", _compiled_layer(batch, heads, p, "default"), package="transformers", **best),
+        Provider("transformers-max", _compiled_layer(batch, heads, p, MAX), package="transformers", slow=True, **best),
+        # PyTorch does not choose cuDNN's attention, which is the faster one on some GPUs.
+        Provider("transformers-max+sdpa-cudnn", _compiled_layer(batch, heads, p, MAX, BACKENDS["sdpa-cudnn"]),
+                 package="transformers", devices=("cuda",), slow=True, **best),
+    )
+
+
+def _with_backend(backend: str, batch: int, heads: int, p: float):
+    return lambda case, device: _composed(forced(sdpa(True, p), backend), batch, heads, p, F.layer_norm)
+
+
+def _with_liger(batch: int, heads: int, p: float):
+    def prepare(case: Case, device: torch.device) -> Function:
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+        def norm(x: torch.Tensor, shape: tuple[int, ...], weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            return LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
+
+        return _composed(forced(sdpa(True, p), BACKENDS["sdpa-cudnn"]), batch, heads, p, norm)
+
+    return prepare
+
+
+def _compiled_layer(batch: int, heads: int, p: float, mode: str, backend: str = ""):
+    def prepare(case: Case, device: torch.device) -> Function:
+        layer = decoder_layer(case, batch, heads, p)
+        # Within what is compiled: around it, torch.compile would take what it has compiled of the layer without it.
+        return torch.compile(forced(layer, backend) if backend else layer, dynamic=False, mode=mode)
+
+    return prepare
+
+
+def _composed(attend: Attend, batch: int, heads: int, p: float, norm) -> Function:
+    """The block from parts, its projections merged as ours are: cuBLAS products and someone's attention and norm."""
+    def run(inputs: Inputs) -> torch.Tensor:
+        x = inputs["x"]
+        rows, width = x.shape
+        h = norm(x, (width,), inputs["norm_weight"], inputs["norm_bias"])
+        merged = F.linear(h, inputs["in_weight"], inputs["in_bias"])
+        positions = torch.arange(rows // batch, device=x.device).repeat(batch)
+        qkv = torch_rotary({"x": merged[:, : 3 * width].unflatten(1, (3, heads, -1)), "cos": inputs["cos"],
+                            "sin": inputs["sin"], "positions": positions})
+        att = attend(*qkv.unflatten(0, (batch, -1)).unbind(2)).reshape(rows, width)
+        act = F.gelu(merged[:, 3 * width :], approximate="tanh")
+        weight, bias = inputs["out_weight"], inputs["out_bias"]
+        if not p:
+            return F.linear(torch.cat((att, act), dim=1), weight, bias.sum(0)) + x
+        dense, fc2 = F.linear(att, weight[:, :width], bias[0]), F.linear(act, weight[:, width:], bias[1])
+        return F.dropout(dense, p) + F.dropout(fc2, p) + x
+
+    return run

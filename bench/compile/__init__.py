@@ -1,0 +1,1 @@
+"""The compile gate: every kernel compiled without a GPU. Imports report and the rooms below it."""

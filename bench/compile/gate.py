@@ -1,0 +1,130 @@
+"""What the compile gate refuses: kernels that would run badly, or not at all, on a GPU that this machine need not have.
+
+    python bench/static_gate.py [--arch sm_90 ...] [--only layer_norm]     the same as `phi1 bench static`
+
+Refused are: a kernel that does not compile; one that spills registers to memory, or does so in a main loop; more shared
+memory than the GPU has, which Triton itself does not refuse; global loads or stores under 16 bytes, beyond those the
+case allows; a product without tensor instructions. What the gate cannot say is how fast a kernel is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from phi1.bench.compile.case import Case
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A GPU to compile for: what one program may use, and what its tensor instructions look like.
+
+    Args:
+        backend, version, warp: Triton's target.
+        shared_limit: bytes of shared memory for one program.
+        tensor_instruction: a pattern of the assembly.
+        registers: 32-bit registers of a multiprocessor (AMD: of a lane of one of its four SIMDs).
+        shared: bytes of shared memory of a multiprocessor.
+        warps: that a multiprocessor can hold (AMD: that a SIMD can).
+    """
+
+    backend: str
+    version: int | str
+    warp: int
+    shared_limit: int
+    tensor_instruction: str
+    registers: int
+    shared: int
+    warps: int
+
+
+# Occupancy limits: CUDA C++ programming guide, "technical specifications per compute capability"; AMD CDNA3 ISA
+# reference: 512 registers a lane, 8 waves a SIMD, 64 KiB of LDS.
+ARCHS = {
+    "sm_80": Arch("cuda", 80, 32, 166_912, r"\bmma\.sync", 65_536, 167_936, 64),
+    "sm_90": Arch("cuda", 90, 32, 232_448, r"\bwgmma\.mma_async", 65_536, 233_472, 64),
+    "sm_100": Arch("cuda", 100, 32, 232_448, r"\btcgen05\.mma", 65_536, 233_472, 64),
+    "gfx942": Arch("hip", "gfx942", 64, 65_536, r"\bv_mfma", 512, 65_536, 8),
+}
+WIDE = 16
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a kernel, or why it did not.
+
+    Args:
+        registers: of a thread.
+        stack: bytes of spilled registers a thread.
+        loop_spills: accesses to spilled registers inside innermost loops.
+        shared: bytes of shared memory a program.
+        warps: of a program, those that the compiler added included.
+        tensor_instructions: how many are in the code.
+        register_moves: how often the code moves registers between warps (`setmaxnreg`), as warp-specialised code does.
+        loads, stores: width in bytes -> how many global accesses are in the code.
+        error: why it does not compile; the other fields are then 0.
+    """
+
+    registers: int = 0
+    stack: int = 0
+    loop_spills: int = 0
+    shared: int = 0
+    warps: int = 0
+    tensor_instructions: int = 0
+    register_moves: int = 0
+    loads: Mapping[int, int] = field(default_factory=dict)
+    stores: Mapping[int, int] = field(default_factory=dict)
+    error: str = ""
+
+    def occupancy(self, arch: str) -> int:
+        """Warps that a multiprocessor (AMD: a SIMD) holds at once."""
+        gpu = ARCHS[arch]
+        if gpu.backend == "hip":
+            by_registers = gpu.registers // _up(max(self.registers, 1), 8)
+            by_shared = gpu.shared // max(self.shared, 1) * self.warps // 4
+            return min(gpu.warps, by_registers, by_shared)
+        by_registers = gpu.registers // (_up(max(self.registers, 1), 8) * gpu.warp) // self.warps
+        by_shared = gpu.shared // (self.shared + 1024)  # the driver takes 1 KiB of each program's
+        return self.warps * min(gpu.warps // self.warps, by_registers, by_shared, 32)
+
+
+def narrow(accesses: Mapping[int, int]) -> int:
+    """How many global accesses are under 16 bytes wide."""
+    return sum(count for width, count in accesses.items() if width < WIDE)
+
+
+def complaints(case: Case, arch: str, report: Report) -> list[str]:
+    """Why this kernel is refused on this GPU; empty if it is not."""
+    if report.error:
+        return [f"does not compile: {report.error}"]
+    limit = ARCHS[arch].shared_limit
+    found = []
+    if case.tensor_core and not report.tensor_instructions:
+        found.append("has no tensor instruction")
+    if case.warp_specialized and not report.register_moves:
+        found.append("is not warp-specialised: the compiler ignored the request")
+    if report.stack > case.spill_bytes:
+        found.append(f"spills {report.stack} bytes a thread, {case.spill_bytes} allowed")
+    elif report.stack and report.loop_spills > case.loop_spills:
+        found.append(f"{report.loop_spills} accesses to spilled registers in a main loop, {case.loop_spills} allowed")
+    if report.shared > limit:
+        found.append(f"needs {report.shared} bytes of shared memory, over {limit}")
+    for kind, accesses, allowed in (
+        ("loads", report.loads, case.narrow_loads), ("stores", report.stores, case.narrow_stores)
+    ):
+        if narrow(accesses) > allowed:
+            found.append(f"{narrow(accesses)} global {kind} under {WIDE} bytes, {allowed} allowed")
+        if not accesses:
+            found.append(f"no global {kind} were found in the assembly")
+    return found
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+if __name__ == "__main__":
+    from phi1.bench.compile.report import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,58 @@
+"""Run every operation on small inputs, in float32 and in float16, whose kernels differ: what compute-sanitizer watches.
+
+The inputs are those of the registry's CPU cases, so that a sanitizer that slows a kernel a hundredfold is done soon.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from phi1.bench.cases.block import small_block
+from phi1.bench.cases.registry import select
+from phi1.bench.harness import check
+from phi1.bench.harness.case import Case, Inputs
+
+ALWAYS_FLOAT32 = ("cos", "sin")
+
+
+def chosen(dtype: torch.dtype) -> list[Case]:
+    """Every operation with its backward, if it has one; in float16 also forward alone, which launches other kernels."""
+    cases = [case for case in (*select("cpu", units=("kernel", "block")), *small_block(p=0.1))
+             if case.direction != "backward"]
+    trained = {case.op for case in cases if case.direction == "forward+backward"}
+    return [case for case in cases if dtype is torch.float16 or case.direction != "forward" or case.op not in trained]
+
+
+def inputs_of(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
+    """The case's inputs, in another precision where an operation takes them in several."""
+    given = case.inputs(device, torch.Generator("cpu" if device.type == "meta" else device).manual_seed(1))
+    return {name: value.to(dtype) if isinstance(value, torch.Tensor) and value.dtype is torch.float32
+            and name not in ALWAYS_FLOAT32 else value for name, value in given.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU")
+    options = parser.parse_args()
+    if not options.rehearse and not torch.cuda.is_available():
+        print("gpu_sanitize: error: there is no CUDA device; --rehearse takes the CPU", file=sys.stderr)
+        return 2
+    device = torch.device("cpu" if options.rehearse else "cuda")
+    n_cases = 0
+    for dtype in (torch.float32, torch.float16):
+        for case in chosen(dtype):
+            found = check.results(case, case.providers[0].prepare(case, device), inputs_of(case, device, dtype), None)
+            name = case.name.replace("float32", str(dtype).removeprefix("torch."))
+            for result, tensor in found.items():
+                assert tensor.isfinite().all(), f"{name}: {result} is not finite"
+            print(name, flush=True)
+            n_cases += 1
+    print(f"{n_cases} cases ran")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Who computes a case: constructors of providers, and the peers by name with the versions that are meant.
+
+A peer that is not installed is listed with the version that would be used, one that fails with its error; none is
+left out silently. torch.compile runs without CUDA graphs on operations: their inputs rotate, and a graph would first
+copy them into its own buffers, which is no part of the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+from phi1.bench.harness.case import Case, Function, Inputs, Provider
+
+VERSIONS = {
+    "transformers": "5.23.0",
+    "liger-kernel": "0.8.5",
+    "flash-attn": "2.8.3.post2",
+    "flash-attn-4": "4.0.0b36",
+    "quack-kernels": "0.6.5",
+    "cut-cross-entropy": "25.1.1",
+}
+"""Distribution -> the version that is named where it is not installed."""
+
+
+def installed_version(package: str) -> str | None:
+    """The version of a distribution, or None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def plain(name: str, function: Function, **options: Any) -> Provider:
+    """A provider that needs no preparation."""
+    return Provider(name, lambda case, device: function, **options)
+
+
+def ours(function: Function) -> Provider:
+    """phi1 itself: the public operation, which runs what the device decides."""
+    return plain("phi1", function, package="phi1")
+
+
+def compiled(function: Function, **options: Any) -> tuple[Provider, Provider]:
+    """torch.compile of a function, at its default and at its best setting. On a CPU only when asked for: 10-40 s."""
+    options = {"by_default": ("cuda",)} | options
+    return (Provider("compile", lambda case, device: _compile(function), **options),
+            Provider("max-autotune", lambda case, device: _compile(function, mode="max-autotune-no-cudagraphs"),
+                     slow=True, **options))
+
+
+def _compile(function: Function, **options: Any) -> Function:
+    import torch
+
+    return torch.compile(function, dynamic=False, **options)
+
+
+def settings_for(case: Case) -> contextlib.AbstractContextManager[Any]:
+    """PyTorch's settings while a case is prepared and timed.
+
+    A backward alone is timed on a graph that is kept, whose saved tensors a compiled backward may not reuse as buffers.
+    """
+    if case.direction != "backward":
+        return contextlib.nullcontext()
+    import torch._functorch.config
+
+    return torch._functorch.config.patch(donated_buffer=False)
+
+
+def peer(name: str, package: str, load: Callable[[Case], Function], devices: tuple[str, ...] = ("cuda",),
+         **options: Any) -> Provider:
+    """A provider from a package that need not be installed; `load` imports it and returns the function."""
+    return Provider(name, lambda case, device: load(case), package=package, devices=devices, by_default=devices,
+                    **options)
+
+
+def reference_of(function: Function) -> Function:
+    """The function with every operation in it replaced by its specification, `<op>_reference`."""
+    def run(inputs: Inputs) -> Any:
+        from phi1.kernels import backend
+
+        with backend("reference"):
+            return function(inputs)
+
+    return run
+
+
+def part_of_reference(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A part of a reference that is computed piece by piece, as scores and logits in float64 are gigabytes.
+
+    Nothing of the piece is kept for the backward but its arguments: it is computed again there.
+    """
+    def specified(*arguments: Any) -> Any:
+        from phi1.kernels import backend
+
+        with backend("reference"):
+            return function(*arguments)
+
+    def run(*arguments: Any) -> Any:
+        from torch.utils.checkpoint import checkpoint
+
+        return checkpoint(specified, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+    return run

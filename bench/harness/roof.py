@@ -1,0 +1,89 @@
+"""The measured roof: what this machine reaches when it only copies, and when it only multiplies matrices.
+
+Measured in the run whose cases it judges; on a CPU, whose speed moves by the minute, in each round of each case.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from phi1.bench.harness.case import Case
+from phi1.bench.harness.timing import Call, Clock, clock_for, quantile
+
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 32 << 20}  # of the source; a CPU's must exceed its last cache's share of a core
+GEMM_SIZE = {"cuda": 8192, "cpu": 768}
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Roof:
+    """Rates that a case is judged by."""
+
+    gb_per_s: float
+    tflop_per_s: float
+
+    def ms(self, case: Case) -> float:
+        """The least time for the case's bytes and flops at these rates."""
+        return max(case.n_bytes / self.gb_per_s / 1e6, case.n_flops / self.tflop_per_s / 1e9)
+
+    def memory_bound(self, case: Case) -> bool:
+        """Whether the bytes take longer than the flops."""
+        return case.n_bytes / self.gb_per_s / 1e6 >= case.n_flops / self.tflop_per_s / 1e9
+
+
+class Probes:
+    """The two calls whose times make a roof.
+
+    Args:
+        device: where they run.
+        dtype: of the matrices; in place of float16 a CPU multiplies float32, which most of them do faster.
+        quick: an eighth of the memory and of the matrix.
+    """
+
+    def __init__(self, device: torch.device, dtype: str, quick: bool = False) -> None:
+        self.n_bytes = COPY_BYTES[device.type] // (8 if quick else 1)
+        self.size = GEMM_SIZE[device.type] // (2 if quick else 1)
+        source = torch.zeros(self.n_bytes, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        slow = not dtype.startswith(("float", "bfloat")) or (device.type == "cpu" and dtype == "float16")
+        kind = torch.float32 if slow else getattr(torch, dtype)
+        a = torch.randn(self.size, self.size, device=device).to(kind)
+        b, out = a.clone(), torch.empty_like(a)
+        self.copy: Call = lambda number: target.copy_(source)
+        self.gemm: Call = lambda number: torch.mm(a, b, out=out)
+
+    def roof(self, copy_ms: float, gemm_ms: float) -> Roof:
+        """The roof that these times make; a copy reads and writes."""
+        return Roof(2 * self.n_bytes / copy_ms / 1e6, 2 * self.size**3 / gemm_ms / 1e9)
+
+
+class RoundProbes:
+    """The roof's probes, sampled beside the providers."""
+
+    def __init__(self, device: torch.device, dtype: str, quick: bool) -> None:
+        self.probes, self.clock = Probes(device, dtype, quick), clock_for(device, hide_host=True)
+        self.ms: dict[Call, list[float]] = {call: [] for call in (self.probes.copy, self.probes.gemm)}
+        for call in self.ms:
+            self.clock.prepare(call)
+
+    def sample(self, turn: int) -> None:
+        """Take a round."""
+        for call, samples in self.ms.items():
+            samples += self.clock.sample(call, turn)
+
+    def roof(self) -> Roof:
+        """The roof of all rounds."""
+        return self.probes.roof(*(quantile(samples, 0.5) for samples in self.ms.values()))
+
+
+def measure(device: torch.device, dtype: str, quick: bool = False) -> Roof:
+    """Measure both now."""
+    probes, clock = Probes(device, dtype, quick), clock_for(device, hide_host=True)
+    return probes.roof(*(_median(clock, call) for call in (probes.copy, probes.gemm)))
+
+
+def _median(clock: Clock, call: Call) -> float:
+    clock.prepare(call)
+    return quantile([ms for turn in range(ROUNDS) for ms in clock.sample(call, turn)], 0.5)

@@ -1,0 +1,291 @@
+"""Runs cases: prepare every provider, check what it computes, time them in turns on the same inputs, and check again.
+
+What is checked before the timing are the results for the first of the inputs, and behind it those for the last: then
+one that gives an earlier result again is wrong, as is one that is faster than the machine. A provider that is not
+installed, fails or computes something else is a row with its reason, never a missing row. Times are taken in rounds
+that go over all providers, so that a change of the machine's speed meets all of them; ratios are those of the rounds.
+Cases whose providers do not fit in memory together are timed one after another.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from phi1.bench.harness import check
+from phi1.bench.harness.case import Case, Function, Inputs, Provider
+from phi1.bench.harness.providers import VERSIONS, installed_version, settings_for
+from phi1.bench.harness.record import Row, one_line, record
+from phi1.bench.harness.roof import Roof, RoundProbes, measure
+from phi1.bench.harness.timing import Call, Clock, CudaClock, cache_bytes, clock_for, peak_mb
+
+MOST_COPIES = 16
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 60
+MOST_OF_THE_ROOF = 1.5
+"""A time that means more than this many times the measured roof is that of something else."""
+
+
+class DeviceLostError(RuntimeError):
+    """The GPU does not answer any more; nothing after this would be true."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.provider = ""
+        """Who was running."""
+        self.record: dict[str, Any] = {}
+        """What is known of the case that was under way."""
+
+
+class Runner:
+    """Runs cases on one device.
+
+    Args:
+        device: of every case.
+        peers: names of providers to run beside phi1; None takes those that run by default.
+        seconds: time to spend on the rounds of one case.
+        quick: small roof probes, and no peers that take minutes to prepare.
+        lost: (case, provider) that took a GPU's context with them in an earlier run -> how; they are not run.
+    """
+
+    def __init__(self, device: torch.device, peers: Sequence[str] | None = None, seconds: float = 4.0,
+                 quick: bool = False, lost: Mapping[tuple[str, str], str] | None = None) -> None:
+        self.device, self.peers, self.seconds, self.quick = device, peers, seconds, quick
+        self.lost = lost or {}
+        self._roofs: dict[str, Roof] = {}
+
+    def run(self, case: Case) -> dict[str, Any]:
+        """Measure a case; the record for the results file.
+
+        Raises:
+            DeviceLostError: a provider took the GPU's context with it; it has the record as far as it goes.
+        """
+        with settings_for(case):
+            return self._run(case)
+
+    def _run(self, case: Case) -> dict[str, Any]:
+        if "torch._dynamo" in sys.modules:  # its import takes seconds, and is not needed without torch.compile
+            torch._dynamo.reset()  # or what earlier cases compiled counts against torch's limit of recompiles
+        # Before the first timing, so that the probes do not run between two providers of a GPU.
+        roof = None if self.device.type == "cpu" else self.roof(case.dtype)
+        copies = self._inputs(case)
+        rows = [self._row(case, provider) for provider in self._chosen(case)]
+        note, exacts = self._exacts(case, copies)
+        try:
+            self._widen(case, exacts, rows)
+            for group in [[row] for row in rows] if case.exclusive else [rows]:
+                roof = self._measure(case, group, exacts, copies) or roof
+        except DeviceLostError as error:
+            for row in rows:
+                if not row.finished:
+                    row.fail(f"not run to its end: {error.provider} took the GPU's context with it")
+            error.record = record(case, rows, roof or self.roof(case.dtype), len(copies), note) | {"cut": True}
+            raise
+        entry = record(case, rows, roof or self.roof(case.dtype), len(copies), note)
+        if exacts:
+            entry["eager_error"] = float(f"{exacts[0].eager_error:.2e}")
+        exacts.clear()
+        release(self.device)
+        return entry
+
+    def _measure(self, case: Case, group: list[Row], exacts: list[check.Exact], copies: list[Inputs]) -> Roof | None:
+        """All there is to know of providers that are in memory together. On a CPU returns the roof of their rounds."""
+        group = sorted(group, key=lambda row: row.provider.name != check.YARDSTICK)
+        for row in group:
+            self._prepare(case, row, exacts)
+        roof = self._time(case, [row for row in group if row.function], copies)
+        for row in group:
+            self._confirm(case, row, exacts, roof or self.roof(case.dtype))
+            row.finished = True
+        if case.exclusive:
+            for row in group:
+                row.function = None
+            release(self.device)
+        return roof
+
+    def roof(self, dtype: str) -> Roof:
+        """The device's roof for a dtype, measured once a run."""
+        if dtype not in self._roofs:
+            self._roofs[dtype] = measure(self.device, dtype, self.quick)
+        return self._roofs[dtype]
+
+    def _chosen(self, case: Case) -> list[Provider]:
+        return [provider for number, provider in enumerate(case.providers)
+                if self.device.type in provider.devices and (number == 0 or self._wanted(provider))]
+
+    def _wanted(self, provider: Provider) -> bool:
+        if self.peers is not None:
+            return provider.name in self.peers
+        return self.device.type in provider.by_default and not (self.quick and provider.slow)
+
+    def _row(self, case: Case, provider: Provider) -> Row:
+        row = self._named(provider)
+        if reason := self.lost.get((case.name, provider.name)):
+            row.fail(reason)
+        return row
+
+    def _named(self, provider: Provider) -> Row:
+        if provider.package in ("torch", "phi1"):
+            return Row(provider, torch.__version__ if provider.package == "torch" else "")
+        version = installed_version(provider.package)
+        if version is None:
+            wanted = f"{provider.package} {VERSIONS[provider.package]}"
+            return Row(provider, VERSIONS[provider.package], "not installed", f"{wanted} is not installed")
+        return Row(provider, f"{provider.package} {version}")
+
+    def _inputs(self, case: Case) -> list[Inputs]:
+        """Sets of inputs that together exceed the cache three times over; two where weights alone do."""
+        first = self._draw(case, 0)
+        size = sum(x.numel() * x.element_size() for x in first.values() if isinstance(x, torch.Tensor))
+        whole = case.unit in ("model", "host")
+        count = 2 if whole else max(2, min(MOST_COPIES, math.ceil(3 * cache_bytes(self.device) / max(size, 1))))
+        return [first, *(self._draw(case, seed) for seed in range(1, count))]
+
+    def _draw(self, case: Case, seed: int) -> Inputs:
+        return case.inputs(self.device, torch.Generator(self.device).manual_seed(1000 + seed))
+
+    def _exacts(self, case: Case, copies: list[Inputs]) -> tuple[str, list[check.Exact]]:
+        """The exact results for the first inputs and for the last; else why there are none."""
+        if case.reference is None:
+            return "unchecked: there is no reference", []
+        try:
+            return "", [check.Exact(case, inputs) for inputs in (copies[0], copies[-1])]
+        except (torch.OutOfMemoryError, ImportError) as error:
+            release(self.device)
+            return f"unchecked: the reference could not be computed: {one_line(error)}", []
+
+    def _widen(self, case: Case, exacts: list[check.Exact], rows: list[Row]) -> None:
+        """Let PyTorch's own operation widen the limits where it is not among the rows."""
+        there = {row.provider.name for row in rows} | {name for of, name in self.lost if of == case.name}
+        yardsticks = [p for p in case.providers if p.name == check.YARDSTICK and p.comparable]
+        for yardstick in yardsticks if exacts and check.YARDSTICK not in there else []:
+            try:
+                for exact in exacts:
+                    exact.judge(yardstick.prepare(case, self.device), check.YARDSTICK)
+            except Exception as error:  # the limits stay those of the eager reference
+                self._failed(Row(yardstick), error)
+
+    def _failed(self, row: Row, error: Exception) -> None:
+        """Note what a provider has raised; DeviceLostError if the device went with it."""
+        row.fail(one_line(error))
+        try:
+            still_there(self.device)
+        except DeviceLostError as lost:
+            lost.provider = row.provider.name
+            row.reason += "; the GPU's context went with it"
+            raise
+
+    def _prepare(self, case: Case, row: Row, exacts: list[check.Exact]) -> None:
+        if row.status != "ok":
+            return
+        try:
+            row.function = row.provider.prepare(case, self.device)
+            if exacts and row.provider.comparable:
+                self._judge(row, exacts[0])
+        except Exception as error:  # a peer may raise anything; its row says what
+            self._failed(row, error)
+
+    def _judge(self, row: Row, exact: check.Exact, when: str = "") -> None:
+        assert row.function is not None
+        verdict = exact.judge(row.function, row.provider.name)
+        if row.error is None or not verdict.error <= row.error:
+            row.error, row.worst = verdict.error, verdict.worst
+        if verdict.complaint:
+            row.status, row.reason = "wrong", when + verdict.complaint
+
+    def _confirm(self, case: Case, row: Row, exacts: list[check.Exact], roof: Roof) -> None:
+        """What a provider computes behind its rounds, and whether their times can be true."""
+        if row.status != "ok" or row.function is None:
+            return
+        share = roof.ms(case) / row.ms
+        if share > MOST_OF_THE_ROOF:
+            row.status, row.reason = "wrong", f"its time is that of {share:.3g} times the measured roof"
+        try:
+            if exacts and row.provider.comparable:
+                self._judge(row, exacts[-1], "behind its rounds ")
+        except Exception as error:
+            self._failed(row, error)
+
+    def _time(self, case: Case, rows: list[Row], copies: list[Inputs]) -> Roof | None:
+        """Fill the rows' rounds. On a CPU returns the roof of the same rounds."""
+        clock = clock_for(self.device, hide_host=case.unit in ("kernel", "block"))
+        calls: list[tuple[Row, Call]] = []
+        seconds = 0.0
+        for row in rows:
+            try:
+                call = bind(case, row.function, copies)
+                seconds += clock.prepare(call)
+                if isinstance(clock, CudaClock):
+                    row.host_ms, row.peak_mb = clock.host_ms(call), peak_mb(call)
+                calls.append((row, call))
+            except Exception as error:
+                self._failed(row, error)
+        probes = RoundProbes(self.device, case.dtype, self.quick) if self.device.type == "cpu" and calls else None
+        rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(self.seconds / max(seconds, 1e-9))))
+        for turn in range(rounds):
+            for row, call in calls if turn % 2 else reversed(calls):
+                self._sample(row, clock, call, turn * len(copies))
+            if probes:
+                probes.sample(turn)
+        return probes.roof() if probes else None
+
+    def _sample(self, row: Row, clock: Clock, call: Call, first: int) -> None:
+        """One round of a row; none of one that has failed in an earlier round."""
+        if row.function is None:
+            return
+        try:
+            row.rounds.append(clock.sample(call, first))
+        except Exception as error:
+            self._failed(row, error)
+
+
+def bind(case: Case, function: Function | None, copies: list[Inputs]) -> Call:
+    """The call to time: the function in the case's direction, on the copies of the inputs by turns."""
+    assert function is not None
+    run = function
+    sets = [check.leaves_of(case, inputs) for inputs in copies]
+    if case.direction == "call":
+        return lambda number: run(sets[number % len(sets)])
+    if case.direction == "forward":
+        def forward(number: int) -> Any:
+            with torch.no_grad():
+                return run(sets[number % len(sets)])
+
+        return forward
+    first = check.as_tuple(run(sets[0]))
+    upstream = [check.upstream_of(first, seed) for seed in range(len(sets))]
+    if case.direction == "backward":
+        outputs = [first, *(check.as_tuple(run(inputs)) for inputs in sets[1:])]
+
+        def backward(number: int) -> Any:
+            i = number % len(sets)
+            return check.gradients(case, sets[i], outputs[i], upstream[i], keep_graph=True)
+
+        return backward
+
+    def both(number: int) -> Any:
+        i = number % len(sets)
+        return check.gradients(case, sets[i], check.as_tuple(run(sets[i])), upstream[i])
+
+    return both
+
+
+def release(device: torch.device) -> None:
+    """Give memory back."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def still_there(device: torch.device) -> None:
+    """Give memory back after an error, and raise DeviceLostError if the device does not answer any more."""
+    try:
+        release(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise DeviceLostError(f"the GPU does not answer any more: {one_line(error)}") from error

@@ -1,0 +1,1 @@
+"""Other implementations that are timed beside ours. Imports harness."""

@@ -1,0 +1,1 @@
+"""The search for tiles. Imports every other room."""

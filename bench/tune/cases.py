@@ -1,0 +1,123 @@
+"""Which cases the tuner times, what their kernels look up in the tables, and the tiles that there are for those."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+import phi1.kernels
+from phi1.bench.cases.registry import select
+from phi1.bench.harness import check
+from phi1.bench.harness.case import DIRECTIONS, Case, Inputs
+from phi1.bench.harness.on_paper import run_on_paper
+from phi1.bench.harness.runner import bind
+from phi1.bench.harness.timing import Call
+from phi1.bench.tune.store import Tile
+from phi1.kernels.core import tiles as _tuned
+from phi1.kernels.core.tiles import Lookup
+
+UNITS = ("kernel", "block")
+Lookups = tuple[list[Lookup], list[Lookup]]
+"""Of a case's forward, and of its backward."""
+
+
+def tunable() -> list[str]:
+    """Names of the operations that can be tuned."""
+    return list(dict.fromkeys(case.op for case in select("cuda", (), UNITS)))
+
+
+def chosen_cases(kind: str, ops: Sequence[str], dtype: str) -> list[Case]:
+    """The cases that are tuned, the short selection first; a backward that is not timed by itself with its forward.
+
+    Those that take gradients come before those that do not, which have the less to write.
+    """
+    cases = [case for case in select(kind, ops, UNITS)
+             if case.dtype == dtype and case.direction in DIRECTIONS[:3]]
+    alone = {(case.op, str(case.shape)) for case in cases if case.direction == "backward"}
+    tuned = [case for case in cases
+             if case.direction != "forward+backward" or (case.op, str(case.shape)) not in alone]
+    return sorted(tuned, key=lambda case: (not case.quick, case.direction == "forward"))
+
+
+def lookups_on_paper(case: Case, arch: str) -> Lookups:
+    """What a case would look up on a GPU; nothing is compiled for it."""
+    found = run_on_paper(case, arch)
+    return found.forward, found.backward
+
+
+def all_candidates() -> dict[str, dict[str, list[Tile]]]:
+    """Module -> kernel -> tiles: the CANDIDATES of every file of kernels."""
+    found = pkgutil.walk_packages(phi1.kernels.__path__, "phi1.kernels.")
+    names = [module.name for module in found if module.name.endswith("_triton")]
+    modules = {name.removeprefix("phi1.kernels."): importlib.import_module(name) for name in names}
+    return {name: module.CANDIDATES for name, module in modules.items() if hasattr(module, "CANDIDATES")}
+
+
+def candidates_of(lookup: Lookup) -> list[Tile]:
+    """The tiles to try for a kernel: those of the file that has a kernel of this name, and where several have, of the
+    file whose name has most in common with the operation's and the kernel's."""
+    words = set(f"{lookup.op}_{lookup.kernel}".split("_"))
+    found = [(len(words & set(re.split("[._]", name))), tiles[lookup.kernel])
+             for name, tiles in all_candidates().items() if lookup.kernel in tiles]
+    shared, tiles = max(found, key=lambda item: item[0], default=(0, []))
+    return tiles if shared or len(found) == 1 else []
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kernel at one shape, as one case looks it up."""
+
+    case: Case
+    lookup: Lookup
+    row: dict[str, Any]
+    tiles: tuple[Tile, ...]
+    """The table's own tile first."""
+    direction: str
+    """What is timed: what looks the tile up, and no more, as the rest would hide in its noise how tiles differ."""
+
+    @property
+    def timed(self) -> str:
+        """What is timed, by name."""
+        name = self.case.name.replace(f" {self.case.direction}", f" {self.direction}")
+        wants = self.direction == "forward" and self.case.direction in check.GRADIENTS
+        return name + ", gradients wanted" * wants
+
+    def call(self, device: torch.device, inputs: Inputs) -> Call:
+        """What is timed. The forward of a case that takes gradients leaves what the backward needs, as in training."""
+        function = self.case.providers[0].prepare(self.case, device)
+        if self.direction != "forward":
+            return bind(replace(self.case, direction=self.direction), function, [inputs])
+        leaves = check.leaves_of(self.case, inputs)
+        return lambda number: function(leaves)
+
+
+def tasks_of(cases: Sequence[Case], arch: str, look: Callable[[Case], Lookups]) -> list[Task]:
+    """Every lookup that the cases make, once, with more than one tile to choose from.
+
+    Args:
+        cases: the most important first.
+        arch: of the GPU.
+        look: finds a case's lookups.
+    """
+    found: dict[Lookup, Task] = {}
+    for case in cases:
+        forward, backward = look(case)
+        for lookup in [*forward, *backward]:
+            row = _tuned.first_fit(lookup.op, lookup.kernel, "", arch, lookup.shape)
+            own = row["tile"]
+            tiles = [own, *(tile for tile in candidates_of(lookup) if tile != own)]
+            if len(tiles) > 1 and lookup not in found:
+                both = "forward+backward" if lookup in forward else case.direction
+                found[lookup] = Task(case, lookup, row, tuple(tiles), both if lookup in backward else "forward")
+    return list(found.values())
+
+
+def inputs_of(case: Case, device: torch.device) -> Inputs:
+    """The same each time."""
+    return case.inputs(device, torch.Generator(device).manual_seed(1))

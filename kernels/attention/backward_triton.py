@@ -1,0 +1,288 @@
+"""The Triton kernels of attention's backward pass (FlashAttention-2, arXiv 2307.08691); formulas in `_attention.py`.
+
+Two kernels of two loops, seven products where one kernel with atomic additions has five: every sum has one order, so
+that a run repeats bit for bit. The first is dq's, which also writes delta = rowsum(dout out) for the second, dk's and
+dv's. That one holds S^T, keys as rows: it spares the registers that S would cost there. Where q and k were rotated,
+both rotate their gradients back in float32, as they are written.
+
+q, k, v, dout and the gradients are loaded and stored in their own dtype, in which P and dS are multiplied too; sums and
+exponentials are float32. delta comes from the rounded out, so that dq and dk of a query that sees one key are not 0 but
+a rounding of it.
+
+N rows, H heads, K head size, R rotary dimension, B samples.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from phi1.kernels.attention.device_triton import (
+    LOG2E,
+    first_token,
+    keys_of_queries,
+    load_rows,
+    load_statistics,
+    mask_scale,
+    masks_of,
+    program_rows,
+    rotate,
+    sees,
+    store_rows,
+)
+from phi1.kernels.core.philox_triton import keep_mask, keep_mask_transposed
+
+
+@triton.jit(do_not_specialize=["n_queries", "n_keys", "n_blocks", "n_samples", "n_positions", "stream", "threshold"])
+def attention_backward_dq_kernel(
+    dout_ptr,  # [N, H, K] contiguous
+    q_ptr,  # [B, Tq, H, K]
+    k_ptr,  # [B, Tk, H, K]
+    v_ptr,  # [B, Tk, H, K]
+    out_ptr,  # [N, H, K] contiguous
+    lse_ptr,  # [H, N] float32
+    delta_ptr,  # [H, N] float32, written
+    dq_ptr,  # [B, Tq, H, K], written
+    cu_seqlens_ptr,  # int32 [B + 3] of packed documents, or None
+    seq_starts_ptr,  # [B], or None
+    cos_ptr,  # [T, R/2] float32, or None for no rotation
+    sin_ptr,  # [T, R/2]
+    positions_ptr,  # [N]
+    rng_ptr,  # [2] int64, or None for no dropout
+    sample_ids_ptr,  # [B] int64, or None
+    n_queries,
+    n_keys,
+    n_rows,
+    n_heads,
+    n_blocks,
+    n_samples,
+    n_positions,
+    stride_q_b,  # of packed documents: stride_q_t
+    stride_q_t,
+    stride_q_h,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
+    stride_dq_b,
+    stride_dq_t,
+    stride_dq_h,
+    scale,
+    stream,
+    threshold,
+    IS_CAUSAL: tl.constexpr,
+    ROTATE_Q: tl.constexpr,
+    ROTATE_K: tl.constexpr,
+    HALF: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program per BLOCK_M queries of one head."""
+    HAS_STARTS: tl.constexpr = seq_starts_ptr is not None
+    head, first, sample, origin, row, n_queries, n_keys = program_rows(
+        cu_seqlens_ptr, n_queries, n_keys, n_heads, n_blocks, n_samples, BLOCK_M, True)
+    if first >= n_queries:
+        return
+    if positions_ptr is not None:
+        positions_ptr += row
+    rotation = (cos_ptr, sin_ptr, positions_ptr, n_positions)
+    masks = masks_of(rng_ptr, sample_ids_ptr, sample, n_samples, head, stream, threshold)
+    start = first_token(seq_starts_ptr, sample, n_keys)
+    begin, whole, end = keys_of_queries(first, start, n_queries, n_keys, IS_CAUSAL, BLOCK_M, BLOCK_N)
+    q = load_rows(q_ptr + origin * stride_q_b + head * stride_q_h, first, 0, n_queries, stride_q_t, BLOCK_M, HEAD_DIM,
+                  BLOCK_D, True)
+    if ROTATE_Q:
+        q = rotate(q, rotation, first, n_queries, 1, HALF).to(q.dtype)
+    at, stride_out_t = (row * n_heads + head) * HEAD_DIM, n_heads * HEAD_DIM
+    dout = load_rows(dout_ptr + at, first, 0, n_queries, stride_out_t, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    out = load_rows(out_ptr + at, first, 0, n_queries, stride_out_t, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)  # [BLOCK_M]
+    offs_m = first + tl.arange(0, BLOCK_M)
+    statistics = head * n_rows + row + offs_m
+    tl.store(delta_ptr + statistics, delta, mask=offs_m < n_queries)
+    # Rows past the end have probabilities of 0.
+    lse = tl.load(lse_ptr + statistics, mask=offs_m < n_queries, other=float("inf")) * LOG2E
+    query = offs_m + n_keys - n_queries  # [BLOCK_M], positions in the sample
+    k_ptr += origin * stride_k_b + head * stride_k_h
+    v_ptr += origin * stride_v_b + head * stride_v_h
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if not HAS_STARTS:
+        dq = add_keys(
+            dq, q, dout, lse, delta, query, k_ptr, v_ptr, begin, whole, start, n_keys, rotation, masks, stride_k_t,
+            stride_v_t, scale, IS_CAUSAL, HAS_STARTS, rng_ptr is not None, ROTATE_K, HALF, HEAD_DIM, BLOCK_D, BLOCK_N,
+            False)
+        begin = whole
+    dq = add_keys(
+        dq, q, dout, lse, delta, query, k_ptr, v_ptr, begin, end, start, n_keys, rotation, masks, stride_k_t,
+        stride_v_t, scale, IS_CAUSAL, HAS_STARTS, rng_ptr is not None, ROTATE_K, HALF, HEAD_DIM, BLOCK_D, BLOCK_N,
+        True) * scale
+    if cos_ptr is not None:
+        dq = rotate(dq, rotation, first, n_queries, -1, HALF)
+    store_rows(dq_ptr + origin * stride_dq_b + head * stride_dq_h, dq, first, n_queries, stride_dq_t, BLOCK_M,
+               HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def add_keys(
+    dq, q, dout, lse, delta, query, k_ptr, v_ptr, first, last, start, n_keys, rotation, masks, stride_k_t, stride_v_t,
+    scale, IS_CAUSAL: tl.constexpr, HAS_STARTS: tl.constexpr, DROPOUT: tl.constexpr, ROTATE_K: tl.constexpr,
+    HALF: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):
+    """Add what the keys first..last give to dq [BLOCK_M, BLOCK_D]."""
+    offs_n = tl.arange(0, BLOCK_N)
+    key, number, stream, threshold = masks
+    for n in range(first, last, BLOCK_N):
+        k = load_rows(k_ptr, n, start, n_keys, stride_k_t, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+        if ROTATE_K:
+            k = rotate(k, rotation, n, n_keys, 1, HALF).to(k.dtype)
+        v = load_rows(v_ptr, n, start, n_keys, stride_v_t, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if MASKED:
+            seen = sees(query[:, None], (n + offs_n)[None, :], n_keys, start, IS_CAUSAL, HAS_STARTS)
+            s = tl.where(seen, s, float("-inf"))
+        p = tl.exp2(s * (scale * LOG2E) - lse[:, None])
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        if DROPOUT:
+            keep = keep_mask(key, query, n, number, stream, threshold, BLOCK_N)
+            dp = tl.where(keep, dp * mask_scale(key, threshold), 0.0)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit(do_not_specialize=["n_queries", "n_keys", "n_blocks", "n_samples", "n_positions", "stream", "threshold"])
+def attention_backward_dkdv_kernel(
+    dout_ptr,  # [N, H, K] contiguous
+    q_ptr,  # [B, Tq, H, K]
+    k_ptr,  # [B, Tk, H, K]
+    v_ptr,  # [B, Tk, H, K]
+    lse_ptr,  # [H, N] float32
+    delta_ptr,  # [H, N] float32
+    dk_ptr,  # [B, Tk, H, K], written
+    dv_ptr,  # [B, Tk, H, K], written; dk's strides
+    cu_seqlens_ptr,  # int32 [B + 3] of packed documents, or None
+    seq_starts_ptr,  # [B], or None
+    cos_ptr,  # [T, R/2] float32, or None for no rotation
+    sin_ptr,  # [T, R/2]
+    positions_ptr,  # [N]
+    rng_ptr,  # [2] int64, or None for no dropout
+    sample_ids_ptr,  # [B] int64, or None
+    n_queries,
+    n_keys,
+    n_rows,
+    n_heads,
+    n_blocks,
+    n_samples,
+    n_positions,
+    stride_q_b,  # of packed documents: stride_q_t
+    stride_q_t,
+    stride_q_h,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
+    stride_dk_b,
+    stride_dk_t,
+    stride_dk_h,
+    scale,
+    stream,
+    threshold,
+    IS_CAUSAL: tl.constexpr,
+    ROTATE_Q: tl.constexpr,
+    ROTATE_K: tl.constexpr,
+    HALF: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program per BLOCK_N keys of one head."""
+    HAS_STARTS: tl.constexpr = seq_starts_ptr is not None
+    head, first, sample, origin, row, n_queries, n_keys = program_rows(
+        cu_seqlens_ptr, n_queries, n_keys, n_heads, n_blocks, n_samples, BLOCK_N, False)
+    if first >= n_keys:
+        return
+    if positions_ptr is not None:
+        positions_ptr += row
+    rotation = (cos_ptr, sin_ptr, positions_ptr, n_positions)
+    masks = masks_of(rng_ptr, sample_ids_ptr, sample, n_samples, head, stream, threshold)
+    start = first_token(seq_starts_ptr, sample, n_keys)
+    k = load_rows(k_ptr + origin * stride_k_b + head * stride_k_h, first, start, n_keys, stride_k_t, BLOCK_N, HEAD_DIM,
+                  BLOCK_D, True)
+    v = load_rows(v_ptr + origin * stride_v_b + head * stride_v_h, first, start, n_keys, stride_v_t, BLOCK_N, HEAD_DIM,
+                  BLOCK_D, True)
+    if ROTATE_K:
+        k = rotate(k, rotation, first, n_keys, 1, HALF).to(k.dtype)
+    # The first query that sees a key of the program, and the first that sees them all.
+    begin, whole = 0, 0
+    if IS_CAUSAL:
+        begin = tl.maximum(first - (n_keys - n_queries), 0) // BLOCK_M * BLOCK_M
+        whole = tl.cdiv(tl.maximum(first + BLOCK_N - 1 - (n_keys - n_queries), 0), BLOCK_M) * BLOCK_M
+    if HAS_STARTS:
+        whole = n_queries
+    q_ptr += origin * stride_q_b + head * stride_q_h
+    dout_ptr += (row * n_heads + head) * HEAD_DIM
+    lse_ptr += head * n_rows + row
+    delta_ptr += head * n_rows + row
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    if IS_CAUSAL or HAS_STARTS:
+        dk, dv = add_queries(
+            dk, dv, k, v, first, q_ptr, dout_ptr, lse_ptr, delta_ptr, begin, tl.minimum(whole, n_queries), n_queries,
+            n_keys, start, rotation, masks, stride_q_t, n_heads * HEAD_DIM, scale, IS_CAUSAL, HAS_STARTS,
+            rng_ptr is not None, ROTATE_Q, HALF, HEAD_DIM, BLOCK_D, BLOCK_M, True)
+    if not HAS_STARTS:
+        dk, dv = add_queries(
+            dk, dv, k, v, first, q_ptr, dout_ptr, lse_ptr, delta_ptr, whole, n_queries, n_queries,
+            n_keys, start, rotation, masks, stride_q_t, n_heads * HEAD_DIM, scale, IS_CAUSAL, HAS_STARTS,
+            rng_ptr is not None, ROTATE_Q, HALF, HEAD_DIM, BLOCK_D, BLOCK_M, False)
+    at = origin * stride_dk_b + head * stride_dk_h
+    dv *= mask_scale(rng_ptr, threshold)
+    store_rows(dv_ptr + at, dv, first, n_keys, stride_dk_t, BLOCK_N, HEAD_DIM, BLOCK_D)
+    dk *= scale
+    if cos_ptr is not None:
+        dk = rotate(dk, rotation, first, n_keys, -1, HALF)
+    store_rows(dk_ptr + at, dk, first, n_keys, stride_dk_t, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def add_queries(
+    dk, dv, k, v, first_key, q_ptr, dout_ptr, lse_ptr, delta_ptr, first, last, n_queries, n_keys, start, rotation,
+    masks, stride_q_t, stride_out_t, scale, IS_CAUSAL: tl.constexpr, HAS_STARTS: tl.constexpr, DROPOUT: tl.constexpr,
+    ROTATE_Q: tl.constexpr, HALF: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add what the queries first..last give to dk and dv [BLOCK_N, BLOCK_D]."""
+    BLOCK_N: tl.constexpr = k.shape[0]
+    offs_n, offs_m = first_key + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    key, number, stream, threshold = masks
+    for m in range(first, last, BLOCK_M):
+        # Rows past the end give nothing: q and dout are 0 there, lse is infinite and so their probabilities are 0.
+        lse = load_statistics(lse_ptr, m, n_queries, float("inf"), BLOCK_M) * LOG2E
+        delta = load_statistics(delta_ptr, m, n_queries, 0.0, BLOCK_M)
+        q = load_rows(q_ptr, m, 0, n_queries, stride_q_t, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        if ROTATE_Q:
+            q = rotate(q, rotation, m, n_queries, 1, HALF).to(q.dtype)
+        dout = load_rows(dout_ptr, m, 0, n_queries, stride_out_t, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        query = m + offs_m + (n_keys - n_queries)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+        if MASKED:
+            seen = sees(query[None, :], offs_n[:, None], n_keys, start, IS_CAUSAL, HAS_STARTS)
+            s = tl.where(seen, s, float("-inf"))
+        p = tl.exp2(s * (scale * LOG2E) - lse[None, :])
+        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        dropped = p
+        if DROPOUT:
+            keep = keep_mask_transposed(key, query, first_key, number, stream, threshold, BLOCK_N)
+            dropped = tl.where(keep, p, 0.0)
+            dp = tl.where(keep, dp * mask_scale(key, threshold), 0.0)
+        dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision="ieee")
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv

@@ -1,0 +1,237 @@
+"""Launches of attention's Triton kernels, and the tiles that a tuner may try.
+
+B batch, Tq queries, Tk keys, H heads, K head size, N = B * Tq rows, R rotary dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextvars import copy_context
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from phi1.kernels.attention.backward_triton import (
+    attention_backward_dkdv_kernel,
+    attention_backward_dq_kernel,
+)
+from phi1.kernels.attention.device_triton import rotate_rows_kernel
+from phi1.kernels.attention.forward_triton import attention_forward_kernel
+from phi1.kernels.core.philox import threshold
+from phi1.kernels.core.tiles import tile
+
+if TYPE_CHECKING:
+    from phi1.kernels.attention.dispatch import Scheme
+
+MAX_HEAD_SIZE = 128
+MAX_STRIDE = (2**31 - 1) // 256  # of tokens, in elements: a tile has at most 256
+ROTATED_ROWS = 64  # a program of rotate_rows_kernel
+# Said at every launch, since the default changes with Triton 3.10, and bits with it.
+FP_FUSION = True
+
+
+def _tiles(*tiles: tuple[int, ...], more: tuple[str, ...] = ()) -> list[dict[str, int]]:
+    names = ("block_m", "block_n", "rotate_on_load", "num_warps", "num_stages", *more)
+    return [dict(zip(names, tile, strict=True)) for tile in tiles]
+
+
+# What rotates on load reads half as much as what rotates into scratch first, and rotates each row for each tile.
+# "tma" reads k and v by TMA (sm_90 and later), "warp_specialize" leaves these reads to warps of their own: 4 that read
+# and 8 that compute, of which the 4 of "num_warps" are the first. Both only where `_Call.described` says so.
+CANDIDATES = {
+    "forward": _tiles(
+        (128, 128, 0, 8, 3, 0, 0), (128, 128, 1, 8, 3, 0, 0), (128, 128, 0, 8, 2, 0, 0), (256, 64, 0, 8, 3, 0, 0),
+        (128, 64, 0, 8, 3, 0, 0), (128, 64, 1, 8, 3, 0, 0), (128, 64, 0, 4, 3, 0, 0), (128, 64, 1, 4, 3, 0, 0),
+        (128, 64, 0, 4, 2, 0, 0), (128, 32, 0, 4, 3, 0, 0), (64, 128, 0, 4, 3, 0, 0), (64, 64, 0, 4, 3, 0, 0),
+        (128, 128, 0, 8, 3, 1, 0), (128, 128, 0, 8, 2, 1, 0), (128, 64, 0, 8, 3, 1, 0), (128, 128, 0, 4, 2, 1, 1),
+        (128, 128, 0, 4, 3, 1, 1), (128, 64, 0, 4, 2, 1, 1),
+        more=("tma", "warp_specialize")),
+    "backward_dq": _tiles(
+        (128, 128, 0, 8, 2), (128, 128, 1, 8, 2), (128, 64, 0, 8, 2), (128, 64, 1, 8, 2), (128, 64, 0, 8, 3),
+        (128, 32, 0, 4, 2), (64, 128, 0, 8, 2), (64, 64, 0, 4, 2), (64, 64, 0, 8, 2), (64, 32, 0, 4, 2)),
+    "backward_dkdv": _tiles(
+        (64, 128, 0, 8, 2), (64, 128, 1, 8, 2), (32, 128, 0, 8, 2), (32, 128, 1, 8, 2), (32, 128, 0, 8, 3),
+        (64, 128, 0, 8, 1), (128, 64, 0, 8, 2), (64, 64, 0, 4, 2), (64, 64, 0, 8, 2), (32, 64, 0, 4, 2),
+        (32, 64, 0, 8, 2), (16, 128, 0, 8, 2)),
+}
+
+
+def launch_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scheme: Scheme, cu_seqlens: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [B, Tq, H, K] contiguous, lse [H, N] float32) of q [B, Tq, H, K] and k, v [B, Tk, H, K], any strides."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = q.new_empty((q.shape[2], q.shape[0] * q.shape[1]), dtype=torch.float32)
+    call = _Call(q, k, v, scheme, cu_seqlens)
+    if not out.numel():
+        return out, lse
+    q, k, v = call.readable(q), call.readable(k), call.readable(v)
+    described = call.described(q, k, v)
+    t = call.tile("forward", described=described)
+    on_load = call.rotates_on_load(t)
+    if call.rotates and not on_load:
+        k = call.rotated(k)
+    tma = described and bool(t["tma"]) and not on_load and call.described(k, v)  # of k as it is read
+    specialized = tma and bool(t["warp_specialize"]) and not call.rotates and scheme.dropout is None
+    read_k, read_v = (call.descriptor(x, t["block_n"]) if tma else x for x in (k, v))
+
+    launch = partial(
+        attention_forward_kernel[call.grid(call.n_queries, t["block_m"])],
+        q, read_k, read_v, out, lse, scale_log2=scheme.scale * math.log2(math.e), ROTATE_Q=call.rotates,
+        ROTATE_K=on_load, TMA=tma, WARP_SPECIALIZE=specialized, **call.arguments(call.n_queries, t["block_m"], t),
+        **call.strides(q=q, k=k, v=v),
+    )
+    if specialized:
+        _with_scratch(launch)
+    else:
+        launch()
+    return out, lse
+
+
+def _with_scratch(launch: Callable[[], object]) -> None:
+    """Launch a kernel that makes descriptors, with memory for them. The caller's allocator, a context variable, stays.
+    """
+    context = copy_context()
+    context.run(triton.set_allocator, lambda size, alignment, stream: torch.empty(size, dtype=torch.int8,
+                                                                                   device="cuda"))
+    context.run(launch)
+
+
+def launch_backward(
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    grads: Sequence[torch.Tensor], scheme: Scheme, cu_seqlens: torch.Tensor | None,
+) -> None:
+    """Write the gradients of q, k and v into `grads`, three tensors of their shapes and any strides."""
+    call = _Call(q, k, v, scheme, cu_seqlens)
+    dq, dk, dv = grads
+    assert dk.stride() == dv.stride(), f"dk and dv differ in strides: {dk.stride()}, {dv.stride()}"
+    if not q.numel():
+        for grad in grads:
+            grad.zero_()
+        return
+    q, k, v = call.readable(q), call.readable(k), call.readable(v)
+    dout, out, delta = dout.contiguous(), out.contiguous(), torch.empty_like(lse)
+    t = call.tile("backward_dq")
+    on_load = call.rotates_on_load(t)
+    k_read = call.rotated(k) if call.rotates and not on_load else k
+    attention_backward_dq_kernel[call.grid(call.n_queries, t["block_m"])](
+        dout, q, k_read, v, out, lse, delta, dq, scale=scheme.scale, ROTATE_Q=call.rotates, ROTATE_K=on_load,
+        **call.arguments(call.n_queries, t["block_m"], t), **call.strides(q=q, k=k_read, v=v, dq=dq),
+    )
+    t = call.tile("backward_dkdv")
+    on_load = call.rotates_on_load(t)
+    q_read = call.rotated(q) if call.rotates and not on_load else q
+    attention_backward_dkdv_kernel[call.grid(call.n_keys, t["block_n"])](
+        dout, q_read, k, v, lse, delta, dk, dv, scale=scheme.scale, ROTATE_Q=on_load, ROTATE_K=call.rotates,
+        **call.arguments(call.n_keys, t["block_n"], t), **call.strides(q=q_read, k=k, v=v, dk=dk),
+    )
+
+
+class _Call:
+    """What the launches of one call share."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scheme: Scheme,
+                 cu_seqlens: torch.Tensor | None) -> None:
+        self.batch, self.n_queries, self.n_heads, self.head_size = q.shape
+        self.n_keys, self.n_rows, self.scheme = k.shape[1], q.shape[0] * q.shape[1], scheme
+        self.dtype, self.device = q.dtype, q.device
+        self.rotary = (None, None, None) if scheme.rotary is None else tuple(x.contiguous() for x in scheme.rotary)
+        self.rotates = scheme.rotary is not None and not scheme.rotary_applied
+        self.half = 0 if scheme.rotary is None else scheme.rotary[0].shape[1]
+        self.cuts, self.n_samples = None, self.batch
+        if cu_seqlens is not None:
+            self.cuts, self.n_samples = _cuts(cu_seqlens, self.n_rows), cu_seqlens.shape[0] - 1
+        if self.head_size > MAX_HEAD_SIZE:
+            raise NotImplementedError(f"attention: the Triton kernels take a head size of at most {MAX_HEAD_SIZE}; got "
+                                      f"{self.head_size}; backend('reference') takes any size")
+
+    def tile(self, kernel: str, **more: bool) -> dict[str, int]:
+        return tile("attention", kernel, self.device, head_size=self.head_size, bits=8 * self.dtype.itemsize,
+                    causal=self.scheme.causal, dropout=self.scheme.dropout is not None, rotates=self.rotates,
+                    packed=self.cuts is not None, **more)
+
+    def readable(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, T, H, K] with elements of a head side by side, with offsets within a tile in 32 bits, and, of packed
+        documents, with all rows equally far."""
+        even = self.cuts is None or x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+        return x if x.stride(3) == 1 and x.stride(1) <= MAX_STRIDE and even else x.contiguous()
+
+    def described(self, *operands: torch.Tensor) -> bool:
+        """Whether TMA can read operands [B, T, H, K]: it wants multiples of 16 bytes, and masks only what lies past
+        the end of a sample."""
+        size = self.dtype.itemsize
+        return self.cuts is None and self.scheme.seq_starts is None and all(
+            x.data_ptr() % 16 == 0 and all(stride > 0 and stride * size % 16 == 0 for stride in x.stride()[:3])
+            for x in operands)
+
+    def descriptor(self, x: torch.Tensor, rows: int) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(x, [1, rows, 1, self.block_d])
+
+    def rotates_on_load(self, t: dict[str, int]) -> bool:
+        """Whether each tile that is read is rotated. Not where this takes an exchange between threads: see
+        `rotate_columns`, which on sm_90 would also need 247,808 bytes of shared memory."""
+        return self.rotates and bool(t["rotate_on_load"]) and not self.half & (self.half - 1)
+
+    def rotated(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, T, H, K] rotated, in memory of its own."""
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        cos, sin, positions = self.rotary
+        assert cos is not None
+        rotate_rows_kernel[(triton.cdiv(x.shape[1], ROTATED_ROWS) * self.n_heads * self.batch,)](
+            x, y, cos, sin, positions, n_tokens=x.shape[1], n_heads=self.n_heads, n_positions=cos.shape[0],
+            stride_x_b=x.stride(0), stride_x_t=x.stride(1), stride_x_h=x.stride(2), HALF=self.half,
+            HEAD_DIM=self.head_size, BLOCK_D=self.block_d, BLOCK_T=ROTATED_ROWS, num_warps=4,
+            enable_fp_fusion=FP_FUSION,
+        )
+        return y
+
+    @property
+    def block_d(self) -> int:
+        return max(16, triton.next_power_of_2(self.head_size))
+
+    def blocks(self, n_tokens: int, block: int) -> int:
+        """Blocks of a sample; of packed documents, slots for the blocks of all documents and of the rows of none."""
+        return triton.cdiv(n_tokens, block) if self.cuts is None else self.n_rows // block + self.n_samples + 2
+
+    def grid(self, n_tokens: int, block: int) -> tuple[int]:
+        return (self.blocks(n_tokens, block) * self.n_heads * (self.batch if self.cuts is None else 1),)
+
+    def arguments(self, n_tokens: int, block: int, t: dict[str, int]) -> dict[str, Any]:
+        dropout, (cos, sin, positions) = self.scheme.dropout, self.rotary
+        stream = 0 if dropout is None else dropout.layer << 16 | dropout.kind << 12
+        return {
+            "cu_seqlens_ptr": self.cuts, "seq_starts_ptr": _dense(self.scheme.seq_starts),
+            "cos_ptr": cos, "sin_ptr": sin, "positions_ptr": positions,
+            "rng_ptr": None if dropout is None else dropout.rng.contiguous(),
+            "sample_ids_ptr": None if dropout is None else _dense(dropout.sample_ids),
+            "n_queries": self.n_queries, "n_keys": self.n_keys, "n_rows": self.n_rows, "n_heads": self.n_heads,
+            "n_blocks": self.blocks(n_tokens, block), "n_samples": self.n_samples,
+            "n_positions": 0 if cos is None else cos.shape[0],
+            "stream": stream - (1 << 32) if stream >> 31 else stream,
+            "threshold": 0 if dropout is None else threshold(dropout.p),
+            "IS_CAUSAL": self.scheme.causal, "HALF": self.half, "HEAD_DIM": self.head_size, "BLOCK_D": self.block_d,
+            "BLOCK_M": t["block_m"], "BLOCK_N": t["block_n"], "num_warps": t["num_warps"],
+            "num_stages": t["num_stages"], "enable_fp_fusion": FP_FUSION,
+        }
+
+    def strides(self, **tensors: torch.Tensor) -> dict[str, int]:
+        """Strides by sample (of packed documents, by row), token and head of each tensor [B, T, H, K]."""
+        found = {}
+        for name, x in tensors.items():
+            found[f"stride_{name}_b"] = x.stride(0) if self.cuts is None else x.stride(1)
+            found[f"stride_{name}_t"], found[f"stride_{name}_h"] = x.stride(1), x.stride(2)
+        return found
+
+
+def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _cuts(cu_seqlens: torch.Tensor, n_rows: int) -> torch.Tensor:
+    """[0, *cu_seqlens, N] as int32, made to ascend, on the device: whatever it holds, no kernel leaves the N rows."""
+    ends = torch.nn.functional.pad(cu_seqlens.clamp(0, n_rows), (1, 0))
+    return torch.nn.functional.pad(ends, (0, 1), value=n_rows).cummax(0).values.to(torch.int32)

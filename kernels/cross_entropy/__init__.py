@@ -1,0 +1,1 @@
+"""The language-model head with its loss. Imports core."""

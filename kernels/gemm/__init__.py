@@ -1,0 +1,1 @@
+"""Linear layers as tiled matrix products. Imports core and pointwise."""

@@ -1,0 +1,1 @@
+"""Operations on one row or one element at a time. Imports core."""

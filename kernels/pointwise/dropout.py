@@ -1,0 +1,107 @@
+"""Dropout of a residual branch, and the residual add, in one operation; the masks are specified in `_philox.py`.
+
+    out = residual + keep x / (1 - p)          with p in steps of 1/65536
+
+Saves nothing but the masks' counter.
+
+N rows, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from phi1.kernels.core.backend import operator, reference_forced
+from phi1.kernels.core.checks import (
+    check_alike,
+    check_dropout,
+    check_float,
+    check_rank,
+    check_shape,
+    check_tensors,
+)
+from phi1.kernels.core.philox import Dropout, dropout_fields, dropout_from_fields
+from phi1.kernels.pointwise.dropout_eager import dropout_add_forward, dropout_backward, dropped
+
+
+@operator("phi1::dropout_add")
+def _dropout_add_op(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    p: float,
+    rng: torch.Tensor | None,
+    sample_ids: torch.Tensor | None,
+    layer: int,
+    kind: int,
+) -> torch.Tensor:
+    return dropout_add_forward(x, residual, dropout_from_fields(p, rng, sample_ids, layer, kind))
+
+
+@_dropout_add_op.register_fake
+def _(x: torch.Tensor, residual, *_) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+@operator("phi1::dropout_add_backward")
+def _dropout_add_backward_op(
+    dout: torch.Tensor,
+    p: float,
+    rng: torch.Tensor | None,
+    sample_ids: torch.Tensor | None,
+    layer: int,
+    kind: int,
+) -> torch.Tensor:
+    return dropout_backward(dout, dropout_from_fields(p, rng, sample_ids, layer, kind))
+
+
+@_dropout_add_backward_op.register_fake
+def _(dout: torch.Tensor, *_) -> torch.Tensor:
+    return dout.new_empty(dout.shape)
+
+
+def _setup(ctx, inputs, output) -> None:
+    _, _, p, rng, sample_ids, layer, kind = inputs
+    ctx.save_for_backward(rng, sample_ids)
+    ctx.constants = p, layer, kind
+
+
+def _autograd(ctx, dout):
+    p, layer, kind = ctx.constants
+    dx = torch.ops.phi1.dropout_add_backward(dout, p, *ctx.saved_tensors, layer, kind)
+    return dx, dout, None, None, None, None, None
+
+
+_dropout_add_op.register_autograd(_autograd, setup_context=_setup)
+
+
+def dropout_add(x: torch.Tensor, residual: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
+    """residual + drop(x).
+
+    Args:
+        x: [N, D], float16, bfloat16 or float32.
+        residual: [N, D], x's dtype.
+        dropout: what is dropped; None drops nothing. With sample ids, they divide the rows evenly.
+
+    Returns:
+        [N, D] in x's dtype, contiguous.
+
+    Raises:
+        TypeError: an argument is not a tensor or a Dropout, or of another dtype.
+        ValueError: a shape or a device breaks its rule.
+
+    Source: Srivastava et al., "Dropout", JMLR 2014.
+    """
+    check_tensors("dropout_add", x=x, residual=residual)
+    check_float("dropout_add", "x", x)
+    check_alike("dropout_add", "x", x, residual=residual)
+    check_rank("dropout_add", "x", x, "N, D")
+    check_shape("dropout_add", "residual", residual, x.shape, "x's")
+    check_dropout("dropout_add", dropout, x)
+    if reference_forced():
+        return dropout_add_reference(x, residual, dropout)
+    return torch.ops.phi1.dropout_add(x, residual, *dropout_fields(dropout))
+
+
+def dropout_add_reference(x: torch.Tensor, residual: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
+    """`dropout_add` in plain differentiable PyTorch."""
+    return residual + dropped(x, dropout)

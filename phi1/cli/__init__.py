@@ -1,0 +1,1 @@
+"""The `phi1` command, one file a subcommand. Nothing imports it."""

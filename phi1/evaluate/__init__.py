@@ -1,0 +1,1 @@
+"""HumanEval: problems, sampling, running the tests, pass@k."""

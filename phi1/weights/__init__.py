@@ -1,0 +1,1 @@
+"""Models on disk: published layouts, safetensors, Hugging Face folders."""

@@ -1,0 +1,162 @@
+"""Checkpoint folders: where one lies, which files hold its tensors, and those tensors one after another."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from phi1.atomic import identity
+
+WINDOW = 64 * 1024 * 1024
+_SAFETENSORS, _PICKLED = ("model*.safetensors",), ("pytorch_model*.bin",)
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def locate(name_or_folder: str | Path, revision: str | None = None) -> Path:
+    """The folder itself, or the local copy of a Hugging Face Hub repository, downloaded if need be.
+
+    Raises:
+        FileNotFoundError: neither; one line that says why.
+    """
+    folder = Path(name_or_folder).expanduser()
+    if identity(folder) and folder.is_dir():
+        return folder
+    if folder.exists():
+        raise FileNotFoundError(f"load: {folder} is a file; give the folder that holds config.json and the weights")
+    name = str(name_or_folder)
+    if not _HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f"load: there is no folder {name}")
+    return _download(name, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ("config.json", "*.index.json", "tokenizer*.json", "vocab.json", "merges.txt", "added_tokens.json")
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns, *_SAFETENSORS]))
+        if not any(folder.glob(_SAFETENSORS[0])):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns, *_PICKLED]))
+    except Exception as error:  # its own errors, its HTTP client's and the system's: a dozen types, one meaning
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(f"load: there is no folder {name}, and the Hugging Face Hub did not give that model"
+                                f"{f' at revision {revision}' if revision else ''}: {reason}") from error
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, or not an object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"load: {path} is missing")
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"load: {path} is damaged or truncated: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"load: {path} must hold a JSON object; got {type(value).__name__}")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the tensors: safetensors before pickles, the index before a single file.
+
+    Raises:
+        FileNotFoundError: none, or shards that the index names are missing; all are listed.
+        ValueError: a damaged index.
+    """
+    for index_name, single in zip(_INDEXES, ("model.safetensors", "pytorch_model.bin"), strict=True):
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index_name).is_file():
+            return _shards(folder, index_name)
+    raise FileNotFoundError(f"load: {folder} holds no weights; looked for model.safetensors, pytorch_model.bin, "
+                            f"{' and '.join(_INDEXES)}")
+
+
+def _shards(folder: Path, index_name: str) -> list[Path]:
+    mapping = read_json(folder / index_name).get("weight_map")
+    if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
+        raise ValueError(f"load: {folder / index_name} must map tensors to files under 'weight_map'")
+    names = sorted(set(mapping.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise ValueError(f"load: {folder / index_name} must name files of its own folder; got {', '.join(outside)}")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"load: {folder} lacks the shards {', '.join(missing)} that {index_name} names")
+    return [folder / name for name in names]
+
+
+def open_tensors(path: Path) -> dict[str, Tensor]:
+    """The file's tensors by name, as views of the mapped file.
+
+    Raises:
+        ValueError: damaged, truncated, or a pickle of something else than tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Files of before PyTorch 1.6 are no zip archives and cannot be mapped.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"load: {path} is damaged, truncated or no file of tensors: {reason[0]}") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"load: {path} must hold a dictionary of tensors and nothing else")
+    return state
+
+
+def stream(path: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors of one file, one by one. Each is valid until the next is asked for."""
+    return _read(path, names) if path.suffix == ".safetensors" else _map(path, names)
+
+
+def _read(path: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Plain reads into one buffer: three times as fast as page faults on the mapped file."""
+    described = open_tensors(path)  # checks the header; nothing is read through it
+    buffer = torch.empty(max(described[name].nbytes for name in names), dtype=torch.uint8)
+    with path.open("rb", buffering=0) as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        for name in names:
+            start, end = header[name]["data_offsets"]
+            file.seek(8 + size + start)
+            _fill(file, buffer[: end - start])
+            yield name, buffer[: end - start].view(described[name].dtype).view(described[name].shape)
+
+
+def _fill(file: io.FileIO, buffer: Tensor) -> None:
+    view, done = buffer.numpy().data, 0
+    while done < len(view):  # one read gives 2 GiB at most
+        count = file.readinto(view[done:])
+        if not count:
+            raise ValueError(f"load: {file.name} is damaged, truncated: it ends within a tensor")
+        done += count
+
+
+def _map(path: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Views of the mapped file, mapped anew every WINDOW bytes: pages that were read count as memory in use."""
+    tensors, read = open_tensors(path), 0
+    for name in names:
+        if read >= WINDOW:
+            tensors.clear()  # before the file is mapped again, so that two windows are never held
+            tensors, read = open_tensors(path), 0
+        read += tensors[name].nbytes
+        yield name, tensors.pop(name)

@@ -1,0 +1,295 @@
+"""Read phi-1 in any published layout, and write it in the current Hugging Face one.
+
+Names and layouts are in `phi1/_layouts.py`, files in `phi1/_checkpoint.py`. Memory while loading: the model itself
+and one tensor; no parameter ever exists twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from phi1.atomic import NEW, publish, read_unreplaced, sweep, workspace
+from phi1.config import Phi1Config
+from phi1.model import Phi1
+from phi1.weights.files import locate, open_tensors, read_json, stream, weight_files
+from phi1.weights.layouts import (
+    LAYOUTS,
+    WRITTEN,
+    Place,
+    is_derived,
+    places,
+    read_config,
+    recognise,
+    written_config,
+)
+
+if TYPE_CHECKING:
+    from phi1.tokenizer import Tokenizer
+
+_DTYPES = {
+    "float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float32": torch.float32, "fp32": torch.float32,
+}
+_ENDOFTEXT = 50256  # of phi-1's tokenizer
+
+
+def load(name_or_folder: str | Path, *, device: torch.device | str | None = None,
+         dtype: torch.dtype | str | None = None, revision: str | None = None) -> Phi1:
+    """A model from a folder or from the Hugging Face Hub, in eval mode.
+
+    If the folder is replaced meanwhile, it is read once more: what comes of it is one model or an error.
+
+    Args:
+        name_or_folder: a folder with config.json and weights (safetensors or pytorch_model.bin, in one file or in
+            shards; any of the four published layouts), or a Hub id such as "microsoft/phi-1".
+        device: where the parameters go; by default the CUDA device if there is one, else the CPU.
+        dtype: of the parameters: a torch dtype or "float16", "bfloat16", "float32"; by default the file's.
+        revision: branch, tag or commit of the Hub repository.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: no such folder or Hub model, no weights in it, or shards missing.
+        ValueError: a damaged file, another architecture, tensors that do not fit the configuration (every missing,
+            unexpected or misshapen one is in the message), or a folder that is replaced again and again.
+        NotImplementedError: a variant of the architecture that phi-1 does not use.
+    """
+    target_dtype = None if dtype is None else _as_dtype("load", dtype)
+    target_device = _as_device(device)
+    folder = locate(name_or_folder, revision)
+    return read_unreplaced("load", folder, lambda: _read(folder, target_device, target_dtype))
+
+
+def _read(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Phi1:
+    config = config_of(folder / "config.json")
+    table, homes, file_dtype = _survey(folder, config)
+    model = Phi1(config, device="meta", dtype=dtype or file_dtype)
+    model.to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for path, names in homes.items():
+            for name, tensor in stream(path, names):
+                table[name].fill(parameters[table[name].parameter], tensor)
+    model.init_tables()
+    return model.eval()
+
+
+def _as_dtype(caller: str, dtype: torch.dtype | str) -> torch.dtype:
+    found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in _DTYPES.values():
+        raise ValueError(f"{caller}: dtype must be one of {', '.join(_DTYPES)}; got {dtype}")
+    return found
+
+
+def _as_device(device: torch.device | str | None) -> torch.device:
+    cuda = torch.cuda.is_available()
+    try:
+        found = torch.device(device or ("cuda" if cuda else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"load: device must be one such as 'cpu' or 'cuda'; got {device!r}") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"load: device {found} is not there; PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return found
+
+
+def config_of(path: Path) -> Phi1Config:
+    """What a config.json of any published layout says. Raises as `load`."""
+    try:
+        return read_config(read_json(path))
+    except NotImplementedError as error:
+        raise NotImplementedError(f"load: {path}: {error}") from error
+    except (ValueError, TypeError) as error:
+        if str(error).startswith("load: "):
+            raise
+        raise ValueError(f"load: {path}: {error}") from error
+
+
+def _survey(folder: Path, config: Phi1Config) -> tuple[dict[str, Place], dict[Path, list[str]], torch.dtype]:
+    """Check every tensor before one is copied: the places, the names to read from each file, the embedding's dtype."""
+    found: dict[str, tuple[Path, tuple[int, ...], torch.dtype]] = {}
+    for path in weight_files(folder):
+        for name, tensor in open_tensors(path).items():
+            if not is_derived(name):
+                found[name] = (path, tuple(tensor.shape), tensor.dtype)
+    table = recognise(found, config)
+    if table is None:
+        raise ValueError(f"load: {folder} holds no phi-1 in any of the published layouts ({'; '.join(LAYOUTS)}); "
+                         f"its tensors are called {', '.join(list(found)[:3]) or 'nothing: there are none'}")
+    problems = _problems({name: place.shape for name, place in table.items()},
+                         {name: shape for name, (_, shape, _) in found.items()})
+    integers = [f"{name} ({dtype})" for name, (_, _, dtype) in found.items()
+                if name in table and not dtype.is_floating_point]
+    if integers:
+        problems.append(f"not floating point: {', '.join(integers)}")
+    if problems:
+        raise ValueError(f"load: the tensors in {folder} are not those of its config.json; {'; '.join(problems)}")
+    homes: dict[Path, list[str]] = {}
+    for name, (path, _, _) in found.items():
+        homes.setdefault(path, []).append(name)
+    return table, homes, found[next(iter(table))][2]
+
+
+def _problems(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """One entry each for missing, unexpected and misshapen names, with all of them."""
+    lists = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "misshapen": [f"{name} {list(found[name])}, which must be {list(shape)}" for name, shape in expected.items()
+                      if name in found and found[name] != shape],
+    }
+    return [f"{kind}: {', '.join(names)}" for kind, names in lists.items() if names]
+
+
+def save(model: Phi1, folder: str | Path, *, tokenizer: Tokenizer | None = None,
+         max_shard_bytes: int = 5_000_000_000, replace: bool = True) -> None:
+    """Write the model in the current Hugging Face layout, which `phi1.load` and transformers read.
+
+    Args:
+        model: any dtype, any device.
+        folder: made, with its parents. If it exists it must be empty or hold a saved model alone, which is replaced.
+            Stopped or killed at any moment, it is there as it was or as it was to be; if a kill comes while the two
+            change places, the next save to it makes it so.
+        tokenizer: saved beside the model, and its end-of-text id goes into the configuration.
+        max_shard_bytes: size from which the tensors are split into several files, with an index.
+        replace: whether a saved model may be replaced; else the folder must be new or empty, now and at the end.
+
+    Raises:
+        ValueError: the folder holds other files, or has got some since.
+        OSError: no space, no permission; nothing is left behind, and an old model is still in place.
+    """
+    save_state_dict(model.state_dict(), model.config, folder, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes,
+                    replace=replace)
+
+
+def save_state_dict(state: Mapping[str, Tensor], config: Phi1Config, folder: str | Path, *,
+                    tokenizer: Tokenizer | None = None, dtype: torch.dtype | str | None = None,
+                    max_shard_bytes: int = 5_000_000_000, replace: bool = True) -> None:
+    """`save` for a plain state dict of whole tensors, such as one gathered from a sharded model.
+
+    Args:
+        state: `Phi1.state_dict()`'s names and shapes.
+        config: of the model.
+        folder, tokenizer, max_shard_bytes, replace: as in `save`.
+        dtype: what the tensors are cast to; by default they stay as they are.
+
+    Raises:
+        ValueError: as in `save`, or names or shapes that are not the model's: all are in the message.
+        OSError: as in `save`.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in Phi1(config, device="meta").state_dict().items()}
+    problems = _problems(expected, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    if problems:
+        raise ValueError(f"save: the state dict does not fit the configuration; {'; '.join(problems)}")
+    if max_shard_bytes < 1:
+        raise ValueError(f"save: max_shard_bytes must be 1 or more; got {max_shard_bytes}")
+    target_dtype = state["embed.weight"].dtype if dtype is None else _as_dtype("save", dtype)
+    cast = None if dtype is None else target_dtype
+    with _filled(Path(folder), replace) as temporary:
+        _write_tensors(state, config, temporary, cast, max_shard_bytes)
+        _write_configs(config, temporary, tokenizer, str(target_dtype).removeprefix("torch."))
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+
+
+def _write_configs(config: Phi1Config, folder: Path, tokenizer: Tokenizer | None, dtype: str) -> None:
+    eos_id = _ENDOFTEXT if config.vocab_size > _ENDOFTEXT else None
+    if tokenizer is not None:
+        eos_id = tokenizer.eos_id
+    _write_json(folder / "config.json", written_config(config, eos_id, dtype))
+    _write_json(folder / "generation_config.json",
+                {"_from_model_config": True, "bos_token_id": eos_id, "eos_token_id": eos_id})
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tensors(state: Mapping[str, Tensor], config: Phi1Config, folder: Path, cast: torch.dtype | None,
+                   max_shard_bytes: int) -> None:
+    table = places(LAYOUTS[WRITTEN], config)
+    sizes = {name: state[place.parameter][place.index].numel() * (cast or state[place.parameter].dtype).itemsize
+             for name, place in table.items()}
+    free = shutil.disk_usage(folder).free
+    if sum(sizes.values()) > free:
+        raise OSError(f"save: the model needs {sum(sizes.values()) / 1e9:.2f} GB at {folder.parents[1]}; "
+                      f"{free / 1e9:.2f} GB are free")
+    shards = list(_shards(sizes, max_shard_bytes))
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: _published(state, table[name], cast) for name in names}
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except Exception as error:  # safetensors reports the system's errors under a type of its own
+            raise OSError(f"save: {folder / file} could not be written: {error}") from error
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        _write_json(folder / "model.safetensors.index.json",
+                    {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+
+
+def _published(state: Mapping[str, Tensor], place: Place, cast: torch.dtype | None) -> Tensor:
+    return state[place.parameter].detach()[place.index].to("cpu", cast or state[place.parameter].dtype).contiguous()
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
+    """Consecutive names, as many as fit the limit; a tensor beyond the limit has a file of its own."""
+    names: list[str] = []
+    held = 0
+    for name, size in sizes.items():
+        if names and held + size > limit:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += size
+    yield names
+
+
+_SAVED = ("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
+          "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+          "vocab.json", "merges.txt", "added_tokens.json")
+
+
+@contextlib.contextmanager
+def _filled(folder: Path, replace: bool) -> Iterator[Path]:
+    """A temporary folder that takes the folder's place at the end, or disappears if the block fails."""
+    folder = Path(os.path.realpath(folder.expanduser()))
+    sweep(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"save: {folder} is a file; give an empty or new folder")
+    if folder.is_dir():
+        _check_own(folder, folder, replace)
+    with workspace(folder) as work:
+        new = work / NEW
+        new.mkdir()
+        yield new
+        for path in new.iterdir():
+            path.chmod(new.stat().st_mode & 0o666)  # safetensors makes files that their owner alone may read
+            _flush(path)
+        if not publish(work, folder, (lambda old: _check_own(old, folder, replace)) if replace else None):
+            raise ValueError(f"save: {folder} must be new or empty, and has got files since; give another folder")
+
+
+def _check_own(found: Path, folder: Path, replace: bool) -> None:
+    """Refuse to replace what lies in `found`, the folder of the name `folder`, unless `save` wrote all of it."""
+    names = [path.name for path in sorted(found.iterdir())]
+    foreign = [name for name in names if not (replace and any(Path(name).match(pattern) for pattern in _SAVED))]
+    if foreign:
+        raise ValueError(f"save: {folder} holds other files ({', '.join(foreign[:3])}); give an empty or new folder")
+
+
+def _flush(path: Path) -> None:
+    """To the disk, so that a rename never precedes the contents."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,107 @@
+"""Products of the PyTorch code: float16 on CPUs that do not multiply it goes through float32, whatever the layout."""
+
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+from phi1 import testing
+from phi1.kernels import linear, linear_cross_entropy, mlp, parallel_block
+from phi1.kernels.core import cpu_matmul, cpu_memory
+from phi1.kernels.core.cpu_matmul import WIDE, addmm, mm
+
+LAYOUTS = {
+    "rows": lambda x: x,
+    "columns": lambda x: x.t().contiguous().t(),
+    "columns of a wider one": lambda x: torch.cat((x, x), dim=1)[:, : x.shape[1]],
+    "every other": lambda x: x.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2],
+}
+
+
+@pytest.fixture
+def without_float16(monkeypatch):
+    monkeypatch.setattr(cpu_matmul, "_multiplies_float16", lambda: False)
+
+
+def draw(*shape, dtype=torch.float16, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("columns", [1, 48, 4096])
+@pytest.mark.parametrize("shape", [(WIDE, 70, WIDE), (130, 1, 200)], ids=str)
+@pytest.mark.parametrize("of_b", LAYOUTS)
+@pytest.mark.parametrize("of_a", LAYOUTS)
+def test_float16_is_rounded_once(without_float16, monkeypatch, of_a, of_b, shape, columns):
+    monkeypatch.setattr(cpu_matmul, "COLUMNS", columns)
+    m, k, n = shape
+    a, b = LAYOUTS[of_a](draw(m, k)), LAYOUTS[of_b](draw(k, n, seed=1))
+    c, row, into = draw(m, n, seed=2), draw(n, seed=3), torch.empty(m, 2 * n, dtype=torch.float16)[:, ::2]
+    exact = a.double() @ b.double()
+    with_c = c + exact
+    for got, wanted in ((mm(a, b), exact), (mm(a, b, out=into), exact), (addmm(row, a, b), row + exact),
+                        (addmm(c, a, b), with_c), (addmm(c, a, b, out=c), with_c)):
+        # Half a unit in the last place, and what float32 has added to it.
+        assert ((got - wanted).abs() <= 2**-11 * wanted.abs() + 2**-25 + 1e-5 * k**0.5).all()
+    assert into.equal(mm(a, b))
+
+
+def test_its_range_is_float16s_at_the_end_alone(without_float16):
+    a = torch.full((WIDE, 4), 300.0, dtype=torch.float16)
+    b = torch.full((4, WIDE), 300.0, dtype=torch.float16)
+    b[2:] = -300.0
+    assert mm(a, b).eq(0).all()
+    assert addmm(b[0], a, b.abs()).isinf().all()
+
+
+@pytest.mark.parametrize(("rows", "columns", "multiplies", "dtype"), [
+    (WIDE - 1, 200, False, torch.float16), (200, WIDE - 1, False, torch.float16), (200, 200, True, torch.float16),
+    *((200, 200, False, dtype) for dtype in testing.DTYPES if dtype != torch.float16),
+])
+def test_all_else_is_pytorchs(monkeypatch, rows, columns, multiplies, dtype):
+    monkeypatch.setattr(cpu_matmul, "_multiplies_float16", lambda: multiplies)
+    monkeypatch.setattr(cpu_matmul, "_wide_product", None)
+    a, b, c = draw(rows, 30, dtype=dtype), draw(30, columns, dtype=dtype, seed=1), draw(columns, dtype=dtype, seed=2)
+    assert torch.equal(mm(a, b), torch.mm(a, b))
+    assert torch.equal(addmm(c, a, b), torch.addmm(c, a, b))
+
+
+@pytest.mark.skipif(platform.system() != "Linux" or platform.machine() != "x86_64", reason="reads x86 flags of Linux")
+def test_it_is_known_what_this_cpu_multiplies():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert cpu_matmul._multiplies_float16() == ("avx512_fp16" in flags or "amx_fp16" in flags)
+
+
+def test_a_large_weight_is_never_wide_as_a_whole(without_float16):
+    """Nor does the process keep more than the rows and a few slices."""
+    x, weight = draw(WIDE, 256), draw(51200, 256)
+    before = cpu_memory._kept_bytes()
+    linear(x, weight)
+    linear_cross_entropy(x, weight, None, torch.zeros(WIDE, dtype=torch.int64), workspace_mb=2)
+    logits = WIDE * weight.shape[0] * (2 + 4)  # of the loss
+    assert cpu_memory._kept_bytes() - before <= 3 * 4096 * (256 + WIDE) * 4 + logits < weight.numel() * 4
+
+
+W, B = draw(96, 64, seed=4), draw(96, seed=5)
+ZEROS = torch.zeros(64, dtype=torch.float16)
+TABLES = dict(zip(("cos", "sin"), testing.rotary_tables(8, device="cpu"), strict=True))
+OPERATIONS = {
+    "linear": lambda x: linear(x, W, B),
+    "mlp": lambda x: mlp(x, W, B, W.t().contiguous(), ZEROS),
+    "linear_cross_entropy": lambda x: linear_cross_entropy(x, W, B, torch.zeros(WIDE, dtype=torch.int64)),
+    "parallel_block": lambda x: parallel_block(x, **{name: value for name, value in testing.block_inputs(
+        (1, WIDE, 64, 2, 96), torch.float16, "cpu").items() if name != "x"}, **TABLES, n_heads=2),
+}
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_operations_multiply_so_forward_and_backward(without_float16, monkeypatch, op):
+    products = []
+    original = cpu_matmul._wide_product
+    monkeypatch.setattr(cpu_matmul, "_wide_product", lambda *a: products.append(a) or original(*a))
+    x = draw(WIDE, 64).requires_grad_()
+    out = OPERATIONS[op](x)
+    forward = len(products)
+    out.sum().backward()
+    assert forward > 0
+    assert forward < len(products) or op == "linear_cross_entropy"  # which widens its backward by its own rule

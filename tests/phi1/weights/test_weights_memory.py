@@ -1,0 +1,57 @@
+"""Loading weights takes little more memory than the files: measured in a process of its own."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from phi1 import Phi1Config
+from phi1.model import Phi1
+from phi1.weights.huggingface import save_state_dict
+
+
+def peak_over_size(folder):
+    """Peak of resident memory while loading, above what the imports took, over the size of the weight files."""
+    # VmHWM, because getrusage's peak would be this process's own, which the new one inherits.
+    code = """
+        import sys
+        import phi1.weights.huggingface
+        def status(name):
+            with open("/proc/self/status") as file:
+                return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+        before = status("VmRSS")
+        model = phi1.weights.huggingface.load(sys.argv[1], device="cpu")
+        print(status("VmHWM") - before)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(folder)], capture_output=True, text=True,
+                         check=True, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return int(run.stdout) / sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".json")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_loading_peaks_below_one_and_a_half_files(tmp_path, kind):
+    # 330 MB: large beside the 64 MB window and what the imports leave behind.
+    config = Phi1Config(vocab_size=8192, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12,
+                        num_attention_heads=16)
+    state = {name: torch.full(tensor.shape, 0.5, dtype=torch.float16)
+             for name, tensor in Phi1(config, device="meta").state_dict().items()}
+    save_state_dict(state, config, tmp_path / "model")
+    if kind == "bin":
+        torch.save(load_file(tmp_path / "model" / "model.safetensors"), tmp_path / "model" / "pytorch_model.bin")
+        (tmp_path / "model" / "model.safetensors").unlink()
+    assert peak_over_size(tmp_path / "model") <= 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_phi1_itself_peaks_below_one_and_a_half_files(tmp_path):
+    config = Phi1Config()
+    state = {name: torch.full(tensor.shape, 0.5, dtype=torch.float16)
+             for name, tensor in Phi1(config, device="meta").state_dict().items()}
+    save_state_dict(state, config, tmp_path / "model")
+    assert peak_over_size(tmp_path / "model") <= 1.5

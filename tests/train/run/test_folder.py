@@ -1,0 +1,118 @@
+"""A run's folder, which one process has at a time, whatever a start that is refused removes meanwhile."""
+
+import fcntl
+import os
+import re
+
+import pytest
+
+from phi1.train.recipe.recipe import Recipe
+from phi1.train.run.folder import RunFolder
+from phi1.train.runtime.launch import RunError
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """A start that has made the folder, and will be refused."""
+    folder = RunFolder(tmp_path / "runs" / "x")
+    folder.lock()
+    return folder
+
+
+def leave(folder):
+    """What a refused start does at its end, and what the end of its process does."""
+    folder.discard_if_new()
+    os.close(folder._lock)
+
+
+def once(monkeypatch, owner, name, before=lambda: None, after=lambda: None):
+    """Let something happen right before or after the next call of a function, which may fail."""
+    call, acts = getattr(owner, name), [before, after]
+
+    def acting(*args, **options):
+        first, last = acts or (lambda: None, lambda: None)
+        acts.clear()
+        first()
+        try:
+            return call(*args, **options)
+        finally:
+            last()
+
+    monkeypatch.setattr(owner, name, acting)
+
+
+def assert_has(folder):
+    """A third process would be refused, and the run can begin."""
+    with pytest.raises(RunError, match=rf"is in use by process {os.getpid()}: wait"):
+        RunFolder(folder.path).lock()
+    folder.store(Recipe())
+    assert folder.config.exists()
+
+
+@pytest.mark.parametrize(("owner", "name"), [(os, "mkdir"), (os, "open"), (fcntl, "flock")])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_folder_that_is_removed_before_it_is_locked_is_made_again(refused, monkeypatch, owner, name, when):
+    if (name, when) == ("flock", "after"):  # then it is in use until the call, and not said to be so by a traceback
+        once(monkeypatch, fcntl, "flock", after=lambda: leave(refused))
+        with pytest.raises(RunError, match=r"runs/x is in use by process unknown: wait until it ends, or give another"):
+            RunFolder(refused.path).lock()
+        return
+    other = RunFolder(refused.path)
+    once(monkeypatch, owner, name, **{when: lambda: leave(refused)})
+    other.lock()
+    assert_has(other)
+
+
+def test_a_third_process_that_comes_between_has_the_folder_alone(refused, monkeypatch):
+    third = RunFolder(refused.path)
+
+    def come_and_go():
+        leave(refused)
+        third.lock()
+
+    once(monkeypatch, fcntl, "flock", before=come_and_go)
+    with pytest.raises(RunError, match=rf"is in use by process {os.getpid()}: wait"):
+        RunFolder(refused.path).lock()
+    assert_has(third)
+
+
+@pytest.mark.parametrize("name", ["listdir", "unlink", "rmdir"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_another_start_makes_of_a_folder_while_it_is_removed_is_left(refused, monkeypatch, name, when):
+    other = RunFolder(refused.path)
+
+    def come():
+        try:
+            other.lock()
+        except RunError:
+            assert name == "listdir" or (name, when) == ("unlink", "before")
+
+    once(monkeypatch, os, name, **{when: come})
+    leave(refused)
+    if other._lock is None:
+        assert not refused.path.exists()
+        other.lock()
+    assert_has(other)
+    other.discard_if_new()
+    assert other.config.exists()
+
+
+def test_a_refused_start_removes_no_more_than_it_has_made(refused, monkeypatch, tmp_path):
+    note = refused.path / "note.txt"
+    once(monkeypatch, os, "listdir", after=note.touch)
+    leave(refused)
+    assert note.exists()
+    folder = RunFolder(tmp_path / "mine")
+    folder.path.mkdir()
+    folder.lock()
+    leave(folder)
+    assert folder.path.exists()
+
+
+def test_a_folder_that_cannot_be_locked_is_one_line(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(RunError, match=rf"^run\.folder {re.escape(str(tmp_path))}: No locks available$"):
+        RunFolder(tmp_path).lock()

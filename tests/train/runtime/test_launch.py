@@ -1,0 +1,120 @@
+"""What a process does whose torchrun has been killed, at each point at which it can notice."""
+
+import os
+import socket
+import sys
+
+import pytest
+import torch.distributed as dist
+from torch.distributed import HashStore
+
+from phi1.train import pretrain
+from phi1.train.runtime import launch
+from phi1.train.runtime.launch import Place, RunError, connect
+from phi1.train.runtime.stop_signals import Control
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The place of the first of two processes that torchrun has started, and how torchrun ends."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_USE_AGENT_STORE": True,
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, f"{value}")
+    return Place.from_environment(), lambda: monkeypatch.setattr(os, "getppid", lambda: 1)
+
+
+@pytest.mark.parametrize(("option", "seconds"), [("--train.step=3", 180), ("--train.seed=3", 20)])
+def test_what_every_process_refuses_is_for_long_left_to_rank_0(started, tmp_path, monkeypatch, capfd, option, seconds):
+    def refused(*_):
+        raise RunError("refused")
+
+    slept = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(launch.time, "sleep", slept.append)
+    monkeypatch.setattr(launch.os, "_exit", sys.exit)
+    monkeypatch.setattr(pretrain, "start_or_resume", refused)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--run.folder", str(tmp_path), option])
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.main()
+    assert slept == [seconds]
+    assert capfd.readouterr().err.startswith("pretrain: error: rank 1: ")
+
+
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "x"), ("RANK", "2"), ("RANK", "-1"), ("LOCAL_RANK", ""),
+                                             ("TORCHELASTIC_RESTART_COUNT", "1.5")])
+def test_numbers_that_torchrun_would_not_give_are_one_line(started, monkeypatch, capfd, name, value):
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch.os, "_exit", sys.exit)
+    monkeypatch.setattr(sys, "argv", ["train/finetune.py"])
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.main()
+    error = capfd.readouterr().err
+    assert error.startswith("finetune: error: torchrun numbers the processes it starts; for one alone unset RANK and ")
+    assert f"{name}={value}" in error
+    assert error.count("\n") == 1
+
+
+def test_the_place_is_what_torchrun_says(started, monkeypatch):
+    assert started[0] == Place(0, 2, launcher=os.getppid())
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "7")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert Place.from_environment() == Place(7, 8, 1, 2, 3, os.getppid())
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert Place.from_environment() == Place(7, 8, 1, 2, 3)
+    monkeypatch.delenv("RANK")
+    assert Place.from_environment() == Place()
+
+
+def test_the_end_of_torchrun_is_noticed_whenever_it_was(started):
+    place, end = started
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        assert not Control(place).agreed_to_stop()
+        end()  # while the data are prepared, say
+        control = Control(place)
+        assert control.agreed_to_stop()
+        assert control.signal_name == "the end of torchrun"
+        assert not Control(Place()).agreed_to_stop()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_store_that_has_ended_with_torchrun_is_one_line_at_once(started, monkeypatch, capfd):
+    place, _ = started
+    monkeypatch.setattr(dist, "TCPStore", None)  # which tries for nine minutes
+    with pytest.raises(RunError, match=r"^torchrun does not answer at 127\.0\.0\.1:\d+: Connection refused$"):
+        connect(place)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_store_that_answers_is_taken(started, monkeypatch):
+    place, _ = started
+    store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_PORT", f"{store.port}")
+    connect(place).set("word", "x")
+    assert store.get("phi1/attempt0/word") == b"x"
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_what_fails_for_want_of_torchrun_is_one_line_and_what_else_fails_is_a_mistake_of_ours(
+        started, tmp_path, monkeypatch, ended):
+    def loses(*_):
+        if ended:
+            started[1]()
+        raise RuntimeError("Connection reset by peer\nframe #0: c10::Error")
+
+    def stop_with(line, *_):
+        raise SystemExit(line)
+
+    monkeypatch.setattr(pretrain, "start_or_resume", loses)
+    monkeypatch.setattr(pretrain, "stop_with", stop_with)
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "--run.folder", str(tmp_path)])
+    with pytest.raises((SystemExit, RuntimeError)) as error:
+        pretrain.main()
+    assert str(error.value).startswith("torchrun has ended; the same command goes on" if ended else "Connection reset")

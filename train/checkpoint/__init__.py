@@ -1,0 +1,1 @@
+"""A trainer on disk. Imports step and the rooms below it."""

@@ -1,0 +1,90 @@
+"""A checkpoint of a run as a model in Hugging Face's layout, in one process, whatever wrote it."""
+
+from __future__ import annotations
+
+import logging
+import tomllib
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from phi1 import Phi1, Phi1Config
+from phi1.train.checkpoint.files import Notes, checkpoints, find_damage
+from phi1.train.runtime.all_ranks import attempt
+from phi1.train.runtime.launch import RunError
+
+
+def read_weights(checkpoint: Path) -> tuple[dict[str, torch.Tensor], Phi1Config]:
+    """The fp32 parameters and the model's configuration.
+
+    Raises:
+        RunError: the checkpoint is damaged, not there, or from a version with other models than this one's.
+    """
+    try:
+        return _read_weights(checkpoint)
+    except (RunError, OSError):
+        if checkpoint.is_dir():
+            raise
+    newer = checkpoints(checkpoint.parent)  # for which a run that goes on removes its older ones
+    raise RunError(f"checkpoint {checkpoint} is not there" + (f"; the newest is {newer[-1]}" if newer else ""))
+
+
+def _read_weights(checkpoint: Path) -> tuple[dict[str, torch.Tensor], Phi1Config]:
+    if damage := find_damage(checkpoint):
+        raise RunError(f"checkpoint {checkpoint} is damaged: {damage}")
+    shape = {key.removeprefix("model."): value for key, value in Notes(checkpoint)["defining"].items()
+             if key.startswith("model.")}
+    try:
+        config = Phi1Config(**shape)
+    except (TypeError, ValueError) as error:
+        raise RunError(f"checkpoint {checkpoint}: this version of phi1 has no such model: {error}") from None
+    weights = {name: torch.empty(tensor.shape, dtype=torch.float32)
+               for name, tensor in Phi1(config, device="meta").state_dict().items()}
+    before = logging.root.manager.disable
+    logging.disable()  # the tracebacks of what is said below in one line
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that there is one process, which is the intent
+            reader = dcp.FileSystemReader(checkpoint)
+            problem, _ = attempt(lambda: dcp.load({"model": weights}, storage_reader=reader, no_dist=True))
+    finally:
+        logging.disable(before)
+    if problem:
+        raise RunError(f"checkpoint {checkpoint} cannot be loaded: {problem}")
+    return weights, config
+
+
+def find_tokenizer(checkpoint: Path) -> Path | None:
+    """The tokenizer of the corpus that the run's config.toml names, or of its export; None if neither is there."""
+    run = checkpoint.resolve().parent.parent
+    places = [run / "export"]
+    try:
+        corpus = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["data"]["folder"]
+        places.insert(0, Path(corpus) / "tokenizer")
+    except (OSError, ValueError, KeyError):
+        pass
+    return next((place for place in places if (place / "tokenizer.json").is_file()), None)
+
+
+def convert(checkpoint: Path, out: Path, tokenizer: str | Path | None, dtype: str | None) -> int:
+    """Write `out`; returns the number of parameters.
+
+    Args:
+        checkpoint: step-N of a run.
+        out: a new or empty folder.
+        tokenizer: a folder or Hub id; by default the run's own, if it is found.
+        dtype: "float16", "bfloat16" or "float32"; by default float32, as the run holds them.
+
+    Raises:
+        RunError: as `read_weights`.
+        ValueError, OSError: as `phi1.save`.
+    """
+    from phi1.tokenizer import load_tokenizer
+    from phi1.weights.huggingface import save_state_dict
+
+    weights, config = read_weights(checkpoint)
+    tokenizer = tokenizer or find_tokenizer(checkpoint)
+    save_state_dict(weights, config, out, tokenizer=None if tokenizer is None else load_tokenizer(str(tokenizer)),
+                    dtype=dtype, replace=False)
+    return config.num_parameters

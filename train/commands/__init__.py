@@ -1,0 +1,1 @@
+"""Subcommands of `phi1` on runs and corpora. Imports every room but run."""

@@ -1,0 +1,65 @@
+"""`phi1 verify`: compare every byte of checkpoints, runs and corpora with the hashes that lie beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from phi1.train.checkpoint.files import STATE, checkpoints, find_damage
+from phi1.train.data.corpus import SPLITS, open_corpus
+from phi1.train.data.shards import MANIFEST
+from phi1.train.runtime.launch import RunError
+
+
+def verify(path: Path) -> Iterator[tuple[Path, str | None]]:
+    """What is at `path`, piece by piece, with what is wrong with it, or None if it is whole.
+
+    Checkpoints that a run which goes on removes meanwhile are left out.
+
+    Args:
+        path: a checkpoint, a run's folder, its checkpoints/, or a corpus.
+
+    Raises:
+        RunError: it is none of these.
+    """
+    if not path.is_dir():
+        raise RunError(f"{path}: " + ("a file, where a checkpoint's, a run's or a corpus's folder is wanted"
+                                      if path.exists() else "there is no such folder"))
+    alone = (path / STATE).is_file() or path.name.startswith("step-")
+    if found := [path] if alone else checkpoints(path / "checkpoints") or checkpoints(path):
+        some = False
+        for checkpoint in found:
+            damage = find_damage(checkpoint)
+            if damage is None or checkpoint.is_dir():
+                some = True
+                yield checkpoint, damage
+        if not some:
+            yield from verify(path)  # what has taken their place
+        return
+    if not (path / MANIFEST).is_file():
+        raise RunError(f"{path}: neither a checkpoint, nor a run with checkpoints, nor a corpus")
+    yield path, _corpus_damage(path)
+
+
+def _corpus_damage(path: Path) -> str | None:
+    try:
+        for split in SPLITS:
+            open_corpus(path, split)
+    except ValueError as error:
+        return str(error).removeprefix(f"{path}/")
+    return None
+
+
+def main(argv: list[str], parser_class: type) -> int:
+    """The command. Returns 0, or 1 if anything is damaged."""
+    parser = parser_class("phi1 verify", "Compare checkpoints, runs and corpora with the hashes that lie beside them.")
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a checkpoint, a run's folder, or a corpus")
+    damaged = 0
+    for path in parser.parse_args(argv).paths:
+        try:
+            for piece, damage in verify(path):
+                print(f"{piece}: {damage or 'whole'}", flush=True)
+                damaged += damage is not None
+        except RunError as error:
+            parser.error(str(error))
+    return 1 if damaged else 0

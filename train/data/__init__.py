@@ -1,0 +1,1 @@
+"""A corpus as training reads it. Imports runtime."""

@@ -1,0 +1,1 @@
+"""Documents in, a corpus out. Imports runtime, recipe and data."""

@@ -1,0 +1,149 @@
+"""Reading a recipe: a TOML file, the command line's `--section.key value` over it, and one line for each mistake."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+import types
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import TypeAdapter, ValidationError
+
+from phi1.train.recipe.recipe import KEYS, Recipe
+from phi1.train.runtime.launch import RunError
+
+DEFAULT_FILE = Path(__file__).parents[1] / "configs" / "nano.toml"
+SHOWN_PATH = "train/configs/nano.toml"
+_ADAPTER = TypeAdapter(Recipe)
+
+
+def read_recipe(file: Path | None, overrides: dict[str, str], shown: str | None = None) -> Recipe:
+    """The recipe in `file` (the nano run's if None) with the command line's values in place of the file's.
+
+    Args:
+        file: a TOML file; unset keys take the defaults above.
+        overrides: `section.key` -> the text given on the command line.
+        shown: how error messages call the file, if not by its path.
+
+    Raises:
+        RunError: no such file, bad TOML, an unknown key or a value that breaks its rule; one line names it.
+    """
+    name = shown or (SHOWN_PATH if file is None else str(file))
+    data = _read_toml(file or DEFAULT_FILE, name)
+    flat: dict[str, Any] = {}
+    for section, content in data.items():
+        if not isinstance(content, dict):
+            if section in {known.name for known in fields(Recipe)}:
+                raise RunError(f"{name}: {section} must be a section, a line [{section}] with the keys below it; got "
+                               f"{content!r}")
+            raise RunError(f"{name}: {unknown(section)}")
+        flat |= {f"{section}.{key}": value for key, value in content.items()}
+    for key in flat:
+        if key not in KEYS:
+            raise RunError(f"{name}: {unknown(key)}")
+    for key, text in overrides.items():
+        if key not in KEYS:
+            raise RunError(unknown(key))
+        flat[key] = _from_text(key, text)
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        section, leaf = key.split(".", 1)
+        sections.setdefault(section, {})[leaf] = value
+    return _validated(sections, overrides, name)
+
+
+def _read_toml(file: Path, name: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"--config {name}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RunError(f"--config {name}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RunError(f"--config {name}: not valid TOML: {error}") from None
+
+
+def unknown(key: str) -> str:
+    """Say that the key is unknown, with the known one that is nearest, by its whole name or by its last part."""
+    leaf = key.rsplit(".", 1)[-1]
+
+    def likeness(known: str) -> float:
+        same_section = "." in key and key.split(".")[0] == known.split(".")[0]
+        return max(difflib.SequenceMatcher(None, key, known).ratio(),
+                   difflib.SequenceMatcher(None, leaf, known.split(".")[1]).ratio() - (0 if same_section else 0.05))
+
+    return f"{key!r} is not a key; the nearest is {max(KEYS, key=likeness)} (--help lists them all)"
+
+
+def _from_text(key: str, text: str) -> Any:
+    """A command line's text as the TOML value that the key wants; texts need no quotes."""
+    if _is_text(KEYS[key]):
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _is_text(hint: Any) -> bool:
+    while get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    if get_origin(hint) is types.UnionType:
+        return any(_is_text(part) for part in get_args(hint))
+    return hint is str or get_origin(hint) is Literal
+
+
+def _validated(sections: dict[str, dict[str, Any]], overrides: dict[str, str], name: str) -> Recipe:
+    try:
+        # Through JSON, since strict validation of Python objects would want tuples and finished dataclasses.
+        return _ADAPTER.validate_json(json.dumps(sections, default=str), strict=True)
+    except ValidationError as failure:
+        error = failure.errors(include_url=False)[0]
+        section, leaf, *index = error["loc"]
+        key = f"{section}.{leaf}"
+        shown = key + "".join(f"[{i}]" for i in index if isinstance(i, int))
+        where = "" if key in overrides else f"{name}: "
+        raise RunError(f"{where}{shown}: {_rule(error, key)}; got {sections[str(section)][str(leaf)]!r}") from None
+
+
+def _rule(error: Any, key: str) -> str:
+    """What a value must be: pydantic's words, or ours where they do not say what to write."""
+    if error["type"].startswith("bool_"):
+        return "input should be true or false"
+    if error["type"] in ("tuple_type", "missing", "too_long"):
+        section, leaf = key.split(".")
+        return f"input should be of the form {json.dumps(getattr(getattr(Recipe(), section), leaf))}"
+    return error["msg"][0].lower() + error["msg"][1:]
+
+
+def show_help(purpose: str | None, file: Path | None) -> None:
+    """Print what `--help` asks for; `file` is the recipe without --config, the nano run's if None.
+
+    Raises:
+        RunError: it cannot be written.
+        BrokenPipeError: the reader has gone away.
+    """
+    try:
+        print(f"{purpose}\nWithout --config: {file or SHOWN_PATH}. Keys, with what stands where no file sets them:\n\n"
+              f"{help_text()}", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise RunError(f"--help: {error.strerror}") from None
+
+
+def help_text() -> str:
+    """Every key with its default and its line of documentation."""
+    lines = []
+    for section in fields(Recipe):
+        cls = section.default_factory
+        lines += ["", f"[{section.name}]  {cls.__doc__}"]  # type: ignore[union-attr]
+        for item in fields(cls):  # type: ignore[arg-type]
+            notes = [note.description for note in KEYS[f"{section.name}.{item.name}"].__metadata__
+                     if getattr(note, "description", None)]
+            default = "" if item.default is None else f" (default {json.dumps(item.default)})"
+            lines.append(f"  --{section.name}.{item.name}  {notes[-1]}{default}")
+    return "\n".join(lines).lstrip("\n")

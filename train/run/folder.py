@@ -1,0 +1,228 @@
+"""A run's folder: its lock, its stored recipe, and whether a recipe continues what is there.
+
+    config.toml   ledger.jsonl   heartbeat.json   checkpoints/step-N/   samples/   export/   summary.json
+    tensorboard/   wandb/   not-proven.txt   went-back.txt
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from phi1.train.checkpoint.files import LEDGER, give_back
+from phi1.train.recipe.recipe import Recipe, Train
+from phi1.train.runtime.launch import RunError
+from phi1.train.step.schedule import learning_rate, schedule_end
+
+# These may change when a run goes on. Other keys of [model], [data] and [train] decide every later step.
+_MAY_CHANGE = {"train.steps", "train.schedule_steps", "train.micro_batch_size", "train.threads", "train.precision",
+               "train.activations", "train.max_skips", "train.max_loss_jump", "train.find_nonfinite"}
+
+
+NETWORK_SECONDS = 10  # until a file that one machine has made is seen by the others
+
+
+class RunFolder:
+    """Paths of a run, and the right to write there.
+
+    Args:
+        path: made by `lock` if it is not there.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.toml"
+        self.ledger = self.path / LEDGER
+        self.heartbeat = self.path / "heartbeat.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
+        self.export = self.path / "export"
+        self.summary = self.path / "summary.json"
+        self.not_proven = self.path / "not-proven.txt"
+        self.went_back = self.path / "went-back.txt"
+        self._lock: int | None = None
+        self._is_new = False
+
+    def lock(self) -> None:
+        """Take the folder for this process, until it ends. A checkpoint that a killed one had put aside is back then.
+
+        Raises:
+            RunError: another process has it, or it cannot be written.
+        """
+        for _ in range(10):
+            try:
+                self._is_new = not self.path.exists()
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = lock_file(self.path / ".lock")
+                break
+            except BlockingIOError:
+                raise RunError(f"run.folder {self.path} is in use by process {self._owner()}: wait until it ends, or "
+                               "give another --run.folder") from None
+            except OSError as error:  # also where a start that was refused has just removed the folder it had made
+                problem = error
+        else:
+            raise RunError(f"run.folder {self.path}: {problem.strerror}")
+        try:
+            give_back(self.checkpoints)
+        except OSError as error:
+            raise RunError(f"run.folder {self.path}: {error.filename}: {error.strerror}") from None
+
+    def check_shared(self, rank: int) -> None:
+        """Collective: see that every process finds what rank 0 writes here, or checkpoints would be written in parts.
+
+        Raises:
+            Failed: on every process, if one does not.
+        """
+        from phi1.train.runtime.all_ranks import fail, together  # imports torch, which a complete run can do without
+
+        name, *_ = together(lambda: self._mark() if rank == 0 else "")
+        mark = self.path / name
+
+        def find() -> None:
+            end = time.monotonic() + NETWORK_SECONDS
+            while not mark.exists():
+                if time.monotonic() > end:
+                    fail(f"run.folder {self.path}: rank {rank} on {socket.gethostname()} does not find there what rank "
+                         "0 writes: it must lie on a disk that all machines share")
+                time.sleep(0.05)
+
+        try:
+            together(find)
+        finally:
+            if rank == 0:
+                mark.unlink(missing_ok=True)
+
+    def _mark(self) -> str:
+        name = f".shared-{secrets.token_hex(8)}"  # new, so that no machine remembers it as not being there
+        (self.path / name).touch()
+        return name
+
+    def _owner(self) -> str:
+        try:
+            return (self.path / ".lock").read_text() or "unknown"
+        except OSError:
+            return "unknown"
+
+    def discard_if_new(self) -> None:
+        """Leave nothing behind where a run was refused, but for what another one has put there meanwhile."""
+        if self._is_new and self._lock is not None:
+            with suppress(OSError):
+                if os.listdir(self.path) == [".lock"]:
+                    (self.path / ".lock").unlink()
+                    self.path.rmdir()
+
+    def store(self, recipe: Recipe, launch: str = "") -> None:
+        """Write config.toml, if it says something new. Raises RunError if it cannot be written.
+
+        To go on from an older checkpoint is meant once: not that is stored, but which launch of torchrun has done it.
+        """
+        goes_back = recipe.checkpoint.resume != "auto"
+        recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, resume="auto"))
+        text, temporary = recipe.to_toml(), self.config.with_suffix(".tmp")
+        try:
+            if goes_back:
+                self.went_back.write_text(launch, encoding="utf-8")
+            if not self.config.exists() or self.config.read_text(encoding="utf-8") != text:
+                temporary.write_text(text, encoding="utf-8")
+                temporary.replace(self.config)
+        except OSError as error:
+            raise RunError(f"{self.config} cannot be written: {error.strerror}") from None
+
+    def has_gone_back(self, launch: str) -> bool:
+        """Whether a launch of torchrun has gone back as it was told to: a restart would undo what came since."""
+        try:
+            return self.went_back.read_text(encoding="utf-8") == launch
+        except OSError:
+            return False
+
+    def completed(self, steps: int) -> dict[str, Any] | None:
+        """The summary, if the run has been finished with this number of steps."""
+        try:
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return summary if summary.get("steps") == steps and self.export.is_dir() else None
+
+
+def lock_file(path: Path) -> int:
+    """Lock a file for as long as this process lives. Returns its descriptor.
+
+    Raises:
+        BlockingIOError: another process has it.
+        FileNotFoundError: another process has removed it before it was locked.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    except OSError:
+        os.close(descriptor)
+        raise
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    return descriptor
+
+
+def defining(recipe: Recipe) -> dict[str, Any]:
+    """What every later step depends on, key by key: the model as resolved, the sequence length, the optimization."""
+    model = {f"model.{key}": value for key, value in asdict(recipe.phi1_config()).items() if "dropout" not in key}
+    train = {f"train.{key}": list(value) if isinstance(value, tuple) else value
+             for key, value in asdict(recipe.train).items()}
+    both = model | {"data.seq_len": recipe.data.seq_len} | train
+    return {key: value for key, value in both.items() if key not in _MAY_CHANGE}
+
+
+def check_continues(folder: RunFolder, checkpoint: Path, stored: dict[str, Any], recipe: Recipe) -> None:
+    """Compare what defined the run when a checkpoint was saved with what defines it now.
+
+    A key that is newer than the checkpoint had its default, which is to say what the trainer did before.
+
+    Raises:
+        RunError: they differ; the line names the keys with both values. Or the run is beyond its new end.
+    """
+    before = defining(Recipe()) | stored["defining"]
+    changed = [f"{key} was {before[key]!r}, is {value!r}" for key, value in defining(recipe).items()
+               if before[key] != value]
+    if changed:
+        raise RunError(f"{checkpoint} belongs to another run: {'; '.join(changed)}; go on with --config "
+                       f"{folder.config}, or start another run with --run.folder")
+    if stored["step"] > recipe.train.steps:
+        raise RunError(f"train.steps: {checkpoint} has finished {stored['step']} steps already; got "
+                       f"{recipe.train.steps}")
+
+
+def check_bitwise(checkpoint: Path, stored: dict[str, Any], environment: dict[str, Any]) -> None:
+    """Raise RunError if a run that goes on from a checkpoint in this environment would not have the same bits."""
+    changed = _changed_environment(stored, environment)
+    if "usual_loss" not in stored:
+        changed = changed or "usual_loss was not recorded"
+    if changed:
+        raise RunError(f"{checkpoint} cannot go on bit for bit here: {changed}; give what it was, or leave --bitwise "
+                       "out to go on with other rounding")
+
+
+def _changed_environment(stored: dict[str, Any], environment: dict[str, Any]) -> str:
+    before = stored["environment"]
+    return "; ".join(f"{key} was {before.get(key, 'not recorded')}, is {value}" for key, value in environment.items()
+                     if before.get(key) != value)
+
+
+def notes(stored: dict[str, Any], environment: dict[str, Any], train: Train) -> Iterator[str]:
+    """What keeps the rest of a run from being bitwise what it would have been, a line each."""
+    if changed := _changed_environment(stored, environment):
+        yield f"same batches and masks, but perhaps other rounding from here on: {changed}"
+    end = schedule_end(train)
+    if end != stored["schedule"]:
+        yield (f"the learning rate now falls over {end:,} steps, before over {stored['schedule']:,}; the next step "
+               f"takes {learning_rate(stored['step'], train):.3g}")

@@ -1,0 +1,83 @@
+"""`--prove-resume K`: run the last K steps of a run again, and compare every bit with what the run has recorded.
+
+The steps are those after a checkpoint that is at least K steps older than the newest. What a replay reproduces of their
+lines in the ledger is compared line by line, and in the end parameters, optimizer and counters with the newest
+checkpoint's. Nothing is written, but for not-proven.txt: whatever ends with an error is restarted by torchrun where
+--max-restarts is given, and the restart answers with that file instead of running all steps once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from phi1.train.checkpoint.checkpoint import load_checkpoint, state_hash
+from phi1.train.checkpoint.files import step_of
+from phi1.train.metrics.ledger import as_line, read_ledger
+from phi1.train.recipe.recipe import Recipe
+from phi1.train.run.folder import RunFolder
+from phi1.train.run.preflight import open_together, start_engine
+from phi1.train.run.run import make_trainer
+from phi1.train.runtime.all_ranks import together
+from phi1.train.runtime.engine import connect_processes
+from phi1.train.runtime.launch import Place, say
+from phi1.train.runtime.watchdog import Watch
+from phi1.train.step.trainer import Trainer
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+
+def prove(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerprint: str, first: Path,
+          newest: Path) -> int:
+    """Run the steps between two checkpoints again, and let rank 0 print the verdict. Returns 0 if all bits agree, or 1.
+
+    Args:
+        recipe, folder, place, store, fingerprint: as for a run.
+        first: checkpoint to begin with.
+        newest: checkpoint that is to come out.
+    """
+    with Watch(place.rank, recipe.run.watchdog) as watch:
+        engine = start_engine(recipe, place)
+        connect_processes(engine, place, store)
+        folder.check_shared(place.rank)
+        corpus, _, _ = open_together(recipe, fingerprint, place)
+        trainer, _ = make_trainer(recipe, engine, corpus, place, first)
+        wrong = _compare(trainer, newest, read_ledger(folder.ledger), watch)
+        # Together, since torchrun stops the other ranks, the first one too, when one has ended with an error.
+        together(lambda: _say(wrong, folder, first, newest) if place.rank == 0 else None)
+    dist.destroy_process_group()
+    return 1 if wrong else 0
+
+
+def _say(wrong: str, folder: RunFolder, first: Path, newest: Path) -> None:
+    span = f"steps {step_of(first) + 1:,} to {step_of(newest):,} of {folder.path}"
+    verdict = f"not proven: {span}: {wrong}" if wrong else (
+        f"proven: {span}, run again from {first.name}, gave the ledger's loss, norm, scale and samples and "
+        f"{newest.name}'s weights and optimizer, bit for bit")
+    say(verdict)
+    if wrong:
+        with contextlib.suppress(OSError):  # a full disk: then a restart runs the steps again
+            folder.not_proven.write_text(verdict, encoding="utf-8")
+
+
+def _compare(trainer: Trainer, newest: Path, ledger: list[dict[str, Any]], watch: Watch) -> str:
+    """Collective: the first thing that differs, or ""."""
+    recorded = {line["step"]: line for line in ledger if "step" in line}
+    while trainer.finished < step_of(newest):
+        watch.report(f"step {trainer.finished + 1}, again")
+        again = as_line(trainer.run_step())
+        before = recorded.get(trainer.finished, {})
+        for key, value in again.items():
+            if key not in before or before[key] != value:
+                return f"{key} of step {trainer.finished} was {before.get(key, 'not recorded')}, is {value}"
+    watch.report("the comparison of the states")
+    again_hash = state_hash(trainer)
+    load_checkpoint(trainer, newest)
+    hash_before = state_hash(trainer)
+    if again_hash != hash_before:
+        return f"the losses agree, but the state's hash was {hash_before[:16]}, is {again_hash[:16]}"
+    return ""

@@ -1,0 +1,1 @@
+"""Processes, devices, threads and how they start and stop together. Knows nothing about training."""

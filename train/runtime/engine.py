@@ -1,0 +1,243 @@
+"""Processes, threads, precision and sharding: the part of a run that knows about the machine.
+
+Distribution is PyTorch's FSDP2, on a single GPU too; a process that is alone on a CPU has `WorkingCopies` instead, and
+the same bits. Either way parameters and gradients are fp32 DTensors between the steps, and the arithmetic's precision
+comes from the copies that are computed with, without autocast.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
+
+from phi1 import Phi1, Phi1Config, load
+from phi1.mixed_precision import WorkingCopies
+from phi1.train.runtime.all_ranks import attempt, fail, together
+from phi1.train.runtime.launch import Place, RunError
+from phi1.train.runtime.provenance import cpu, sources, versions
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+GROUP_BYTES = 16 << 20  # below this a group costs more in calls than overlap gains: 2 % of a step of nano on a CPU
+# What waits in a collective is run.watchdog's to judge, which names rank and step; PyTorch's half hour would be first.
+PATIENCE = timedelta(days=2)
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a run computes on. Two runs with equal engines and recipes compute the same bits."""
+
+    device: torch.device
+    precision: str
+    threads: int
+    world_size: int
+    shard_group: int = 0
+    """Processes that share out one copy of the states; 0 for all. Other such groups hold replicas."""
+    reshard: bool = False
+    """Keep no block gathered between the passes of a step, and reduce its gradients after each."""
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the states."""
+        return self.world_size // (self.shard_group or self.world_size)
+
+    @property
+    def is_alone(self) -> bool:
+        """A process that has nobody to share with, and nothing to overlap."""
+        return self.world_size == 1 and self.device.type == "cpu"
+
+    def environment(self) -> dict[str, str | int]:
+        """What a bitwise replay needs to be equal, for checkpoints and the ledger."""
+        hardware = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu()
+        # Who adds which gradients, and in which order, changes bits; a process alone adds the same ones either way.
+        return {"world_size": self.world_size, "replicas": self.replicas, "threads": self.threads,
+                "precision": self.precision, "device": self.device.type, "hardware": hardware,
+                "torch": torch.__version__, "triton": versions().get("triton", "none"), "numpy": versions()["numpy"],
+                "phi1": sources(), "reshard": self.reshard and self.world_size > 1}
+
+
+def start(place: Place, device_name: str, precision: str, threads: int, shard_group: int = 0,
+          reshard: bool = False) -> Engine:
+    """Choose the device, the precision, the number of threads and the sharding. Nothing is connected yet.
+
+    Raises:
+        RunError: cuda is asked for and absent, there are more processes than GPUs, or shard_group does not divide them.
+    """
+    device = find_device(device_name, place)
+    # torchrun sets OMP_NUM_THREADS=1 for several processes; the count is the recipe's, not the environment's.
+    threads = threads or max(1, _cores() // place.local_world_size)
+    torch.set_num_threads(threads)
+    return Engine(device, _precision(precision, device), threads, place.world_size, place.shard_group(shard_group),
+                  reshard)
+
+
+def find_device(name: str, place: Place) -> torch.device:
+    """The device of this process. Raises RunError if there is none such."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RunError("run.device: cuda is not available on this machine; cpu or auto would do")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if place.local_rank >= torch.cuda.device_count():
+        raise RunError(f"torchrun: {place.local_world_size} processes on this machine, which has "
+                       f"{torch.cuda.device_count()} GPUs: start one a GPU, or give --run.device cpu")
+    device = torch.device("cuda", place.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _precision(name: str, device: torch.device) -> str:
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "fp16"
+    # Where torch is too old to say, fp32 is right, if slower.
+    capable: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = any(capable.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+    return "bf16" if fast and torch.backends.mkldnn.is_available() else "fp32"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def connect_processes(engine: Engine, place: Place, store: Store) -> None:
+    """Form the process group: gloo for what lies on the CPU, NCCL for what lies on GPUs."""
+    backend = "cpu:gloo,cuda:nccl" if engine.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=PATIENCE,
+                            device_id=engine.device if engine.device.type == "cuda" else None)
+
+
+def build_model(config: Phi1Config, engine: Engine, seed: int, init: str | None = None) -> Phi1:
+    """A model with initial weights from `seed`, of which `loss` alone is called: it computes in the engine's precision.
+
+    It is sharded as the engine says, each large block as one group; a process alone on a CPU holds it whole.
+
+    Args:
+        config: of the model.
+        engine: what it computes on.
+        seed: of the weights.
+        init: a folder or Hub id whose weights are taken instead.
+
+    Raises:
+        RunError: `init` cannot be read, or has another shape.
+    """
+    model = Phi1(config, device=engine.device, dtype=torch.float32)
+    model.init_weights(seed)
+    if init is not None:
+        _take_weights(model, init)
+    mesh = _mesh(engine)
+    if engine.is_alone:
+        _hold_whole(model, mesh)
+        WorkingCopies(model, DTYPES[engine.precision])
+        return model
+    # Inputs are not cast: the rotary tables go into each block and stay fp32.
+    policy = MixedPrecisionPolicy(param_dtype=DTYPES[engine.precision], reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)
+    for block in model.blocks:
+        if sum(p.numel() * p.element_size() for p in block.parameters()) < GROUP_BYTES:
+            continue  # a part of the model's own group
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=engine.reshard)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "loss")
+    return model
+
+
+def _mesh(engine: Engine) -> DeviceMesh:
+    """Ranks that follow each other shard; one of each such group holds the same shard, and they add their gradients."""
+    if engine.replicas == 1:
+        return init_device_mesh(engine.device.type, (engine.world_size,), mesh_dim_names=("shard",))
+    return init_device_mesh(engine.device.type, (engine.replicas, engine.shard_group),
+                            mesh_dim_names=("replicate", "shard"))
+
+
+def _take_weights(model: Phi1, source: str) -> None:
+    try:
+        given = load(source, device="cpu", dtype=torch.float32)
+        model.load_state_dict(given.state_dict())
+    except (OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise RunError(f"model.init {source}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _hold_whole(model: Phi1, mesh: DeviceMesh) -> None:
+    """Make each parameter a DTensor of one shard, as FSDP leaves it."""
+    for module in model.modules():
+        for name, given in list(module.named_parameters(recurse=False)):
+            whole = DTensor.from_local(given.detach(), mesh, [Shard(0)], run_check=False)
+            setattr(module, name, nn.Parameter(whole))
+
+
+def _sharded_modules(model: Phi1) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def peak_memory_gib(engine: Engine) -> float:
+    """The most that this process has held: tensors on a GPU, else its resident set."""
+    if engine.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(engine.device) / 2**30
+    # Not ru_maxrss: that starts at the size of the process that forked. What is no Linux has no such file.
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 2**20
+    except (OSError, StopIteration):
+        return 0.0
+
+
+def set_last_micro_step(model: Phi1, last: bool, reshard: bool = False) -> None:
+    """Before each micro-step: gradients are reduced, and parameters resharded, at the last one of a step alone.
+
+    With `reshard` they are so at each one, so that no process ever holds all gradients; replicas still add theirs up
+    at the last one alone.
+
+    Parameters that are still gathered when the optimizer steps would be stale in all later steps, without any error:
+    whoever runs the last backward of a step must have said so here. A process alone on a CPU has nothing of all this.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or reshard)
+        model.set_reshard_after_backward(last or reshard)
+        model.set_requires_all_reduce(last)
+
+
+def reshard(model: Phi1) -> None:
+    """Give up gathered parameters after forward passes that had no backward."""
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def gather(model: Phi1, take: Callable[[str, torch.Tensor], object]) -> None:
+    """Collective: on every process, call `take` with each parameter's name and the whole of it, in fp32.
+
+    Raises:
+        Failed: on every process, if one has no memory for that, or its `take` has failed.
+    """
+    parameters, error = dict(model.named_parameters()), None
+    largest = max(parameters.values(), key=torch.Tensor.numel)
+    # full_tensor() takes twice the parameter; a process that lacked it there would leave the others in a collective.
+    room = 3 * largest.numel() if dist.get_world_size() > 1 else 0
+    together(lambda: torch.empty(room, device=largest.device), keep=True)
+    for name, parameter in parameters.items():
+        assert isinstance(parameter, DTensor), f"{name} is gathered: a step or an evaluation has not ended"
+        with torch.no_grad():
+            whole = parameter.full_tensor()
+            if error is None:
+                error, _ = attempt(partial(take, name, whole))
+    together(lambda: fail(error) if error else None)
+
+
+def all_sum(*values: float) -> list[float]:
+    """Sums over all processes, in float64; every process gets the same bits."""
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()

@@ -1,0 +1,89 @@
+"""Whether a process still moves: a heartbeat file for whoever looks at the run, and an end for a process that hangs.
+
+A thread looks on, so that the training itself pays nothing. A process that has not reported for `limit` seconds prints
+its rank, what it was doing and the stacks of its threads, and ends, whether it hangs itself or waits for one that does;
+torchrun then ends the others, and starts all again if it was given --max-restarts.
+
+Only the time in which the thread could look on counts: a run that was suspended (Ctrl-Z, a batch system) goes on when
+it wakes. One process that is stopped alone is found by those that wait for it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+from phi1.train.runtime.launch import say
+
+HUNG = 75  # EX_TEMPFAIL: trying again may help
+HEARTBEAT_SECONDS = 5.0
+
+
+class Watch:
+    """Looks on while its `with` block runs.
+
+    Args:
+        rank: of this process.
+        limit: seconds without a report after which the process ends; 0 for never.
+        heartbeat: file that says every few seconds what the process does; None for none.
+        end: called instead of ending the process, for tests.
+    """
+
+    def __init__(self, rank: int, limit: float, heartbeat: Path | None = None,
+                 end: Callable[[str], None] | None = None) -> None:
+        self.rank, self.limit, self.heartbeat = rank, limit, heartbeat
+        self._report = ("the start",)
+        self._end = end or _end
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look_on, name="watch", daemon=True)
+
+    def report(self, doing: str) -> None:
+        """Say what begins now, for example "step 7"."""
+        self._report = (doing,)  # a new object each time: by that the thread tells it from the one before
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._beat("ended" if error is None else f"ended by {str(error) or type(error).__name__}", 0.0)
+
+    def _look_on(self) -> None:
+        pause = min(HEARTBEAT_SECONDS, self.limit / 4) if self.limit else HEARTBEAT_SECONDS
+        last, silent = self._report, 0.0
+        while True:
+            self._beat(*last, silent)
+            if self.limit and silent >= self.limit:
+                # A rank that waits for another in a collective sees no more than this; its stack tells which it is.
+                self._end(f"rank {self.rank} has been in {last[0]} for {silent:.0f} s, where run.watchdog allows "
+                          f"{self.limit:g}: it hangs, or waits for a rank that does; its threads:")
+            if self._over.wait(pause):
+                return
+            report = self._report
+            last, silent = report, silent + pause if report is last else 0.0
+
+    def _beat(self, doing: str, silent: float) -> None:
+        if self.heartbeat is None:
+            return
+        now = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(), "doing": doing,
+               "for_seconds": round(silent, 1)}
+        temporary = self.heartbeat.with_suffix(".tmp")
+        with suppress(OSError):  # a full disk is the checkpoints' and the ledger's to report
+            temporary.write_text(json.dumps(now) + "\n", encoding="utf-8")
+            temporary.replace(self.heartbeat)
+
+
+def _end(message: str) -> NoReturn:
+    say(f"{Path(sys.argv[0]).stem}: error: {message}", sys.stderr)
+    faulthandler.dump_traceback(sys.stderr, all_threads=True)
+    os._exit(HUNG)

@@ -1,0 +1,193 @@
+"""One optimizer step: accumulate over micro-steps, reduce, clip, update.
+
+The loss of a step is the sum over its target tokens divided by their number in the whole batch, over all processes. A
+step whose gradient is not finite is skipped in every precision; it consumes its samples and its place in the schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from phi1 import Phi1
+from phi1.train.data.batch_plan import Layout, samples_hash, samples_of_step
+from phi1.train.data.corpus import Corpus
+from phi1.train.data.prefetch import Batch, Prefetch
+from phi1.train.recipe.recipe import Train
+from phi1.train.runtime.engine import Engine, all_sum, set_last_micro_step
+from phi1.train.runtime.launch import RunError
+from phi1.train.step.grad_scaler import LossScale
+from phi1.train.step.nonfinite import find_nonfinite
+from phi1.train.step.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step did; the same on every process, and on every replay."""
+
+    step: int
+    """Finished steps, this one included."""
+    loss: float
+    """Nats a target token, mean over the global batch."""
+    lr: float
+    norm: float
+    """Global norm of the gradient before clipping."""
+    scale: float
+    """Loss scale that the step used; 1 outside fp16."""
+    skipped: bool
+    samples: str
+    """Hash of the batch's sample ids."""
+
+
+def make_optimizer(model: Phi1, train: Train) -> torch.optim.AdamW:
+    """AdamW over fp32 master weights. Matrices decay, embedding and head among them; biases and norms do not."""
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        # By name: out_proj.bias has two axes, since dense and fc2 keep theirs apart.
+        (kept if name.endswith("bias") or "norm" in name else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
+    # Made here, not at the first step: torch's checkpointing would make a missing state with a step of its own, and a
+    # run that saved before its first update would differ from one that did not.
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                                      "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+    return optimizer
+
+
+class Trainer:
+    """The model, its optimizer and loss scaler, and the number of finished steps: all that a checkpoint holds.
+
+    Args:
+        model: sharded by `engine.build_model`.
+        train: the recipe's optimization.
+        seq_len: T.
+        corpus: training split.
+        layout: how a batch is cut.
+        engine: device and precision.
+    """
+
+    def __init__(self, model: Phi1, train: Train, seq_len: int, corpus: Corpus, layout: Layout, engine: Engine) -> None:
+        self.model, self.train, self.seq_len, self.corpus = model, train, seq_len, corpus
+        self.layout, self.engine = layout, engine
+        self.optimizer = make_optimizer(model, train)
+        self.scaler = LossScale(train, enabled=engine.precision == "fp16")
+        self.n_samples = corpus.n_samples(seq_len)
+        self._prefetch = Prefetch(self._read, engine.device)
+        self.finished = self.skipped = 0
+        self.skips = 0
+        """Steps in a row that were skipped."""
+        self.usual_loss = 0.0
+        """Running mean over about 50 steps that were taken; 0 before the first."""
+        self.problem = self.cure = ""
+        """Why a step was last skipped, and what may help."""
+
+    def set_batch(self, batch_size: int, micro_batch: int) -> None:
+        """From the next step on, another batch, or the same in other micro-batches; what was read ahead is given up."""
+        self.train = replace(self.train, batch_size=batch_size)
+        self.layout = Layout.of(batch_size, micro_batch, self.layout.rank, self.layout.world_size)
+        self._prefetch.forget()
+
+    def run_step(self) -> Outcome:
+        """Take the next step."""
+        step, train = self.finished, self.train
+        batch, count = self._batch(step)
+        lr, scale = learning_rate(step, train), self.scaler.scale
+        loss = self._accumulate(step, batch.micro_batches, count)
+        gradients = local_gradients(self.model)
+        norm = self._norm(gradients) / scale
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        limit = train.max_loss_jump * self.usual_loss or math.inf
+        taken = finite and loss <= limit
+        if taken:
+            self._update(gradients, lr, norm, scale)
+            self.usual_loss += (loss - self.usual_loss) * (0.02 if self.usual_loss else 1.0)
+        elif finite:
+            self.problem = f"its loss is beyond {limit:.4g} (train.max_loss_jump)"
+            self.cure = "a larger train.max_loss_jump"
+        else:
+            self.problem, self.cure = "its gradient is not finite", "a lower train.lr, or another train.precision,"
+            if train.find_nonfinite:
+                found = find_nonfinite(self.model, lambda: self._accumulate(step, batch.micro_batches, count),
+                                       [ids for ids, _ in batch.micro_batches])
+                self.problem += f"; first {found or 'no operation of its replay'}"
+        self.scaler.update(finite)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.finished += 1
+        self.skipped += not taken
+        self.skips = 0 if taken else self.skips + 1
+        return Outcome(self.finished, loss, lr, norm, scale, not taken, samples_hash(batch.samples))
+
+    def _batch(self, step: int) -> tuple[Batch, float]:
+        """Collective: this process's part of a step's batch, and the target tokens of the whole of it.
+
+        Raises:
+            RunError: on every process, if one could not read its part.
+        """
+        batch, problem = None, ""
+        try:
+            batch = self._prefetch.take(step)
+        except (OSError, ValueError) as error:
+            problem = (f"rank {self.layout.rank} could not read its data of step {step + 1}: {error}; phi1 verify "
+                       f"{self.corpus.folder} says more")
+        count, failures = all_sum(batch.n_targets if batch else 0, batch is None)
+        if failures:
+            problems = [problem] * self.engine.world_size
+            dist.all_gather_object(problems, problem)
+            raise RunError(next(filter(None, problems)))
+        assert batch
+        return batch, count
+
+    def _read(self, step: int) -> Batch:
+        samples = samples_of_step(step, self.train.batch_size, self.train.seed, self.n_samples)
+        return Batch.read(self.corpus, samples, self.layout, self.seq_len, self.engine.device)
+
+    def _accumulate(self, step: int, batches: list[tuple[Tensor, Tensor]], count: float) -> float:
+        """Forward and backward of all micro-steps. Returns the global mean loss."""
+        self.model.train()
+        device, layout = self.engine.device, self.layout
+        rng = torch.tensor([self.train.seed, step], device=device)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for index, (ids, tokens) in enumerate(batches):
+            set_last_micro_step(self.model, index == len(batches) - 1, self.engine.reshard)
+            rows = tokens.to(device, non_blocking=True)
+            loss = self.model.loss(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), reduction="sum", rng=rng,
+                                   sample_ids=ids.to(device, non_blocking=True))
+            total += loss.detach().double()
+            # FSDP averages gradients over the processes; times world_size, that is the sum.
+            (loss * (self.scaler.scale * layout.world_size / count)).backward()
+        (loss_sum,) = all_sum(total.item())
+        return loss_sum / count
+
+    def _norm(self, gradients: list[Tensor]) -> float:
+        """Global norm of the scaled gradient: the same bits on every process and on a replay."""
+        # Row by row, then in float64: over a million elements at once PyTorch's float32 norm is off by 1e-5 on CPUs,
+        # and differently so for each way of sharding, which the clipping would carry into the parameters.
+        rows = torch.cat([torch.linalg.vector_norm(gradient, dim=-1).flatten() for gradient in gradients])
+        (squares,) = all_sum(rows.double().square().sum().item())
+        return math.sqrt(squares / self.engine.replicas) if squares >= 0 else math.nan
+
+    def _update(self, gradients: list[Tensor], lr: float, norm: float, scale: float) -> None:
+        """Unscale and clip the gradient, which is known to be finite on every process, and follow it."""
+        clip = self.train.clip
+        factor = (clip / norm if clip and norm > clip else 1.0) / scale
+        if factor != 1:
+            for gradient in gradients:
+                gradient.mul_(factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+
+
+def local_gradients(model: nn.Module) -> list[Tensor]:
+    """This process's shard of every gradient."""
+    parameters = list(model.parameters())
+    # The optimizer would step parameters that nobody reads, and the loss would stand still.
+    assert all(isinstance(parameter, DTensor) for parameter in parameters), "set_last_micro_step: no last one was run"
+    return [parameter.grad.to_local() for parameter in parameters if isinstance(parameter.grad, DTensor)]
