@@ -11,7 +11,7 @@ import phi1
 from phi1.config import Phi1Config
 from phi1.generation import generate, stream
 from phi1.model import Phi1
-from phi1.sampling import Rules, choose, prompt_seed
+from phi1.sampling import SamplingParams, prompt_seed, sample_tokens
 from phi1.tokenizer import train_bpe
 
 CONFIG = Phi1Config(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -125,9 +125,9 @@ def test_seeds(model, tokenizer):
 
 
 def choose_one(logits, u, **options):
-    rules = Rules.check("test", **({"max_new_tokens": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0,
-                                    "stop": ()} | options))
-    return choose(logits[None].float(), rules, torch.tensor([u], dtype=torch.float64)).item()
+    params = SamplingParams.check("test", **{"max_new_tokens": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
+                                             "seed": 0, "stop": (), **options})
+    return sample_tokens(logits[None].float(), params, torch.tensor([u], dtype=torch.float64)).item()
 
 
 def plain_choice(logits, u, temperature, top_k, top_p):
