@@ -27,7 +27,7 @@ from phi1.train.runtime.all_ranks import Failed
 from phi1.train.runtime.engine import peak_memory_gib
 from phi1.train.runtime.launch import RunError
 from phi1.train.runtime.stop_signals import Control
-from phi1.train.runtime.watchdog import Watch
+from phi1.train.runtime.watchdog import Watchdog
 from phi1.train.step.trainer import Trainer
 
 
@@ -49,7 +49,7 @@ class Loop:
         facts: JSON values that go into each checkpoint; "best" is the best step until now whose checkpoint is there,
             "due" is there if what follows the step has been stopped, with the loss if that was found before.
         utilisation: turns speed into MFU.
-        watch: told what begins.
+        watchdog: told what begins.
         saver: writes checkpoints.
         profiler: records some steps.
         saved: the checkpoint that the trainer was loaded from, then the newest one.
@@ -67,7 +67,7 @@ class Loop:
     rank: int
     facts: dict[str, Any]
     utilisation: Utilisation
-    watch: Watch
+    watchdog: Watchdog
     saver: Saver
     profiler: Profiler
     saved: Path | None = None
@@ -113,7 +113,7 @@ class Loop:
         if loss is not None and (solved is not None or self.recipe.checkpoint.best != "humaneval"):
             self.standing = Standing(step, loss, solved)
         if self._due(self.recipe.eval.completions_every):
-            self.watch.report(f"the completions after step {step}")
+            self.watchdog.report(f"the completions after step {step}")
             self._try(lambda: self.samples.write(self.trainer, self.rank))
         if before is not None or self._due(self.recipe.checkpoint.every):
             self._try(self._begin_saving)
@@ -139,14 +139,14 @@ class Loop:
     def _begin_saving(self) -> None:
         if self.saver.in_flight:  # a disk slower than the checkpoints are frequent
             self._try(self._finish_saving)
-        self.watch.report(f"the checkpoint of step {self.trainer.finished}")
+        self.watchdog.report(f"the checkpoint of step {self.trainer.finished}")
         now, rule = self.standing, self.recipe.checkpoint.best
         best = rule and now and now.step == self.trainer.finished and now.beats(self.best, rule)
         self._begun = {"best": asdict(now)} if now and best else {}
         self.saver.begin(self.trainer, self.facts | self._begun)
 
     def _finish_saving(self) -> None:
-        self.watch.report("the end of a checkpoint")
+        self.watchdog.report("the end of a checkpoint")
         done = self.saver.finish()
         self.saved = done.path
         self.facts |= self._begun
@@ -164,7 +164,7 @@ class Loop:
         Raises:
             RunError: some process has no memory for that.
         """
-        self.watch.report("the export")
+        self.watchdog.report("the export")
         try:
             return gather_weights(self.trainer.model)
         except Failed as error:
@@ -201,7 +201,7 @@ class Loop:
         return figures
 
     def _stop(self, what: str) -> bool:
-        self.watch.report(what)
+        self.watchdog.report(what)
         self.stopped = self.control.agreed_to_stop()
         return self.stopped
 
@@ -212,7 +212,7 @@ class Loop:
 
     def _step(self) -> None:
         trainer = self.trainer
-        self.watch.report(f"step {trainer.finished + 1}")
+        self.watchdog.report(f"step {trainer.finished + 1}")
         started = time.perf_counter()
         with self.profiler.step(trainer.finished + 1):
             outcome = trainer.run_step()

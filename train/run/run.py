@@ -34,7 +34,7 @@ from phi1.train.run.report import Reached, export, show_completions, show_summar
 from phi1.train.runtime.engine import Engine, build_model, connect_processes
 from phi1.train.runtime.launch import Place, RunError, on_signals, say
 from phi1.train.runtime.stop_signals import Control
-from phi1.train.runtime.watchdog import Watch
+from phi1.train.runtime.watchdog import Watchdog
 from phi1.train.step.schedule import schedule_end
 from phi1.train.step.trainer import Trainer
 
@@ -61,8 +61,8 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerpri
         RunError: the run cannot go on; every process raises it.
     """
     began = time.monotonic()
-    with Watch(place.rank, recipe.run.watchdog, folder.heartbeat if place.rank == 0 else None) as watch:
-        loop, found, weights = train(recipe, folder, place, store, fingerprint, checkpoint, watch)
+    with Watchdog(place.rank, recipe.run.watchdog, folder.heartbeat if place.rank == 0 else None) as watchdog:
+        loop, found, weights = train(recipe, folder, place, store, fingerprint, checkpoint, watchdog)
     dist.destroy_process_group()
     trainer, held_out, samples, progress = loop.trainer, loop.held_out, loop.samples, loop.progress
     if found is None:
@@ -88,7 +88,7 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerpri
 
 
 def train(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerprint: str, checkpoint: Path | None,
-          watch: Watch) -> tuple[Loop, tuple[Figures, float | None] | None, dict[str, Tensor]]:
+          watchdog: Watchdog) -> tuple[Loop, tuple[Figures, float | None] | None, dict[str, Tensor]]:
     """Collective: connect, build, load and train; the loop, what was reached in the end, and the weights on rank 0.
 
     Nothing was reached, and no weights are gathered, where the run was stopped. Until all have built and loaded, there
@@ -120,11 +120,11 @@ def train(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerp
             profiler = Profiler(profiled_steps(recipe.run.profile if place.rank == 0 else "", recipe.train.steps),
                                 folder.path, progress.say, trainer.finished)
             loop = Loop(recipe, folder, trainer, held_out, samples, humaneval, control, progress, ledger, place.rank,
-                        facts, Utilisation.of_run(recipe, engine), watch, saver, profiler, checkpoint)
+                        facts, Utilisation.of_run(recipe, engine), watchdog, saver, profiler, checkpoint)
             found = loop.assess() if loop.run() else None
             profiler.finish()
             if found:
-                watch.report("the corpus, read once more")
+                watchdog.report("the corpus, read once more")
                 read_again(recipe, fingerprint, place, progress.say)
         if ledger:
             ledger.close()

@@ -23,46 +23,46 @@ from phi1.train.runtime import watchdog as watch_module
 from phi1.train.runtime.engine import Engine
 from phi1.train.runtime.launch import Place, RunError
 from phi1.train.runtime.provenance import changed, commit, versions
-from phi1.train.runtime.watchdog import HUNG, Watch
+from phi1.train.runtime.watchdog import HUNG, Watchdog
 
 BASE = read_recipe(Path(__file__).parents[3] / "train" / "configs" / "phi1-base.toml", {})
 
 
-def look_on(watch, looks, between):
-    """What the watch's thread does, with something that is done between its looks in place of pauses."""
+def look_on(watchdog, looks, between):
+    """What the watchdog's thread does, with something that is done between its looks in place of pauses."""
     over = iter([False] * (looks - 1) + [True])
 
     def wait(pause):
         between()
         return next(over)
 
-    watch._over = SimpleNamespace(wait=wait)
-    watch._look_on()
+    watchdog._over = SimpleNamespace(wait=wait)
+    watchdog._look_on()
 
 
 def test_silence_beyond_the_limit_is_reported_with_rank_and_place():
     said = []
-    watch = Watch(3, 0.2, end=said.append)
-    watch.report("step 7")
-    with watch:
+    watchdog = Watchdog(3, 0.2, end=said.append)
+    watchdog.report("step 7")
+    with watchdog:
         wait_until(lambda: said)
     assert said[0].startswith("rank 3 has been in step 7 for 0 s, where run.watchdog allows 0.2: it hangs, or waits")
 
 
 def test_reports_keep_it_quiet_and_so_does_no_limit():
     said = []
-    watch = Watch(0, 0.5, end=said.append)
-    look_on(watch, 10, lambda: watch.report("a batch of the evaluation"))  # time and again the same
-    look_on(Watch(0, 0, end=said.append), 10, lambda: None)
+    watchdog = Watchdog(0, 0.5, end=said.append)
+    look_on(watchdog, 10, lambda: watchdog.report("a batch of the evaluation"))  # time and again the same
+    look_on(Watchdog(0, 0, end=said.append), 10, lambda: None)
     assert said == []
-    look_on(watch, 10, lambda: None)
+    look_on(watchdog, 10, lambda: None)
     assert said
 
 
 def test_the_heartbeat_says_what_the_process_does(tmp_path):
     path = tmp_path / "heartbeat.json"
-    with Watch(0, 1.0, path, end=[].append) as watch:
-        watch.report("step 12")
+    with Watchdog(0, 1.0, path, end=[].append) as watchdog:
+        watchdog.report("step 12")
         wait_until(lambda: path.exists() and json.loads(path.read_text())["doing"] == "step 12")
     last = json.loads(path.read_text())
     assert set(last) == {"time", "pid", "doing", "for_seconds"}
@@ -71,14 +71,14 @@ def test_the_heartbeat_says_what_the_process_does(tmp_path):
 
 
 def test_a_heartbeat_that_cannot_be_written_does_not_matter(tmp_path):
-    with Watch(0, 0, tmp_path / "nosuch" / "heartbeat.json", end=[].append):
+    with Watchdog(0, 0, tmp_path / "nosuch" / "heartbeat.json", end=[].append):
         pass
 
 
 def test_a_process_that_hangs_ends_with_its_stack():
-    code = ("import sys, time\nsys.argv = ['train/finetune.py']\nfrom phi1.train.runtime.watchdog import Watch\n"
+    code = ("import sys, time\nsys.argv = ['train/finetune.py']\nfrom phi1.train.runtime.watchdog import Watchdog\n"
             "def wait_for_nothing():\n    time.sleep(60)\n"
-            "watch = Watch(1, 0.3)\nwatch.report('step 2')\nwith watch:\n    wait_for_nothing()\n")
+            "watchdog = Watchdog(1, 0.3)\nwatch.report('step 2')\nwith watchdog:\n    wait_for_nothing()\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == HUNG
     assert done.stderr.startswith("finetune: error: rank 1 has been in step 2 for ")
@@ -87,7 +87,7 @@ def test_a_process_that_hangs_ends_with_its_stack():
 
 
 def test_a_process_that_was_suspended_is_not_one_that_hangs():
-    code = ("import os, signal, time\nfrom phi1.train.runtime.watchdog import Watch\nwith Watch(0, 1.0):\n"
+    code = ("import os, signal, time\nfrom phi1.train.runtime.watchdog import Watchdog\nwith Watchdog(0, 1.0):\n"
             "    time.sleep(0.1)\n    os.kill(os.getpid(), signal.SIGSTOP)\n    time.sleep(0.1)\n")
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     _, status = os.waitpid(process.pid, os.WUNTRACED)
