@@ -108,7 +108,7 @@ def start_or_resume(recipe: Recipe, folder: RunFolder, place: Place) -> int:
 
     word = ""
     if place.rank == 0:
-        # Stopped here, the preparation clears up after itself; later on Control listens.
+        # Stopped here, the preparation clears up after itself; later on StopSignals listens.
         on_signals(signal.default_int_handler)
         word = (admit_proof if recipe.run.prove_resume else admit)(recipe, folder, place)
         if place.world_size == 1 and word == COMPLETE:

@@ -26,7 +26,7 @@ from phi1.train.run.folder import RunFolder
 from phi1.train.runtime.all_ranks import Failed
 from phi1.train.runtime.engine import peak_memory_gib
 from phi1.train.runtime.launch import RunError
-from phi1.train.runtime.stop_signals import Control
+from phi1.train.runtime.stop_signals import StopSignals
 from phi1.train.runtime.watchdog import Watchdog
 from phi1.train.step.trainer import Trainer
 
@@ -42,7 +42,7 @@ class Loop:
         held_out: what to evaluate on.
         samples: what to let the model write.
         humaneval: what to let it solve at each checkpoint; None for nothing.
-        control: how to stop.
+        stop_signals: how to stop.
         progress: what to show; silent on all ranks but the first.
         ledger: rank 0's; None on the others.
         rank: this process's.
@@ -61,7 +61,7 @@ class Loop:
     held_out: HeldOut
     samples: Samples
     humaneval: HumanEval | None
-    control: Control
+    stop_signals: StopSignals
     progress: Progress
     ledger: Ledger | None
     rank: int
@@ -87,8 +87,8 @@ class Loop:
         """
         last = self.recipe.train.steps
         going = "due" not in self.facts or self._follow_up()
-        while going and self.trainer.finished < last and not self.control.agreed_to_stop(self.saver.writes()):
-            if self.saver.in_flight and not self.control.any_writes:
+        while going and self.trainer.finished < last and not self.stop_signals.agreed_to_stop(self.saver.writes()):
+            if self.saver.in_flight and not self.stop_signals.any_writes:
                 self._try(self._finish_saving)
             self._step()
             going = self._follow_up()
@@ -202,7 +202,7 @@ class Loop:
 
     def _stop(self, what: str) -> bool:
         self.watchdog.report(what)
-        self.stopped = self.control.agreed_to_stop()
+        self.stopped = self.stop_signals.agreed_to_stop()
         return self.stopped
 
     def _due(self, every: int) -> bool:

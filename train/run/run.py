@@ -33,7 +33,7 @@ from phi1.train.run.preflight import environment_of, open_together, read_again, 
 from phi1.train.run.report import Reached, export, show_completions, show_summary, write_summary
 from phi1.train.runtime.engine import Engine, build_model, connect_processes
 from phi1.train.runtime.launch import Place, RunError, on_signals, say
-from phi1.train.runtime.stop_signals import Control
+from phi1.train.runtime.stop_signals import StopSignals
 from phi1.train.runtime.watchdog import Watchdog
 from phi1.train.step.schedule import schedule_end
 from phi1.train.step.trainer import Trainer
@@ -66,11 +66,11 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerpri
     dist.destroy_process_group()
     trainer, held_out, samples, progress = loop.trainer, loop.held_out, loop.samples, loop.progress
     if found is None:
-        return (f"stopped by {loop.control.signal_name or 'a signal'} after step {trainer.finished:,} of "
+        return (f"stopped by {loop.stop_signals.signal_name or 'a signal'} after step {trainer.finished:,} of "
                 f"{recipe.train.steps:,}, which is saved in {loop.saved}")
     if place.rank == 0:
         on_signals(signal.default_int_handler)  # nothing that a stop would have to save is left
-        if loop.control.signal_name:  # since all last agreed to go on
+        if loop.stop_signals.signal_name:  # since all last agreed to go on
             raise KeyboardInterrupt
         figures, solved = found
         reached = Reached(trainer.finished, figures.loss, figures.bits_per_byte, xz_bits_per_byte(held_out.text),
@@ -100,11 +100,11 @@ def train(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerp
     connect_processes(engine, place, store)
     folder.check_shared(place.rank)
     corpus, validation, tokenizer = open_together(recipe, fingerprint, place)
-    control = Control(place, recipe.run.time_limit)
+    stop_signals = StopSignals(place, recipe.run.time_limit)
     with explained(recipe, engine, folder.path, place):
         trainer, stored = make_trainer(recipe, engine, corpus, place, checkpoint)
         held_out = HeldOut(validation, tokenizer, recipe.data.seq_len, recipe.eval.sequences)  # waits for all
-        on_signals(control.note)
+        on_signals(stop_signals.note)
         samples = Samples(folder.samples, tokenizer, function_headers(held_out.text, recipe.eval.completions),
                           recipe.train.seed)
         humaneval = HumanEval(folder.samples, tokenizer, read_problems(recipe.eval.humaneval), recipe.eval.timeout) \
@@ -115,12 +115,12 @@ def train(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerp
         with Progress(recipe.train.steps, trainer.finished, recipe.train.batch_size * recipe.data.seq_len,
                       silent=place.rank > 0) as progress:
             _announce_start(progress, recipe, trainer, stored)
-            ledger = _ledger(folder, recipe, trainer, control) if place.rank == 0 else None
+            ledger = _ledger(folder, recipe, trainer, stop_signals) if place.rank == 0 else None
             saver = Saver(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
             profiler = Profiler(profiled_steps(recipe.run.profile if place.rank == 0 else "", recipe.train.steps),
                                 folder.path, progress.say, trainer.finished)
-            loop = Loop(recipe, folder, trainer, held_out, samples, humaneval, control, progress, ledger, place.rank,
-                        facts, Utilisation.of_run(recipe, engine), watchdog, saver, profiler, checkpoint)
+            loop = Loop(recipe, folder, trainer, held_out, samples, humaneval, stop_signals, progress, ledger,
+                        place.rank, facts, Utilisation.of_run(recipe, engine), watchdog, saver, profiler, checkpoint)
             found = loop.assess() if loop.run() else None
             profiler.finish()
             if found:
@@ -169,7 +169,7 @@ def _announce_start(progress: Progress, recipe: Recipe, trainer: Trainer, stored
         progress.say(f"note: {note}")
 
 
-def _ledger(folder: RunFolder, recipe: Recipe, trainer: Trainer, control: Control) -> Ledger | None:
+def _ledger(folder: RunFolder, recipe: Recipe, trainer: Trainer, stop_signals: StopSignals) -> Ledger | None:
     """Rank 0's ledger; if it cannot be written, all processes stop before the first step."""
     try:
         boards = open_boards(folder.path, trainer.finished, recipe.as_dict(), tensorboard=recipe.run.tensorboard,
@@ -179,5 +179,5 @@ def _ledger(folder: RunFolder, recipe: Recipe, trainer: Trainer, control: Contro
                       "data": trainer.corpus.fingerprint}, recipe.as_dict())
         return ledger
     except RunError as error:
-        control.failure = error
+        stop_signals.failure = error
         return None

@@ -21,7 +21,7 @@ from phi1.train.runtime.engine import all_sum
 from phi1.train.runtime.launch import Place, RunError
 
 
-class Control:
+class StopSignals:
     """Collects reasons to stop.
 
     Args:

@@ -11,7 +11,7 @@ from torch.distributed import HashStore
 from phi1.train import pretrain
 from phi1.train.runtime import launch
 from phi1.train.runtime.launch import Place, RunError, connect
-from phi1.train.runtime.stop_signals import Control
+from phi1.train.runtime.stop_signals import StopSignals
 
 
 @pytest.fixture
@@ -75,12 +75,12 @@ def test_the_end_of_torchrun_is_noticed_whenever_it_was(started):
     place, end = started
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
-        assert not Control(place).agreed_to_stop()
+        assert not StopSignals(place).agreed_to_stop()
         end()  # while the data are prepared, say
-        control = Control(place)
-        assert control.agreed_to_stop()
-        assert control.signal_name == "the end of torchrun"
-        assert not Control(Place()).agreed_to_stop()
+        stop_signals = StopSignals(place)
+        assert stop_signals.agreed_to_stop()
+        assert stop_signals.signal_name == "the end of torchrun"
+        assert not StopSignals(Place()).agreed_to_stop()
     finally:
         dist.destroy_process_group()
 

@@ -24,7 +24,7 @@ from phi1.train.recipe.file import read_recipe
 from phi1.train.run import run as run_module
 from phi1.train.run.folder import RunFolder
 from phi1.train.runtime.launch import Place
-from phi1.train.runtime.stop_signals import Control, _age
+from phi1.train.runtime.stop_signals import StopSignals, _age
 
 
 @pytest.fixture
@@ -41,9 +41,9 @@ def test_the_time_limit_counts_from_the_launch(alone):
     process.communicate(b"\n")
     assert _age(process.pid) == 0.0  # gone, so that the system does not say
     minutes = _age(os.getpid()) / 60
-    assert not Control(Place()).agreed_to_stop()
-    assert not Control(Place(), minutes + 1).agreed_to_stop()
-    over = Control(Place(), minutes / 2)
+    assert not StopSignals(Place()).agreed_to_stop()
+    assert not StopSignals(Place(), minutes + 1).agreed_to_stop()
+    over = StopSignals(Place(), minutes / 2)
     assert over.agreed_to_stop()
     assert over.signal_name == "run.time_limit"
 
@@ -96,7 +96,7 @@ def test_a_signal_in_the_export_interrupts_it(tmp_path, monkeypatch, signalled):
     before = [signal.getsignal(number) for number in numbers]
     loop = SimpleNamespace(
         trainer=SimpleNamespace(finished=9, skipped=0), held_out=SimpleNamespace(text=b"x"), best=None,
-        samples=SimpleNamespace(tokenizer=None), control=SimpleNamespace(signal_name=signalled),
+        samples=SimpleNamespace(tokenizer=None), stop_signals=SimpleNamespace(signal_name=signalled),
         progress=SimpleNamespace(tokens=4, tokens_per_s=lambda finished: 1.0))
     monkeypatch.setattr(run_module, "train", lambda *_: (loop, (Figures(1.0, 1.0, 1, 1), None), {}))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
