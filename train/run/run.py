@@ -21,7 +21,7 @@ from phi1.train.evaluate.humaneval import HumanEval
 from phi1.train.evaluate.samples import Samples, function_headers
 from phi1.train.evaluate.validation import Figures, HeldOut, xz_bits_per_byte
 from phi1.train.metrics.ledger import Ledger
-from phi1.train.metrics.loggers import open_boards
+from phi1.train.metrics.loggers import open_loggers
 from phi1.train.metrics.mfu import Utilisation
 from phi1.train.metrics.profiling import Profiler, profiled_steps
 from phi1.train.metrics.progress import Progress
@@ -172,9 +172,9 @@ def _announce_start(progress: Progress, recipe: Recipe, trainer: Trainer, stored
 def _ledger(folder: RunFolder, recipe: Recipe, trainer: Trainer, stop_signals: StopSignals) -> Ledger | None:
     """Rank 0's ledger; if it cannot be written, all processes stop before the first step."""
     try:
-        boards = open_boards(folder.path, trainer.finished, recipe.as_dict(), tensorboard=recipe.run.tensorboard,
+        loggers = open_loggers(folder.path, trainer.finished, recipe.as_dict(), tensorboard=recipe.run.tensorboard,
                              wandb=recipe.run.wandb)
-        ledger = Ledger(folder.ledger, trainer.finished, boards)
+        ledger = Ledger(folder.ledger, trainer.finished, loggers)
         ledger.start({"finished": trainer.finished, "environment": environment_of(recipe, trainer.engine),
                       "data": trainer.corpus.fingerprint}, recipe.as_dict())
         return ledger
