@@ -83,9 +83,9 @@ class RunFolder:
         Raises:
             Failed: on every process, if one does not.
         """
-        from phi1.train.runtime.all_ranks import fail, together  # imports torch, which a complete run can do without
+        from phi1.train.runtime.all_ranks import all_ranks, fail  # imports torch, which a complete run can do without
 
-        name, *_ = together(lambda: self._mark() if rank == 0 else "")
+        name, *_ = all_ranks(lambda: self._mark() if rank == 0 else "")
         mark = self.path / name
 
         def find() -> None:
@@ -97,7 +97,7 @@ class RunFolder:
                 time.sleep(0.05)
 
         try:
-            together(find)
+            all_ranks(find)
         finally:
             if rank == 0:
                 mark.unlink(missing_ok=True)

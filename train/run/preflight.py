@@ -257,13 +257,13 @@ def open_data(recipe: Recipe, fingerprint: str | None = None, verify: bool = Tru
     return train, validation, tokenizer
 
 
-def open_together(recipe: Recipe, fingerprint: str, place: Place) -> tuple[Corpus, Corpus, Tokenizer]:
+def open_on_all_ranks(recipe: Recipe, fingerprint: str, place: Place) -> tuple[Corpus, Corpus, Tokenizer]:
     """Collective: `open_data` on every process. On each machine but rank 0's the first process reads all of it.
 
     Raises:
         Failed: on every process, if one cannot.
     """
-    from phi1.train.runtime.all_ranks import fail, together  # imports torch, which a complete run can do without
+    from phi1.train.runtime.all_ranks import all_ranks, fail  # imports torch, which a complete run can do without
 
     def open_own() -> tuple[Corpus, Corpus, Tokenizer]:
         try:
@@ -271,16 +271,16 @@ def open_together(recipe: Recipe, fingerprint: str, place: Place) -> tuple[Corpu
         except RunError as error:
             fail(f"rank {place.rank} on {socket.gethostname()}: {error}" if place.rank else str(error))
 
-    [opened] = together(open_own, keep=True)
+    [opened] = all_ranks(open_own, keep=True)
     return opened
 
 
 def read_again(recipe: Recipe, fingerprint: str, place: Place, report: Callable[[str], None]) -> None:
     """Collective, at the end: one process of each machine sees whether its corpus is as it was when the run began."""
-    from phi1.train.runtime.all_ranks import Failed, together
+    from phi1.train.runtime.all_ranks import Failed, all_ranks
 
     try:
-        together(lambda: open_data(recipe, fingerprint) if place.local_rank == 0 else None, keep=True)
+        all_ranks(lambda: open_data(recipe, fingerprint) if place.local_rank == 0 else None, keep=True)
     except Failed as error:
         report(f"warning: the corpus has changed since the run began, and may have been read like that: {error}")
 

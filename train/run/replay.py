@@ -19,9 +19,9 @@ from phi1.train.checkpoint.files import step_of
 from phi1.train.metrics.ledger import as_line, read_ledger
 from phi1.train.recipe.recipe import Recipe
 from phi1.train.run.folder import RunFolder
-from phi1.train.run.preflight import open_together, start_engine
+from phi1.train.run.preflight import open_on_all_ranks, start_engine
 from phi1.train.run.run import make_trainer
-from phi1.train.runtime.all_ranks import together
+from phi1.train.runtime.all_ranks import all_ranks
 from phi1.train.runtime.engine import connect_processes
 from phi1.train.runtime.launch import Place, say
 from phi1.train.runtime.watchdog import Watchdog
@@ -44,11 +44,11 @@ def prove(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerp
         engine = start_engine(recipe, place)
         connect_processes(engine, place, store)
         folder.check_shared(place.rank)
-        corpus, _, _ = open_together(recipe, fingerprint, place)
+        corpus, _, _ = open_on_all_ranks(recipe, fingerprint, place)
         trainer, _ = make_trainer(recipe, engine, corpus, place, first)
         wrong = _compare(trainer, newest, read_ledger(folder.ledger), watchdog)
         # Together, since torchrun stops the other ranks, the first one too, when one has ended with an error.
-        together(lambda: _say(wrong, folder, first, newest) if place.rank == 0 else None)
+        all_ranks(lambda: _say(wrong, folder, first, newest) if place.rank == 0 else None)
     dist.destroy_process_group()
     return 1 if wrong else 0
 

@@ -29,7 +29,7 @@ from phi1.train.plan.out_of_memory import explained
 from phi1.train.recipe.recipe import Recipe
 from phi1.train.run.folder import RunFolder, defining, notes
 from phi1.train.run.loop import Loop
-from phi1.train.run.preflight import environment_of, open_together, read_again, start_engine
+from phi1.train.run.preflight import environment_of, open_on_all_ranks, read_again, start_engine
 from phi1.train.run.report import Reached, export, show_completions, show_summary, write_summary
 from phi1.train.runtime.engine import Engine, build_model, connect_processes
 from phi1.train.runtime.launch import Place, RunError, on_signals, say
@@ -99,7 +99,7 @@ def train(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerp
     engine = start_engine(recipe, place)
     connect_processes(engine, place, store)
     folder.check_shared(place.rank)
-    corpus, validation, tokenizer = open_together(recipe, fingerprint, place)
+    corpus, validation, tokenizer = open_on_all_ranks(recipe, fingerprint, place)
     stop_signals = StopSignals(place, recipe.run.time_limit)
     with explained(recipe, engine, folder.path, place):
         trainer, stored = make_trainer(recipe, engine, corpus, place, checkpoint)

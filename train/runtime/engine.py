@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from phi1 import Phi1, Phi1Config, load
 from phi1.mixed_precision import WorkingCopies
-from phi1.train.runtime.all_ranks import attempt, fail, together
+from phi1.train.runtime.all_ranks import all_ranks, attempt, fail
 from phi1.train.runtime.launch import Place, RunError
 from phi1.train.runtime.provenance import cpu, sources, versions
 
@@ -226,14 +226,14 @@ def gather(model: Phi1, take: Callable[[str, torch.Tensor], object]) -> None:
     largest = max(parameters.values(), key=torch.Tensor.numel)
     # full_tensor() takes twice the parameter; a process that lacked it there would leave the others in a collective.
     room = 3 * largest.numel() if dist.get_world_size() > 1 else 0
-    together(lambda: torch.empty(room, device=largest.device), keep=True)
+    all_ranks(lambda: torch.empty(room, device=largest.device), keep=True)
     for name, parameter in parameters.items():
         assert isinstance(parameter, DTensor), f"{name} is gathered: a step or an evaluation has not ended"
         with torch.no_grad():
             whole = parameter.full_tensor()
             if error is None:
                 error, _ = attempt(partial(take, name, whole))
-    together(lambda: fail(error) if error else None)
+    all_ranks(lambda: fail(error) if error else None)
 
 
 def all_sum(*values: float) -> list[float]:

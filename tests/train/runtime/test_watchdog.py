@@ -98,7 +98,7 @@ def test_a_process_that_was_suspended_is_not_one_that_hangs():
     assert process.returncode == 0, err
 
 
-@pytest.mark.parametrize("hangs", ["connect_processes", "open_together", "make_trainer"])
+@pytest.mark.parametrize("hangs", ["connect_processes", "open_on_all_ranks", "make_trainer"])
 def test_a_process_that_hangs_before_the_first_step_is_found(tmp_path, monkeypatch, hangs):
     said = []
 
@@ -111,7 +111,7 @@ def test_a_process_that_hangs_before_the_first_step_is_found(tmp_path, monkeypat
     monkeypatch.setattr(watch_module, "_end", said.append)
     monkeypatch.setattr(run_module, "connect_processes", lambda *_: None)
     monkeypatch.setattr(RunFolder, "check_shared", lambda *_: None)
-    monkeypatch.setattr(run_module, "open_together", lambda *_: (None, None, None))
+    monkeypatch.setattr(run_module, "open_on_all_ranks", lambda *_: (None, None, None))
     monkeypatch.setattr(run_module, hangs, hang)
     recipe, folder = read_recipe(None, {"run.watchdog": "0.2", "run.device": "cpu"}), RunFolder(tmp_path)
     threads = torch.get_num_threads()
