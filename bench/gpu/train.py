@@ -35,7 +35,7 @@ from phi1.gpus import gpu_named
 from phi1.train.data.batch_plan import Layout
 from phi1.train.recipe.recipe import Train
 from phi1.train.runtime import engine
-from phi1.train.runtime.launch import Place, connect, leave
+from phi1.train.runtime.launch import Rank, connect, leave
 from phi1.train.step.trainer import Trainer
 
 SEARCHED, RUN, RESULT = "micro_batches.jsonl", "steps.jsonl", "train.json"
@@ -75,10 +75,10 @@ class Training:
     """
 
     def __init__(self, size: Size) -> None:
-        place = Place()
+        rank = Rank()
         self.size = size
-        self.machine = engine.start(place, size.device, "fp16", 0)
-        engine.connect_processes(self.machine, place, connect(place))
+        self.machine = engine.start(rank, size.device, "fp16", 0)
+        engine.connect_processes(self.machine, rank, connect(rank))
         corpus: Any = read_code(size.source, size.tokenizer, TEXT_BYTES)
         print(f"{corpus.tokens.size:,} tokens of {corpus.folder}", flush=True)
         self.model: Phi1 = engine.build_model(size.config, self.machine, seed=1)

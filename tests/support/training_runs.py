@@ -27,7 +27,7 @@ from phi1.train.data.corpus import Corpus
 from phi1.train.metrics.ledger import read_ledger
 from phi1.train.recipe.recipe import Train
 from phi1.train.runtime.engine import Engine, build_model
-from phi1.train.runtime.launch import Place as Rank
+from phi1.train.runtime.launch import Rank
 from phi1.train.step.trainer import Trainer
 
 SCRIPT = Path(__file__).parents[2] / "train" / "pretrain.py"

@@ -9,7 +9,7 @@ from phi1.gpus import GPUS
 from phi1.train.plan.measured import measured_mfu
 from phi1.train.plan.plan import ASSUMED_MFU, Cluster, report
 from phi1.train.recipe.recipe import Recipe
-from phi1.train.runtime.launch import Place, RunError
+from phi1.train.runtime.launch import Rank, RunError
 
 
 def main(argv: list[str], parser_class: type) -> int:
@@ -35,7 +35,7 @@ def main(argv: list[str], parser_class: type) -> int:
     try:
         recipe = parse(["--config", str(options.config), *rest])
         assert recipe is not None
-        Place(0, options.gpus, 0, options.gpus // options.nodes).shard_group(recipe.run.shard_group)
+        Rank(0, options.gpus, 0, options.gpus // options.nodes).shard_group(recipe.run.shard_group)
         lines = report(recipe, _cluster(options, recipe))
     except RunError as error:
         parser.error(str(error))

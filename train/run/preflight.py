@@ -24,7 +24,7 @@ from phi1.train.metrics.profiling import profiled_steps
 from phi1.train.recipe.recipe import Recipe
 from phi1.train.run.folder import RunFolder, check_bitwise, check_continues
 from phi1.train.run.report import show_complete
-from phi1.train.runtime.launch import Place, RunError, say
+from phi1.train.runtime.launch import Rank, RunError, say
 from phi1.train.step.schedule import schedule_end
 
 if TYPE_CHECKING:
@@ -35,15 +35,15 @@ COMPLETE = "complete"
 MAY_DIFFER = ("attention_dropout", "residual_dropout", "initializer_range", "max_position_embeddings")
 
 
-def check_recipe(recipe: Recipe, place: Place) -> None:
+def check_recipe(recipe: Recipe, rank: Rank) -> None:
     """What the recipe alone decides; every process comes to the same answer.
 
     Raises:
         RunError: values that do not go together.
     """
     config, train, data = recipe.phi1_config(), recipe.train, recipe.data
-    Layout.of(train.batch_size, train.micro_batch_size, place.rank, place.world_size)
-    place.shard_group(recipe.run.shard_group)
+    Layout.of(train.batch_size, train.micro_batch_size, rank.rank, rank.world_size)
+    rank.shard_group(recipe.run.shard_group)
     profiled_steps(recipe.run.profile, train.steps)
     if data.seq_len > config.max_position_embeddings:
         raise RunError(f"data.seq_len must be at most the model's context, model.max_position_embeddings "
@@ -82,7 +82,7 @@ def check_humaneval(recipe: Recipe) -> None:
         raise RunError(f"eval.humaneval {error}") from None
 
 
-def admit(recipe: Recipe, folder: RunFolder, place: Place) -> str:
+def admit(recipe: Recipe, folder: RunFolder, rank: Rank) -> str:
     """Rank 0: take the run's folder, choose the checkpoint to go on from, and see that the data are there.
 
     Returns:
@@ -94,7 +94,7 @@ def admit(recipe: Recipe, folder: RunFolder, place: Place) -> str:
     """
     folder.lock()
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    checkpoint = choose(folder.checkpoints, _asked_for(recipe, folder, place, launch))
+    checkpoint = choose(folder.checkpoints, _asked_for(recipe, folder, rank, launch))
     stored = None
     if checkpoint is None:
         check_untrained(folder)
@@ -104,9 +104,9 @@ def admit(recipe: Recipe, folder: RunFolder, place: Place) -> str:
         check_continues(folder, checkpoint, stored, recipe)
         summary = folder.completed(recipe.train.steps)
         if summary and stored["step"] == recipe.train.steps:
-            show_complete(summary, folder, place)
+            show_complete(summary, folder, rank)
             return COMPLETE
-    environment = environment_of(recipe, start_engine(recipe, place))
+    environment = environment_of(recipe, start_engine(recipe, rank))
     if checkpoint and stored and recipe.run.bitwise:
         check_bitwise(checkpoint, stored, environment)
     prepare_data(recipe)
@@ -119,10 +119,10 @@ def admit(recipe: Recipe, folder: RunFolder, place: Place) -> str:
     return f"{train.fingerprint} {checkpoint.name}" if checkpoint else train.fingerprint
 
 
-def _asked_for(recipe: Recipe, folder: RunFolder, place: Place, launch: str) -> str:
+def _asked_for(recipe: Recipe, folder: RunFolder, rank: Rank, launch: str) -> str:
     """What to go on from. A launch goes back to an older checkpoint once; its restarts go on from what came since."""
     resume = recipe.checkpoint.resume
-    if not place.attempt:
+    if not rank.attempt:
         folder.went_back.unlink(missing_ok=True)  # of an earlier launch: without --standalone all have one name
     elif resume != "auto" and folder.has_gone_back(launch):
         say(f"note: torchrun has restarted the run, which goes on from its newest checkpoint; {resume} was where it "
@@ -131,7 +131,7 @@ def _asked_for(recipe: Recipe, folder: RunFolder, place: Place, launch: str) -> 
     return resume
 
 
-def admit_proof(recipe: Recipe, folder: RunFolder, place: Place) -> str:
+def admit_proof(recipe: Recipe, folder: RunFolder, rank: Rank) -> str:
     """Rank 0: see that the last `run.prove_resume` steps can be run again here.
 
     Returns:
@@ -142,7 +142,7 @@ def admit_proof(recipe: Recipe, folder: RunFolder, place: Place) -> str:
         RunError: they cannot, or torchrun has restarted a proof that had come to its end.
     """
     folder.lock()
-    if place.attempt and folder.not_proven.exists():
+    if rank.attempt and folder.not_proven.exists():
         raise RunError(folder.not_proven.read_text(encoding="utf-8"))
     folder.not_proven.unlink(missing_ok=True)
     found = checkpoints(folder.checkpoints)
@@ -156,7 +156,7 @@ def admit_proof(recipe: Recipe, folder: RunFolder, place: Place) -> str:
         read_ledger(folder.ledger)
     except (OSError, ValueError) as error:
         raise RunError(f"--prove-resume: {folder.ledger} cannot be read: {error}") from None
-    environment, (train, _, _) = environment_of(recipe, start_engine(recipe, place)), open_data(recipe)
+    environment, (train, _, _) = environment_of(recipe, start_engine(recipe, rank)), open_data(recipe)
     for path in (before[-1], found[-1]):
         choose(folder.checkpoints, path.name)
         stored = Notes(path)
@@ -166,12 +166,12 @@ def admit_proof(recipe: Recipe, folder: RunFolder, place: Place) -> str:
     return f"{train.fingerprint} {before[-1].name} {found[-1].name}"
 
 
-def start_engine(recipe: Recipe, place: Place) -> Engine:
+def start_engine(recipe: Recipe, rank: Rank) -> Engine:
     """What the recipe's run computes on in this process."""
     from phi1.train.runtime.engine import start  # imports torch, which a complete run can do without
 
     run, train = recipe.run, recipe.train
-    return start(place, run.device, train.precision, train.threads, run.shard_group, run.reshard)
+    return start(rank, run.device, train.precision, train.threads, run.shard_group, run.reshard)
 
 
 def environment_of(recipe: Recipe, engine: Engine) -> dict[str, str | int]:
@@ -257,7 +257,7 @@ def open_data(recipe: Recipe, fingerprint: str | None = None, verify: bool = Tru
     return train, validation, tokenizer
 
 
-def open_on_all_ranks(recipe: Recipe, fingerprint: str, place: Place) -> tuple[Corpus, Corpus, Tokenizer]:
+def open_on_all_ranks(recipe: Recipe, fingerprint: str, rank: Rank) -> tuple[Corpus, Corpus, Tokenizer]:
     """Collective: `open_data` on every process. On each machine but rank 0's the first process reads all of it.
 
     Raises:
@@ -267,20 +267,20 @@ def open_on_all_ranks(recipe: Recipe, fingerprint: str, place: Place) -> tuple[C
 
     def open_own() -> tuple[Corpus, Corpus, Tokenizer]:
         try:
-            return open_data(recipe, fingerprint, verify=place.rank > 0 and place.local_rank == 0)
+            return open_data(recipe, fingerprint, verify=rank.rank > 0 and rank.local_rank == 0)
         except RunError as error:
-            fail(f"rank {place.rank} on {socket.gethostname()}: {error}" if place.rank else str(error))
+            fail(f"rank {rank.rank} on {socket.gethostname()}: {error}" if rank.rank else str(error))
 
     [opened] = all_ranks(open_own, keep=True)
     return opened
 
 
-def read_again(recipe: Recipe, fingerprint: str, place: Place, report: Callable[[str], None]) -> None:
+def read_again(recipe: Recipe, fingerprint: str, rank: Rank, report: Callable[[str], None]) -> None:
     """Collective, at the end: one process of each machine sees whether its corpus is as it was when the run began."""
     from phi1.train.runtime.all_ranks import Failed, all_ranks
 
     try:
-        all_ranks(lambda: open_data(recipe, fingerprint) if place.local_rank == 0 else None, keep=True)
+        all_ranks(lambda: open_data(recipe, fingerprint) if rank.local_rank == 0 else None, keep=True)
     except Failed as error:
         report(f"warning: the corpus has changed since the run began, and may have been read like that: {error}")
 

@@ -23,7 +23,7 @@ from phi1.train.run.preflight import open_on_all_ranks, start_engine
 from phi1.train.run.run import make_trainer
 from phi1.train.runtime.all_ranks import all_ranks
 from phi1.train.runtime.engine import connect_processes
-from phi1.train.runtime.launch import Place, say
+from phi1.train.runtime.launch import Rank, say
 from phi1.train.runtime.watchdog import Watchdog
 from phi1.train.step.trainer import Trainer
 
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 
-def prove(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerprint: str, first: Path,
+def prove(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, fingerprint: str, first: Path,
           newest: Path) -> int:
     """Run the steps between two checkpoints again, and let rank 0 print the verdict. Returns 0 if all bits agree, or 1.
 
     Args:
-        recipe, folder, place, store, fingerprint: as for a run.
+        recipe, folder, rank, store, fingerprint: as for a run.
         first: checkpoint to begin with.
         newest: checkpoint that is to come out.
     """
-    with Watchdog(place.rank, recipe.run.watchdog) as watchdog:
-        engine = start_engine(recipe, place)
-        connect_processes(engine, place, store)
-        folder.check_shared(place.rank)
-        corpus, _, _ = open_on_all_ranks(recipe, fingerprint, place)
-        trainer, _ = make_trainer(recipe, engine, corpus, place, first)
+    with Watchdog(rank.rank, recipe.run.watchdog) as watchdog:
+        engine = start_engine(recipe, rank)
+        connect_processes(engine, rank, store)
+        folder.check_shared(rank.rank)
+        corpus, _, _ = open_on_all_ranks(recipe, fingerprint, rank)
+        trainer, _ = make_trainer(recipe, engine, corpus, rank, first)
         wrong = _compare(trainer, newest, read_ledger(folder.ledger), watchdog)
         # Together, since torchrun stops the other ranks, the first one too, when one has ended with an error.
-        all_ranks(lambda: _say(wrong, folder, first, newest) if place.rank == 0 else None)
+        all_ranks(lambda: _say(wrong, folder, first, newest) if rank.rank == 0 else None)
     dist.destroy_process_group()
     return 1 if wrong else 0
 

@@ -32,7 +32,7 @@ from phi1.train.run.loop import Loop
 from phi1.train.run.preflight import environment_of, open_on_all_ranks, read_again, start_engine
 from phi1.train.run.report import Reached, export, show_completions, show_summary, write_summary
 from phi1.train.runtime.engine import Engine, build_model, connect_processes
-from phi1.train.runtime.launch import Place, RunError, on_signals, say
+from phi1.train.runtime.launch import Rank, RunError, on_signals, say
 from phi1.train.runtime.stop_signals import StopSignals
 from phi1.train.runtime.watchdog import Watchdog
 from phi1.train.step.schedule import schedule_end
@@ -42,14 +42,14 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 
-def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerprint: str,
+def run(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, fingerprint: str,
         checkpoint: Path | None = None) -> str | None:
     """Train from a checkpoint, or from the beginning, to the end.
 
     Args:
         recipe: admitted.
         folder: locked by rank 0.
-        place: this process.
+        rank: this process.
         store: through which the processes find each other.
         fingerprint: of the corpus that rank 0 has read and hashed.
         checkpoint: to go on from.
@@ -61,14 +61,14 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerpri
         RunError: the run cannot go on; every process raises it.
     """
     began = time.monotonic()
-    with Watchdog(place.rank, recipe.run.watchdog, folder.heartbeat if place.rank == 0 else None) as watchdog:
-        loop, found, weights = train(recipe, folder, place, store, fingerprint, checkpoint, watchdog)
+    with Watchdog(rank.rank, recipe.run.watchdog, folder.heartbeat if rank.rank == 0 else None) as watchdog:
+        loop, found, weights = train(recipe, folder, rank, store, fingerprint, checkpoint, watchdog)
     dist.destroy_process_group()
     trainer, held_out, samples, progress = loop.trainer, loop.held_out, loop.samples, loop.progress
     if found is None:
         return (f"stopped by {loop.stop_signals.signal_name or 'a signal'} after step {trainer.finished:,} of "
                 f"{recipe.train.steps:,}, which is saved in {loop.saved}")
-    if place.rank == 0:
+    if rank.rank == 0:
         on_signals(signal.default_int_handler)  # nothing that a stop would have to save is left
         if loop.stop_signals.signal_name:  # since all last agreed to go on
             raise KeyboardInterrupt
@@ -87,22 +87,22 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerpri
     return None
 
 
-def train(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerprint: str, checkpoint: Path | None,
+def train(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, fingerprint: str, checkpoint: Path | None,
           watchdog: Watchdog) -> tuple[Loop, tuple[Figures, float | None] | None, dict[str, Tensor]]:
     """Collective: connect, build, load and train; the loop, what was reached in the end, and the weights on rank 0.
 
     Nothing was reached, and no weights are gathered, where the run was stopped. Until all have built and loaded, there
     is nothing that a stop would have to save, and signals end the process.
     """
-    if place.world_size > 1:  # one that waits for another would not come to a handler in Python
+    if rank.world_size > 1:  # one that waits for another would not come to a handler in Python
         on_signals(signal.SIG_DFL)
-    engine = start_engine(recipe, place)
-    connect_processes(engine, place, store)
-    folder.check_shared(place.rank)
-    corpus, validation, tokenizer = open_on_all_ranks(recipe, fingerprint, place)
-    stop_signals = StopSignals(place, recipe.run.time_limit)
-    with explained(recipe, engine, folder.path, place):
-        trainer, stored = make_trainer(recipe, engine, corpus, place, checkpoint)
+    engine = start_engine(recipe, rank)
+    connect_processes(engine, rank, store)
+    folder.check_shared(rank.rank)
+    corpus, validation, tokenizer = open_on_all_ranks(recipe, fingerprint, rank)
+    stop_signals = StopSignals(rank, recipe.run.time_limit)
+    with explained(recipe, engine, folder.path, rank):
+        trainer, stored = make_trainer(recipe, engine, corpus, rank, checkpoint)
         held_out = HeldOut(validation, tokenizer, recipe.data.seq_len, recipe.eval.sequences)  # waits for all
         on_signals(stop_signals.note)
         samples = Samples(folder.samples, tokenizer, function_headers(held_out.text, recipe.eval.completions),
@@ -113,19 +113,19 @@ def train(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerp
                  "environment": environment_of(recipe, engine)}
         facts |= {key: stored[key] for key in ("best", "due") if key in stored}
         with Progress(recipe.train.steps, trainer.finished, recipe.train.batch_size * recipe.data.seq_len,
-                      silent=place.rank > 0) as progress:
+                      silent=rank.rank > 0) as progress:
             _announce_start(progress, recipe, trainer, stored)
-            ledger = _ledger(folder, recipe, trainer, stop_signals) if place.rank == 0 else None
+            ledger = _ledger(folder, recipe, trainer, stop_signals) if rank.rank == 0 else None
             saver = Saver(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
-            profiler = Profiler(profiled_steps(recipe.run.profile if place.rank == 0 else "", recipe.train.steps),
+            profiler = Profiler(profiled_steps(recipe.run.profile if rank.rank == 0 else "", recipe.train.steps),
                                 folder.path, progress.say, trainer.finished)
             loop = Loop(recipe, folder, trainer, held_out, samples, humaneval, stop_signals, progress, ledger,
-                        place.rank, facts, Utilisation.of_run(recipe, engine), watchdog, saver, profiler, checkpoint)
+                        rank.rank, facts, Utilisation.of_run(recipe, engine), watchdog, saver, profiler, checkpoint)
             found = loop.assess() if loop.run() else None
             profiler.finish()
             if found:
                 watchdog.report("the corpus, read once more")
-                read_again(recipe, fingerprint, place, progress.say)
+                read_again(recipe, fingerprint, rank, progress.say)
         if ledger:
             ledger.close()
         return loop, found, loop.weights() if found else {}
@@ -142,10 +142,10 @@ def weights_of_best(chosen: Path, last: dict[str, Tensor], why: str) -> dict[str
     return weights
 
 
-def make_trainer(recipe: Recipe, engine: Engine, corpus: Corpus, place: Place,
+def make_trainer(recipe: Recipe, engine: Engine, corpus: Corpus, rank: Rank,
                  checkpoint: Path | None) -> tuple[Trainer, dict[str, Any]]:
     """Collective: the trainer, new or as it was saved, and what was noted with it."""
-    layout = Layout.of(recipe.train.batch_size, recipe.train.micro_batch_size, place.rank, place.world_size)
+    layout = Layout.of(recipe.train.batch_size, recipe.train.micro_batch_size, rank.rank, rank.world_size)
     init = None if checkpoint else recipe.model.init
     model = build_model(recipe.phi1_config(), engine, recipe.train.seed, init)
     model.recompute = recipe.train.activations.removeprefix("recompute-")

@@ -13,7 +13,7 @@ from phi1.train.metrics.ledger import Ledger, cut_back, read_ledger
 from phi1.train.metrics.loggers import open_loggers
 from phi1.train.recipe.file import read_recipe
 from phi1.train.run.preflight import check_recipe
-from phi1.train.runtime.launch import Place, RunError
+from phi1.train.runtime.launch import Rank, RunError
 from phi1.train.step.trainer import Outcome
 
 
@@ -167,8 +167,8 @@ def test_wandb_gets_every_tenth_step_and_the_evaluations_and_the_same_run_goes_o
 def test_wandb_that_is_not_installed_is_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RunError, match=r"^run\.wandb needs the package wandb, which is not installed: pip install"):
-        check_recipe(read_recipe(None, {"run.wandb": "true"}), Place())
-    check_recipe(read_recipe(None, {}), Place())
+        check_recipe(read_recipe(None, {"run.wandb": "true"}), Rank())
+    check_recipe(read_recipe(None, {}), Rank())
 
 
 def test_tensorboard_is_written_where_it_is_installed(tmp_path, monkeypatch):

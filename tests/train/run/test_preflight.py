@@ -26,7 +26,7 @@ from phi1.train.run import preflight
 from phi1.train.run import run as run_module
 from phi1.train.run.folder import RunFolder
 from phi1.train.run.preflight import check_untrained, prepare_data
-from phi1.train.runtime.launch import Place, RunError
+from phi1.train.runtime.launch import Rank, RunError
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def admitted(tmp_path, monkeypatch):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
         folder = RunFolder(tmp_path / "run")
         try:
-            return preflight.admit(replaced("checkpoint", resume=resume), folder, Place(attempt=number))
+            return preflight.admit(replaced("checkpoint", resume=resume), folder, Rank(attempt=number))
         finally:
             os.close(folder._lock)
 
@@ -220,7 +220,7 @@ def test_every_process_opens_the_corpus_that_rank_0_has_read(two_corpora, tmp_pa
         monkeypatch.setattr(preflight, name, lambda *_: f"{'0' * 64} step-1 step-2"[:None if prove else 71])
     given = read_recipe(None, {key: str(value) for key, value in TINY.items()} | prove)
     try:
-        line = refusal(pretrain.start_or_resume, given, RunFolder(tmp_path), Place())
+        line = refusal(pretrain.start_or_resume, given, RunFolder(tmp_path), Rank())
     finally:
         torch.distributed.destroy_process_group()
     assert "another corpus has taken its place since the run began (fingerprint 000000000000, now" in line
@@ -230,15 +230,15 @@ def test_a_corpus_that_changes_while_it_is_trained_on_is_named_at_the_end(place,
     shutil.copytree(place / "data", "data")
     given, said = read_recipe(None, {key: str(value) for key, value in TINY.items()}), []
     fingerprint = read_manifest(Path("data"))["fingerprint"]
-    preflight.read_again(given, fingerprint, Place(), said.append)
+    preflight.read_again(given, fingerprint, Rank(), said.append)
     assert said == []
     shard = Path("data/train-00000.bin")
     content = bytearray(shard.read_bytes())
     content[-100] ^= 1
     shard.write_bytes(content)
-    preflight.read_again(given, fingerprint, Place(1, 2, 1, 2), said.append)
+    preflight.read_again(given, fingerprint, Rank(1, 2, 1, 2), said.append)
     assert said == [], "another process of this machine reads"
-    preflight.read_again(given, fingerprint, Place(), said.append)
+    preflight.read_again(given, fingerprint, Rank(), said.append)
     assert len(said) == 1
     assert said[0].startswith("warning: the corpus has changed since the run began, and may have been read like that: "
                               "data/train-00000.bin: damaged: its content hash is wrong: block ")

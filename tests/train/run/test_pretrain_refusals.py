@@ -10,7 +10,7 @@ from training_runs import FUNCTION, error_line, run, steps, train, weights
 
 from phi1.train.data.batch_plan import Layout
 from phi1.train.prepare.prepare import prepare
-from phi1.train.runtime.launch import Place, RunError
+from phi1.train.runtime.launch import Rank, RunError
 
 BEFORE_ANYTHING = {  # refused for what the command line says; no run folder appears
     "unknown key": ({"train.step": 3}, "'train.step' is not a key; the nearest is train.steps"),
@@ -101,9 +101,9 @@ def test_a_world_that_does_not_divide_the_batch_is_told_what_would():
 
 def test_a_place_names_the_command_that_started_it(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train/pretrain.py"])
-    assert Place().command("--x 1") == "python train/pretrain.py --x 1"
-    nodes = Place(world_size=4, local_world_size=2, launcher=1)
+    assert Rank().command("--x 1") == "python train/pretrain.py --x 1"
+    nodes = Rank(world_size=4, local_world_size=2, launcher=1)
     assert nodes.command("--x 1") == ("torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:PORT "
                                       "--nproc-per-node 2 train/pretrain.py --x 1")
-    four = Place(world_size=4, local_world_size=4, launcher=1)
+    four = Rank(world_size=4, local_world_size=4, launcher=1)
     assert four.command("--x 1") == "torchrun --standalone --nproc-per-node 4 train/pretrain.py --x 1"

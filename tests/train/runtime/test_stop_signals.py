@@ -23,7 +23,7 @@ from phi1.train.evaluate.validation import Figures
 from phi1.train.recipe.file import read_recipe
 from phi1.train.run import run as run_module
 from phi1.train.run.folder import RunFolder
-from phi1.train.runtime.launch import Place
+from phi1.train.runtime.launch import Rank
 from phi1.train.runtime.stop_signals import StopSignals, _age
 
 
@@ -41,9 +41,9 @@ def test_the_time_limit_counts_from_the_launch(alone):
     process.communicate(b"\n")
     assert _age(process.pid) == 0.0  # gone, so that the system does not say
     minutes = _age(os.getpid()) / 60
-    assert not StopSignals(Place()).agreed_to_stop()
-    assert not StopSignals(Place(), minutes + 1).agreed_to_stop()
-    over = StopSignals(Place(), minutes / 2)
+    assert not StopSignals(Rank()).agreed_to_stop()
+    assert not StopSignals(Rank(), minutes + 1).agreed_to_stop()
+    over = StopSignals(Rank(), minutes / 2)
     assert over.agreed_to_stop()
     assert over.signal_name == "run.time_limit"
 
@@ -103,7 +103,7 @@ def test_a_signal_in_the_export_interrupts_it(tmp_path, monkeypatch, signalled):
     monkeypatch.setattr(run_module, "export", export)
     try:
         with pytest.raises(KeyboardInterrupt):  # main's to say
-            run_module.run(read_recipe(None, {}), RunFolder(tmp_path), Place(), None, None)
+            run_module.run(read_recipe(None, {}), RunFolder(tmp_path), Rank(), None, None)
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

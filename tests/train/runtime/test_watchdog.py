@@ -21,7 +21,7 @@ from phi1.train.run.folder import RunFolder
 from phi1.train.runtime import provenance
 from phi1.train.runtime import watchdog as watch_module
 from phi1.train.runtime.engine import Engine
-from phi1.train.runtime.launch import Place, RunError
+from phi1.train.runtime.launch import Rank, RunError
 from phi1.train.runtime.provenance import changed, commit, versions
 from phi1.train.runtime.watchdog import HUNG, Watchdog
 
@@ -78,7 +78,7 @@ def test_a_heartbeat_that_cannot_be_written_does_not_matter(tmp_path):
 def test_a_process_that_hangs_ends_with_its_stack():
     code = ("import sys, time\nsys.argv = ['train/finetune.py']\nfrom phi1.train.runtime.watchdog import Watchdog\n"
             "def wait_for_nothing():\n    time.sleep(60)\n"
-            "watchdog = Watchdog(1, 0.3)\nwatch.report('step 2')\nwith watchdog:\n    wait_for_nothing()\n")
+            "watchdog = Watchdog(1, 0.3)\nwatchdog.report('step 2')\nwith watchdog:\n    wait_for_nothing()\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == HUNG
     assert done.stderr.startswith("finetune: error: rank 1 has been in step 2 for ")
@@ -117,7 +117,7 @@ def test_a_process_that_hangs_before_the_first_step_is_found(tmp_path, monkeypat
     threads = torch.get_num_threads()
     try:
         with pytest.raises(RunError, match="enough"):
-            run_module.run(recipe, folder, Place(), None, None)
+            run_module.run(recipe, folder, Rank(), None, None)
     finally:
         torch.set_num_threads(threads)
     assert said
