@@ -32,7 +32,7 @@ from phi1.bench.gpu.step_memory import StepMemory
 from phi1.bench.harness import files
 from phi1.bench.harness.environment import environment
 from phi1.gpus import gpu_named
-from phi1.train.data.batch_plan import Layout
+from phi1.train.data.batch_plan import BatchPlan
 from phi1.train.recipe.recipe import Train
 from phi1.train.runtime import engine
 from phi1.train.runtime.launch import Rank, connect, leave
@@ -85,7 +85,7 @@ class Training:
         # A batch is far smaller than phi-1's 1024 sequences, and so is the rate.
         train = replace(Train(), batch_size=1, lr=3e-4, warmup_steps=size.steps // 3, steps=size.steps,
                         loss_scale_window=200)
-        self.trainer = Trainer(self.model, train, size.tokens, corpus, Layout.of(1, 1, 0, 1), self.machine)
+        self.trainer = Trainer(self.model, train, size.tokens, corpus, BatchPlan.of(1, 1, 0, 1), self.machine)
         self.micro_batch = 1
         self.memory = StepMemory(self.model) if self.machine.device.type == "cuda" else None
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 
 from phi1.gpus import Gpu
-from phi1.train.data.batch_plan import Layout
+from phi1.train.data.batch_plan import BatchPlan
 from phi1.train.plan.plan import FRAGMENTATION, GIB, Cluster, largest_micro_batch, memory, memory_lines
 from phi1.train.recipe.recipe import Recipe
 from phi1.train.runtime.engine import Engine, peak_memory_gib
@@ -46,7 +46,7 @@ def is_shortage(error: Exception) -> bool:
 
 
 def _explanation(recipe: Recipe, engine: Engine, stem: Path, rank: Rank, error: Exception) -> str:
-    micro_batch = Layout.of(recipe.train.batch_size, recipe.train.micro_batch_size, rank.rank,
+    micro_batch = BatchPlan.of(recipe.train.batch_size, recipe.train.micro_batch_size, rank.rank,
                             rank.world_size).micro_batch
     has, on_gpu = _memory_gib(engine), engine.device.type == "cuda"
     recipe = replace(recipe, train=replace(recipe.train, precision=cast(Any, engine.precision)))

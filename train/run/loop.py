@@ -192,7 +192,7 @@ class Loop:
     def evaluate(self) -> Figures | None:
         """Collective: figures on the held-out text; None if a stop was asked for meanwhile."""
         trainer = self.trainer
-        figures = self.held_out.evaluate(trainer.model, trainer.engine, self.rank, trainer.layout.micro_batch,
+        figures = self.held_out.evaluate(trainer.model, trainer.engine, self.rank, trainer.batch_plan.micro_batch,
                                          lambda: self._stop(f"the evaluation after step {trainer.finished}"))
         if figures:
             self._note(lambda ledger: ledger.evaluation(trainer.finished, figures.as_dict()))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi1.tokenizer import Tokenizer
 from phi1.train.checkpoint.files import Notes, checkpoints, choose, remove_after, step_of
-from phi1.train.data.batch_plan import Layout
+from phi1.train.data.batch_plan import BatchPlan
 from phi1.train.data.corpus import Corpus, open_corpus
 from phi1.train.data.shards import MANIFEST, read_manifest
 from phi1.train.metrics.ledger import has_saved, read_ledger
@@ -42,7 +42,7 @@ def check_recipe(recipe: Recipe, rank: Rank) -> None:
         RunError: values that do not go together.
     """
     config, train, data = recipe.phi1_config(), recipe.train, recipe.data
-    Layout.of(train.batch_size, train.micro_batch_size, rank.rank, rank.world_size)
+    BatchPlan.of(train.batch_size, train.micro_batch_size, rank.rank, rank.world_size)
     rank.shard_group(recipe.run.shard_group)
     profiled_steps(recipe.run.profile, train.steps)
     if data.seq_len > config.max_position_embeddings:

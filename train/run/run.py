@@ -15,7 +15,7 @@ from phi1.train.checkpoint.best import Standing
 from phi1.train.checkpoint.checkpoint import Saver, load_checkpoint
 from phi1.train.checkpoint.convert import read_weights
 from phi1.train.checkpoint.files import checkpoint_name
-from phi1.train.data.batch_plan import Layout
+from phi1.train.data.batch_plan import BatchPlan
 from phi1.train.data.corpus import Corpus
 from phi1.train.evaluate.humaneval import HumanEval
 from phi1.train.evaluate.samples import Samples, function_headers
@@ -145,11 +145,11 @@ def weights_of_best(chosen: Path, last: dict[str, Tensor], why: str) -> dict[str
 def make_trainer(recipe: Recipe, engine: Engine, corpus: Corpus, rank: Rank,
                  checkpoint: Path | None) -> tuple[Trainer, dict[str, Any]]:
     """Collective: the trainer, new or as it was saved, and what was noted with it."""
-    layout = Layout.of(recipe.train.batch_size, recipe.train.micro_batch_size, rank.rank, rank.world_size)
+    batch_plan = BatchPlan.of(recipe.train.batch_size, recipe.train.micro_batch_size, rank.rank, rank.world_size)
     init = None if checkpoint else recipe.model.init
     model = build_model(recipe.phi1_config(), engine, recipe.train.seed, init)
     model.recompute = recipe.train.activations.removeprefix("recompute-")
-    trainer = Trainer(model, recipe.train, recipe.data.seq_len, corpus, layout, engine)
+    trainer = Trainer(model, recipe.train, recipe.data.seq_len, corpus, batch_plan, engine)
     return trainer, load_checkpoint(trainer, checkpoint) if checkpoint else {}
 
 

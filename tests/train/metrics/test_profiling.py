@@ -72,7 +72,7 @@ from phi1.train.step.trainer import Trainer
 whole = Trainer.run_step
 
 def run_step(self):
-    if self.finished == 2 and self.layout.rank in RANKS:
+    if self.finished == 2 and self.batch_plan.rank in RANKS:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     return whole(self)
 

@@ -12,7 +12,7 @@ from training_runs import in_processes, save_checkpoint
 
 from phi1.config import preset
 from phi1.train.checkpoint.checkpoint import gather_weights, load_checkpoint
-from phi1.train.data.batch_plan import Layout
+from phi1.train.data.batch_plan import BatchPlan
 from phi1.train.data.corpus import open_corpus
 from phi1.train.recipe.recipe import Train
 from phi1.train.runtime import engine as engine_module
@@ -31,9 +31,9 @@ def make_trainer(rank, store, data, micro_batch, precision="fp32", **sharding):
     engine = engine_module.start(rank, "cpu", precision, 1, **sharding)
     if not dist.is_initialized():
         engine_module.connect_processes(engine, rank, store)
-    layout = Layout.of(TRAIN.batch_size, micro_batch, rank.rank, rank.world_size)
+    batch_plan = BatchPlan.of(TRAIN.batch_size, micro_batch, rank.rank, rank.world_size)
     model = engine_module.build_model(CONFIG, engine, seed=1)
-    return Trainer(model, TRAIN, 32, open_corpus(data, verify=False), layout, engine)
+    return Trainer(model, TRAIN, 32, open_corpus(data, verify=False), batch_plan, engine)
 
 
 class Collectives(TorchDispatchMode):

@@ -16,7 +16,7 @@ from torch.distributed import HashStore
 from training_runs import SCRIPT, start, steps, train, weights
 
 from phi1.train import pretrain
-from phi1.train.data.batch_plan import Layout, micro_batches, samples_of_step
+from phi1.train.data.batch_plan import BatchPlan, micro_batches, samples_of_step
 from phi1.train.data.corpus import Corpus
 from phi1.train.data.shards import Shard, ShardHeader
 from phi1.train.evaluate.validation import Figures
@@ -117,10 +117,10 @@ def test_the_data_are_positioned_at_any_step_within_a_second(tmp_path):
     (tmp_path / "shard").write_bytes(header.pack())
     os.truncate(tmp_path / "shard", header.header_bytes + 2 * n_tokens)  # 14 GB that take no room
     corpus = Corpus(tmp_path, "train", "", n_tokens, 0, 51200, 50256, (Shard(tmp_path / "shard", "0" * 64),))
-    layout = Layout.of(batch, 16, 3, 8)
+    batch_plan = BatchPlan.of(batch, 16, 3, 8)
     began = time.process_time()  # of this process: what else the machine does has no part in it
     samples = samples_of_step(24_000, batch, 1, corpus.n_samples(seq_len))
-    _, rows = next(micro_batches(corpus, samples, layout, seq_len))
+    _, rows = next(micro_batches(corpus, samples, batch_plan, seq_len))
     assert time.process_time() - began < 1
     assert rows.shape == (16, seq_len + 1)
     assert len(set(samples.tolist())) == batch
