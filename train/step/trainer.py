@@ -21,7 +21,7 @@ from phi1.train.data.prefetch import Batch, Prefetch
 from phi1.train.recipe.recipe import Train
 from phi1.train.runtime.engine import Engine, all_sum, set_last_micro_step
 from phi1.train.runtime.launch import RunError
-from phi1.train.step.grad_scaler import LossScale
+from phi1.train.step.grad_scaler import GradScaler
 from phi1.train.step.nonfinite import find_nonfinite
 from phi1.train.step.schedule import learning_rate
 
@@ -78,7 +78,7 @@ class Trainer:
         self.model, self.train, self.seq_len, self.corpus = model, train, seq_len, corpus
         self.batch_plan, self.engine = batch_plan, engine
         self.optimizer = make_optimizer(model, train)
-        self.scaler = LossScale(train, enabled=engine.precision == "fp16")
+        self.scaler = GradScaler(train, enabled=engine.precision == "fp16")
         self.n_samples = corpus.n_samples(seq_len)
         self._prefetch = Prefetch(self._read, engine.device)
         self.finished = self.skipped = 0
