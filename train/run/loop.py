@@ -18,7 +18,7 @@ from phi1.train.evaluate.humaneval import HumanEval
 from phi1.train.evaluate.samples import Samples
 from phi1.train.evaluate.validation import Figures, HeldOut
 from phi1.train.metrics.ledger import Ledger
-from phi1.train.metrics.mfu import Utilisation
+from phi1.train.metrics.mfu import Mfu
 from phi1.train.metrics.profiling import Profiler
 from phi1.train.metrics.progress import Progress
 from phi1.train.recipe.recipe import Recipe
@@ -48,7 +48,7 @@ class Loop:
         rank: this process's.
         facts: JSON values that go into each checkpoint; "best" is the best step until now whose checkpoint is there,
             "due" is there if what follows the step has been stopped, with the loss if that was found before.
-        utilisation: turns speed into MFU.
+        mfu: turns speed into MFU.
         watchdog: told what begins.
         saver: writes checkpoints.
         profiler: records some steps.
@@ -66,7 +66,7 @@ class Loop:
     ledger: Ledger | None
     rank: int
     facts: dict[str, Any]
-    utilisation: Utilisation
+    mfu: Mfu
     watchdog: Watchdog
     saver: Saver
     profiler: Profiler
@@ -219,7 +219,7 @@ class Loop:
         seconds = time.perf_counter() - started
         speed = self.progress.tokens / seconds
         measured = {"tokens_per_s": speed, "seconds": seconds, "memory_gib": peak_memory_gib(trainer.engine),
-                    **self.utilisation.of(speed)}
+                    **self.mfu.of(speed)}
         self.progress.step(outcome.step, outcome.loss, seconds)
         self._note(lambda ledger: ledger.step(outcome, measured))
         if outcome.skipped:

@@ -22,7 +22,7 @@ from phi1.train.evaluate.samples import Samples, function_headers
 from phi1.train.evaluate.validation import Figures, HeldOut, xz_bits_per_byte
 from phi1.train.metrics.ledger import Ledger
 from phi1.train.metrics.loggers import open_loggers
-from phi1.train.metrics.mfu import Utilisation
+from phi1.train.metrics.mfu import Mfu
 from phi1.train.metrics.profiling import Profiler, profiled_steps
 from phi1.train.metrics.progress import Progress
 from phi1.train.plan.out_of_memory import explained
@@ -120,7 +120,7 @@ def train(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, fingerpri
             profiler = Profiler(profiled_steps(recipe.run.profile if rank.rank == 0 else "", recipe.train.steps),
                                 folder.path, progress.say, trainer.finished)
             loop = Loop(recipe, folder, trainer, held_out, samples, humaneval, stop_signals, progress, ledger,
-                        rank.rank, facts, Utilisation.of_run(recipe, engine), watchdog, saver, profiler, checkpoint)
+                        rank.rank, facts, Mfu.of_run(recipe, engine), watchdog, saver, profiler, checkpoint)
             found = loop.assess() if loop.run() else None
             profiler.finish()
             if found:

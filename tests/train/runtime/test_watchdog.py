@@ -14,7 +14,7 @@ import torch
 from training_runs import wait_until
 
 import phi1.kernels
-from phi1.train.metrics.mfu import Utilisation
+from phi1.train.metrics.mfu import Mfu
 from phi1.train.recipe.file import read_recipe
 from phi1.train.run import run as run_module
 from phi1.train.run.folder import RunFolder
@@ -180,9 +180,9 @@ def test_a_repository_around_an_installation_is_not_its_commit(tmp_path, monkeyp
 def test_mfu_of_a_known_gpu_and_of_none(monkeypatch, precision, expected):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     engine = Engine(torch.device("cuda", 0), precision, 1, 8)
-    found = Utilisation.of_run(BASE, engine).of(8 * 0.505 * 312e12 / 9.0884e9)
+    found = Mfu.of_run(BASE, engine).of(8 * 0.505 * 312e12 / 9.0884e9)
     assert found["mfu"] == pytest.approx(expected, rel=1e-3)
     assert found["mfu_causal"] == pytest.approx(expected * 8.484 / 9.088, rel=1e-3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    assert Utilisation.of_run(BASE, engine).of(1e5) == {}
-    assert Utilisation.of_run(BASE, Engine(torch.device("cpu"), "fp32", 2, 1)).of(1e5) == {}
+    assert Mfu.of_run(BASE, engine).of(1e5) == {}
+    assert Mfu.of_run(BASE, Engine(torch.device("cpu"), "fp32", 2, 1)).of(1e5) == {}
