@@ -30,37 +30,6 @@ if TYPE_CHECKING:  # what takes long to import is imported by main, where Ctrl-C
     from phi1.train.recipe.recipe import Recipe
     from phi1.train.run.folder import RunFolder
 
-SHORT = {"prove-resume": "run.prove_resume", "profile": "run.profile"}
-
-
-def parse(arguments: list[str], file: Path | None = None) -> Recipe | None:
-    """The recipe that the command line asks for, by default the one in `file`; None if it asks for help.
-
-    Raises:
-        RunError: not understood.
-    """
-    from phi1.train.recipe.file import read_recipe, unknown
-    from phi1.train.recipe.recipe import KEYS
-
-    overrides: dict[str, str] = {}
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if word in ("-h", "--help"):
-            return None
-        if not word.startswith("--"):
-            raise RunError(f"{word!r} is not understood: give --config FILE.toml or --section.key value")
-        key, equals, value = ("--run.bitwise=true" if word == "--bitwise" else word)[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise RunError(f"{word} needs a value" if SHORT.get(key, key) in (*KEYS, "config") else unknown(key))
-            value = rest.pop(0)
-        if key == "config":
-            file = Path(value)
-        else:
-            overrides[SHORT.get(key, key)] = value
-    return read_recipe(file, overrides)
-
 
 def main(file: Path | None = None, purpose: str | None = __doc__) -> int:  # type: ignore[return]  # see stop_with
     """Run the command line. `file` is the recipe without --config, the nano run's if None; `purpose` heads --help."""
@@ -69,6 +38,8 @@ def main(file: Path | None = None, purpose: str | None = __doc__) -> int:  # typ
     folder: RunFolder | None = None
     try:
         rank = Rank.from_environment()
+        from phi1.train.recipe.command_line import parse
+
         recipe = parse(sys.argv[1:], file)
 
         from phi1.train.recipe.file import show_help

@@ -8,14 +8,13 @@ from pathlib import Path
 from phi1.gpus import GPUS
 from phi1.train.plan.measured import measured_mfu
 from phi1.train.plan.plan import ASSUMED_MFU, Cluster, report
+from phi1.train.recipe.command_line import parse
 from phi1.train.recipe.recipe import Recipe
 from phi1.train.runtime.launch import Rank, RunError
 
 
 def main(argv: list[str], parser_class: type) -> int:
     """The command."""
-    from phi1.train.pretrain import parse
-
     parser = parser_class("phi1 plan", "What a run needs: memory of each GPU, time, cost. Nothing is run.\n\n"
                           "Any key of the recipe may follow as --section.key value, as for train/pretrain.py.")
     parser.add_argument("--config", type=Path, default=Path(__file__).parents[1] / "configs" / "phi1-base.toml",
