@@ -75,7 +75,7 @@ def main(file: Path | None = None, purpose: str | None = __doc__) -> int:  # typ
 
 def start_or_resume(recipe: Recipe, folder: RunFolder, rank: Rank) -> int:
     """Rank 0 admits the run and prepares its data, and then all processes run it."""
-    from phi1.train.run.preflight import COMPLETE, admit, admit_proof
+    from phi1.train.run.start import COMPLETE, admit, admit_proof
 
     word = ""
     if rank.rank == 0:

@@ -27,10 +27,11 @@ from phi1.train.metrics.profiling import Profiler, profiled_steps
 from phi1.train.metrics.progress import Progress
 from phi1.train.plan.out_of_memory import explained
 from phi1.train.recipe.recipe import Recipe
-from phi1.train.run.folder import RunFolder, defining, notes
+from phi1.train.run.corpus import open_on_all_ranks, read_again
+from phi1.train.run.folder import RunFolder
 from phi1.train.run.loop import Loop
-from phi1.train.run.preflight import environment_of, open_on_all_ranks, read_again, start_engine
 from phi1.train.run.report import Reached, export, show_completions, show_summary, write_summary
+from phi1.train.run.resume import defining, environment_of, notes, start_engine
 from phi1.train.runtime.engine import Engine, build_model, connect_processes
 from phi1.train.runtime.launch import Rank, RunError, on_signals, say
 from phi1.train.runtime.stop_signals import StopSignals

@@ -13,8 +13,8 @@ from training_runs import command
 from phi1.train.metrics.ledger import Ledger
 from phi1.train.metrics.progress import Progress
 from phi1.train.recipe.file import read_recipe, show_help
+from phi1.train.run.corpus import prepare_data
 from phi1.train.run.folder import RunFolder
-from phi1.train.run.preflight import prepare_data
 from phi1.train.run.report import Reached, show_complete, show_summary
 from phi1.train.run.run import weights_of_best
 from phi1.train.runtime import launch

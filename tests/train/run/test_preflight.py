@@ -22,10 +22,12 @@ from phi1.train.prepare.prepare import prepare
 from phi1.train.prepare.workspace import workspace
 from phi1.train.recipe.file import read_recipe
 from phi1.train.recipe.recipe import Model, Recipe, Train
-from phi1.train.run import preflight
+from phi1.train.run import corpus as run_corpus
+from phi1.train.run import preflight, start
 from phi1.train.run import run as run_module
+from phi1.train.run.corpus import prepare_data
 from phi1.train.run.folder import RunFolder
-from phi1.train.run.preflight import check_untrained, prepare_data
+from phi1.train.run.preflight import check_untrained
 from phi1.train.runtime.launch import Rank, RunError
 
 
@@ -99,14 +101,14 @@ def admitted(tmp_path, monkeypatch):
         path = write_files(checkpoints / f"step-{step}", {"trainer.json": json.dumps({"step": step, "data": "0"})})
         write_manifest(path, {"trainer.json": describe(path / "trainer.json")})
     for name in ("check_continues", "start_engine", "environment_of", "prepare_data"):
-        monkeypatch.setattr(preflight, name, lambda *_: None)
-    monkeypatch.setattr(preflight, "open_data", lambda *_: (SimpleNamespace(fingerprint="0"), None, None))
+        monkeypatch.setattr(start, name, lambda *_: None)
+    monkeypatch.setattr(start, "open_data", lambda *_: (SimpleNamespace(fingerprint="0"), None, None))
 
     def attempt(number, resume="step-20", launch="a"):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
         folder = RunFolder(tmp_path / "run")
         try:
-            return preflight.admit(replaced("checkpoint", resume=resume), folder, Rank(attempt=number))
+            return start.admit(replaced("checkpoint", resume=resume), folder, Rank(attempt=number))
         finally:
             os.close(folder._lock)
 
@@ -140,7 +142,7 @@ def test_a_restart_goes_back_where_the_attempt_before_did_not_come_so_far(admitt
     if earlier:  # another launch, perhaps of the same name, that has gone back as well
         assert admitted(0, "step-30", launch=earlier) == "0 step-30"
     with monkeypatch.context() as patch:
-        patch.setattr(preflight, dies_in, dies)
+        patch.setattr(start, dies_in, dies)
         assert refusal(admitted, 0) == "killed"
     for number in (1, 2):
         assert admitted(number) == "0 step-20"
@@ -200,13 +202,13 @@ def test_a_corpus_that_takes_anothers_place_while_it_is_opened_is_refused(two_co
             return call(*args, **options)
         return swap_before
 
-    monkeypatch.setattr(preflight, "open_corpus", counted(preflight.open_corpus))
+    monkeypatch.setattr(run_corpus, "open_corpus", counted(run_corpus.open_corpus))
     monkeypatch.setattr(Corpus, "load_tokenizer", counted(Corpus.load_tokenizer))
-    monkeypatch.setattr(preflight, "read_manifest", counted(preflight.read_manifest))
+    monkeypatch.setattr(run_corpus, "read_manifest", counted(run_corpus.read_manifest))
     if moment == 0 and not verified:
-        assert preflight.open_data(given)[0].fingerprint == other
+        assert run_corpus.open_data(given)[0].fingerprint == other
     else:
-        assert refusal(preflight.open_data, given, one if verified else None) == (
+        assert refusal(run_corpus.open_data, given, one if verified else None) == (
             f"data.folder data: another corpus has taken its place since the run began (fingerprint {one[:12]}, now "
             f"{other[:12]}); give the same command again")
     assert len(calls) == 4
@@ -217,7 +219,7 @@ def test_every_process_opens_the_corpus_that_rank_0_has_read(two_corpora, tmp_pa
     monkeypatch.setattr(pretrain, "on_signals", lambda *_: None)
     monkeypatch.setattr(run_module, "on_signals", lambda *_: None)
     for name in ("admit", "admit_proof"):
-        monkeypatch.setattr(preflight, name, lambda *_: f"{'0' * 64} step-1 step-2"[:None if prove else 71])
+        monkeypatch.setattr(start, name, lambda *_: f"{'0' * 64} step-1 step-2"[:None if prove else 71])
     given = read_recipe(None, {key: str(value) for key, value in TINY.items()} | prove)
     try:
         line = refusal(pretrain.start_or_resume, given, RunFolder(tmp_path), Rank())
@@ -230,15 +232,15 @@ def test_a_corpus_that_changes_while_it_is_trained_on_is_named_at_the_end(place,
     shutil.copytree(place / "data", "data")
     given, said = read_recipe(None, {key: str(value) for key, value in TINY.items()}), []
     fingerprint = read_manifest(Path("data"))["fingerprint"]
-    preflight.read_again(given, fingerprint, Rank(), said.append)
+    run_corpus.read_again(given, fingerprint, Rank(), said.append)
     assert said == []
     shard = Path("data/train-00000.bin")
     content = bytearray(shard.read_bytes())
     content[-100] ^= 1
     shard.write_bytes(content)
-    preflight.read_again(given, fingerprint, Rank(1, 2, 1, 2), said.append)
+    run_corpus.read_again(given, fingerprint, Rank(1, 2, 1, 2), said.append)
     assert said == [], "another process of this machine reads"
-    preflight.read_again(given, fingerprint, Rank(), said.append)
+    run_corpus.read_again(given, fingerprint, Rank(), said.append)
     assert len(said) == 1
     assert said[0].startswith("warning: the corpus has changed since the run began, and may have been read like that: "
                               "data/train-00000.bin: damaged: its content hash is wrong: block ")
