@@ -74,31 +74,29 @@ def main(file: Path | None = None, purpose: str | None = __doc__) -> int:  # typ
 
 
 def start_or_resume(recipe: Recipe, folder: RunFolder, rank: Rank) -> int:
-    """Rank 0 admits the run and prepares its data, and then all processes run it."""
-    from phi1.train.run.start import COMPLETE, admit, admit_proof
+    """Rank 0 decides what the run starts from and prepares its data, and then all processes run it."""
+    from phi1.train.run.start import Start, start_replay, start_run
 
-    word = ""
+    replays, start = recipe.run.prove_resume > 0, Start()
     if rank.rank == 0:
         # Stopped here, the preparation clears up after itself; later on StopSignals listens.
         on_signals(signal.default_int_handler)
-        word = (admit_proof if recipe.run.prove_resume else admit)(recipe, folder, rank)
-        if rank.world_size == 1 and word == COMPLETE:
+        start = (start_replay if replays else start_run)(recipe, folder, rank)
+        if rank.world_size == 1 and start.complete:
             return 0
     store = connect(rank)
-    word = announce(store, rank, word)
-    if word == COMPLETE:
+    start = Start.from_json(announce(store, rank, start.to_json()))
+    if start.complete:
         return 0
 
-    fingerprint, *names = word.split()
-    chosen = [folder.checkpoints / name for name in names]
-    if recipe.run.prove_resume:
-        from phi1.train.run.replay import prove
+    if replays:
+        from phi1.train.run.replay import replay
 
-        return prove(recipe, folder, rank, store, fingerprint, *chosen)
+        return replay(recipe, folder, rank, store, start)
 
     from phi1.train.run.run import run  # only now, since it imports torch
 
-    stopped = run(recipe, folder, rank, store, fingerprint, *chosen)
+    stopped = run(recipe, folder, rank, store, start)
     if stopped and rank.rank == 0:
         say(f"{stopped}; go on with: {rank.command(f'--config {shlex.quote(str(folder.config))}')}")
     return 0

@@ -14,12 +14,10 @@ import secrets
 import socket
 import time
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from phi1.train.checkpoint.files import LEDGER, give_back
-from phi1.train.recipe.recipe import Recipe
 from phi1.train.runtime.launch import RunError
 
 NETWORK_SECONDS = 10  # until a file that one machine has made is seen by the others
@@ -114,19 +112,22 @@ class RunFolder:
                     (self.path / ".lock").unlink()
                     self.path.rmdir()
 
-    def store(self, recipe: Recipe, launch: str = "") -> None:
-        """Write config.toml, if it says something new. Raises RunError if it cannot be written.
+    def store(self, recipe: str, launch: str | None = None) -> None:
+        """Write config.toml, if it says something new.
 
-        To go on from an older checkpoint is meant once: not that is stored, but which launch of torchrun has done it.
+        Args:
+            recipe: the file's text.
+            launch: the launch of torchrun that goes back to an older checkpoint; None if it does not.
+
+        Raises:
+            RunError: it cannot be written.
         """
-        goes_back = recipe.checkpoint.resume != "auto"
-        recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, resume="auto"))
-        text, temporary = recipe.to_toml(), self.config.with_suffix(".tmp")
+        temporary = self.config.with_suffix(".tmp")
         try:
-            if goes_back:
+            if launch is not None:
                 self.went_back.write_text(launch, encoding="utf-8")
-            if not self.config.exists() or self.config.read_text(encoding="utf-8") != text:
-                temporary.write_text(text, encoding="utf-8")
+            if not self.config.exists() or self.config.read_text(encoding="utf-8") != recipe:
+                temporary.write_text(recipe, encoding="utf-8")
                 temporary.replace(self.config)
         except OSError as error:
             raise RunError(f"{self.config} cannot be written: {error.strerror}") from None

@@ -22,6 +22,7 @@ from phi1.train.run.corpus import open_on_all_ranks
 from phi1.train.run.folder import RunFolder
 from phi1.train.run.resume import start_engine
 from phi1.train.run.run import make_trainer
+from phi1.train.run.start import Start
 from phi1.train.runtime.all_ranks import all_ranks
 from phi1.train.runtime.engine import connect_processes
 from phi1.train.runtime.launch import Rank, say
@@ -32,20 +33,18 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 
-def prove(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, fingerprint: str, first: Path,
-          newest: Path) -> int:
+def replay(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: Start) -> int:
     """Run the steps between two checkpoints again, and let rank 0 print the verdict. Returns 0 if all bits agree, or 1.
 
     Args:
-        recipe, folder, rank, store, fingerprint: as for a run.
-        first: checkpoint to begin with.
-        newest: checkpoint that is to come out.
+        recipe, folder, rank, store, start: as for a run.
     """
+    first, newest = (folder.checkpoints / name for name in start.checkpoints)
     with Watchdog(rank.rank, recipe.run.watchdog) as watchdog:
         engine = start_engine(recipe, rank)
         connect_processes(engine, rank, store)
         folder.check_shared(rank.rank)
-        corpus, _, _ = open_on_all_ranks(recipe, fingerprint, rank)
+        corpus, _, _ = open_on_all_ranks(recipe, start.fingerprint, rank)
         trainer, _ = make_trainer(recipe, engine, corpus, rank, first)
         wrong = _compare(trainer, newest, read_ledger(folder.ledger), watchdog)
         # Together, since torchrun stops the other ranks, the first one too, when one has ended with an error.

@@ -32,6 +32,7 @@ from phi1.train.run.folder import RunFolder
 from phi1.train.run.loop import Loop
 from phi1.train.run.report import Reached, export, show_completions, show_summary, write_summary
 from phi1.train.run.resume import defining, environment_of, notes, start_engine
+from phi1.train.run.start import Start
 from phi1.train.runtime.engine import Engine, build_model, connect_processes
 from phi1.train.runtime.launch import Rank, RunError, on_signals, say
 from phi1.train.runtime.stop_signals import StopSignals
@@ -43,8 +44,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 
-def run(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, fingerprint: str,
-        checkpoint: Path | None = None) -> str | None:
+def run(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: Start) -> str | None:
     """Train from a checkpoint, or from the beginning, to the end.
 
     Args:
@@ -52,8 +52,7 @@ def run(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, fingerprint
         folder: locked by rank 0.
         rank: this process.
         store: through which the processes find each other.
-        fingerprint: of the corpus that rank 0 has read and hashed.
-        checkpoint: to go on from.
+        start: the corpus that rank 0 has read and hashed, and the checkpoint to resume from, if any.
 
     Returns:
         None if the run is complete; else where it was stopped, for rank 0 to print.
@@ -63,7 +62,7 @@ def run(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, fingerprint
     """
     began = time.monotonic()
     with Watchdog(rank.rank, recipe.run.watchdog, folder.heartbeat if rank.rank == 0 else None) as watchdog:
-        loop, found, weights = train(recipe, folder, rank, store, fingerprint, checkpoint, watchdog)
+        loop, found, weights = train(recipe, folder, rank, store, start, watchdog)
     dist.destroy_process_group()
     trainer, held_out, samples, progress = loop.trainer, loop.held_out, loop.samples, loop.progress
     if found is None:
@@ -88,7 +87,7 @@ def run(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, fingerprint
     return None
 
 
-def train(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, fingerprint: str, checkpoint: Path | None,
+def train(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: Start,
           watchdog: Watchdog) -> tuple[Loop, tuple[Figures, float | None] | None, dict[str, Tensor]]:
     """Collective: connect, build, load and train; the loop, what was reached in the end, and the weights on rank 0.
 
@@ -100,7 +99,8 @@ def train(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, fingerpri
     engine = start_engine(recipe, rank)
     connect_processes(engine, rank, store)
     folder.check_shared(rank.rank)
-    corpus, validation, tokenizer = open_on_all_ranks(recipe, fingerprint, rank)
+    corpus, validation, tokenizer = open_on_all_ranks(recipe, start.fingerprint, rank)
+    checkpoint = folder.checkpoints / start.checkpoints[0] if start.checkpoints else None
     stop_signals = StopSignals(rank, recipe.run.time_limit)
     with explained(recipe, engine, folder.path, rank):
         trainer, stored = make_trainer(recipe, engine, corpus, rank, checkpoint)
@@ -126,7 +126,7 @@ def train(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, fingerpri
             profiler.finish()
             if found:
                 watchdog.report("the corpus, read once more")
-                read_again(recipe, fingerprint, rank, progress.say)
+                read_again(recipe, start.fingerprint, rank, progress.say)
         if ledger:
             ledger.close()
         return loop, found, loop.weights() if found else {}

@@ -1,8 +1,10 @@
-"""The start of a run: rank 0 takes its folder, chooses what to go on from, and sees that the data are there."""
+"""The start of a run: rank 0 decides what it starts from and prepares its data, and announces that to all ranks."""
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import asdict, dataclass, replace
 
 from phi1.train.checkpoint.files import Notes, checkpoints, choose, remove_after, step_of
 from phi1.train.metrics.ledger import read_ledger
@@ -14,22 +16,38 @@ from phi1.train.run.report import show_complete
 from phi1.train.run.resume import check_bitwise, check_continues, check_data, environment_of, start_engine
 from phi1.train.runtime.launch import Rank, RunError, say
 
-COMPLETE = "complete"
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from."""
+
+    fingerprint: str = ""
+    """The corpus's."""
+    checkpoints: tuple[str, ...] = ()
+    """Their names: the one to resume from, if any; for a replay the first and the last one."""
+    complete: bool = False
+    """Nothing is left to do."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Start:
+        found = json.loads(text)
+        return cls(found["fingerprint"], tuple(found["checkpoints"]), found["complete"])
 
 
-def admit(recipe: Recipe, folder: RunFolder, rank: Rank) -> str:
-    """Rank 0: take the run's folder, choose the checkpoint to go on from, and see that the data are there.
+def start_run(recipe: Recipe, folder: RunFolder, rank: Rank) -> Start:
+    """Rank 0: take the run's folder, choose the checkpoint to resume from, and prepare the data.
 
-    Returns:
-        The fingerprint of the data and, after a blank, the name of the checkpoint if there is one; or COMPLETE, after
-        saying so.
+    A run that is complete is shown, and nothing of it is changed.
 
     Raises:
         RunError: the run cannot start.
     """
     folder.lock()
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    checkpoint = choose(folder.checkpoints, _asked_for(recipe, folder, rank, launch))
+    checkpoint = choose(folder.checkpoints, _asked_for(recipe.checkpoint.resume, folder, rank, launch))
     stored = None
     if checkpoint is None:
         check_untrained(folder)
@@ -40,7 +58,7 @@ def admit(recipe: Recipe, folder: RunFolder, rank: Rank) -> str:
         summary = folder.completed(recipe.train.steps)
         if summary and stored["step"] == recipe.train.steps:
             show_complete(summary, folder, rank)
-            return COMPLETE
+            return Start(complete=True)
     environment = environment_of(recipe, start_engine(recipe, rank))
     if checkpoint and stored and recipe.run.bitwise:
         check_bitwise(checkpoint, stored, environment)
@@ -50,13 +68,12 @@ def admit(recipe: Recipe, folder: RunFolder, rank: Rank) -> str:
         check_data(checkpoint, stored, train)
     for name in remove_after(folder.checkpoints, checkpoint):
         say(f"removed {folder.checkpoints / name}, which lies after {checkpoint and checkpoint.name}")
-    folder.store(recipe, launch)
-    return f"{train.fingerprint} {checkpoint.name}" if checkpoint else train.fingerprint
+    _store(recipe, folder, launch)
+    return Start(train.fingerprint, (checkpoint.name,) if checkpoint else ())
 
 
-def _asked_for(recipe: Recipe, folder: RunFolder, rank: Rank, launch: str) -> str:
-    """What to go on from. A launch goes back to an older checkpoint once; its restarts go on from what came since."""
-    resume = recipe.checkpoint.resume
+def _asked_for(resume: str, folder: RunFolder, rank: Rank, launch: str) -> str:
+    """What to resume from. A launch goes back to an older checkpoint once; its restarts resume from the newest one."""
     if not rank.attempt:
         folder.went_back.unlink(missing_ok=True)  # of an earlier launch: without --standalone all have one name
     elif resume != "auto" and folder.has_gone_back(launch):
@@ -66,15 +83,18 @@ def _asked_for(recipe: Recipe, folder: RunFolder, rank: Rank, launch: str) -> st
     return resume
 
 
-def admit_proof(recipe: Recipe, folder: RunFolder, rank: Rank) -> str:
-    """Rank 0: see that the last `run.prove_resume` steps can be run again here.
+def _store(recipe: Recipe, folder: RunFolder, launch: str) -> None:
+    """Write config.toml. Resuming from an older checkpoint is meant once: not that is stored, but the launch."""
+    goes_back = recipe.checkpoint.resume != "auto"
+    lasting = replace(recipe, checkpoint=replace(recipe.checkpoint, resume="auto"))
+    folder.store(lasting.to_toml(), launch if goes_back else None)
 
-    Returns:
-        The fingerprint of the data and the names of the checkpoint to begin with and of the newest, which is to come
-        out, with blanks between.
+
+def start_replay(recipe: Recipe, folder: RunFolder, rank: Rank) -> Start:
+    """Rank 0: choose the checkpoints between which the last `run.prove_resume` steps are run again.
 
     Raises:
-        RunError: they cannot, or torchrun has restarted a proof that had come to its end.
+        RunError: they cannot be, or torchrun has restarted a replay that had come to its end.
     """
     folder.lock()
     if rank.attempt and folder.not_proven.exists():
@@ -98,4 +118,4 @@ def admit_proof(recipe: Recipe, folder: RunFolder, rank: Rank) -> str:
         check_continues(folder, path, stored, recipe)
         check_bitwise(path, stored, environment)
         check_data(path, stored, train)
-    return f"{train.fingerprint} {before[-1].name} {found[-1].name}"
+    return Start(train.fingerprint, (before[-1].name, found[-1].name))

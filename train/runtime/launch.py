@@ -180,18 +180,18 @@ def connect(rank: Rank) -> Store:
     return PrefixStore(f"phi1/attempt{rank.attempt}", tcp)
 
 
-def announce(store: Store, rank: Rank, word: str) -> str:
-    """Rank 0's word, once all that can be refused has been checked and the data are there, on all processes.
+def announce(store: Store, rank: Rank, decision: str) -> str:
+    """Return rank 0's decision on all processes, once it has checked all that can be refused and prepared the data.
 
     Where rank 0 is gone, the others end quietly, since it has said why.
     """
     if rank.rank == 0:
-        store.set("word", word)
-        return word
+        store.set("start", decision)
+        return decision
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the store to answer
     try:
-        store.wait(["word"], LONGEST_PREPARATION)
-        return store.get("word").decode()
+        store.wait(["start"], LONGEST_PREPARATION)
+        return store.get("start").decode()
     except RuntimeError:  # of which DistStoreError and DistNetworkError are kinds
         time.sleep(GRACE_SECONDS)
         os._exit(2)

@@ -5,11 +5,13 @@ import json
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed import HashStore
 from training_runs import FUNCTION, TINY, write_files
 
 from phi1 import Phi1, save
@@ -23,12 +25,14 @@ from phi1.train.prepare.workspace import workspace
 from phi1.train.recipe.file import read_recipe
 from phi1.train.recipe.recipe import Model, Recipe, Train
 from phi1.train.run import corpus as run_corpus
-from phi1.train.run import preflight, start
+from phi1.train.run import preflight
 from phi1.train.run import run as run_module
+from phi1.train.run import start as start_module
 from phi1.train.run.corpus import prepare_data
 from phi1.train.run.folder import RunFolder
 from phi1.train.run.preflight import check_untrained
-from phi1.train.runtime.launch import Rank, RunError
+from phi1.train.run.start import Start
+from phi1.train.runtime.launch import Rank, RunError, announce
 
 
 @pytest.fixture
@@ -101,14 +105,14 @@ def admitted(tmp_path, monkeypatch):
         path = write_files(checkpoints / f"step-{step}", {"trainer.json": json.dumps({"step": step, "data": "0"})})
         write_manifest(path, {"trainer.json": describe(path / "trainer.json")})
     for name in ("check_continues", "start_engine", "environment_of", "prepare_data"):
-        monkeypatch.setattr(start, name, lambda *_: None)
-    monkeypatch.setattr(start, "open_data", lambda *_: (SimpleNamespace(fingerprint="0"), None, None))
+        monkeypatch.setattr(start_module, name, lambda *_: None)
+    monkeypatch.setattr(start_module, "open_data", lambda *_: (SimpleNamespace(fingerprint="0"), None, None))
 
     def attempt(number, resume="step-20", launch="a"):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
         folder = RunFolder(tmp_path / "run")
         try:
-            return start.admit(replaced("checkpoint", resume=resume), folder, Rank(attempt=number))
+            return start_module.start_run(replaced("checkpoint", resume=resume), folder, Rank(attempt=number))
         finally:
             os.close(folder._lock)
 
@@ -117,20 +121,31 @@ def admitted(tmp_path, monkeypatch):
 
 
 def test_an_older_checkpoint_is_gone_on_from_once(admitted, capsys):
-    assert admitted(0) == "0 step-20"
+    assert admitted(0) == Start("0", ("step-20",))
     assert [path.name for path in sorted(admitted.checkpoints.iterdir())] == ["step-10", "step-20"]
     shutil.copytree(admitted.checkpoints / "step-20", admitted.checkpoints / "step-30")  # the run goes on
     capsys.readouterr()
     for number in (1, 2):
-        assert admitted(number) == "0 step-30"
+        assert admitted(number) == Start("0", ("step-30",))
         assert capsys.readouterr().out == ("note: torchrun has restarted the run, which goes on from its newest "
                                            "checkpoint; step-20 was where it began\n")
     assert read_recipe(admitted.checkpoints.parent / "config.toml", {}) == Recipe()
 
 
+def test_every_process_reads_the_start_that_rank_0_has_announced():
+    for given in (Start("a b", ("step-1", "step-2")), Start(complete=True)):
+        store = HashStore()
+        assert Start.from_json(announce(store, Rank(0, 2), given.to_json())) == given
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            assert Start.from_json(announce(store, Rank(1, 2), "")) == given
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
 def test_what_an_earlier_launch_noted_says_nothing_of_one_whose_first_attempt_noted_nothing(admitted):
-    assert admitted(0, "step-30", launch="b") == "0 step-30"
-    assert admitted(1) == "0 step-20"
+    assert admitted(0, "step-30", launch="b") == Start("0", ("step-30",))
+    assert admitted(1) == Start("0", ("step-20",))
 
 
 @pytest.mark.parametrize("dies_in", ["choose", "prepare_data", "remove_after"])
@@ -140,12 +155,12 @@ def test_a_restart_goes_back_where_the_attempt_before_did_not_come_so_far(admitt
         raise RunError("killed")
 
     if earlier:  # another launch, perhaps of the same name, that has gone back as well
-        assert admitted(0, "step-30", launch=earlier) == "0 step-30"
+        assert admitted(0, "step-30", launch=earlier) == Start("0", ("step-30",))
     with monkeypatch.context() as patch:
-        patch.setattr(start, dies_in, dies)
+        patch.setattr(start_module, dies_in, dies)
         assert refusal(admitted, 0) == "killed"
     for number in (1, 2):
-        assert admitted(number) == "0 step-20"
+        assert admitted(number) == Start("0", ("step-20",))
 
 
 def test_weights_to_start_from_are_of_the_runs_model(tmp_path):
@@ -218,8 +233,8 @@ def test_a_corpus_that_takes_anothers_place_while_it_is_opened_is_refused(two_co
 def test_every_process_opens_the_corpus_that_rank_0_has_read(two_corpora, tmp_path, monkeypatch, prove):
     monkeypatch.setattr(pretrain, "on_signals", lambda *_: None)
     monkeypatch.setattr(run_module, "on_signals", lambda *_: None)
-    for name in ("admit", "admit_proof"):
-        monkeypatch.setattr(start, name, lambda *_: f"{'0' * 64} step-1 step-2"[:None if prove else 71])
+    for name, checkpoints in (("start_run", ("step-1",)), ("start_replay", ("step-1", "step-2"))):
+        monkeypatch.setattr(start_module, name, lambda *_, found=checkpoints: Start("0" * 64, found))
     given = read_recipe(None, {key: str(value) for key, value in TINY.items()} | prove)
     try:
         line = refusal(pretrain.start_or_resume, given, RunFolder(tmp_path), Rank())
@@ -277,8 +292,8 @@ def test_a_place_that_cannot_be_written_is_not_called_full(here):
 
 def test_a_recipe_that_cannot_be_kept_is_one_line(tmp_path):
     folder = RunFolder(tmp_path)
-    folder.store(Recipe())
+    folder.store(Recipe().to_toml())
     (tmp_path / "config.tmp").mkdir()
-    folder.store(Recipe())  # says nothing new
-    line = refusal(folder.store, Recipe(train=Train(steps=7)))
+    folder.store(Recipe().to_toml())  # says nothing new
+    line = refusal(folder.store, Recipe(train=Train(steps=7)).to_toml())
     assert line == f"{tmp_path / 'config.toml'} cannot be written: Is a directory"

@@ -23,6 +23,7 @@ from phi1.train.evaluate.validation import Figures
 from phi1.train.recipe.file import read_recipe
 from phi1.train.run import run as run_module
 from phi1.train.run.folder import RunFolder
+from phi1.train.run.start import Start
 from phi1.train.runtime.launch import Rank
 from phi1.train.runtime.stop_signals import StopSignals, _age
 
@@ -103,7 +104,7 @@ def test_a_signal_in_the_export_interrupts_it(tmp_path, monkeypatch, signalled):
     monkeypatch.setattr(run_module, "export", export)
     try:
         with pytest.raises(KeyboardInterrupt):  # main's to say
-            run_module.run(read_recipe(None, {}), RunFolder(tmp_path), Rank(), None, None)
+            run_module.run(read_recipe(None, {}), RunFolder(tmp_path), Rank(), None, Start())
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

@@ -18,6 +18,7 @@ from phi1.train.metrics.mfu import Mfu
 from phi1.train.recipe.file import read_recipe
 from phi1.train.run import run as run_module
 from phi1.train.run.folder import RunFolder
+from phi1.train.run.start import Start
 from phi1.train.runtime import provenance
 from phi1.train.runtime import watchdog as watch_module
 from phi1.train.runtime.engine import Engine
@@ -117,7 +118,7 @@ def test_a_process_that_hangs_before_the_first_step_is_found(tmp_path, monkeypat
     threads = torch.get_num_threads()
     try:
         with pytest.raises(RunError, match="enough"):
-            run_module.run(recipe, folder, Rank(), None, None)
+            run_module.run(recipe, folder, Rank(), None, Start())
     finally:
         torch.set_num_threads(threads)
     assert said
