@@ -24,7 +24,7 @@ from phi1.kernels.core.checks import (
     shape_of,
 )
 from phi1.kernels.core.philox import Dropout, dropout_fields, dropout_from_fields
-from phi1.kernels.pointwise.rotary_eager import (
+from phi1.kernels.pointwise.rotary import (
     check_positions,
     check_tables,
     default_positions,

@@ -20,7 +20,7 @@ import torch
 from phi1.kernels.attention.eager import torch_backward, torch_forward
 from phi1.kernels.core.backend import use_triton
 from phi1.kernels.core.philox import Dropout
-from phi1.kernels.pointwise.rotary_eager import rows_of_tables
+from phi1.kernels.pointwise.rotary import rows_of_tables
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ B batch, Tq queries, Tk keys, H heads, K head size, N = B * Tq rows; G samples t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -18,14 +17,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from phi1.kernels.core.constants import LOG2E
 from phi1.kernels.core.cpu_memory import empty
 from phi1.kernels.core.philox import attention_keep, dropout_scale
-from phi1.kernels.pointwise.rotary_eager import rotate_
+from phi1.kernels.pointwise.rotary import rotate_
 
 if TYPE_CHECKING:
     from phi1.kernels.attention.dispatch import Scheme
 
-LOG2E = math.log2(math.e)
 # Measured on a CPU with 1 MiB of L2 a core, T = 256 to 2048, K = 64: the scores of a tile and the products that read
 # them stay in the caches (bytes are a thread's), and 128 queries skip most of what is above the diagonal.
 CPU_TILE_QUERIES, CPU_TILE_BYTES = 128, 4 << 20

@@ -5,7 +5,6 @@ B batch, Tq queries, Tk keys, H heads, K head size, N = B * Tq rows, R rotary di
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from functools import partial
@@ -21,6 +20,7 @@ from phi1.kernels.attention.backward_triton import (
 )
 from phi1.kernels.attention.device_triton import rotate_rows_kernel
 from phi1.kernels.attention.forward_triton import attention_forward_kernel
+from phi1.kernels.core.constants import FP_FUSION, LOG2E
 from phi1.kernels.core.philox import threshold
 from phi1.kernels.core.tiles import tile
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 MAX_HEAD_SIZE = 128
 MAX_STRIDE = (2**31 - 1) // 256  # of tokens, in elements: a tile has at most 256
 ROTATED_ROWS = 64  # a program of rotate_rows_kernel
-# Said at every launch, since the default changes with Triton 3.10, and bits with it.
-FP_FUSION = True
 
 
 def _tiles(*tiles: tuple[int, ...], more: tuple[str, ...] = ()) -> list[dict[str, int]]:
@@ -81,7 +79,7 @@ def launch_forward(
 
     launch = partial(
         attention_forward_kernel[call.grid(call.n_queries, t["block_m"])],
-        q, read_k, read_v, out, lse, scale_log2=scheme.scale * math.log2(math.e), ROTATE_Q=call.rotates,
+        q, read_k, read_v, out, lse, scale_log2=scheme.scale * LOG2E, ROTATE_Q=call.rotates,
         ROTATE_K=on_load, TMA=tma, WARP_SPECIALIZE=specialized, **call.arguments(call.n_queries, t["block_m"], t),
         **call.strides(q=q, k=k, v=v),
     )

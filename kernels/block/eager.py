@@ -15,10 +15,10 @@ from phi1.kernels.core.backend import use_triton
 from phi1.kernels.core.cpu_matmul import addmm, mm
 from phi1.kernels.core.cpu_memory import empty
 from phi1.kernels.core.philox import Dropout, dropout_from_fields
-from phi1.kernels.gemm.linear_eager import linear_forward
-from phi1.kernels.pointwise.dropout_eager import dropped
-from phi1.kernels.pointwise.gelu_eager import gelu_backward, gelu_forward
-from phi1.kernels.pointwise.rotary_eager import rotate_, rotate_rows_, rows_of_tables
+from phi1.kernels.gemm.linear import linear_forward
+from phi1.kernels.pointwise.dropout import dropped
+from phi1.kernels.pointwise.gelu import gelu_backward, gelu_forward
+from phi1.kernels.pointwise.rotary import rotate_, rotate_rows_, rows_of_tables
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 
 from phi1.kernels.core.backend import use_triton
+from phi1.kernels.core.constants import LOG2E
 from phi1.kernels.core.cpu_matmul import mm
 from phi1.kernels.core.cpu_memory import empty
 
-LOG2E = 1.4426950408889634
 FLOAT16_SCALE = 1024.0
 # Measured on a CPU: strips of up to 8 MiB stay in the caches through ten passes; from 16 MiB on these take half as long
 # again. Fewer strips mean fewer waits for all threads.

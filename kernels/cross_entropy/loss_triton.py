@@ -17,16 +17,17 @@ import torch
 import triton
 import triton.language as tl
 
+from phi1.kernels.core import constants
+from phi1.kernels.core.constants import FP_FUSION
 from phi1.kernels.core.tiles import tile
 from phi1.kernels.cross_entropy.eager import LossRule, Needs, gradient_dtype, scale_of
 
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(constants.LOG2E)
 NAN = tl.constexpr(float("nan"))
 # Of a row's stride: every row is 16-byte aligned whatever V is, and column_sums needs no mask.
 COLUMN_MULTIPLE = 128
 # The product for dX of 2048 rows is 128 tiles of 128 x 256 at D = 2048: one wave of an H100's 132 SMs.
 WAVE_ROWS, TILE_ROWS = 2048, 128
-FP_FUSION = True  # said at every launch, since the default changes with Triton 3.10, and bits with it
 
 CANDIDATES = {
     "rows": [{"block": block, "num_warps": warps}

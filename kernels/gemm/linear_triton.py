@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from phi1.kernels.core.constants import FP_FUSION
 from phi1.kernels.core.philox import Dropout, is_active
 from phi1.kernels.core.tiles import tile
 from phi1.kernels.gemm.matmul_triton import (
@@ -166,7 +167,7 @@ def launch_forward(
         stride_residual_n=0 if residual is None else residual.stride(0), **mask_arguments(dropout, cu_seqlens),
         BLOCK_M=t["block_m"], BLOCK_N=t["block_n"], BLOCK_K=t["block_k"], GROUP_M=t["group_m"],
         EVEN_K=x.shape[1] % t["block_k"] == 0, PARTS=t["parts"], TMA=tma, PERSISTENT=bool(t.get("persistent")),
-        num_warps=t["num_warps"], num_stages=t["num_stages"], enable_fp_fusion=True,
+        num_warps=t["num_warps"], num_stages=t["num_stages"], enable_fp_fusion=FP_FUSION,
     )
     return out, pre
 

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from phi1.kernels.core.constants import FP_FUSION
 from phi1.kernels.core.tiles import tile
 from phi1.kernels.gemm.matmul_triton import (
     check_rows,
@@ -151,6 +152,6 @@ def launch_dgelu_partial(
             stride_act_n=act.stride(0), BLOCK_M=t["block_m"], BLOCK_N=t["block_n"], BLOCK_K=t["block_k"],
             GROUP_M=t["group_m"], EVEN_K=dout.shape[1] % t["block_k"] == 0, TMA=tma,
             PERSISTENT=bool(t.get("persistent")), num_warps=t["num_warps"], num_stages=t["num_stages"],
-            enable_fp_fusion=True,
+            enable_fp_fusion=FP_FUSION,
         )
     return partial

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from phi1.kernels.core.constants import FP_FUSION
 from phi1.kernels.core.tiles import tile
 
 # At phi-1's N = 16,384 the partials are 5 % of the backward's traffic. 512 programs of 4 warps and up to 128 registers
@@ -32,8 +33,6 @@ CANDIDATES = {
                  for rows, warps in ((1, 4), (2, 4), (1, 8), (2, 8)) for stages in (1, 2, 3)],
 }
 """Tiles that `phi1 tune` tries at phi-1's width."""
-# Said at every launch, since the default changes with Triton 3.10, and bits with it.
-FP_FUSION = True
 
 
 @triton.jit

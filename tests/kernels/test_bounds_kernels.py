@@ -18,7 +18,7 @@ from phi1.kernels.attention import launch_triton
 from phi1.kernels.attention.attention import attention_reference
 from phi1.kernels.attention.dispatch import Scheme
 from phi1.kernels.block import projections_triton as projections
-from phi1.kernels.pointwise.gelu_eager import gelu_new
+from phi1.kernels.pointwise.gelu import gelu_new
 
 DEVICE = testing.kernel_device()
 if DEVICE is None:

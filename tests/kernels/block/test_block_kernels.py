@@ -12,7 +12,7 @@ from phi1.kernels.block import projections_triton as projections
 from phi1.kernels.block.bias_grad_triton import launch_branch_gradients
 from phi1.kernels.block.parallel_block import RECOMPUTE, parallel_block_reference
 from phi1.kernels.gemm import linear_triton as linear_kernels
-from phi1.kernels.pointwise.dropout_eager import dropped
+from phi1.kernels.pointwise.dropout import dropped
 
 DEVICE = testing.kernel_device()
 if DEVICE is None:

@@ -8,8 +8,7 @@ import torch
 
 from phi1 import testing
 from phi1.kernels import backend, gelu
-from phi1.kernels.pointwise.gelu import gelu_reference
-from phi1.kernels.pointwise.gelu_eager import gelu_backward, gelu_forward
+from phi1.kernels.pointwise.gelu import gelu_backward, gelu_forward, gelu_reference
 
 DEVICE = testing.kernel_device()
 if DEVICE is None:

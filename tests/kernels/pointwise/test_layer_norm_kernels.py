@@ -11,8 +11,7 @@ import torch
 from phi1 import testing
 from phi1.kernels import add_layer_norm, backend, layer_norm
 from phi1.kernels.core.tiles import table
-from phi1.kernels.pointwise.layer_norm import add_layer_norm_reference, layer_norm_reference
-from phi1.kernels.pointwise.layer_norm_eager import MAX_WIDTH
+from phi1.kernels.pointwise.layer_norm import MAX_WIDTH, add_layer_norm_reference, layer_norm_reference
 
 DEVICE = testing.kernel_device()
 if DEVICE is None:
