@@ -66,9 +66,9 @@ def attention_forward(
     With cu_seqlens the N rows are packed documents: each attends to itself alone, and reads no other's rows.
     """
     if use_triton(q):
-        from phi1.kernels.attention.launch_triton import launch_forward
+        from phi1.kernels.attention.launch_triton import launch_attention_forward
 
-        return launch_forward(q, k, v, scheme, cu_seqlens)
+        return launch_attention_forward(q, k, v, scheme, cu_seqlens)
     return torch_forward(q, k, v, scheme.with_rows(), cu_seqlens)
 
 
@@ -88,8 +88,8 @@ def attention_backward(
     out and lse are the forward's; the PyTorch code does not read out.
     """
     if use_triton(q):
-        from phi1.kernels.attention.launch_triton import launch_backward
+        from phi1.kernels.attention.launch_triton import launch_attention_backward
 
-        launch_backward(dout, q, k, v, out, lse, grads, scheme, cu_seqlens)
+        launch_attention_backward(dout, q, k, v, out, lse, grads, scheme, cu_seqlens)
     else:
         torch_backward(dout, q, k, v, lse, grads, scheme.with_rows(), cu_seqlens)

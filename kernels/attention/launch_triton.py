@@ -58,7 +58,7 @@ CANDIDATES = {
 }
 
 
-def launch_forward(
+def launch_attention_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scheme: Scheme, cu_seqlens: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [B, Tq, H, K] contiguous, lse [H, N] float32) of q [B, Tq, H, K] and k, v [B, Tk, H, K], any strides."""
@@ -99,7 +99,7 @@ def _with_scratch(launch: Callable[[], object]) -> None:
     context.run(launch)
 
 
-def launch_backward(
+def launch_attention_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
     grads: Sequence[torch.Tensor], scheme: Scheme, cu_seqlens: torch.Tensor | None,
 ) -> None:

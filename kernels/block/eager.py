@@ -81,9 +81,9 @@ def branches_forward(
     backend it runs on. pre is empty unless it is kept.
     """
     if use_triton(h):
-        from phi1.kernels.block.launch_triton import launch_forward
+        from phi1.kernels.block.launch_triton import launch_block_forward
 
-        return launch_forward(h, x, in_weight, in_bias, out_weight, out_bias, layout, keeps_pre)
+        return launch_block_forward(h, x, in_weight, in_bias, out_weight, out_bias, layout, keeps_pre)
     qkv, att, lse = _attended(h, in_weight, in_bias, layout)
     pre = _pre(h, in_weight, in_bias)
     y = _output(att, pre, x, out_weight, out_bias, layout)
@@ -102,9 +102,9 @@ def branches_again(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(qkv, pre, att, lse) for the backward, with the forward's bits: pre is computed again, in "block" all four."""
     if use_triton(h):
-        from phi1.kernels.block.launch_triton import launch_again
+        from phi1.kernels.block.launch_triton import launch_block_again
 
-        return launch_again(h, in_weight, in_bias, qkv, att, lse, layout, recompute)
+        return launch_block_again(h, in_weight, in_bias, qkv, att, lse, layout, recompute)
     if recompute == "block":
         qkv, att, lse = _attended(h, in_weight, in_bias, layout)
     return qkv, _pre(h, in_weight, in_bias), att, lse
@@ -186,9 +186,9 @@ def branches_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of h, in_weight, in_bias, out_weight and out_bias; the residual's is dy."""
     if use_triton(h):
-        from phi1.kernels.block.launch_triton import launch_backward
+        from phi1.kernels.block.launch_triton import launch_block_backward
 
-        return launch_backward(dy, h, in_weight, out_weight, qkv, pre, att, lse, layout)
+        return launch_block_backward(dy, h, in_weight, out_weight, qkv, pre, att, lse, layout)
     n_qkv = 3 * h.shape[1]
     dproj = empty((h.shape[0], in_weight.shape[0]), dtype=h.dtype, device=h.device)
     datt, dw_out, db_out = _output_backward(dy, att, pre, out_weight, layout, dproj[:, n_qkv:])

@@ -41,9 +41,9 @@ def linear_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [N, M], pre [N, M] with gelu, else empty)."""
     if use_triton(x):
-        from phi1.kernels.gemm.linear_triton import launch_forward
+        from phi1.kernels.gemm.linear_triton import launch_linear_forward
 
-        return launch_forward(x, weight, bias, residual, gelu, dropout)
+        return launch_linear_forward(x, weight, bias, residual, gelu, dropout)
     out = mm(x, weight.t()) if bias is None else addmm(bias, x, weight.t())
     pre = out if gelu else x.new_empty(0)
     if gelu:
@@ -76,13 +76,13 @@ def _epilogue_backward(
     dout: torch.Tensor, pre: torch.Tensor | None, has_bias: bool, dropout: Dropout | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dpre, db): the gradient at the product, and its sum over rows (empty without a bias)."""
-    from phi1.kernels.pointwise.epilogue_triton import launch_backward
+    from phi1.kernels.pointwise.epilogue_triton import launch_epilogue_backward
 
     same = pre is None and not is_active(dropout)
     dpre = dout if same else dout.new_empty(dout.shape)
     db = None
     if has_bias or not same:
-        db = launch_backward(dout, pre, dropout, dpre=None if same else dpre, bias=has_bias)
+        db = launch_epilogue_backward(dout, pre, dropout, dpre=None if same else dpre, bias=has_bias)
     return dpre, dout.new_empty(0) if db is None else db
 
 

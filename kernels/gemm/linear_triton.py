@@ -35,7 +35,7 @@ from phi1.kernels.gemm.matmul_triton import (
 )
 from phi1.kernels.gemm.tma_triton import describable, operand, tile_product
 from phi1.kernels.pointwise.dropout_triton import dropped_tile, mask_arguments
-from phi1.kernels.pointwise.epilogue_triton import launch_forward as launch_epilogue
+from phi1.kernels.pointwise.epilogue_triton import launch_epilogue_forward
 from phi1.kernels.pointwise.gelu_triton import gelu_new
 
 CANDIDATES = {
@@ -142,7 +142,7 @@ def store_linear(
     tl.store(out_ptr + first + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_forward(
+def launch_linear_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, gelu: bool,
     dropout: Dropout | None, cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,7 +178,7 @@ def _launch_product_and_epilogue(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     product = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
     if gelu:
-        return launch_epilogue(product, residual, gelu, dropout, cu_seqlens=cu_seqlens), product
+        return launch_epilogue_forward(product, residual, gelu, dropout, cu_seqlens=cu_seqlens), product
     if residual is not None or is_active(dropout):
-        launch_epilogue(product, residual, gelu, dropout, out=product, cu_seqlens=cu_seqlens)
+        launch_epilogue_forward(product, residual, gelu, dropout, out=product, cu_seqlens=cu_seqlens)
     return product, product.new_empty(0)

@@ -35,11 +35,11 @@ def mlp_backward(
     act = torch.empty_like(pre)
     if use_triton(x):
         from phi1.kernels.gemm.mlp_triton import launch_dgelu
-        from phi1.kernels.pointwise.epilogue_triton import launch_backward
+        from phi1.kernels.pointwise.epilogue_triton import launch_epilogue_backward
 
         dpre = torch.empty_like(pre)
         db1 = launch_dgelu(dout, w2, pre, dpre, act)
-        db2 = launch_backward(dout, None, None, bias=True)
+        db2 = launch_epilogue_backward(dout, None, None, bias=True)
         assert db2 is not None
     else:
         dout = dout.contiguous()

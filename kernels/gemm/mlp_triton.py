@@ -28,7 +28,7 @@ from phi1.kernels.gemm.matmul_triton import (
     own_tiles,
 )
 from phi1.kernels.gemm.tma_triton import describable, operand, tile_product
-from phi1.kernels.pointwise.epilogue_triton import column_sum, launch_backward_partial
+from phi1.kernels.pointwise.epilogue_triton import column_sum, launch_epilogue_backward_partial
 from phi1.kernels.pointwise.gelu_triton import gelu_new_and_slope
 
 CANDIDATES = {
@@ -137,7 +137,7 @@ def launch_dgelu_partial(
     t = tile("mlp", "dgelu", pre.device, dtype=str(pre.dtype).removeprefix("torch."), rows=n_rows, width=dout.shape[1],
              inner=n_cols, described=described)
     if "cublas" in t:
-        partial = launch_backward_partial(torch.mm(dout, weight), pre, None, dpre=dpre, act=act)
+        partial = launch_epilogue_backward_partial(torch.mm(dout, weight), pre, None, dpre=dpre, act=act)
         assert partial is not None
         return partial
     partial = pre.new_empty((triton.cdiv(n_rows, t["block_m"]), n_cols), dtype=torch.float32)

@@ -34,19 +34,19 @@ def dropped(x: torch.Tensor, dropout: Dropout | None, cu_seqlens: torch.Tensor |
 def dropout_add_forward(x: torch.Tensor, residual: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
     """residual + drop(x) of x [N, D], contiguous. Nothing is checked."""
     if use_triton(x):
-        from phi1.kernels.pointwise.epilogue_triton import launch_forward
+        from phi1.kernels.pointwise.epilogue_triton import launch_epilogue_forward
 
-        return launch_forward(x, residual, False, dropout)
+        return launch_epilogue_forward(x, residual, False, dropout)
     return (residual + dropped(x, dropout)).contiguous()
 
 
 def dropout_backward(dout: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
     """The gradient of x [N, D], contiguous and no view of dout. Nothing is checked."""
     if use_triton(dout):
-        from phi1.kernels.pointwise.epilogue_triton import launch_backward
+        from phi1.kernels.pointwise.epilogue_triton import launch_epilogue_backward
 
         dx = dout.new_empty(dout.shape)
-        launch_backward(dout, None, dropout, dpre=dx)
+        launch_epilogue_backward(dout, None, dropout, dpre=dx)
         return dx
     dx = dropped(dout.contiguous(), dropout)
     return dx if is_active(dropout) else dx.clone()

@@ -151,7 +151,7 @@ def column_sum_kernel(
     tl.store(out_ptr + offs_f, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=mask_f)
 
 
-def launch_forward(
+def launch_epilogue_forward(
     x: torch.Tensor, residual: torch.Tensor | None, gelu: bool, dropout: Dropout | None,
     out: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -170,7 +170,7 @@ def launch_forward(
     return out
 
 
-def launch_backward(
+def launch_epilogue_backward(
     dout: torch.Tensor, pre: torch.Tensor | None, dropout: Dropout | None, *, dpre: torch.Tensor | None = None,
     act: torch.Tensor | None = None, bias: bool = False,
 ) -> torch.Tensor | None:
@@ -178,7 +178,7 @@ def launch_backward(
 
     The columns of dpre and act lie next to each other. pre is None without gelu_new.
     """
-    partial = launch_backward_partial(dout, pre, dropout, dpre=dpre, act=act, bias=bias)
+    partial = launch_epilogue_backward_partial(dout, pre, dropout, dpre=dpre, act=act, bias=bias)
     if partial is None:
         return None
     db = dout.new_empty(dout.shape[1])
@@ -186,11 +186,11 @@ def launch_backward(
     return db
 
 
-def launch_backward_partial(
+def launch_epilogue_backward_partial(
     dout: torch.Tensor, pre: torch.Tensor | None, dropout: Dropout | None, *, dpre: torch.Tensor | None = None,
     act: torch.Tensor | None = None, bias: bool = True,
 ) -> torch.Tensor | None:
-    """`launch_backward`, with db as partial sums [P, F] float32."""
+    """`launch_epilogue_backward`, with db as partial sums [P, F] float32."""
     mask = mask_arguments(dropout)
     dout, pre, dpre, act = _rows(mask["rng_ptr"] is None and not bias, _readable(dout), _readable(pre), dpre, act)
     n_rows, n_cols = dout.shape

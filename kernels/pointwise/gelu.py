@@ -28,9 +28,9 @@ def gelu_forward(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tens
     """gelu_new(x) of x [N, F], into `out` if that is given. Nothing is checked."""
     out = x.new_empty(x.shape) if out is None else out
     if use_triton(x):
-        from phi1.kernels.pointwise.epilogue_triton import launch_forward
+        from phi1.kernels.pointwise.epilogue_triton import launch_epilogue_forward
 
-        return launch_forward(x, None, True, None, out)
+        return launch_epilogue_forward(x, None, True, None, out)
     if not x.is_cpu or x.dim() != 2:
         return torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
     for rows, (wide, s) in _strips(x, 2):
@@ -47,9 +47,9 @@ def gelu_backward(
     """The gradient of x, into `dx` if that is given; gelu_new(x) into `y` if that is. Nothing is checked."""
     dx = x.new_empty(x.shape) if dx is None else dx
     if use_triton(x):
-        from phi1.kernels.pointwise.epilogue_triton import launch_backward
+        from phi1.kernels.pointwise.epilogue_triton import launch_epilogue_backward
 
-        launch_backward(dy, x, None, dpre=dx, act=y)
+        launch_epilogue_backward(dy, x, None, dpre=dx, act=y)
         return dx
     if not x.is_cpu or x.dim() != 2:
         if y is not None:

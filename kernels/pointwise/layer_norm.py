@@ -25,9 +25,9 @@ def layer_norm_forward(
     """(y, mean [N], rstd [N]) of x [..., D]."""
     rows = _rows(x)
     if use_triton(x):
-        from phi1.kernels.pointwise.layer_norm_triton import launch_forward
+        from phi1.kernels.pointwise.layer_norm_triton import launch_layer_norm_forward
 
-        _, y, mean, rstd = launch_forward(rows, None, weight.contiguous(), bias.contiguous(), eps)
+        _, y, mean, rstd = launch_layer_norm_forward(rows, None, weight.contiguous(), bias.contiguous(), eps)
     else:
         y, mean, rstd = _torch_forward(rows, weight, bias, eps)
     return y.view(x.shape), mean, rstd
@@ -38,9 +38,10 @@ def add_layer_norm_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x + residual, y, mean [N], rstd [N]) of x [..., D]."""
     if use_triton(x):
-        from phi1.kernels.pointwise.layer_norm_triton import launch_forward
+        from phi1.kernels.pointwise.layer_norm_triton import launch_layer_norm_forward
 
-        h, y, mean, rstd = launch_forward(_rows(x), _rows(residual), weight.contiguous(), bias.contiguous(), eps)
+        h, y, mean, rstd = launch_layer_norm_forward(_rows(x), _rows(residual), weight.contiguous(), bias.contiguous(),
+                                                     eps)
     else:
         h = _rows(x) + _rows(residual)
         y, mean, rstd = _torch_forward(h, weight, bias, eps)
@@ -61,9 +62,9 @@ def layer_norm_backward(
     """
     residual_rows = None if residual_grad is None else _rows(residual_grad)
     if use_triton(x):
-        from phi1.kernels.pointwise.layer_norm_triton import launch_backward
+        from phi1.kernels.pointwise.layer_norm_triton import launch_layer_norm_backward
 
-        dx, dw, db = launch_backward(_rows(dy), _rows(x), weight.contiguous(), mean, rstd, residual_rows)
+        dx, dw, db = launch_layer_norm_backward(_rows(dy), _rows(x), weight.contiguous(), mean, rstd, residual_rows)
     else:
         dx, dw, db = _torch_backward(_rows(dy), _rows(x), weight, mean, rstd)
         if residual_rows is not None:

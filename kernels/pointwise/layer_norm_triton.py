@@ -155,7 +155,7 @@ def sum_partials_kernel(
     tl.store(db_ptr + offs_d, db.to(db_ptr.dtype.element_ty), mask=mask_d)
 
 
-def launch_forward(
+def launch_layer_norm_forward(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(h, y, mean, rstd) of contiguous rows x [N, D]; h is x itself where there is no residual."""
@@ -174,7 +174,7 @@ def launch_forward(
     return h, y, mean, rstd
 
 
-def launch_backward(
+def launch_layer_norm_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor,
     dresidual: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

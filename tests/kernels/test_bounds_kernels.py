@@ -135,7 +135,7 @@ LAYOUTS = {  # [B, T, H, K] and strides, in elements
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_attention_past_2_to_31_elements(shared_memory, layout):
-    from phi1.kernels.attention.launch_triton import launch_backward, launch_forward
+    from phi1.kernels.attention.launch_triton import launch_attention_backward, launch_attention_forward
 
     shape, strides = LAYOUTS[layout]
     q, k, v, dq, dk, dv = giants(6, shape, strides)
@@ -144,8 +144,8 @@ def test_attention_past_2_to_31_elements(shared_memory, layout):
         view.copy_(values)
     scheme = Scheme(causal=True, scale=0.25)
     with backend("triton"), addresses_checked():
-        out, lse = launch_forward(q, k, v, scheme, None)
-        launch_backward(small[3], q, k, v, out, lse, (dq, dk, dv), scheme, None)
+        out, lse = launch_attention_forward(q, k, v, scheme, None)
+        launch_attention_backward(small[3], q, k, v, out, lse, (dq, dk, dv), scheme, None)
     leaves = [x.clone().requires_grad_() for x in small[:3]]
     expected = attention_reference(*leaves, causal=True, scale=0.25)
     wanted = torch.autograd.grad(expected, leaves, small[3])

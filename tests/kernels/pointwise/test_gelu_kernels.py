@@ -39,7 +39,7 @@ def test_the_kernels_ran_and_not_pytorch(monkeypatch):
     from phi1.kernels.pointwise import epilogue_triton
 
     launched = []
-    for name in ("launch_forward", "launch_backward"):
+    for name in ("launch_epilogue_forward", "launch_epilogue_backward"):
         launch = getattr(epilogue_triton, name)
         monkeypatch.setattr(
             epilogue_triton, name,
@@ -47,7 +47,7 @@ def test_the_kernels_ran_and_not_pytorch(monkeypatch):
         )
     with backend("triton"):
         testing.outputs_and_gradients(gelu, make((4, 32)))
-    assert launched == ["launch_forward", "launch_backward"]
+    assert launched == ["launch_epilogue_forward", "launch_epilogue_backward"]
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
