@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from phi1.kernels.attention.dispatch import Scheme, attention_backward, attention_forward
+from phi1.kernels.attention.dispatch import attention_backward, attention_forward
+from phi1.kernels.attention.spec import AttentionSpec
 from phi1.kernels.core.backend import use_triton
 from phi1.kernels.core.cpu_matmul import addmm, mm
 from phi1.kernels.core.cpu_memory import empty
@@ -28,7 +29,7 @@ class Layout:
     n_heads: int
     batch: int
     cu_seqlens: torch.Tensor | None
-    scheme: Scheme
+    scheme: AttentionSpec
     dense_dropout: Dropout | None
     fc2_dropout: Dropout | None
 
@@ -37,7 +38,7 @@ class Layout:
         """Whether a branch drops anything."""
         return self.dense_dropout is not None or self.fc2_dropout is not None
 
-    def scheme_of(self, qkv: torch.Tensor) -> Scheme:
+    def scheme_of(self, qkv: torch.Tensor) -> AttentionSpec:
         """How attention takes qkv, whose axes say which forward saved it: [N, 3D], or [N, 3, D] with q and k rotated.
         """
         return replace(self.scheme, rotary_applied=qkv.dim() == 3)
@@ -61,7 +62,7 @@ def layout_of(
         dropout_from_fields(p, rng if p else None, sample_ids, layer, kind)
         for p, layer, kind in zip(ps, layers, kinds, strict=True)
     )
-    scheme = Scheme(True, (x.shape[1] // n_heads) ** -0.5, seq_starts, (cos, sin, positions), attention)
+    scheme = AttentionSpec(True, (x.shape[1] // n_heads) ** -0.5, seq_starts, (cos, sin, positions), attention)
     return Layout(n_heads, batch, cu_seqlens, scheme, dense, fc2)
 
 
@@ -125,7 +126,7 @@ def branches_decode(
     keys, values = kv.unbind(0)
     keys[:, length - k.shape[1] :].copy_(k)
     values[:, length - v.shape[1] :].copy_(v)
-    att = attention_forward(q, keys, values, Scheme(True, head_size**-0.5, seq_starts))[0]
+    att = attention_forward(q, keys, values, AttentionSpec(True, head_size**-0.5, seq_starts))[0]
     joined = _room_for_both(att.view(x.shape), pre)
     gelu_forward(pre, out=joined[:, width:])
     return linear_forward(joined, out_weight, out_bias[0] + out_bias[1], x, False, None)[0]
