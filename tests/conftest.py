@@ -103,11 +103,11 @@ def engines():
     from torch.distributed import HashStore
 
     from phi1.train.runtime.engine import connect_processes, start
-    from phi1.train.runtime.launch import Place
+    from phi1.train.runtime.launch import Rank
 
     threads = torch.get_num_threads()
-    by_precision = {precision: start(Place(), "cpu", precision, 1) for precision in ("fp32", "fp16", "bf16")}
-    connect_processes(by_precision["fp32"], Place(), HashStore())
+    by_precision = {precision: start(Rank(), "cpu", precision, 1) for precision in ("fp32", "fp16", "bf16")}
+    connect_processes(by_precision["fp32"], Rank(), HashStore())
     yield by_precision
     torch.distributed.destroy_process_group()
     torch.set_num_threads(threads)

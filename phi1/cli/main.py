@@ -128,7 +128,7 @@ def _convert(argv: list[str]) -> int:
 
 
 def _prepare(argv: list[str]) -> int:
-    from phi1.train.prepare.prepare import main as prepare
+    from phi1.train.commands.prepare import main as prepare
 
     return prepare(argv) or 0
 

@@ -11,7 +11,7 @@ from training_runs import make_trainer, weights_of
 from phi1 import Phi1, WorkingCopies
 from phi1.config import preset
 from phi1.gpus import Gpu
-from phi1.train.data.batch_plan import Layout
+from phi1.train.data.batch_plan import BatchPlan
 from phi1.train.plan.plan import Cluster, memory, moments, states
 from phi1.train.recipe.file import read_recipe
 from phi1.train.runtime.engine import Engine
@@ -37,7 +37,7 @@ def test_a_process_alone_computes_the_bits_of_fsdp(small_corpus, engines, precis
     for is_alone in (True, False):
         monkeypatch.setattr(Engine, "is_alone", is_alone)
         trainer = make_trainer(small_corpus, engines, precision, micro_batch_size=2)
-        trainer.layout = Layout.of(4, 2, 0, 1)
+        trainer.batch_plan = BatchPlan.of(4, 2, 0, 1)
         trainers.append(trainer)
     for _ in range(4):
         own, fsdp = (trainer.run_step() for trainer in trainers)
@@ -142,7 +142,7 @@ def test_a_failing_loss_or_copy_leaves_the_parameters_in_place():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_plan_knows_what_a_process_alone_holds(small_corpus, engines, precision):
     trainer = make_trainer(small_corpus, engines, precision, micro_batch_size=2)
-    trainer.layout = Layout.of(4, 2, 0, 1)
+    trainer.batch_plan = BatchPlan.of(4, 2, 0, 1)
     trainer.optimizer.zero_grad = lambda **_: None
     trainer.run_step()
     model = trainer.model

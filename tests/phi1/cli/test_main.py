@@ -213,9 +213,9 @@ def test_prepare_gets_its_own_arguments(monkeypatch):
     import types
 
     seen = []
-    room = types.ModuleType("phi1.train.prepare.prepare")
+    room = types.ModuleType("phi1.train.commands.prepare")
     room.main = lambda argv: seen.append(argv)
-    monkeypatch.setitem(sys.modules, "phi1.train.prepare.prepare", room)
+    monkeypatch.setitem(sys.modules, "phi1.train.commands.prepare", room)
     assert run("prepare", "--out", "x", "--help") == 0
     assert seen == [["--out", "x", "--help"]]
 
