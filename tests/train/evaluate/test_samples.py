@@ -1,4 +1,4 @@
-"""What a model under training writes, and that writing it changes nothing."""
+"""Completions and HumanEval during training; neither changes a bit of the run."""
 
 import json
 import tempfile
@@ -34,7 +34,7 @@ def test_completions_are_written_and_change_no_bit(place, undisturbed):
 
 
 def problems():
-    """Twenty, more than a process takes at once. What the model writes for every other one is part of a string."""
+    """Yield twenty problems, more than one batch. In every other one the completion becomes part of a string."""
     for i in range(20):
         prompt, test = f"def f{i}(x):\n    return x\n", f"def check(candidate):\n    assert candidate({i}) == {i}\n"
         if i % 2:
