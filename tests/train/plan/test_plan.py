@@ -1,4 +1,4 @@
-"""`phi1 plan`: its states against what the trainer really holds, its arithmetic against published figures."""
+"""`phi1 plan`: its states against the bytes that the trainer holds, its arithmetic against published figures."""
 
 import json
 import resource
@@ -62,7 +62,7 @@ leave(0)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_states_are_within_3_percent_of_what_the_trainer_holds(tmp_path, processes):
+def test_states_are_within_3_percent_of_the_trainers_bytes(tmp_path, processes):
     script = tmp_path / "measure.py"
     script.write_text(MEASURE)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -96,7 +96,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not():
             assert sum(memory(BASE, cluster, 2 * best).values()) > gpu.memory_gib * 2**30
 
 
-def test_what_does_not_fit_is_said_with_the_setting_to_change():
+def test_a_plan_that_does_not_fit_names_the_setting_to_change():
     small = Cluster(GPUS["a100-40"], 8)
     text = "\n".join(report(BASE, small))
     assert "DOES NOT FIT" in text
@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_said_with_the_setting_to_change():
     (96, 8, 1, 39.4, "set run.reshard to true, or "),  # a node is full
     (96, 1, 1, 8.0, ""),
 ])
-def test_where_nothing_fits_only_what_helps_is_proposed(layers, gpus, nodes, memory_gib, ways):
+def test_if_nothing_fits_only_helpful_settings_are_proposed(layers, gpus, nodes, memory_gib, ways):
     recipe = replace(BASE, model=replace(BASE.model, num_hidden_layers=layers))
     cluster = Cluster(replace(GPUS["a100-40"], memory_gib=memory_gib), gpus, nodes)
     assert f"no micro-batch fits: {ways}take GPUs with more memory" in report(recipe, cluster)
@@ -135,7 +135,7 @@ def test_keeping_less_is_proposed_with_its_price():
     assert "set train.activations to block: then 16 fits, for 20% more" in "\n".join(report(BASE, two))
     assert "set train.activations" not in "\n".join(report(with_mode("block"), replace(two, gpus=1)))
     assert largest_micro_batch(with_mode("recompute-mlp"), eight) == 16
-    # Where not one sequence fits, until a layer keeps but its input.
+    # Not one sequence fits until each layer keeps only its input.
     long = replace(BASE, data=replace(BASE.data, seq_len=32_768),
                    model=replace(BASE.model, max_position_embeddings=32_768))
     assert "no micro-batch fits: set train.activations to" in "\n".join(report(long, eight))

@@ -13,20 +13,20 @@ from phi1.train.runtime.launch import RunError
 
 @pytest.fixture
 def refused(tmp_path):
-    """A start that has made the folder, and will be refused."""
+    """The folder that a start has made, before the start is refused."""
     folder = RunFolder(tmp_path / "runs" / "x")
     folder.lock()
     return folder
 
 
 def leave(folder):
-    """What a refused start does at its end, and what the end of its process does."""
+    """Discard a new folder and release its lock, as a refused start and the end of its process do."""
     folder.discard_if_new()
     os.close(folder._lock)
 
 
 def once(monkeypatch, owner, name, before=lambda: None, after=lambda: None):
-    """Let something happen right before or after the next call of a function, which may fail."""
+    """Call `before` and `after` around the next call of a function, which may fail."""
     call, acts = getattr(owner, name), [before, after]
 
     def acting(*args, **options):

@@ -1,4 +1,4 @@
-"""`train/pretrain.py` as its users meet it: real processes, really killed, on a tiny corpus and a tiny model."""
+"""`train/pretrain.py` in real processes, which are killed and resumed, on a tiny corpus and a tiny model."""
 
 import fcntl
 import json
@@ -76,7 +76,7 @@ def test_a_longer_run_goes_on_where_the_shorter_one_ended(place, undisturbed):
     assert steps(place, "longer")[:STEPS] == steps(place, "whole")
 
 
-def test_killed_and_resumed_equals_undisturbed_bit_for_bit(place, undisturbed):
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place, undisturbed):
     process = start(place, "killed", hold="step-40")
     wait_for(process, (place / "killed" / "checkpoints" / "step-20").exists)
     process.kill()
@@ -142,7 +142,7 @@ def test_steps_that_stay_not_finite_stop_the_run(place):
     assert [step["skipped"] for step in steps(place, "diverging")][-4:] == [True] * 4
 
 
-def test_the_ledger_says_what_made_the_run_and_what_changed(place, undisturbed):
+def test_the_ledger_names_versions_recipe_and_changes(place, undisturbed):
     shutil.copytree(place / "whole", place / "described")
     train(place, "described", train__steps=62, checkpoint__every=0)
     first, second = (line["start"] for line in read_ledger(place / "described" / "ledger.jsonl") if "start" in line)
