@@ -1,18 +1,24 @@
-"""What `train/pretrain.py` refuses: one line that says what, where and the fix, and nothing left behind."""
+"""Refusals of `train/pretrain.py`: one line that names the mistake and the fix, and nothing left behind."""
 
 import fcntl
+import os
 import re
+import runpy
 import shutil
+import subprocess
 import sys
+import tempfile
+import traceback
 
 import pytest
-from training_runs import FUNCTION, error_line, run, steps, train, weights
+import torch
+from training_runs import FUNCTION, command, error_line, in_processes, run, steps, train, weights
 
 from phi1.train.data.batch_plan import BatchPlan
 from phi1.train.prepare.prepare import prepare
 from phi1.train.runtime.launch import Rank, RunError
 
-BEFORE_ANYTHING = {  # refused for what the command line says; no run folder appears
+MISTAKES = {  # of the command line: no run folder appears
     "unknown key": ({"train.step": 3}, "'train.step' is not a key; the nearest is train.steps"),
     "wrong value": ({"train.lr": "fast"}, "train.lr: input should be a valid number; got 'fast'"),
     "batch": ({"train.batch_size": 6, "train.micro_batch_size": 4}, "got 4; 1, 2, 3 or 6 would do"),
@@ -31,17 +37,50 @@ BEFORE_ANYTHING = {  # refused for what the command line says; no run folder app
 }
 
 
-@pytest.mark.parametrize(("changes", "message"), BEFORE_ANYTHING.values(), ids=BEFORE_ANYTHING)
-def test_a_mistake_is_one_line_and_leaves_nothing(place, changes, message):
+def forked_run(changes):
+    """Run train/pretrain.py in a forked process. Return what it did and the names that it left in this folder."""
+    words = command("refused", **changes)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = os.fork()
+        if process == 0:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.argv = words[1:]
+            try:
+                runpy.run_path(words[1], run_name="__main__")
+            finally:  # a traceback: pretrain.py itself ends the process
+                traceback.print_exc()
+                os._exit(99)
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(words, code, out.read(), err.read()), sorted(os.listdir())
+
+
+def forked_runs(rank, store, place, mistakes):
+    os.chdir(place)
+    return {name: forked_run(MISTAKES[name][0]) for name in mistakes}
+
+
+@pytest.fixture(scope="module")
+def refused(place, tmp_path_factory):
+    """The run of every mistake, and the names in the folder before. One process imports torch for all of them."""
     (place / "bad.toml").write_text("[train\n")
-    before = sorted(place.iterdir())
-    if "cuda" in str(changes):
-        torch = pytest.importorskip("torch")
-        if torch.cuda.is_available():
-            pytest.skip("this machine has CUDA")
-    line = error_line(run(place, "refused", **changes))
-    assert re.search(message, line), line
-    assert sorted(place.iterdir()) == before
+    before = sorted(os.listdir(place))
+    mistakes = [name for name in MISTAKES if name != "cuda" or not torch.cuda.is_available()]
+    (runs,) = in_processes(1, forked_runs, tmp_path_factory.mktemp("refused"), place, mistakes)
+    return runs, before
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(refused, mistake):
+    runs, before = refused
+    if mistake not in runs:
+        pytest.skip("this machine has CUDA")
+    done, after = runs[mistake]
+    line = error_line(done)
+    assert re.search(MISTAKES[mistake][1], line), line
+    assert after == before
 
 
 def test_under_torchrun_the_line_comes_once_and_is_the_root_cause(place):
@@ -87,19 +126,19 @@ def test_other_data_are_refused(place, undisturbed):
 
 
 @pytest.mark.parametrize(("batch", "micro", "world"), [(8, 0, 1), (8, 2, 1), (8, 2, 2), (8, 1, 4), (8, 2, 4)])
-def test_the_rows_of_all_processes_are_the_batch_once(batch, micro, world):
+def test_the_rows_of_all_processes_are_the_whole_batch_once(batch, micro, world):
     plans = [BatchPlan.of(batch, micro, rank, world) for rank in range(world)]
     rows = [row for plan in plans for m in range(plan.micro_steps) for row in range(batch)[plan.rows(m)]]
     assert sorted(rows) == list(range(batch))
 
 
-def test_a_world_that_does_not_divide_the_batch_is_told_what_would():
+def test_a_world_that_does_not_divide_the_batch_is_refused_with_one_that_does():
     with pytest.raises(RunError, match="must be a multiple of the number of processes, 4; got 2; 4 would do, or 1 or 2 "
                                        "processes"):
         BatchPlan.of(2, 0, 0, 4)
 
 
-def test_a_place_names_the_command_that_started_it(monkeypatch):
+def test_a_rank_names_the_command_that_started_it(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train/pretrain.py"])
     assert Rank().command("--x 1") == "python train/pretrain.py --x 1"
     nodes = Rank(world_size=4, local_world_size=2, launcher=1)
