@@ -152,5 +152,3 @@ def test_a_rank_that_alone_runs_out_of_memory_says_so(place):
     assert done.returncode == 1
     assert "pretrain: error: rank 1: out of memory: set train.micro_batch_size to 1" in done.stderr
     assert (place / "uneven" / "out-of-memory-1.txt").exists()
-
-
