@@ -18,7 +18,7 @@ def damages(path):
 
 
 @pytest.fixture
-def checkpoint(place, undisturbed, tmp_path):
+def checkpoint(place, uninterrupted, tmp_path):
     """A copy of the newest checkpoint of a real run."""
     return shutil.copytree(place / "whole" / "checkpoints" / "step-60", tmp_path / "step-60")
 

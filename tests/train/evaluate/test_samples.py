@@ -20,7 +20,7 @@ from phi1.train.runtime.all_ranks import Failed
 from phi1.train.runtime.launch import Rank, RunError
 
 
-def test_completions_are_written_and_change_no_bit(place, undisturbed):
+def test_completions_are_written_and_change_no_bit(place, uninterrupted):
     train(place, "sampled", eval__completions_every=20, eval__completions=2)
     assert sorted(path.name for path in (place / "sampled" / "samples").iterdir()) == ["step-20.md", "step-40.md"]
     early, late = ((place / "sampled" / "samples" / f"step-{step}.md").read_text() for step in (20, 40))
@@ -43,7 +43,7 @@ def problems():
             yield {"task_id": f"Own/{i}", "prompt": prompt, "test": f"{test}    raise NotImplementedError\n"}
 
 
-def test_two_processes_write_and_solve_together_and_keep_their_bits(place, undisturbed_pair):
+def test_two_processes_write_and_solve_together_and_keep_their_bits(place, uninterrupted_pair):
     (place / "own.jsonl").write_text("".join(json.dumps(
         problem | {"entry_point": f"f{i}", "canonical_solution": ""}) + "\n" for i, problem in enumerate(problems())))
     out = train(place, "pair-sampled", 2, eval__completions_every=30, eval__every=30, checkpoint__every=30,

@@ -1,4 +1,4 @@
-"""What is refused before a run starts, and in which words; no process is started."""
+"""Refusals before a run starts, and the checkpoint that a run resumes from; no process is started."""
 
 import dataclasses
 import json
@@ -98,7 +98,7 @@ def test_a_ledger_is_read_without_the_line_that_a_kill_cut_short(tmp_path):
 
 @pytest.fixture
 def admitted(tmp_path, monkeypatch):
-    """What an attempt of a launch goes on from, among checkpoints of which there are step-10 to step-40 at first."""
+    """A function that starts one attempt of a launch, with the checkpoints step-10 to step-40 at first."""
     checkpoints = tmp_path / "run" / "checkpoints"
     for step in (10, 20, 30, 40):
         path = write_files(checkpoints / f"step-{step}", {"trainer.json": json.dumps({"step": step, "data": "0"})})

@@ -93,7 +93,7 @@ def test_under_torchrun_the_line_comes_once_and_is_the_root_cause(place):
     assert "pretrain.py\", line" not in done.stderr
 
 
-def test_mistakes_about_an_existing_run_are_one_line(place, undisturbed):
+def test_mistakes_about_an_existing_run_are_one_line(place, uninterrupted):
     shutil.copytree(place / "whole", place / "old")
     newest = place / "old" / "checkpoints" / "step-60"
 
@@ -115,7 +115,7 @@ def test_mistakes_about_an_existing_run_are_one_line(place, undisturbed):
     assert weights(place, "old") == weights(place, "whole")
 
 
-def test_other_data_are_refused(place, undisturbed):
+def test_other_data_are_refused(place, uninterrupted):
     shutil.copytree(place / "whole", place / "fed")
     (place / "more").mkdir()
     (place / "more" / "m.py").write_text("".join(FUNCTION.format(i=i, j=0) for i in range(900)))

@@ -18,7 +18,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize(("name", "processes"), [("whole", 0), ("pair", 2)])
-def test_the_last_steps_give_the_same_bits_again(place, undisturbed, undisturbed_pair, name, processes):
+def test_the_last_steps_give_the_same_bits_again(place, uninterrupted, uninterrupted_pair, name, processes):
     before = contents(place / name)
     done = run(place, name, processes, run__prove_resume=13)
     assert done.returncode == 0, done.stderr
@@ -27,7 +27,7 @@ def test_the_last_steps_give_the_same_bits_again(place, undisturbed, undisturbed
     assert contents(place / name) == before
 
 
-def test_a_difference_is_named(place, undisturbed):
+def test_a_difference_is_named(place, uninterrupted):
     shutil.copytree(place / "whole", place / "doubted")
     ledger = place / "doubted" / "ledger.jsonl"
     lines = ledger.read_text().splitlines(keepends=True)
@@ -58,7 +58,7 @@ def test_a_difference_is_named(place, undisturbed):
                      re.MULTILINE), done.stdout
 
 
-def test_a_proof_or_bitwise_resume_that_is_impossible_is_refused(place, undisturbed):
+def test_a_proof_or_bitwise_resume_that_is_impossible_is_refused(place, uninterrupted):
     before = contents(place / "whole")
     line = error_line(run(place, "whole", run__prove_resume=21))
     assert ("--prove-resume 21 needs a checkpoint as many steps before the newest in whole/checkpoints; there: "

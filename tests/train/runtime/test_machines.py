@@ -44,7 +44,7 @@ def other(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_machines_hold_a_replica_each(place, undisturbed):
+def test_two_machines_hold_a_replica_each(place, uninterrupted):
     (first, said), (second, silent) = on_two_machines([place, place], "machines", 2, train__steps=12,
                                                       train__schedule_steps=STEPS, checkpoint__every=0)
     assert (first, second) == (0, 0), said + silent
