@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from forked_scripts import PRELOADED, run_script
 from torch import Tensor
 
 from phi1.config import preset
@@ -135,9 +136,11 @@ def release(place: Path, run: str) -> None:
 
 def run(place: Path, *args: Any, preexec_fn: Callable[[], None] | None = None,
         **changes: Any) -> subprocess.CompletedProcess[str]:
-    """Run to the end."""
-    return subprocess.run(command(*args, **changes), cwd=place, text=True, capture_output=True, timeout=300,
-                          preexec_fn=preexec_fn)
+    """Run to the end; a process without torchrun is forked from one that has imported torch."""
+    words = command(*args, **changes)
+    if words[1] != "-m" and preexec_fn is None:
+        return run_script(words, place)
+    return subprocess.run(words, cwd=place, text=True, capture_output=True, timeout=300, preexec_fn=preexec_fn)
 
 
 def train(place: Path, *args: Any, **changes: Any) -> str:
@@ -181,7 +184,7 @@ def in_processes(count: int, action: Callable[..., Any], folder: Path, *args: An
     The processes are forked from one that has imported torch already, which saves each of them two seconds.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["phi1.train.checkpoint.checkpoint"])
+    context.set_forkserver_preload(PRELOADED)
     store = folder / f"store-{time.monotonic_ns()}"
     with ProcessPoolExecutor(count, context) as pool:
         # Actions go by file and name, because other processes do not know the names under which pytest imports tests.

@@ -1,18 +1,13 @@
 """Refusals of `train/pretrain.py`: one line that names the mistake and the fix, and nothing left behind."""
 
 import fcntl
-import os
 import re
-import runpy
 import shutil
-import subprocess
 import sys
-import tempfile
-import traceback
 
 import pytest
 import torch
-from training_runs import FUNCTION, command, error_line, in_processes, run, steps, train, weights
+from training_runs import FUNCTION, error_line, run, steps, train, weights
 
 from phi1.train.data.batch_plan import BatchPlan
 from phi1.train.prepare.prepare import prepare
@@ -37,50 +32,15 @@ MISTAKES = {  # of the command line: no run folder appears
 }
 
 
-def forked_run(changes):
-    """Run train/pretrain.py in a forked process. Return what it did and the names that it left in this folder."""
-    words = command("refused", **changes)
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = os.fork()
-        if process == 0:
-            os.dup2(out.fileno(), 1)
-            os.dup2(err.fileno(), 2)
-            sys.argv = words[1:]
-            try:
-                runpy.run_path(words[1], run_name="__main__")
-            finally:  # a traceback: pretrain.py itself ends the process
-                traceback.print_exc()
-                os._exit(99)
-        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        out.seek(0)
-        err.seek(0)
-        return subprocess.CompletedProcess(words, code, out.read(), err.read()), sorted(os.listdir())
-
-
-def forked_runs(rank, store, place, mistakes):
-    os.chdir(place)
-    return {name: forked_run(MISTAKES[name][0]) for name in mistakes}
-
-
-@pytest.fixture(scope="module")
-def refused(place, tmp_path_factory):
-    """The run of every mistake, and the names in the folder before. One process imports torch for all of them."""
-    (place / "bad.toml").write_text("[train\n")
-    before = sorted(os.listdir(place))
-    mistakes = [name for name in MISTAKES if name != "cuda" or not torch.cuda.is_available()]
-    (runs,) = in_processes(1, forked_runs, tmp_path_factory.mktemp("refused"), place, mistakes)
-    return runs, before
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_leaves_nothing(refused, mistake):
-    runs, before = refused
-    if mistake not in runs:
+@pytest.mark.parametrize(("changes", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(place, changes, message):
+    if changes == MISTAKES["cuda"][0] and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    done, after = runs[mistake]
-    line = error_line(done)
-    assert re.search(MISTAKES[mistake][1], line), line
-    assert after == before
+    (place / "bad.toml").write_text("[train\n")
+    before = sorted(place.iterdir())
+    line = error_line(run(place, "refused", **changes))
+    assert re.search(message, line), line
+    assert sorted(place.iterdir()) == before
 
 
 def test_under_torchrun_the_line_comes_once_and_is_the_root_cause(place):
