@@ -122,28 +122,23 @@ def _cut(path: Path, by: int) -> None:
     ("train-00002.bin", lambda p: _flip(p, 4096 + 2 * 70), r"damaged: .*block 1 \(tokens 64 to 127\)"),
     ("train-00000.bin", lambda p: _flip(p, -1), r"damaged: .*block 7 \(tokens 448 to 511\)"),
     ("train-00001.bin", lambda p: _flip(p, 30), "header is damaged"),
-    ("train-00001.bin", lambda p: _flip(p, 4095), "header is damaged"),
     ("train-00001.bin", lambda p: _flip(p, 0), "not a shard of tokens"),
     ("train-00004.bin", lambda p: _cut(p, 1), r"truncated: .* bytes instead of"),
     ("train-00003.bin", lambda p: p.write_bytes(b""), "truncated: 0 bytes"),
     ("train-00003.bin", lambda p: p.write_bytes(p.read_bytes() + b"x"), "too long"),
     ("train-00003.bin", lambda p: p.write_bytes(p.with_name("train-00002.bin").read_bytes()), "of another corpus"),
     ("train-00003.bin", Path.unlink, "missing"),
-    ("val-00000.bin", Path.unlink, "missing"),
     ("train-documents.npy", lambda p: _flip(p, -3), "damaged"),
     ("train-documents.npy", lambda p: _cut(p, 32), "truncated"),
     ("tokenizer/tokenizer.json", lambda p: _flip(p, 50), "damaged"),
-    ("tokenizer/tokenizer.json", Path.unlink, "missing"),
     ("train-00005.bin", lambda p: p.write_bytes(p.with_name("train-00000.bin").read_bytes()), "an extra file"),
-    ("val-00001.bin", lambda p: p.write_bytes(b"x"), "an extra file"),
     ("manifest.json", lambda p: p.write_text(p.read_text().replace('"tokens": 2413', '"tokens": 2414')),
      "damaged: it is not as it was written"),
-    ("manifest.json", lambda p: _cut(p, 5), "damaged"),
     ("manifest.json", lambda p: p.unlink() or p.mkdir(), "Is a directory"),
     ("manifest.json", lambda p: p.write_text("[]"), "damaged"),
     ("manifest.json", lambda p: p.write_text('{"format": "phi1-corpus", "version": 2}'), "version 2; this reader"),
 ])
-def test_damage_is_found_when_opened_and_named(corpus, name, damage, message):
+def test_each_kind_of_damage_has_its_message(corpus, name, damage, message):
     folder, _ = corpus
     open_corpus(folder, "train")
     path = folder / name

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import re
 import resource
 import shutil
@@ -192,22 +191,6 @@ def test_a_disk_that_is_full_costs_one_line_and_no_checkpoint(place, uninterrupt
     assert (folder / "step-60").stat().st_mtime_ns == kept
     assert find_damage(folder / "step-60") is None
     assert not list(folder.glob(".*"))
-
-
-def test_a_full_file_system_is_named(place, uninterrupted, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", disk]).returncode:
-        pytest.skip("mounting a small file system takes root")
-    try:
-        done = run(place, str(disk / "run"), checkpoint__every=20)
-        assert re.search(r"warning: checkpoint \S+step-\d0 could not be written: no disk space: it takes \d\.\d MB, "
-                         r"\d\.\d MB are free; free \d\.\d MB more, or give another --run\.folder; the run goes on$",
-                         done.stdout, re.MULTILINE), done.stdout
-        assert "no disk space" in error_line(done)
-        assert all(find_damage(path) is None for path in checkpoints(disk / "run" / "checkpoints"))
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 @pytest.mark.slow
