@@ -270,7 +270,7 @@ class Phi1(nn.Module):
         else:
             run = Block.decode if cache.length else Block.prefill
         for block in self.blocks:
-            x = run(block, x, cos, sin, flat, cache)
+            x = run(cast(Block, block), x, cos, sin, flat, cache)
         cache.length += tokens
         return x
 
