@@ -169,8 +169,8 @@ def test_the_commit_comes_from_the_variable_or_git_or_is_unknown(monkeypatch, tm
     assert environment.commit() == "1234abc"
     monkeypatch.delenv(environment.COMMIT_VARIABLE)
     inside = tmp_path / "venv" / "phi1"
-    (inside / "bench").mkdir(parents=True)
-    (inside / "bench" / "environment.py").touch()
+    (inside / "bench" / "harness").mkdir(parents=True)
+    (inside / "bench" / "harness" / "environment.py").touch()
     for words in ("init -q", "-c user.name=a -c user.email=a@b commit -q --allow-empty -m a"):
         subprocess.run(["git", "-C", tmp_path, *words.split()], check=True)
     monkeypatch.setattr(environment, "ROOT", inside)
