@@ -8,14 +8,11 @@ import importlib
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from phi1.bench.harness.parser import MakeParser, choose_device
 from phi1.bench.harness.processes import sigterm_as_ctrl_c
-
-MakeParser = Callable[[str, str], Any]
-"""Makes the command line's parser from a program's name and description."""
 
 COMMANDS = {
     "report": ("phi1.bench.report.report", "README tables and plots from results files"),
@@ -26,11 +23,6 @@ COMMANDS = {
 LOST = 3
 """Exit code: a provider took the GPU's context with it; with --json the same command goes on without it."""
 DESCRIPTION = "Measure phi1's operations and units beside their peers; a time counts once its result is right."
-
-
-def plain_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """Makes the parser where a file is run and not the `phi1` command."""
-    return argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
 
 
 def main(argv: list[str], make_parser: MakeParser) -> int:
@@ -92,14 +84,6 @@ def chosen_cases(args: argparse.Namespace) -> list[Any]:
         raise ValueError(f"--peers: no case has a peer {unknown[0]!r}; they have {', '.join(known)}")
     done = {record["case"] for record in read(args.last)["cases"]} if args.last else set()
     return sorted(cases, key=lambda case: case.name in done)
-
-
-def choose_device(args: argparse.Namespace) -> None:
-    import torch
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no CUDA device on this machine; cpu would do")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def list_cases(args: argparse.Namespace) -> int:

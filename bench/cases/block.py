@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from phi1.bench.cases.norm import torch_rotary
 from phi1.bench.harness.case import Case, Function, Inputs, Provider, named, variants
 from phi1.bench.harness.inputs import Draw
 from phi1.bench.harness.providers import ours, part_of_reference, peer, plain, reference_of
 from phi1.bench.peers.attention import BACKENDS, Attend, forced, sdpa
 from phi1.bench.peers.hf_transformers import decoder_layer
+from phi1.bench.peers.rotary import torch_rotary
 from phi1.kernels import Dropout, parallel_block, parallel_block_decode, parallel_block_prefill
 
 NAMES = ("norm_weight", "norm_bias", "in_weight", "in_bias", "out_weight", "out_bias")

@@ -17,7 +17,7 @@ from phi1.bench.harness.case import Case, Function, Inputs, Provider, named
 from phi1.bench.harness.inputs import Draw
 from phi1.bench.harness.providers import peer
 from phi1.bench.peers.hf_transformers import causal_model
-from phi1.bench.peers.training import Phi1Step, Plan, TransformersStep
+from phi1.bench.peers.training import Phi1Step, Plan, TransformersStep, cpu_plan
 from phi1.config import Phi1Config, preset
 from phi1.kernels import backend
 from phi1.model import Cache, Phi1
@@ -41,7 +41,7 @@ def cases() -> list[Case]:
              _micro_step(TINY, 2, 64, "float32", "cpu", quick=True),
              _step(Plan(phi1, 8, 2048, "cuda", "fp16"), quick=True), _step(Plan(dropped, 8, 2048, "cuda", "fp16")),
              _step(Plan(phi1, 64, 2048, "cuda", "fp16", micro_batch=8)),
-             *(_step(_cpu_plan(vocab), quick=vocab == 4096) for vocab in (4096, 51200))]
+             *(_step(cpu_plan(vocab), quick=vocab == 4096) for vocab in (4096, 51200))]
     found += [_prefill(phi1, 1, tokens, "float16", "cuda", quick=tokens == 512) for tokens in (512, 2016)]
     found += [_decode(phi1, batch, tokens, "float16", "cuda", quick=tokens == 512 and batch == 1)
               for batch, tokens in ((1, 512), (1, 2016), (8, 512))]
@@ -49,12 +49,6 @@ def cases() -> list[Case]:
             _decode(TINY, 1, 64, "float32", "cpu", quick=True),
             _prefill(preset("phi1-small"), 1, 256, "float16", "cpu", readme=True),
             _decode(preset("phi1-small"), 1, 64, "float16", "cpu", readme=True)]
-
-
-def _cpu_plan(vocab_size: int) -> Plan:
-    from phi1.bench.cpu_training import plan
-
-    return plan(vocab_size)
 
 
 def _shape(config: Phi1Config, batch: int, tokens: int) -> dict[str, Any]:

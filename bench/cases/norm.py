@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from phi1.bench.harness.case import Case, Function, Inputs, Provider, variants
 from phi1.bench.harness.inputs import Draw
 from phi1.bench.harness.providers import compiled, ours, peer, plain, reference_of
+from phi1.bench.peers.rotary import torch_rotary
 from phi1.kernels import add_layer_norm, layer_norm, rotary, rotary_
 
 # Read x, write y; weight and bias. Then read x, dy and the statistics, write dx, dw and db.
@@ -177,16 +178,6 @@ def _on_a_copy(function: Function) -> Any:
         return run
 
     return prepare
-
-
-def torch_rotary(inputs: Inputs) -> torch.Tensor:
-    """As transformers does it, in float32: q and k [N, 2, H, K] rotated in halves, v as it is."""
-    x, positions = inputs["x"], inputs["positions"]
-    half = inputs["cos"].shape[1]
-    cos, sin = (inputs[name][positions][:, None, None] for name in ("cos", "sin"))
-    a, b = x[:, :2, :, :half].float(), x[:, :2, :, half : 2 * half].float()
-    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-    return torch.cat((torch.cat((turned, x[:, :2, :, 2 * half :]), dim=-1), x[:, 2:]), dim=1)
 
 
 def _liger_rope(case: Case) -> Function:

@@ -46,9 +46,10 @@ def measure(out: Path, micro_batch: int, dropout: float, recipe: dict[str, Any],
     shutil.rmtree(folder, ignore_errors=True)
     changes = recipe | {"train.micro_batch_size": micro_batch, "train.dropout": dropout, "run.folder": folder,
                         "data.folder": out / "data"}
-    command = [sys.executable, str(ROOT / "train" / "pretrain.py")]
+    words = [f"--{key}={value}" for key, value in changes.items()]
     with log.open("w") as file:
-        process = subprocess.Popen([*command, *(f"--{key}={value}" for key, value in changes.items())], stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([sys.executable, str(ROOT / "train" / "pretrain.py"), *words], stdout=file,
+                                   stderr=subprocess.STDOUT)
     steps: list[dict[str, Any]] = []
     try:
         while len(steps) < STEPS and process.poll() is None and time.monotonic() < end:

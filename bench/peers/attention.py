@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from phi1.bench.cases.norm import torch_rotary
 from phi1.bench.harness.case import Case, Function, Inputs, Provider
 from phi1.bench.harness.providers import compiled, peer, plain
+from phi1.bench.peers.rotary import torch_rotary
 
 BACKENDS = {"sdpa-flash": "FLASH_ATTENTION", "sdpa-cudnn": "CUDNN_ATTENTION", "sdpa-efficient": "EFFICIENT_ATTENTION",
             "sdpa-math": "MATH"}

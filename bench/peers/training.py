@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from phi1.config import Phi1Config
+from phi1.config import Phi1Config, preset
 
 JUDGED = 3
 """Steps from the start whose losses and gradients are compared."""
@@ -58,6 +58,12 @@ class Plan:
         model = Phi1(self.config, device=torch.device(self.device), dtype=torch.float32)
         model.init_weights(SEED)
         return model
+
+
+def cpu_plan(vocab_size: int) -> Plan:
+    """The plan of the comparison on a CPU: 4 layers of width 256, batches of 8 x 256 tokens, bf16."""
+    return Plan(preset("nano", vocab_size=vocab_size, num_hidden_layers=4, hidden_size=256, intermediate_size=1024),
+                batch=8, tokens=256)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phi1.bench.cli import MakeParser
+from phi1.bench.harness.parser import MakeParser
 from phi1.bench.report.results import read
 
 FLOOR = {"cuda": 0.01, "cpu": 0.05}

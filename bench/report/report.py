@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from phi1.bench.cli import MakeParser
 from phi1.bench.harness.environment import ROOT
 from phi1.bench.harness.files import locked, replace
+from phi1.bench.harness.parser import MakeParser
 from phi1.bench.report.results import FOLDER, FORMAT, gather, read
 from phi1.bench.report.table import rate, times
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 
-from phi1.bench.cli import MakeParser
 from phi1.bench.harness.case import Case
 from phi1.bench.harness.environment import ROOT
+from phi1.bench.harness.parser import MakeParser, choose_device
 from phi1.bench.harness.runner import bind
 from phi1.train.metrics.profiling import check_place, write_trace
 
@@ -116,7 +116,6 @@ def record(case: Case, device: torch.device, out: Path) -> list[Line]:
 
 def main(argv: list[str], make_parser: MakeParser) -> int:
     from phi1.bench.cases.registry import operations, select
-    from phi1.bench.cli import choose_device
 
     parser = make_parser("phi1 bench trace", "Where the time of one unit of work goes: a Chrome trace and a table.")
     parser.add_argument("--unit", required=True, metavar="NAME", help=f"one of {', '.join(operations())}")

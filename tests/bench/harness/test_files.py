@@ -5,9 +5,9 @@ import threading
 
 import pytest
 
-from phi1.bench.cli import plain_parser
 from phi1.bench.compile import table
 from phi1.bench.harness import files
+from phi1.bench.harness.parser import plain_parser
 from phi1.bench.report import report, results
 
 FACTS = {"device": "cuda", "gpu": "A GPU", "torch": "2.11.0", "triton": "3.6.0", "commit": "abc1234"}
