@@ -10,7 +10,7 @@ from phi1.train.runtime.engine import Engine
 
 
 @dataclass(frozen=True)
-class Utilisation:
+class Mfu:
     """Flops of a token, with all of attention and with its causal half; peak of all GPUs in flops/s, 0 if unknown."""
 
     full: float
@@ -18,7 +18,7 @@ class Utilisation:
     peak: float
 
     @classmethod
-    def of_run(cls, recipe: Recipe, engine: Engine) -> Utilisation:
+    def of_run(cls, recipe: Recipe, engine: Engine) -> Mfu:
         """For a run on this engine. Of CPUs, and of GPUs that phi1.gpus does not list, the peak is not known."""
         config, seq_len = recipe.phi1_config(), recipe.data.seq_len
         gpu = gpu_named(str(engine.environment()["hardware"])) if engine.device.type == "cuda" else None

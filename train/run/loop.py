@@ -18,7 +18,7 @@ from phi1.train.evaluate.humaneval import HumanEval
 from phi1.train.evaluate.samples import Samples
 from phi1.train.evaluate.validation import Figures, HeldOut
 from phi1.train.metrics.ledger import Ledger
-from phi1.train.metrics.mfu import Utilisation
+from phi1.train.metrics.mfu import Mfu
 from phi1.train.metrics.profiling import Profiler
 from phi1.train.metrics.progress import Progress
 from phi1.train.recipe.recipe import Recipe
@@ -26,8 +26,8 @@ from phi1.train.run.folder import RunFolder
 from phi1.train.runtime.all_ranks import Failed
 from phi1.train.runtime.engine import peak_memory_gib
 from phi1.train.runtime.launch import RunError
-from phi1.train.runtime.stop_signals import Control
-from phi1.train.runtime.watchdog import Watch
+from phi1.train.runtime.stop_signals import StopSignals
+from phi1.train.runtime.watchdog import Watchdog
 from phi1.train.step.trainer import Trainer
 
 
@@ -42,14 +42,14 @@ class Loop:
         held_out: what to evaluate on.
         samples: what to let the model write.
         humaneval: what to let it solve at each checkpoint; None for nothing.
-        control: how to stop.
+        stop_signals: how to stop.
         progress: what to show; silent on all ranks but the first.
         ledger: rank 0's; None on the others.
         rank: this process's.
         facts: JSON values that go into each checkpoint; "best" is the best step until now whose checkpoint is there,
             "due" is there if what follows the step has been stopped, with the loss if that was found before.
-        utilisation: turns speed into MFU.
-        watch: told what begins.
+        mfu: turns speed into MFU.
+        watchdog: told what begins.
         saver: writes checkpoints.
         profiler: records some steps.
         saved: the checkpoint that the trainer was loaded from, then the newest one.
@@ -61,13 +61,13 @@ class Loop:
     held_out: HeldOut
     samples: Samples
     humaneval: HumanEval | None
-    control: Control
+    stop_signals: StopSignals
     progress: Progress
     ledger: Ledger | None
     rank: int
     facts: dict[str, Any]
-    utilisation: Utilisation
-    watch: Watch
+    mfu: Mfu
+    watchdog: Watchdog
     saver: Saver
     profiler: Profiler
     saved: Path | None = None
@@ -87,8 +87,8 @@ class Loop:
         """
         last = self.recipe.train.steps
         going = "due" not in self.facts or self._follow_up()
-        while going and self.trainer.finished < last and not self.control.agreed_to_stop(self.saver.writes()):
-            if self.saver.in_flight and not self.control.any_writes:
+        while going and self.trainer.finished < last and not self.stop_signals.agreed_to_stop(self.saver.writes()):
+            if self.saver.in_flight and not self.stop_signals.any_writes:
                 self._try(self._finish_saving)
             self._step()
             going = self._follow_up()
@@ -113,7 +113,7 @@ class Loop:
         if loss is not None and (solved is not None or self.recipe.checkpoint.best != "humaneval"):
             self.standing = Standing(step, loss, solved)
         if self._due(self.recipe.eval.completions_every):
-            self.watch.report(f"the completions after step {step}")
+            self.watchdog.report(f"the completions after step {step}")
             self._try(lambda: self.samples.write(self.trainer, self.rank))
         if before is not None or self._due(self.recipe.checkpoint.every):
             self._try(self._begin_saving)
@@ -139,14 +139,14 @@ class Loop:
     def _begin_saving(self) -> None:
         if self.saver.in_flight:  # a disk slower than the checkpoints are frequent
             self._try(self._finish_saving)
-        self.watch.report(f"the checkpoint of step {self.trainer.finished}")
+        self.watchdog.report(f"the checkpoint of step {self.trainer.finished}")
         now, rule = self.standing, self.recipe.checkpoint.best
         best = rule and now and now.step == self.trainer.finished and now.beats(self.best, rule)
         self._begun = {"best": asdict(now)} if now and best else {}
         self.saver.begin(self.trainer, self.facts | self._begun)
 
     def _finish_saving(self) -> None:
-        self.watch.report("the end of a checkpoint")
+        self.watchdog.report("the end of a checkpoint")
         done = self.saver.finish()
         self.saved = done.path
         self.facts |= self._begun
@@ -164,7 +164,7 @@ class Loop:
         Raises:
             RunError: some process has no memory for that.
         """
-        self.watch.report("the export")
+        self.watchdog.report("the export")
         try:
             return gather_weights(self.trainer.model)
         except Failed as error:
@@ -192,7 +192,7 @@ class Loop:
     def evaluate(self) -> Figures | None:
         """Collective: figures on the held-out text; None if a stop was asked for meanwhile."""
         trainer = self.trainer
-        figures = self.held_out.evaluate(trainer.model, trainer.engine, self.rank, trainer.layout.micro_batch,
+        figures = self.held_out.evaluate(trainer.model, trainer.engine, self.rank, trainer.batch_plan.micro_batch,
                                          lambda: self._stop(f"the evaluation after step {trainer.finished}"))
         if figures:
             self._note(lambda ledger: ledger.evaluation(trainer.finished, figures.as_dict()))
@@ -201,8 +201,8 @@ class Loop:
         return figures
 
     def _stop(self, what: str) -> bool:
-        self.watch.report(what)
-        self.stopped = self.control.agreed_to_stop()
+        self.watchdog.report(what)
+        self.stopped = self.stop_signals.agreed_to_stop()
         return self.stopped
 
     def _due(self, every: int) -> bool:
@@ -212,14 +212,14 @@ class Loop:
 
     def _step(self) -> None:
         trainer = self.trainer
-        self.watch.report(f"step {trainer.finished + 1}")
+        self.watchdog.report(f"step {trainer.finished + 1}")
         started = time.perf_counter()
         with self.profiler.step(trainer.finished + 1):
             outcome = trainer.run_step()
         seconds = time.perf_counter() - started
         speed = self.progress.tokens / seconds
         measured = {"tokens_per_s": speed, "seconds": seconds, "memory_gib": peak_memory_gib(trainer.engine),
-                    **self.utilisation.of(speed)}
+                    **self.mfu.of(speed)}
         self.progress.step(outcome.step, outcome.loss, seconds)
         self._note(lambda ledger: ledger.step(outcome, measured))
         if outcome.skipped:
