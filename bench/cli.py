@@ -15,7 +15,7 @@ from phi1.bench.harness.parser import MakeParser, choose_device
 from phi1.bench.harness.processes import sigterm_as_ctrl_c
 
 COMMANDS = {
-    "report": ("phi1.bench.report.report", "README tables and plots from results files"),
+    "report": ("phi1.bench.report.report", "tables of docs/benchmarks.md and plots, from results files"),
     "compare": ("phi1.bench.report.compare", "what got faster or slower between two results files"),
     "trace": ("phi1.bench.report.trace", "a Chrome trace and a table of time by operation of one unit"),
     "static": ("phi1.bench.compile.report", "what the compiler makes of every kernel, without a GPU"),

@@ -1,8 +1,9 @@
-"""Results files and what is made of them; `test_bench_readme.py` holds the README to them."""
+"""Results files, and the page, plots and comparisons that are made of them."""
 
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -260,14 +261,22 @@ def test_wrong_results_do_not_compare():
 def test_the_report_goes_between_the_markers_and_names_its_file(tmp_path):
     path = write(tmp_path / "bench/results/h100/2026-11-23-abc1234.json",
                  content(record(), record(case="x", readme=False)))
-    text = report.section([path], tmp_path)
-    assert "(bench/results/h100/2026-11-23-abc1234.json)" in text
+    text = report.section([path], tmp_path / "docs")
+    assert "(../bench/results/h100/2026-11-23-abc1234.json)" in text
     assert f"| {record()['case']} | 0.05 [0.049-0.0515] | 2685 GB/s | 50 % | liger | 1.20 [1.19-1.22] |" in text
     assert "| x |" not in text
-    readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    assert report.put(readme, text) == f"before\n{report.BEGIN}\n{text}\n{report.END}\nafter\n"
+    page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    assert report.put(page, text) == f"before\n{report.BEGIN}\n{text}\n{report.END}\nafter\n"
     with pytest.raises(ValueError, match="has no lines"):
         report.put("no markers", text)
+
+
+def test_the_tables_of_the_page_are_what_the_command_writes():
+    page = report.PAGE.read_text(encoding="utf-8")
+    block = page[page.index(report.BEGIN) + len(report.BEGIN) : page.index(report.END)].strip("\n")
+    files = [report.PAGE.parent / link for link in re.findall(r"\(([\w./-]+\.json)\)", block)]
+    assert files
+    assert block == report.section(files)
 
 
 def test_the_report_shows_what_failed():
@@ -277,17 +286,17 @@ def test_the_report_shows_what_failed():
 
 
 def test_plots_are_drawn_where_matplotlib_is_and_refused_in_one_line_elsewhere(tmp_path):
-    """In a process that cannot import it: the README stays as it was."""
+    """In a process that cannot import it: the page stays as it was."""
     path = write(tmp_path / "r.json", content(record()))
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    page = tmp_path / "page.md"
+    page.write_text(f"{report.BEGIN}\n{report.END}\n")
     command = (f"import sys; sys.modules['matplotlib'] = None; from phi1.cli.main import main; "
-               f"sys.exit(main(['bench', 'report', {str(path)!r}, '--readme', {str(readme)!r}]))")
+               f"sys.exit(main(['bench', 'report', {str(path)!r}, '--page', {str(page)!r}]))")
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == ("phi1 bench: error: plots need matplotlib: pip install 'phi1[bench]', or --no-plots for the "
                            "tables alone\n")
-    assert readme.read_text() == f"{report.BEGIN}\n{report.END}\n"
+    assert page.read_text() == f"{report.BEGIN}\n{report.END}\n"
 
 
 def test_plots(tmp_path):
@@ -323,9 +332,9 @@ def test_results_of_several_commands_become_one_file_in_its_place(tmp_path, monk
     write(out / "block" / "max.json", content(tuned) | {"date": "2026-11-24"})
     write(out / "kernels" / "quick.json", content(record(case="third")))
     (out / "train.json").write_text('{"micro_batch": 24}')
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
-    assert main(["bench", "report", str(out), "--readme", str(readme), "--no-plots"]) == 0
+    page = tmp_path / "page.md"
+    page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    assert main(["bench", "report", str(out), "--page", str(page), "--no-plots"]) == 0
     path = tmp_path / "results" / "nvidia-h100-80gb-hbm3" / "2026-11-23-abc1234.json"
     got = {case["case"]: case for case in results.read(path)["cases"]}
     assert len(got) == 3
@@ -334,7 +343,7 @@ def test_results_of_several_commands_become_one_file_in_its_place(tmp_path, monk
     assert rows["phi1"]["ms"][0] == 0.05
     assert rows["torch"]["status"] == "ok"
     assert rows["tuned"]["ratio"][0] == 1.25
-    text = readme.read_text()
+    text = page.read_text()
     assert path.name in text
     assert "on another" in text
     assert "of another day" not in text
