@@ -22,11 +22,12 @@ of a weight, S sum of the squared lengths of packed documents, L layers, P param
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
+
+from phi1.bench.harness.inputs import Draw
 
 Inputs = dict[str, Any]
 Function = Callable[[Inputs], Any]
@@ -139,11 +140,20 @@ def named(op: str, shape: Mapping[str, Any], dtype: str, direction: str, device:
     return " ".join([op, *sizes, dtype, direction, *([device] if device == "cpu" else [])])
 
 
-def variants(case: Case, costs: Mapping[str, tuple[str, str]]) -> list[Case]:
-    """The case once for each direction, with that direction's (bytes, flops); named anew."""
-    device = case.devices[0] if len(case.devices) == 1 else ""
-    return [
-        replace(case, direction=direction, bytes=moved, flops=flops,
-                name=named(case.op, case.shape, case.dtype, direction, device))
-        for direction, (moved, flops) in costs.items()
-    ]
+def family(op: str, shape: Mapping[str, Any], dtype: str, device: str, draw: Callable[[Draw], Inputs],
+           costs: Mapping[str, tuple[str, str]], **fields: Any) -> list[Case]:
+    """The cases of an operation at one shape: one for each direction of `costs`, which holds its (bytes, flops).
+
+    Args:
+        op, shape, dtype: of every case.
+        device: kind of device that the shape is for.
+        draw: makes the inputs.
+        costs: formulas by direction.
+        fields: the other fields of `Case`; the unit is "kernel" by default.
+    """
+    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
+        return draw(Draw(on, generator, dtype))
+
+    return [Case(**{"unit": "kernel"} | fields, name=named(op, shape, dtype, direction, device), op=op, shape=shape,
+                 dtype=dtype, devices=(device,), direction=direction, bytes=moved, flops=flops, inputs=inputs)
+            for direction, (moved, flops) in costs.items()]
