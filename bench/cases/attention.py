@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from phi1.bench.harness.case import Case, Function, Inputs, Provider, family
-from phi1.bench.harness.inputs import Draw, dropout_of
+from phi1.bench.harness.inputs import Draw, dropout_of, with_sample
 from phi1.bench.harness.providers import ours, part_of_reference
 from phi1.bench.peers.attention import packed_peers, peers
 from phi1.kernels import attention, attention_qkv
@@ -75,7 +75,7 @@ def _by_parts(causal: bool, p: float) -> Function:
         rows = []
         for b in range(batch):
             split = (inputs[name][b : b + 1].split(at_once, dim=2) for name in "qkv")
-            dropout = dropout_of(inputs, p, 0, slice(b, b + 1))
+            dropout = dropout_of(with_sample(inputs, b), p, 0)
             rows.append(torch.cat([part(q, k, v, dropout) for q, k, v in zip(*split, strict=True)], dim=2))
         return torch.cat(rows)
 
@@ -97,7 +97,7 @@ def _packed(batch: int, tokens: int, heads: int, size: int, *, rotary: bool, p: 
     part = part_of_reference(lambda qkv, angles, dropout: attention_qkv(qkv, rotary=angles, dropout=dropout))
 
     def by_sample(inputs: Inputs) -> torch.Tensor:
-        return torch.cat([part(qkv, _angles(inputs), dropout_of(inputs, p, 0, slice(b, b + 1)))
+        return torch.cat([part(qkv, _angles(inputs), dropout_of(with_sample(inputs, b), p, 0))
                           for b, qkv in enumerate(inputs["qkv"].split(tokens))])
 
     return _qkv_family(shape, dtype, device, inputs, costs("N*T//2", PACKED_FORWARD_BYTES, PACKED_BACKWARD_BYTES,

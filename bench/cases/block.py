@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from phi1.bench.harness.case import Case, Function, Inputs, Provider, family
-from phi1.bench.harness.inputs import Draw, dropout_of
+from phi1.bench.harness.inputs import Draw, dropout_of, with_sample
 from phi1.bench.harness.providers import ours, part_of_reference, peer, plain, reference_of
 from phi1.bench.peers.attention import BACKENDS, Attend, forced, sdpa
 from phi1.bench.peers.hf_transformers import decoder_layer
@@ -64,17 +64,17 @@ def _block(batch: int, tokens: int, width: int, inner: int, heads: int, *, p: fl
         return {"x": draw.normal(batch * tokens, width), **_parameters(draw, tokens, width, inner, heads),
                 **draw.dropout(batch, p)}
 
-    def block(inputs: Inputs, x: torch.Tensor, batch: int, samples: slice) -> torch.Tensor:
-        dropouts: Any = tuple(dropout_of(inputs, p, kind, samples) for kind in range(3))
+    def block(inputs: Inputs, x: torch.Tensor, batch: int) -> torch.Tensor:
+        dropouts: Any = tuple(dropout_of(inputs, p, kind) for kind in range(3))
         return parallel_block(x, *_given(inputs), n_heads=heads, batch=batch, dropouts=dropouts)
 
     def run(inputs: Inputs) -> torch.Tensor:
-        return block(inputs, inputs["x"], batch, slice(None))
+        return block(inputs, inputs["x"], batch)
 
-    part = part_of_reference(lambda inputs, x, samples: block(inputs, x, 1, samples))
+    part = part_of_reference(lambda inputs, x: block(inputs, x, 1))
 
     def by_sample(inputs: Inputs) -> torch.Tensor:
-        return torch.cat([part(inputs, x, slice(sample, sample + 1))
+        return torch.cat([part(with_sample(inputs, sample), x)
                           for sample, x in enumerate(inputs["x"].split(tokens))])
 
     return family("parallel_block", shape, dtype, device, inputs, COSTS, unit="block", leaves=("x", *NAMES),

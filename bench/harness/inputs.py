@@ -46,6 +46,11 @@ class Draw:
                 "sample_ids": torch.arange(samples, device=self.device)} if p else {}
 
 
-def dropout_of(inputs: dict[str, Any], p: float, kind: int, samples: slice = slice(None)) -> Dropout | None:
-    """The dropout of one kind, for some of the samples; None if p is 0."""
-    return Dropout(p, inputs["rng"], inputs["sample_ids"][samples], layer=0, kind=kind) if p else None
+def dropout_of(inputs: dict[str, Any], p: float, kind: int) -> Dropout | None:
+    """The dropout of one kind; None if p is 0."""
+    return Dropout(p, inputs["rng"], inputs["sample_ids"], layer=0, kind=kind) if p else None
+
+
+def with_sample(inputs: dict[str, Any], number: int) -> dict[str, Any]:
+    """The inputs with the dropout of one sample alone."""
+    return inputs | {name: ids[number : number + 1] for name, ids in inputs.items() if name == "sample_ids"}

@@ -149,8 +149,8 @@ def test_formulas_see_the_sizes_and_the_element():
     assert (case.n_bytes, case.n_flops) == (12, 9)
 
 
-@pytest.mark.parametrize("case", [case for case in SMALL if case.direction == "forward+backward"],
-                         ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in (*SMALL, *block.small_block(p=0.1))
+                                  if case.direction == "forward+backward"], ids=lambda case: case.name)
 def test_references_by_parts_are_the_reference(case):
     """With every gradient, in float64: whole and by parts differ by the order of sums alone."""
     inputs = {name: x.double() if name in case.leaves and x is not None else x for name, x in draw(case).items()}
