@@ -112,11 +112,11 @@ class RunFolder:
                     (self.path / ".lock").unlink()
                     self.path.rmdir()
 
-    def store(self, recipe: str, launch: str | None = None) -> None:
+    def store(self, text: str, launch: str | None = None) -> None:
         """Write config.toml, if it says something new.
 
         Args:
-            recipe: the file's text.
+            text: the recipe as TOML.
             launch: the launch of torchrun that goes back to an older checkpoint; None if it does not.
 
         Raises:
@@ -126,8 +126,8 @@ class RunFolder:
         try:
             if launch is not None:
                 self.went_back.write_text(launch, encoding="utf-8")
-            if not self.config.exists() or self.config.read_text(encoding="utf-8") != recipe:
-                temporary.write_text(recipe, encoding="utf-8")
+            if not self.config.exists() or self.config.read_text(encoding="utf-8") != text:
+                temporary.write_text(text, encoding="utf-8")
                 temporary.replace(self.config)
         except OSError as error:
             raise RunError(f"{self.config} cannot be written: {error.strerror}") from None

@@ -18,10 +18,10 @@ from phi1.train.checkpoint.checkpoint import load_checkpoint, state_hash
 from phi1.train.checkpoint.files import step_of
 from phi1.train.metrics.ledger import as_line, read_ledger
 from phi1.train.recipe.recipe import Recipe
+from phi1.train.run.build import make_trainer
 from phi1.train.run.corpus import open_on_all_ranks
 from phi1.train.run.folder import RunFolder
 from phi1.train.run.resume import start_engine
-from phi1.train.run.run import make_trainer
 from phi1.train.run.start import Start
 from phi1.train.runtime.all_ranks import all_ranks
 from phi1.train.runtime.engine import connect_processes

@@ -26,7 +26,6 @@ from phi1.train.recipe.file import read_recipe
 from phi1.train.recipe.recipe import Model, Recipe, Train
 from phi1.train.run import corpus as run_corpus
 from phi1.train.run import preflight
-from phi1.train.run import run as run_module
 from phi1.train.run import start as start_module
 from phi1.train.run.corpus import prepare_data
 from phi1.train.run.folder import RunFolder
@@ -232,7 +231,6 @@ def test_a_corpus_that_takes_anothers_place_while_it_is_opened_is_refused(two_co
 @pytest.mark.parametrize("prove", [{}, {"run.prove_resume": "3"}])
 def test_every_process_opens_the_corpus_that_rank_0_has_read(two_corpora, tmp_path, monkeypatch, prove):
     monkeypatch.setattr(pretrain, "on_signals", lambda *_: None)
-    monkeypatch.setattr(run_module, "on_signals", lambda *_: None)
     for name, checkpoints in (("start_run", ("step-1",)), ("start_replay", ("step-1", "step-2"))):
         monkeypatch.setattr(start_module, name, lambda *_, found=checkpoints: Start("0" * 64, found))
     given = read_recipe(None, {key: str(value) for key, value in TINY.items()} | prove)

@@ -95,11 +95,12 @@ def test_a_signal_in_the_export_interrupts_it(tmp_path, monkeypatch, signalled):
 
     numbers, handlers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), []
     before = [signal.getsignal(number) for number in numbers]
-    loop = SimpleNamespace(
-        trainer=SimpleNamespace(finished=9, skipped=0), held_out=SimpleNamespace(text=b"x"), best=None,
-        samples=SimpleNamespace(tokenizer=None), stop_signals=SimpleNamespace(signal_name=signalled),
-        progress=SimpleNamespace(tokens=4, tokens_per_s=lambda finished: 1.0))
-    monkeypatch.setattr(run_module, "train", lambda *_: (loop, (Figures(1.0, 1.0, 1, 1), None), {}))
+    trained = SimpleNamespace(
+        trainer=SimpleNamespace(finished=9, skipped=0), saving=SimpleNamespace(best=None),
+        evaluation=SimpleNamespace(held_out=SimpleNamespace(text=b"x"), samples=SimpleNamespace(tokenizer=None)),
+        stop_signals=SimpleNamespace(signal_name=signalled),
+        monitor=SimpleNamespace(progress=SimpleNamespace(tokens=4, tokens_per_s=lambda finished: 1.0)))
+    monkeypatch.setattr(run_module, "train", lambda *_: (trained, (Figures(1.0, 1.0, 1, 1), None), {}))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(run_module, "export", export)
     try:

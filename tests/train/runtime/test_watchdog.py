@@ -16,6 +16,7 @@ from training_runs import wait_until
 import phi1.kernels
 from phi1.train.metrics.mfu import Mfu
 from phi1.train.recipe.file import read_recipe
+from phi1.train.run import build as build_module
 from phi1.train.run import run as run_module
 from phi1.train.run.folder import RunFolder
 from phi1.train.run.start import Start
@@ -110,10 +111,10 @@ def test_a_process_that_hangs_before_the_first_step_is_found(tmp_path, monkeypat
         raise RunError("enough")
 
     monkeypatch.setattr(watch_module, "_end", said.append)
-    monkeypatch.setattr(run_module, "connect_processes", lambda *_: None)
+    monkeypatch.setattr(build_module, "connect_processes", lambda *_: None)
     monkeypatch.setattr(RunFolder, "check_shared", lambda *_: None)
-    monkeypatch.setattr(run_module, "open_on_all_ranks", lambda *_: (None, None, None))
-    monkeypatch.setattr(run_module, hangs, hang)
+    monkeypatch.setattr(build_module, "open_on_all_ranks", lambda *_: (None, None, None))
+    monkeypatch.setattr(build_module, hangs, hang)
     recipe, folder = read_recipe(None, {"run.watchdog": "0.2", "run.device": "cpu"}), RunFolder(tmp_path)
     threads = torch.get_num_threads()
     try:
@@ -181,9 +182,9 @@ def test_a_repository_around_an_installation_is_not_its_commit(tmp_path, monkeyp
 def test_mfu_of_a_known_gpu_and_of_none(monkeypatch, precision, expected):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     engine = Engine(torch.device("cuda", 0), precision, 1, 8)
-    found = Mfu.of_run(BASE, engine).of(8 * 0.505 * 312e12 / 9.0884e9)
+    found = Mfu.of_run(BASE.phi1_config(), BASE.data.seq_len, engine).of(8 * 0.505 * 312e12 / 9.0884e9)
     assert found["mfu"] == pytest.approx(expected, rel=1e-3)
     assert found["mfu_causal"] == pytest.approx(expected * 8.484 / 9.088, rel=1e-3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    assert Mfu.of_run(BASE, engine).of(1e5) == {}
-    assert Mfu.of_run(BASE, Engine(torch.device("cpu"), "fp32", 2, 1)).of(1e5) == {}
+    assert Mfu.of_run(BASE.phi1_config(), BASE.data.seq_len, engine).of(1e5) == {}
+    assert Mfu.of_run(BASE.phi1_config(), BASE.data.seq_len, Engine(torch.device("cpu"), "fp32", 2, 1)).of(1e5) == {}
