@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in stages: check kernels block train decode tune profile.
 #
-#   bench/gpu.sh STAGE [STAGE ...]         nine minutes at most for each
+#   bench/gpu.sh STAGE [STAGE ...]         nine minutes at most in all: better one call for each stage
 #   bench/gpu.sh --rehearse [STAGE ...]    the same commands on a CPU with tiny shapes; without a stage all of them
 #
 # OUT (runs/gpu) is the folder of results, with a log of each command, and PYTHON (python3) an interpreter with PyTorch
@@ -67,7 +67,7 @@ run() {  # NAME SECONDS COMMAND ...: --minutes at its end gets the minutes left;
     local name=$1 end=$((SECONDS + times * $2)) began=$SECONDS log=$out/$stage/$1.log code=124 left words
     shift 2
     mkdir -p "$out/$stage" && : > "$log"
-    [ $end -lt $last ] || end=$last
+    [ $end -lt $((times * 540)) ] || end=$((times * 540))
     while left=$((end - SECONDS)) words=("$@"); [ $left -ge 10 ]; do
         [ "${*: -1}" != --minutes ] || words+=("$(printf '%d.%02d' $((left * 4 / 300)) $((left * 4 % 300 / 3)))")
         (cd "$out/$stage" && exec setsid timeout -s INT -k 10 $left "${words[@]}") >> "$log" 2>&1 9>&- &
@@ -85,8 +85,6 @@ script() { run "$1" "$2" "$python" "$root/bench/gpu/$3.py" "${@:4}"; }
 bench() { run "$1" "$2" phi1 bench --device $device "${@:3}" --json "$1.json" --minutes; }
 tests() { run "$1" "$2" "$python" -m pytest -v -rf --tb=short -p no:cacheprovider "${pytest[@]}" "${@:3}"; }
 for stage in "$@"; do
-    last=$((SECONDS + times * 540))
-    [ "$stage" != "$1" ] || last=$((times * 540))  # the script's start counts
     case $stage in
     check)
         [ $device = cuda ] || export TRITON_INTERPRET=1

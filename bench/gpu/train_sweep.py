@@ -72,9 +72,11 @@ def steps_of(ledger: Path) -> list[dict[str, Any]]:
 
 
 def figures(steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a run's steps come to."""
+    """The figures of a run; MFU if the peak of the GPU is known."""
     measured = [step["measured"] for step in steps]
+    mfu = [each["mfu"] for each in measured[WARM_UP:] if "mfu" in each]
     return {"tokens_per_s": round(statistics.median(each["tokens_per_s"] for each in measured[WARM_UP:])),
+            "mfu": round(statistics.median(mfu), 4) if mfu else None,
             "peak_gib": round(max(each["memory_gib"] for each in measured), 2),
             "skipped": sum(step["skipped"] for step in steps), "losses": [step["loss"] for step in steps]}
 
@@ -102,7 +104,7 @@ def fastest(rows: list[dict[str, Any]], dropout: float = 0.0) -> dict[str, Any] 
 def report(row: dict[str, Any]) -> None:
     head = f"micro-batch {row['micro_batch']:3}, dropout {row['dropout']}: "
     print(head + (row["error"] if "error" in row else
-                  f"{row['tokens_per_s']:,} tokens/s, {row['peak_gib']} GiB, loss {row['losses'][0]:.3f} -> "
+                  f"{row['tokens_per_s']:,} tokens/s, MFU {row['mfu'] or 'unknown'}, {row['peak_gib']} GiB, loss {row['losses'][0]:.3f} -> "
                   f"{row['losses'][-1]:.3f}"), flush=True)
 
 

@@ -24,7 +24,7 @@ with open(folder / "ledger.jsonl", "w", buffering=1) as ledger:
     for step in range(1, {steps} + 1):
         speed = 1 if step < 3 else (100 - 20 * (dropout > 0)) * size
         ledger.write(json.dumps({{"step": step, "loss": 9 - 0.1 * step, "skipped": step == 1, "measured":
-                                {{"tokens_per_s": speed, "memory_gib": 26 + 1.5 * size}}}}) + "\\n")
+                                {{"tokens_per_s": speed, "memory_gib": 26 + 1.5 * size, "mfu": size / 100}}}}) + "\\n")
 if {hangs}:
     time.sleep(600)
 """
@@ -53,7 +53,7 @@ def test_sizes_grow_until_one_does_not_fit_and_the_fastest_runs_with_dropout(tra
     assert rows[1]["losses"] == pytest.approx([9 - 0.1 * step for step in range(1, STEPS + 1)])
     assert (rows[1]["peak_gib"], rows[1]["skipped"]) == (50.0, 1)
     out = capsys.readouterr().out
-    assert "micro-batch  16, dropout 0.0: 1,600 tokens/s, 50.0 GiB, loss 8.900 -> 8.200" in out
+    assert "micro-batch  16, dropout 0.0: 1,600 tokens/s, MFU 0.16, 50.0 GiB, loss 8.900 -> 8.200" in out
     assert "micro-batch  24, dropout 0.0: pretrain: error: out of memory" in out
     assert not (tmp_path / "run").exists()
 
