@@ -1,4 +1,4 @@
-"""`phi1 bench`: run cases and print their tables; report, compare, trace and static are commands of their own."""
+"""`phi1 bench`: run cases and print their tables, or one of the commands report, compare, trace and static."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ COMMANDS = {
     "static": ("phi1.bench.compile.report", "what the compiler makes of every kernel, without a GPU"),
 }
 LOST = 3
-"""Exit code: a provider took the GPU's context with it; with --json the same command goes on without it."""
+"""Exit code after a provider lost the GPU's context; with --json the same command continues without it."""
 DESCRIPTION = "Measure phi1's operations and units beside their peers; a time counts once its result is right."
 
 
 def main(argv: list[str], make_parser: MakeParser) -> int:
-    """Run `phi1 bench ARGV`; the exit code: 1 if phi1 itself failed or computed something wrong, LOST if the GPU is."""
+    """Run `phi1 bench ARGV`; exit code 1 if phi1 failed or computed something wrong, LOST if the GPU is lost."""
     with sigterm_as_ctrl_c():
         if argv and argv[0] in COMMANDS:
             return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:], make_parser)
@@ -87,7 +87,7 @@ def chosen_cases(args: argparse.Namespace) -> list[Any]:
 
 
 def list_cases(args: argparse.Namespace) -> int:
-    """Print the selection; the cases of a GPU can be listed without one."""
+    """Print the selection. A GPU's cases can be listed without a GPU."""
     args.device = args.device or "cuda"
     for case in chosen_cases(args):
         print(f"{case.unit:<6}  {case.name}  [{', '.join(p.name for p in case.providers if args.device in p.devices)}]")
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(cases: list[Any], runner: Any, file: Any, minutes: float | None) -> list[Any]:
-    """Run, print and write the cases, one after another; those that there was no time for are returned.
+    """Run, print and write the cases one after another; returns those for which there was no time.
 
     Raises:
         DeviceLostError: its line names the case and the provider, whose record is in the file.

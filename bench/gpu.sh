@@ -81,7 +81,6 @@ run() {  # NAME SECONDS COMMAND ...: --minutes at its end gets the minutes left;
     # 3: what lost the GPU has a line in the results. 124: no time, as is usual for the long selection.
     [[ $code == [03] ]] || [ "$name $code" = 'all 124' ] || bad+=" $stage/$name"
 }
-script() { run "$1" "$2" "$python" "$root/bench/gpu/$3.py" "${@:4}"; }
 bench() { run "$1" "$2" phi1 bench --device $device "${@:3}" --json "$1.json" --minutes; }
 tests() { run "$1" "$2" "$python" -m pytest -v -rf --tb=short -p no:cacheprovider "${pytest[@]}" "${@:3}"; }
 for stage in "$@"; do
@@ -104,16 +103,14 @@ for stage in "$@"; do
         bench max-cudnn 100 --case "$layer" --peers transformers-max+sdpa-cudnn
         bench model 165 --op micro-step "${quick[@]}"
         [ $device = cpu ] || bench all 540 --unit block "${all[@]}" ;;
-    train) script sweep 540 train_sweep --out . "${tiny[@]}" --minutes ;;
+    train) run sweep 540 "$python" "$root/bench/gpu/train_sweep.py" --out . "${tiny[@]}" --minutes ;;
     decode)
         bench quick 260 --op decode prefill "${quick[@]}"
         [ $device = cpu ] || bench all 540 --op decode prefill "${all[@]}" ;;
     tune)
         run list 60 phi1 tune --out tuned --dry-run
         [ $device = cpu ] || run search 540 phi1 tune --out tuned --compilers 6 --minutes ;;
-    profile)
-        script trace 200 profile_step trace --out . "${tiny[@]}"
-        script counters 300 profile_step counters --out . "${tiny[@]}" ;;
+    profile) run counters 540 "$python" "$root/bench/gpu/counters.py" --out . "${tiny[@]}" ;;
     esac
 done
 echo "results in $out"

@@ -26,7 +26,7 @@ CHUNK_BYTES = 4 << 30  # of float64 scores that the reference may hold at once
 
 
 def costs(pairs: str, forward_bytes: str, backward_bytes: str, alone: bool) -> dict[str, tuple[str, str]]:
-    """For `pairs` scores a head: two products of 2 K flops each forward, five backward; `alone` adds the backward."""
+    """Costs of `pairs` scores a head: two products of 2 K flops forward, five backward. `alone`: the backward too."""
     found = {"forward": (forward_bytes, f"4*H*K*{pairs}"), "backward": (backward_bytes, f"10*H*K*{pairs}"),
              "forward+backward": (f"{forward_bytes} + {backward_bytes}", f"14*H*K*{pairs}")}
     return {name: cost for name, cost in found.items() if name != "backward" or alone}

@@ -1,4 +1,4 @@
-"""What the host does around the model: batches of a corpus, tokenisation, checkpoints. The same on every machine."""
+"""The host's work around the model, the same on every machine: batches of a corpus, tokenisation, loading, saving."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _batches() -> Case:
         return {"samples": torch.randint(n_samples, (BATCH,), generator=generator, device=on).cpu()}
 
     def theirs(case: Case) -> Function:
-        """PyTorch's own loader over a memory map of the same file, in this process."""
+        """Read the same file by PyTorch's own loader over a memory map, in this process."""
         stream = _Stream(corpus())
 
         def run(inputs: Inputs) -> torch.Tensor:

@@ -104,8 +104,8 @@ def fastest(rows: list[dict[str, Any]], dropout: float = 0.0) -> dict[str, Any] 
 def report(row: dict[str, Any]) -> None:
     head = f"micro-batch {row['micro_batch']:3}, dropout {row['dropout']}: "
     print(head + (row["error"] if "error" in row else
-                  f"{row['tokens_per_s']:,} tokens/s, MFU {row['mfu'] or 'unknown'}, {row['peak_gib']} GiB, loss {row['losses'][0]:.3f} -> "
-                  f"{row['losses'][-1]:.3f}"), flush=True)
+                  f"{row['tokens_per_s']:,} tokens/s, MFU {row['mfu'] or 'unknown'}, {row['peak_gib']} GiB, "
+                  f"loss {row['losses'][0]:.3f} -> {row['losses'][-1]:.3f}"), flush=True)
 
 
 def result(rows: list[dict[str, Any]], recipe: dict[str, Any]) -> dict[str, Any]:

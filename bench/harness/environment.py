@@ -1,4 +1,4 @@
-"""What numbers depend on: the device, its driver, versions and the commit. Works without git and without a GPU."""
+"""The facts that numbers depend on: device, driver, versions, commit. They need neither git nor a GPU."""
 
 from __future__ import annotations
 
