@@ -141,7 +141,7 @@ def _rotary(rows: int, heads: int, size: int, rotary_dim: int, dtype: str, devic
         *family_of("rotary", ROTARY_COSTS, reference=reference_of(run),
                    providers=(ours(run), plain("torch", torch_rotary), *compiled(torch_rotary),
                               peer("liger", "liger-kernel", liger_rope))),
-        *family_of("rotary_", IN_PLACE_COSTS, reference=reference_of(run_in_place),
+        *family_of("rotary_", IN_PLACE_COSTS, reference=reference_of(run),
                    providers=(Provider("phi1", _on_a_copy(run_in_place), package="phi1"),
                               Provider("torch", _on_a_copy(eager_in_place))),
                    asked=lambda function, inputs: function({**inputs, "x": inputs["x"].clone()})),
