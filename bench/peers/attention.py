@@ -89,23 +89,18 @@ def _of_qkv(attend: Attend) -> Function:
 
 def peers(causal: bool, p: float) -> tuple[Provider, ...]:
     """Peers of `attention`."""
-    same: dict[str, Any] = {"comparable": not p}
-    return (plain("torch", _of_qkv(sdpa(causal, p)), **same), *_forced(lambda attend: _of_qkv(attend), causal, p, same),
-            *_other_attention(lambda attend: _of_qkv(attend), causal, p, same))
+    return plain("torch", _of_qkv(sdpa(causal, p)), comparable=not p), *_attention_peers(_of_qkv, causal, p)
 
 
-def _forced(wrap: Callable[[Attend], Function], causal: bool, p: float, same: dict[str, Any]) -> list[Provider]:
-    def provider(name: str, backend: str) -> Provider:
+def _attention_peers(wrap: Callable[[Attend], Function], causal: bool, p: float) -> list[Provider]:
+    """SDPA's backends, flash-attn, and without dropout FlexAttention and flash-attn 4, which have none."""
+    def one_backend(name: str, backend: str) -> Provider:
         return Provider(name, lambda case, device: wrap(forced(sdpa(causal, p), backend)), devices=("cuda",),
-                        by_default=("cuda",), **same)
+                        by_default=("cuda",), comparable=not p)
 
-    return [provider(name, backend) for name, backend in BACKENDS.items()]
-
-
-def _other_attention(wrap: Callable[[Attend], Function], causal: bool, p: float, same: dict[str, Any]) -> \
-        list[Provider]:
-    found = [peer("flash-attn", "flash-attn", lambda case: wrap(flash_attn(causal, p)), **same)]
-    if not p:  # the others have no dropout
+    found = [*(one_backend(name, backend) for name, backend in BACKENDS.items()),
+             peer("flash-attn", "flash-attn", lambda case: wrap(flash_attn(causal, p)), comparable=not p)]
+    if not p:
         found += [Provider("flex", lambda case, device: wrap(flex(case, device, causal, case.shape["T"])),
                            by_default=("cuda",), slow=True),
                   peer("flash-attn-4", "flash-attn-4", lambda case: wrap(flash_attn_4(causal)))]
@@ -120,10 +115,9 @@ def packed_peers(batch: int, rotary: bool, p: float, lengths: Sequence[int] = ()
     def wrap(attend: Attend) -> Function:
         return _packed(attend, batch, rotary)
 
-    same: dict[str, Any] = {"comparable": not p}
     eager = wrap(sdpa(True, p))
-    return (plain("torch", eager, **same), *compiled(eager, **same), *_forced(wrap, True, p, same),
-            *_other_attention(wrap, True, p, same))
+    return (plain("torch", eager, comparable=not p), *compiled(eager, comparable=not p),
+            *_attention_peers(wrap, True, p))
 
 
 def _packed(attend: Attend, batch: int, rotary: bool) -> Function:

@@ -100,7 +100,7 @@ def test_a_forward_moves_at_least_its_inputs_and_outputs(case):
                                   and case.n_flops > 20 * case.n_bytes and "documents" not in case.shape],
                          ids=lambda case: case.name)
 def test_flops_of_products_are_what_pytorch_counts(case):
-    """For the operations that multiply matrices: attention counts the causal half, which PyTorch does not skip."""
+    """The operations that multiply matrices; attention counts the causal half, which PyTorch does not skip."""
     from torch.utils.flop_counter import FlopCounterMode
 
     inputs = check.leaves_of(case, draw(case))
