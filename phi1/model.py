@@ -113,7 +113,7 @@ class Block(nn.Module):
         kv = cache.room(self.layer, x.shape[0] // cache.kv.shape[2])
         return parallel_block_decode(
             x, *self._parameters_in_order(), cos, sin, kv, seq_starts=cache.starts, positions=positions,
-            eps=self.config.layer_norm_eps, check=self.layer == 0)
+            eps=self.config.layer_norm_eps, check=self.layer == 0)  # the first layer's check holds for all
 
     def decode_with_gradients(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Compute `decode` in separate operations, which have a backward."""
@@ -268,8 +268,11 @@ class Phi1(nn.Module):
                 x = block(x, cos, sin, batch=batch, seq_starts=starts, positions=flat, rng=rng, sample_ids=sample_ids,
                           recompute=self.recompute)
             return x
-        way = "decode_with_gradients" if torch.is_grad_enabled() else "decode" if cache.length else "prefill"
+        if torch.is_grad_enabled():
+            run = Block.decode_with_gradients
+        else:
+            run = Block.decode if cache.length else Block.prefill
         for block in self.blocks:
-            x = getattr(block, way)(x, cos, sin, flat, cache)
+            x = run(cast(Block, block), x, cos, sin, flat, cache)
         cache.length += tokens
         return x
