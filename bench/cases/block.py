@@ -52,8 +52,8 @@ def _prefill(forward: Case, batch: int) -> Case:
                    providers=(ours(run), *forward.providers[1:]))
 
 
-def _given(inputs: Inputs) -> list[Any]:
-    return [inputs[name] for name in (*NAMES, "cos", "sin")]
+def _given(inputs: Inputs, *more: str) -> list[Any]:
+    return [inputs[name] for name in (*NAMES, "cos", "sin", *more)]
 
 
 def _block(batch: int, tokens: int, width: int, inner: int, heads: int, *, p: float = 0.0, dtype: str = "float16",
@@ -99,7 +99,7 @@ def _decode(batch: int, tokens: int, width: int, inner: int, heads: int, *, dtyp
                 "kv": draw.normal(2, batch, tokens, heads, width // heads)}
 
     def run(inputs: Inputs) -> torch.Tensor:
-        return parallel_block_decode(inputs["x"], *_given(inputs), inputs["kv"])
+        return parallel_block_decode(inputs["x"], *_given(inputs, "kv"))
 
     return family("parallel_block_decode", {"N": batch, "T": tokens, "D": width, "F": inner, "H": heads}, dtype, device,
                   inputs, {"forward": (f"2*N*D*e + {WEIGHTS} + 2*N*T*D*e", "2*N*(4*D*D + 2*D*F) + 4*N*T*D")},

@@ -195,6 +195,8 @@ def gather(folder: Path) -> Path:
     with locked(path.parent):
         kept = [record for record in read(path)["cases"] if record["case"] not in runs] if path.exists() else []
         replace(path, as_text(first | {"cases": [_merged(found) for found in runs.values()] + kept}))
+        for sweep in folder.rglob("train.json"):  # by gpu/train_sweep.py; `phi1 plan` reads it
+            replace(path.with_name(f"{path.stem}-train.json"), sweep.read_text("utf-8"))
     return path
 
 

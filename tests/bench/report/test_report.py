@@ -98,6 +98,7 @@ def test_results_of_several_commands_become_one_file_in_its_place(tmp_path, monk
     assert rows["phi1"]["ms"][0] == 0.05
     assert rows["torch"]["status"] == "ok"
     assert rows["tuned"]["ratio"][0] == 1.25
+    assert path.with_name(f"{path.stem}-train.json").read_text() == '{"micro_batch": 24}'
     text = page.read_text()
     assert path.name in text
     assert "on another" in text
