@@ -8,6 +8,7 @@
 # and Triton. WHEELS is a folder of wheels, of which those that are not installed are used. PHI1_COMMIT is the commit of
 # the sources where there is no .git. `phi1 bench report OUT` then writes bench/results/ and docs/benchmarks.md.
 set -uo pipefail
+shopt -s nullglob
 fail() { echo "gpu.sh: error: $1" >&2; exit 2; }
 root=$(cd "$(dirname "$0")/.." && pwd) python=${PYTHON:-python3} stages='check kernels block train decode tune profile'
 device=cuda times=1 tiny=() quick=(--quick) all=(--seconds 1 --last quick.json) memcheck=() pytest=(-n 6)
@@ -29,6 +30,7 @@ fi
 for stage in "$@"; do
     [[ " $stages " == *" $stage "* ]] || fail "there is no stage '$stage'; there are $stages"
 done
+[ -d "${WHEELS:-/}" ] || fail "WHEELS=$WHEELS is no folder"
 [[ $python != */* || $python == /* ]] || python=$PWD/$python
 has() { "$python" -c "import $1" 2> /dev/null; }
 has 'torch, triton, numpy' || fail "$python has no torch, triton and numpy; PYTHON names another interpreter"

@@ -62,6 +62,7 @@ def gpu_sh(tmp_path, *arguments, **changes):
         (["kernel"], {}, "there is no stage 'kernel'; there are check"),
         (["tune"], {"PYTHON": "/nowhere/python"}, "/nowhere/python has no torch, triton and numpy"),
         (["decode"], {"CUDA_VISIBLE_DEVICES": ""}, "finds no CUDA device; --rehearse runs on a CPU"),
+        (["tune"], {"WHEELS": "/nowhere"}, "WHEELS=/nowhere is no folder"),
         (["tune"], {"OUT": "/dev/null/out"}, "/dev/null"),
     ],
 )
