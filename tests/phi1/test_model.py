@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from transformers import PhiConfig, PhiForCausalLM
 
 from phi1 import Cache, Phi1, preset
 from phi1.kernels import backend
 from phi1.model import Block
+
+transformers = pytest.importorskip("transformers")
 
 NANO = preset("nano", vocab_size=512, num_hidden_layers=2)
 # phi-2's proportions: head size 80, rotary 32.
@@ -15,10 +16,10 @@ PHI2_LIKE = preset("nano", vocab_size=300, hidden_size=160, intermediate_size=64
 BOUND = 1e-5  # relative, float32: some 50 roundings of 6e-8 along the deepest chain, with room
 
 
-def peer(config) -> PhiForCausalLM:
+def peer(config) -> transformers.PhiForCausalLM:
     """Return transformers' model with random weights, biases and norms, so that a misplaced one shows."""
     torch.manual_seed(0)
-    model = PhiForCausalLM(PhiConfig(
+    model = transformers.PhiForCausalLM(transformers.PhiConfig(
         vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
         num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
         max_position_embeddings=config.max_position_embeddings,
@@ -50,7 +51,7 @@ def as_ours(theirs: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Ten
     return ours
 
 
-def pair(config) -> tuple[PhiForCausalLM, Phi1]:
+def pair(config) -> tuple[transformers.PhiForCausalLM, Phi1]:
     theirs = peer(config)
     ours = Phi1(config).eval()
     ours.load_state_dict(as_ours(theirs.state_dict(), config.num_hidden_layers))

@@ -11,8 +11,6 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from phi1.tokenizer import (
     BUILT_IN,
@@ -28,6 +26,8 @@ from phi1.tokenizer import (
 )
 
 # Ids published for CodeGen's tokenizer: in transformers' tests of it, in its documentation, and in TabbyML's.
+hypothesis, st = pytest.importorskip("hypothesis"), pytest.importorskip("hypothesis.strategies")
+
 PUBLISHED = [
     ("Hello world", [15496, 995]),
     (" Hello world", [18435, 995]),
@@ -105,8 +105,9 @@ def test_equals_transformers(tokenizer, hugging_face, source_files):
                                                             clean_up_tokenization_spaces=False)
 
 
-@given(st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from(" \t\n<|endoftext>")), max_size=200))
-@settings(max_examples=300, deadline=None)
+@hypothesis.given(st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from(" \t\n<|endoftext>")),
+                          max_size=200))
+@hypothesis.settings(max_examples=300, deadline=None)
 def test_any_text_comes_back(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids, skip_special=False) == text
@@ -114,8 +115,8 @@ def test_any_text_comes_back(tokenizer, text):
     assert tokenizer.decode_bytes(tokenizer.encode(text, special=False)) == text.encode()
 
 
-@given(st.lists(st.integers(0, 50294), max_size=40))
-@settings(max_examples=200, deadline=None)
+@hypothesis.given(st.lists(st.integers(0, 50294), max_size=40))
+@hypothesis.settings(max_examples=200, deadline=None)
 def test_any_ids_decode_as_transformers_does(tokenizer, hugging_face, ids):
     for skip in (True, False):
         theirs = hugging_face.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)

@@ -4,10 +4,10 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from phi1.train.data.corpus import sample_order
+
+hypothesis, st = pytest.importorskip("hypothesis"), pytest.importorskip("hypothesis.strategies")
 
 PINNED = [
     [7, 8, 2, 6, 9, 3, 0, 4],
@@ -16,17 +16,17 @@ PINNED = [
 ]
 
 
-@given(st.integers(0, 2**64 - 1), st.integers(1, 300), st.integers(0, 10**9))
-@settings(max_examples=200, deadline=None)
+@hypothesis.given(st.integers(0, 2**64 - 1), st.integers(1, 300), st.integers(0, 10**9))
+@hypothesis.settings(max_examples=200, deadline=None)
 def test_each_epoch_is_a_permutation(seed, n, epoch):
     order = sample_order(seed, epoch * n, n, n)
     assert order.dtype == np.int64
     assert np.array_equal(np.sort(order), np.arange(n))
 
 
-@given(st.integers(0, 2**64 - 1), st.integers(1, 5000), st.integers(0, 10**12),
+@hypothesis.given(st.integers(0, 2**64 - 1), st.integers(1, 5000), st.integers(0, 10**12),
        st.lists(st.integers(0, 200), max_size=5))
-@settings(max_examples=100, deadline=None)
+@hypothesis.settings(max_examples=100, deadline=None)
 def test_pieces_join_to_the_whole(seed, n, first, counts):
     """No state: however a run is cut, and whoever asks, the order is the same."""
     pieces, at = [np.empty(0, np.int64)], first

@@ -9,7 +9,6 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 from training_runs import folder_content, write_files
@@ -22,6 +21,8 @@ from phi1.train.prepare import prepare as prepare_module
 from phi1.train.prepare.prepare import prepare
 from phi1.train.prepare.selection import Selection
 from phi1.train.prepare.sources import content_hash, find_source, gather
+
+datasets = pytest.importorskip("datasets")
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 BYTES = train_bpe([], MIN_VOCAB)

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import datasets
 import pytest
 from training_runs import alive, folder_content, injected, wait_for, wait_until, write_files
 
@@ -26,6 +25,8 @@ from phi1.train.data.corpus import open_corpus
 from phi1.train.data.shards import DataError
 from phi1.train.prepare import prepare as prepare_module
 from phi1.train.prepare.prepare import prepare
+
+datasets = pytest.importorskip("datasets")
 
 BYTES = train_bpe([], MIN_VOCAB)
 """The smallest tokenizer, which loads at once."""
