@@ -1,14 +1,15 @@
 """The operations of phi-1, as Triton kernels where there is one and as PyTorch code everywhere.
 
-A room computes one operation or a family of them, and each room's `__init__.py` says what it may import:
+Each room computes one operation or one family of operations. Its `__init__.py` says what it may import:
 
-    core             backend, checks, constants, tiles, memory, philox: for every room, and imports none
+    core             backend, checks, constants, tiles, memory and philox; imports no other room
     pointwise, gemm  NAME.py holds the operator, the CPU path and the reference, NAME_triton.py the kernels
     cross_entropy, attention, block
                      spec.py < eager.py and *_triton.py < dispatch.py < the operators
 
-Only `*_triton.py` import Triton, so that a PyTorch without GPUs never does. They are imported inside the branch that
-launches their kernels, or below where PyTorch is built for GPUs, so that no operation's first call waits for them.
+Only `*_triton.py` import Triton, so a PyTorch built without GPUs never imports it. A PyTorch built for GPUs imports
+them all below, so that no operation's first call waits for them. Otherwise the branch that launches a kernel imports
+its file.
 """
 
 from phi1.kernels.attention.attention import attention

@@ -1,6 +1,6 @@
-"""Scaled dot-product attention (Vaswani et al., arXiv 1706.03762) in tiles; formulas and precision in `dispatch.py`.
+"""Scaled dot-product attention (Vaswani et al., arXiv 1706.03762) in tiles. `dispatch.py` has formulas and precision.
 
-Saved for the backward: q, k, v, out and lse, float32 [H, N]. Deterministic.
+Saved for the backward: q, k, v, out and lse (float32 [H, N]). Deterministic.
 
 B batch, Tq queries, Tk keys, H heads, K head size, N = B * Tq rows.
 """
@@ -85,7 +85,7 @@ def _setup(ctx, inputs, output) -> None:
     q, k, v, cu_seqlens, seq_starts, causal, scale, p, rng, sample_ids, layer, kind = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)  # or autograd fills zeros for the statistics
+    ctx.set_materialize_grads(False)  # otherwise autograd allocates a gradient of zeros for lse
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, seq_starts, rng, sample_ids)
     ctx.constants = causal, scale, p, layer, kind
 
@@ -113,24 +113,24 @@ def attention(
     seq_starts: torch.Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
-    """softmax(scale q k^T) v, head by head.
+    """Return softmax(scale q k^T) v for each head.
 
     Args:
         q: [B, Tq, H, K], float16, bfloat16 or float32, any strides.
-        k, v: [B, Tk, H, K], q's dtype. With a cache Tk > Tq: the queries are the last Tq of the Tk tokens.
-        causal: a query sees the keys up to its own position; Tk must then be at least Tq, as with seq_starts.
-        scale: on q k^T, in float32; 1 / sqrt(K) by default.
-        cu_seqlens: int32 [documents + 1], ascending from 0 to B * T: first row of each packed document, then the
-            number of rows. A query sees its own document alone. Tq must equal Tk.
-        seq_starts: int32 [B], first real token of each row of a left-padded batch: nothing attends to tokens before
-            it, and queries before it give 0.
-        dropout: drops probabilities; its sample ids count samples, or documents with cu_seqlens.
+        k, v: [B, Tk, H, K], q's dtype. With a cache Tk > Tq, and the queries are the last Tq of the Tk tokens.
+        causal: True lets a query see only the keys up to its own position. Tk must then be at least Tq.
+        scale: the factor on q k^T, applied in float32; 1 / sqrt(K) by default.
+        cu_seqlens: int32 [documents + 1], ascending from 0 to B * T: the first row of each packed document, then the
+            number of rows. A query sees only its own document. Tq must equal Tk.
+        seq_starts: int32 [B], the first real token of each row of a left-padded batch. No query sees a token before
+            it, and queries before it give 0. Tk must be at least Tq.
+        dropout: dropout of the probabilities. It has one sample id per sample, or per document with cu_seqlens.
 
     Returns:
         [B, Tq, H, K] in q's dtype, contiguous.
 
     Raises:
-        TypeError: an argument is of another type or dtype.
+        TypeError: an argument has another type or dtype.
         ValueError: a shape, a device or a value breaks its rule. Values inside tensors are checked on CPU and under
             `check_values(True)`.
 
@@ -179,7 +179,7 @@ def attention_reference(
     seq_starts: torch.Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
-    """`attention` in plain differentiable PyTorch, with all scores in memory."""
+    """Compute `attention` in plain differentiable PyTorch, with all scores in memory."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return attend_reference(q, k, v, causal=causal, scale=scale, cu_seqlens=cu_seqlens, seq_starts=seq_starts,
                             dropout=dropout)

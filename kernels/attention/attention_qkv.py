@@ -1,7 +1,7 @@
-"""Attention on packed q, k and v, with the rotary embedding inside; formulas in `dispatch.py` and `rotary.py`.
+"""Attention on packed q, k and v, fused with the rotary embedding. `dispatch.py` and `rotary.py` have the formulas.
 
-q and k are rotated in float32 as a tile of them is read, and their gradients rotated back as they are written. Saved
-for the backward: qkv as given, out and lse, float32 [H, N]. Deterministic.
+A tile of q or k is rotated in float32 when it is read, and its gradient is rotated back when it is written. Saved for
+the backward: qkv as given, out and lse (float32 [H, N]). Deterministic.
 
 B batch, T tokens, N = B * T rows, H heads, K head size, R rotary dimension.
 """
@@ -34,7 +34,7 @@ from phi1.kernels.pointwise.rotary import (
 
 
 def _by_sample(qkv: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[N, 3, H, K] -> q, k, v [B, T, H, K], views."""
+    """Return q, k and v [B, T, H, K] as views of qkv [N, 3, H, K]."""
     q, k, v = qkv.unflatten(0, (batch, qkv.shape[0] // max(batch, 1))).unbind(2)
     return q, k, v
 
@@ -110,7 +110,7 @@ def _setup(ctx, inputs, output) -> None:
     qkv, cos, sin, positions, cu_seqlens, seq_starts, *constants, p, rng, sample_ids, layer, kind = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)  # or autograd fills zeros for the statistics
+    ctx.set_materialize_grads(False)  # otherwise autograd allocates a gradient of zeros for lse
     ctx.save_for_backward(qkv, out, lse, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids)
     ctx.constants = *constants, p, layer, kind
 
@@ -140,24 +140,24 @@ def attention_qkv(
     seq_starts: torch.Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
-    """Self-attention on the packed output of one projection, read in place.
+    """Return self-attention on the packed output of one projection, which is read in place.
 
     Args:
-        qkv: [N, 3, H, K] of q, k, v; float16, bfloat16 or float32, any strides.
-        batch: B, the rows are B sequences of N / B tokens each; 1 by default. Not with cu_seqlens.
-        cu_seqlens: int32 [documents + 1], ascending from 0 to N: the rows are packed documents instead.
-        rotary: None, or (cos, sin) tables [T, R/2] float32, constants: q and k are rotated first.
-        positions: int32 or int64 [N], for rotary; by default each row's index in its document, or in its sequence from
-            seq_starts on, at least 0.
-        rotary_applied: q and k were rotated by these tables where they were made, and only the gradient is rotated: it
-            is that of qkv before its rotation.
+        qkv: [N, 3, H, K], q, k and v of each row; float16, bfloat16 or float32, any strides.
+        batch: B; the rows are B sequences of N / B tokens each. 1 by default. Not together with cu_seqlens.
+        cu_seqlens: int32 [documents + 1], ascending from 0 to N; the rows are packed documents.
+        rotary: (cos, sin) tables [T, R/2] float32, by which q and k are rotated first, or None. They get no gradient.
+        positions: int32 or int64 [N], for rotary. By default each row's index in its document, or in its sequence
+            counted from seq_starts, at least 0.
+        rotary_applied: True if q and k are already rotated by these tables. The forward then rotates nothing, and the
+            gradient is that of qkv before its rotation.
         causal, scale, seq_starts, dropout: as for `attention`.
 
     Returns:
         [N, H * K] in qkv's dtype, contiguous.
 
     Raises:
-        TypeError: an argument is of another type or dtype.
+        TypeError: an argument has another type or dtype.
         ValueError: a shape, a device or a value breaks its rule. Values inside tensors are checked on CPU and under
             `check_values(True)`.
 

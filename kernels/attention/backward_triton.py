@@ -1,15 +1,15 @@
-"""The Triton kernels of attention's backward pass (FlashAttention-2, arXiv 2307.08691); formulas in `dispatch.py`.
+"""The Triton kernels of attention's backward pass (FlashAttention-2, arXiv 2307.08691). `dispatch.py` has the formulas.
 
-Two kernels of two loops, seven products where one kernel with atomic additions has five: every sum has one order, so
-that a run repeats bit for bit. The first is dq's, which also writes delta = rowsum(dout out) for the second, dk's and
-dv's. That one holds S^T, keys as rows: it spares the registers that S would cost there. Where q and k were rotated,
-both rotate their gradients back in float32, as they are written.
+Two kernels compute seven products; one kernel with atomic additions would need five. In return every sum has one order,
+and a run repeats bit for bit. The first kernel computes dq, and writes delta = rowsum(dout out) for the second, which
+computes dk and dv. The second kernel holds S transposed, with keys as rows, because S would take more registers there.
+If q and k were rotated, both kernels rotate their gradients back in float32 before they store them.
 
-q, k, v, dout and the gradients are loaded and stored in their own dtype, in which P and dS are multiplied too; sums and
-exponentials are float32. delta comes from the rounded out, so that dq and dk of a query that sees one key are not 0 but
-a rounding of it.
+q, k, v, dout and the gradients are loaded and stored in their own dtype, and P and dS are rounded to it for their
+products. Sums and exponentials are float32. delta is computed from the rounded out, so dq and dk of a query that sees
+only one key are not exactly 0 but as small as one rounding.
 
-N rows, H heads, K head size, R rotary dimension, B samples.
+B samples, Tq queries, Tk keys, N rows, T positions, H heads, K head size, R rotary dimension.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def attention_backward_dq_kernel(
     v_ptr,  # [B, Tk, H, K]
     out_ptr,  # [N, H, K] contiguous
     lse_ptr,  # [H, N] float32
-    delta_ptr,  # [H, N] float32, written
-    dq_ptr,  # [B, Tq, H, K], written
-    cu_seqlens_ptr,  # int32 [B + 3] of packed documents, or None
-    seq_starts_ptr,  # [B], or None
+    delta_ptr,  # [H, N] float32 output
+    dq_ptr,  # [B, Tq, H, K] output
+    cu_seqlens_ptr,  # [B + 3] int32 of packed documents, or None
+    seq_starts_ptr,  # [B] integer, or None
     cos_ptr,  # [T, R/2] float32, or None for no rotation
-    sin_ptr,  # [T, R/2]
-    positions_ptr,  # [N]
+    sin_ptr,  # [T, R/2] float32, or None
+    positions_ptr,  # [N] integer, or None
     rng_ptr,  # [2] int64, or None for no dropout
     sample_ids_ptr,  # [B] int64, or None
     n_queries,
@@ -104,7 +104,7 @@ def attention_backward_dq_kernel(
     offs_m = first + tl.arange(0, BLOCK_M)
     statistics = head * n_rows + row + offs_m
     tl.store(delta_ptr + statistics, delta, mask=offs_m < n_queries)
-    # Rows past the end have probabilities of 0.
+    # An lse of infinity makes the probabilities of rows past the end 0.
     lse = tl.load(lse_ptr + statistics, mask=offs_m < n_queries, other=float("inf")) * LOG2E
     query = offs_m + n_keys - n_queries  # [BLOCK_M], positions in the sample
     k_ptr += origin * stride_k_b + head * stride_k_h
@@ -132,7 +132,10 @@ def add_keys(
     scale, IS_CAUSAL: tl.constexpr, HAS_STARTS: tl.constexpr, DROPOUT: tl.constexpr, ROTATE_K: tl.constexpr,
     HALF: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):
-    """Add what the keys first..last give to dq [BLOCK_M, BLOCK_D]."""
+    """Add the contribution of keys first..last to dq [BLOCK_M, BLOCK_D].
+
+    k_ptr, v_ptr: [Tk, H, K] of one sample and head.
+    """
     offs_n = tl.arange(0, BLOCK_N)
     key, number, stream, threshold = masks
     for n in range(first, last, BLOCK_N):
@@ -162,13 +165,13 @@ def attention_backward_dkdv_kernel(
     v_ptr,  # [B, Tk, H, K]
     lse_ptr,  # [H, N] float32
     delta_ptr,  # [H, N] float32
-    dk_ptr,  # [B, Tk, H, K], written
-    dv_ptr,  # [B, Tk, H, K], written; dk's strides
-    cu_seqlens_ptr,  # int32 [B + 3] of packed documents, or None
-    seq_starts_ptr,  # [B], or None
+    dk_ptr,  # [B, Tk, H, K] output
+    dv_ptr,  # [B, Tk, H, K] output, with dk's strides
+    cu_seqlens_ptr,  # [B + 3] int32 of packed documents, or None
+    seq_starts_ptr,  # [B] integer, or None
     cos_ptr,  # [T, R/2] float32, or None for no rotation
-    sin_ptr,  # [T, R/2]
-    positions_ptr,  # [N]
+    sin_ptr,  # [T, R/2] float32, or None
+    positions_ptr,  # [N] integer, or None
     rng_ptr,  # [2] int64, or None for no dropout
     sample_ids_ptr,  # [B] int64, or None
     n_queries,
@@ -219,7 +222,7 @@ def attention_backward_dkdv_kernel(
                   BLOCK_D, True)
     if ROTATE_K:
         k = rotate(k, rotation, first, n_keys, 1, HALF).to(k.dtype)
-    # The first query that sees a key of the program, and the first that sees them all.
+    # The first query that sees a key of the program, and the first that sees all its keys; both whole tiles.
     begin, whole = 0, 0
     if IS_CAUSAL:
         begin = tl.maximum(first - (n_keys - n_queries), 0) // BLOCK_M * BLOCK_M
@@ -258,12 +261,15 @@ def add_queries(
     ROTATE_Q: tl.constexpr, HALF: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Add what the queries first..last give to dk and dv [BLOCK_N, BLOCK_D]."""
+    """Add the contribution of queries first..last to dk and dv [BLOCK_N, BLOCK_D].
+
+    q_ptr, dout_ptr: [Tq, H, K] of one sample and head. lse_ptr, delta_ptr: [Tq] float32.
+    """
     BLOCK_N: tl.constexpr = k.shape[0]
     offs_n, offs_m = first_key + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     key, number, stream, threshold = masks
     for m in range(first, last, BLOCK_M):
-        # Rows past the end give nothing: q and dout are 0 there, lse is infinite and so their probabilities are 0.
+        # Rows past the end add 0: q and dout are 0 there, and an lse of infinity makes their probabilities 0.
         lse = load_statistics(lse_ptr, m, n_queries, float("inf"), BLOCK_M) * LOG2E
         delta = load_statistics(delta_ptr, m, n_queries, 0.0, BLOCK_M)
         q = load_rows(q_ptr, m, 0, n_queries, stride_q_t, BLOCK_M, HEAD_DIM, BLOCK_D, True)

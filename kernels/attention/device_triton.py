@@ -1,9 +1,9 @@
-"""Device functions that attention's kernels share: which rows a program has, tiles of rows, masks and rotation.
+"""Device functions that attention's kernels share: the rows of a program, tiles of rows, masks and rotation.
 
-A sample is a sequence of the batch, or a packed document. `cu_seqlens` is what the launcher makes of the caller's: it
-begins with 0, ends with N and never descends, so that the first and the last document hold the rows of no document.
+A sample is a sequence of the batch, or a packed document. The launcher pads the caller's `cu_seqlens`: it starts with
+0, ends with N and never descends. Its first and last document therefore hold the rows that belong to no document.
 
-H heads, K head size, N rows, R rotary dimension.
+B samples, T tokens or positions, N rows, H heads, K head size, R rotary dimension.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from phi1.kernels.core import constants
 from phi1.kernels.core.philox_triton import philox_key
 
 LOG2E = tl.constexpr(constants.LOG2E)
-# The largest score of a query that sees nothing: finite, so that its probabilities are 0 and not NaN.
+# The maximum score of a query that sees no key. It is finite, so that its probabilities are 0 and not NaN.
 LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
 def find_document(slot, cu_seqlens_ptr, n_documents, BLOCK: tl.constexpr):
-    """(document, block of it) of a slot: document i has the slots from cu_seqlens[i] // BLOCK + i on, enough for it."""
+    """Return (document, block of that document) of a slot.
+
+    The slots of document i begin at cu_seqlens[i] // BLOCK + i, which leaves enough slots for every document.
+    cu_seqlens_ptr: [n_documents + 1] int32.
+    """
     low, high = tl.cast(0, tl.int32), n_documents - 1
     while low < high:
         middle = (low + high + 1) // 2
@@ -34,11 +38,11 @@ def find_document(slot, cu_seqlens_ptr, n_documents, BLOCK: tl.constexpr):
 @triton.jit
 def program_rows(cu_seqlens_ptr, n_queries, n_keys, n_heads, n_blocks, n_samples, BLOCK: tl.constexpr,
                  LAST_FIRST: tl.constexpr):
-    """(head, first, sample, origin, row, n_queries, n_keys): what this program attends to, from token `first` on.
+    """Return (head, first, sample, origin, row, n_queries, n_keys) of this program, which begins at token `first`.
 
-    origin, int64, is the sample's number in a batch and its first row among packed documents; row is its first row in
-    either. Of packed documents a program may have none: first is then n_queries or more. Heads are innermost, so that
-    within a sample the longest tiles of all heads start first.
+    cu_seqlens_ptr: [n_samples + 3] int32, or None. origin (int64) is the sample's index in a batch, or its first row
+    among packed documents. row is its first row in both cases. With packed documents a program may have no work; first
+    is then n_queries or more. Heads are innermost, so the longest tiles of all heads of a sample start first.
     """
     pid = tl.program_id(0)
     head = pid % n_heads
@@ -61,8 +65,11 @@ def program_rows(cu_seqlens_ptr, n_queries, n_keys, n_heads, n_blocks, n_samples
 @triton.jit
 def keys_of_queries(first, start, n_queries, n_keys, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_N: tl.constexpr):
-    """(begin, whole, end): some of the queries first.. see keys of tiles begin..end, and all of them see begin..whole
-    (but for those before start)."""
+    """Return (begin, whole, end) in keys for BLOCK_M queries from `first` on.
+
+    Some query sees a key in each tile of begin..end. Every query sees all keys of begin..whole, except those before
+    start.
+    """
     offset = n_keys - n_queries
     begin, whole, end = start // BLOCK_N * BLOCK_N, n_keys, n_keys
     if IS_CAUSAL:
@@ -74,7 +81,10 @@ def keys_of_queries(first, start, n_queries, n_keys, IS_CAUSAL: tl.constexpr, BL
 @triton.jit
 def load_rows(ptr, first, low, high, stride_t, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
               MASKED: tl.constexpr):
-    """Rows first.. of a head, [ROWS, BLOCK_D]: 0 outside of low..high (if MASKED) and of HEAD_DIM."""
+    """Load rows first.. of a head, [ROWS, BLOCK_D]. Columns past HEAD_DIM and, if MASKED, rows outside low..high are 0.
+
+    ptr: [T, H, K] of one sample and head.
+    """
     offs_r, offs_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     ptrs = ptr + tl.cast(first, tl.int64) * stride_t + (offs_r[:, None] * stride_t + offs_d[None, :])
     if MASKED:
@@ -92,7 +102,10 @@ def load_rows(ptr, first, low, high, stride_t, ROWS: tl.constexpr, HEAD_DIM: tl.
 
 @triton.jit
 def store_rows(ptr, x, first, n_rows, stride_t, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write x [ROWS, BLOCK_D] to rows first.. of a head, up to n_rows and HEAD_DIM."""
+    """Store x [ROWS, BLOCK_D] to rows first.. of a head, up to n_rows and HEAD_DIM.
+
+    ptr: [T, H, K] of one sample and head.
+    """
     offs_r, offs_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     ptrs = ptr + tl.cast(first, tl.int64) * stride_t + (offs_r[:, None] * stride_t + offs_d[None, :])
     mask = (first + offs_r < n_rows)[:, None]
@@ -103,10 +116,10 @@ def store_rows(ptr, x, first, n_rows, stride_t, ROWS: tl.constexpr, HEAD_DIM: tl
 
 @triton.jit
 def rotate(x, rotation, first, n_rows, SIGN: tl.constexpr, HALF: tl.constexpr):
-    """x [ROWS, BLOCK_D] in float32, its first 2 HALF columns rotated by the positions of rows first.. of the sample.
+    """Return x [ROWS, BLOCK_D] in float32, its first 2 HALF columns rotated by the positions of rows first.. .
 
-    rotation: (cos [T, HALF], sin, the sample's positions, T). SIGN -1 rotates back. A position outside of the tables
-    gives NaN.
+    rotation: pointers to cos [T, HALF], sin [T, HALF] and the sample's positions [n_rows], and T. SIGN = -1 rotates
+    back. A position outside the tables gives NaN.
     """
     cos_ptr, sin_ptr, positions_ptr, n_positions = rotation
     offs_r = first + tl.arange(0, x.shape[0])
@@ -122,7 +135,10 @@ def rotate(x, rotation, first, n_rows, SIGN: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def rotate_halves(x, cos_ptr, sin_ptr, position, known, SIGN: tl.constexpr, HALF: tl.constexpr):
-    """`rotate` where HALF is a power of two: as a tensor of halves, whose pairs meet in one thread."""
+    """Compute `rotate` for a HALF that is a power of two. One thread holds both elements of a pair.
+
+    cos_ptr, sin_ptr: [T, HALF] float32.
+    """
     ROWS: tl.constexpr = x.shape[0]
     PAIRS: tl.constexpr = x.shape[1] // (2 * HALF)
     offs_p, offs_d = tl.arange(0, PAIRS)[None, :, None], tl.arange(0, HALF)[None, None, :]
@@ -137,7 +153,10 @@ def rotate_halves(x, cos_ptr, sin_ptr, position, known, SIGN: tl.constexpr, HALF
 
 @triton.jit
 def rotate_columns(x, cos_ptr, sin_ptr, position, known, SIGN: tl.constexpr, HALF: tl.constexpr):
-    """`rotate` of any HALF: each column fetches its pair's other one, an exchange between threads."""
+    """Compute `rotate` for any HALF. Each column gathers the other element of its pair, an exchange between threads.
+
+    cos_ptr, sin_ptr: [T, HALF] float32.
+    """
     offs_d = tl.arange(0, x.shape[1])[None, :]
     other = tl.where(offs_d < HALF, offs_d + HALF, tl.where(offs_d < 2 * HALF, offs_d - HALF, offs_d))
     at, known = position[:, None] * HALF + offs_d % HALF, known[:, None]
@@ -149,7 +168,7 @@ def rotate_columns(x, cos_ptr, sin_ptr, position, known, SIGN: tl.constexpr, HAL
 
 @triton.jit
 def sees(query, key, n_keys, start, IS_CAUSAL: tl.constexpr, HAS_STARTS: tl.constexpr):
-    """Which queries see which keys, by positions whose shapes broadcast."""
+    """Return True where a query sees a key. query and key are positions whose shapes broadcast."""
     seen = key < n_keys
     if IS_CAUSAL:
         seen = seen & (key <= query)
@@ -160,7 +179,7 @@ def sees(query, key, n_keys, start, IS_CAUSAL: tl.constexpr, HAS_STARTS: tl.cons
 
 @triton.jit
 def first_token(seq_starts_ptr, sample, n_keys):
-    """The first position of the sample that attends and is attended to, 0 without seq_starts."""
+    """Return the first visible position of the sample, 0 without seq_starts. seq_starts_ptr: [B], or None."""
     start = n_keys * 0
     if seq_starts_ptr is not None:
         start = tl.load(seq_starts_ptr + sample).to(tl.int32)
@@ -170,9 +189,10 @@ def first_token(seq_starts_ptr, sample, n_keys):
 
 @triton.jit
 def masks_of(rng_ptr, sample_ids_ptr, sample, n_samples, head, stream, threshold):
-    """(key, sample, stream, threshold) of the dropout masks of one head: their counters but for row and columns.
+    """Return (key, sample, stream, threshold) of the dropout masks of one head, all of the counters but row and column.
 
-    The sample is that of sample_ids [n_samples], or its number. Without dropout nothing reads this.
+    rng_ptr: [2] int64, or None. sample_ids_ptr: [n_samples] int64, or None, and then the sample's index is its id.
+    Without dropout the result is not used.
     """
     if sample_ids_ptr is not None:
         inside = (sample >= 0) & (sample < n_samples)
@@ -185,10 +205,10 @@ def masks_of(rng_ptr, sample_ids_ptr, sample, n_samples, head, stream, threshold
 
 @triton.jit
 def load_statistics(ptr, first, n_rows, other, ROWS: tl.constexpr):
-    """Float32 statistics of rows first.., [ROWS]; other past n_rows.
+    """Load float32 statistics of rows first.., [ROWS], with `other` past n_rows. ptr: [n_rows] float32.
 
-    The sum over one element keeps the compiler from loading in the layout of the use: there a thread would load 16 of
-    the values, 4 bytes at a time, and hold 16 addresses.
+    The sum over one element keeps the compiler from loading in the layout in which the values are used. In that layout
+    a thread would load 16 values, 4 bytes at a time, and hold 16 addresses.
     """
     rows = first + tl.arange(0, ROWS)
     x = tl.load(ptr + rows, mask=rows < n_rows, other=other)
@@ -197,20 +217,20 @@ def load_statistics(ptr, first, n_rows, other, ROWS: tl.constexpr):
 
 @triton.jit
 def mask_scale(rng_ptr, threshold):
-    """What kept probabilities are multiplied by."""
+    """Return the factor on kept probabilities. rng_ptr is None without dropout."""
     if rng_ptr is None:
         return 1.0
-    else:  # noqa: RET505  after a return, Triton would compile what does not run too
+    else:  # noqa: RET505  without the else, Triton would also compile the code that never runs
         return 65536.0 / (65536 - threshold)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_positions"])
 def rotate_rows_kernel(
-    x_ptr,  # [B, T, H, K]
-    y_ptr,  # [B, T, H, K] contiguous
-    cos_ptr,  # [P, R/2] float32
-    sin_ptr,  # [P, R/2]
-    positions_ptr,  # [B, T]
+    x_ptr,  # [B, T, H, K] input
+    y_ptr,  # [B, T, H, K] contiguous output
+    cos_ptr,  # [n_positions, R/2] float32
+    sin_ptr,  # [n_positions, R/2] float32
+    positions_ptr,  # [B, T] integer
     n_tokens,
     n_heads,
     n_positions,

@@ -4,8 +4,8 @@
     dP = drop(dout v^T)           dS = P (dP - rowsum(P dP))
     dv = drop(P)^T dout           dq = scale dS k                dk = scale dS^T q
 
-S, P and lse are float32, in base 2 with the scale folded in, in float32, so that
-float16 q and k of 300 stay finite.
+S, P and lse are float32. The softmax is in base 2, and the scale is applied to S in float32, so scores of float16 q and
+k as large as 300 stay finite.
 
 B batch, Tq queries, Tk keys, H heads, K head size, N = B * Tq rows, R rotary dimension.
 """
@@ -24,9 +24,9 @@ from phi1.kernels.core.backend import use_triton
 def attention_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, cu_seqlens: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [B, Tq, H, K], lse [H, N] float32) of q [B, Tq, H, K] and k, v [B, Tk, H, K], any strides.
+    """Return (out [B, Tq, H, K], lse [H, N] float32) for q [B, Tq, H, K] and k, v [B, Tk, H, K] of any strides.
 
-    With cu_seqlens the N rows are packed documents: each attends to itself alone, and reads no other's rows.
+    With cu_seqlens the N rows are packed documents, and each document attends only to itself.
     """
     if use_triton(q):
         from phi1.kernels.attention.launch_triton import launch_attention_forward
@@ -48,7 +48,7 @@ def attention_backward(
 ) -> None:
     """Write the gradients of q, k and v into `grads`, three tensors of their shapes and any strides.
 
-    out and lse are the forward's; the PyTorch code does not read out.
+    out and lse are the forward's. The PyTorch code does not read out.
     """
     if use_triton(q):
         from phi1.kernels.attention.launch_triton import launch_attention_backward

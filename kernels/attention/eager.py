@@ -1,9 +1,9 @@
-"""The PyTorch path of causal and full attention, forward and backward; formulas in `dispatch.py`.
+"""The PyTorch path of causal and full attention, forward and backward. `dispatch.py` has the formulas.
 
-P and dS are rounded to bfloat16 for their products where the inputs are bfloat16. Scores are held for one tile of
-samples, heads and queries at a time, and keys that no query of the tile may see are never multiplied. A tile has whole
-rows, so that rowsum(P dP) is at hand, which cancels the rounding of dP; the kernels have parts of rows and take
-rowsum(dout out) for it.
+P and dS are rounded to bfloat16 for their products if the inputs are bfloat16. Scores exist for one tile of samples,
+heads and queries at a time, and keys that no query of the tile sees are never multiplied. A tile has whole rows, so the
+backward can use rowsum(P dP), which cancels the rounding of dP. The kernels have only parts of rows and use
+rowsum(dout out) instead.
 
 B batch, Tq queries, Tk keys, H heads, K head size, N = B * Tq rows; G samples times heads of one tile.
 """
@@ -22,8 +22,8 @@ from phi1.kernels.core.cpu_memory import empty
 from phi1.kernels.core.philox import attention_keep, dropout_scale
 from phi1.kernels.pointwise.rotary import rotate_
 
-# Measured on a CPU with 1 MiB of L2 a core, T = 256 to 2048, K = 64: the scores of a tile and the products that read
-# them stay in the caches (bytes are a thread's), and 128 queries skip most of what is above the diagonal.
+# Measured on a CPU with 1 MiB of L2 a core, T = 256 to 2048, K = 64. The scores of a tile and the products that read
+# them stay in the caches (bytes per thread), and tiles of 128 queries skip most of the keys above the diagonal.
 CPU_TILE_QUERIES, CPU_TILE_BYTES = 128, 4 << 20
 DEVICE_TILE_QUERIES, DEVICE_TILE_BYTES = 1024, 256 << 20
 
@@ -31,7 +31,7 @@ DEVICE_TILE_QUERIES, DEVICE_TILE_BYTES = 1024, 256 << 20
 def torch_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, cu_seqlens: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attention_forward` in PyTorch."""
+    """Compute `dispatch.attention_forward` in PyTorch."""
     batch, n_queries, n_heads, _ = q.shape
     lse = q.new_empty((n_heads, batch * n_queries), dtype=torch.float32)
     if cu_seqlens is None:
@@ -59,7 +59,7 @@ def torch_backward(
     spec: AttentionSpec,
     cu_seqlens: torch.Tensor | None,
 ) -> None:
-    """`attention_backward` in PyTorch."""
+    """Compute `dispatch.attention_backward` in PyTorch."""
     batch, n_queries = q.shape[:2]
     if cu_seqlens is None:
         _backward((dout, q, k, v), lse.unflatten(1, (batch, n_queries)).transpose(0, 1), grads, spec)
@@ -73,7 +73,7 @@ def torch_backward(
 
 
 def _decodes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> bool:
-    """One query on a CPU: PyTorch's flash kernel takes 0.2 to 0.5 of our time, conversion to float32 included."""
+    """True for one query on a CPU. There PyTorch's flash kernel takes 0.2 to 0.5 of the time, conversions included."""
     plain = spec.rotary is None and spec.dropout is None and all(x.stride(-1) == 1 for x in (q, k, v))
     return q.is_cpu and q.shape[1] == 1 and q.numel() > 0 and plain
 
@@ -81,8 +81,8 @@ def _decodes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionS
 def _decode(q, k, v, out, lse, spec: AttentionSpec) -> None:
     """Fill out [B, 1, H, K] and lse [H, B].
 
-    In float32: the kernel takes three (80 keys) to nine times (1,024) as long on 16-bit keys as on those of a tile that
-    are converted before. All at once, conversion takes up to three times as long, for it leaves the caches.
+    Keys and values are converted to float32 tile by tile. Without conversion the kernel takes three (80 keys) to nine
+    times (1,024 keys) as long. Converted all at once they leave the caches, which takes up to three times as long.
     """
     for samples, heads, _ in _tiles(q, k):
         bias = None
@@ -109,7 +109,7 @@ def _forward(q, k, v, out, lse, spec: AttentionSpec) -> None:
         for first in range(0, n_queries, step):
             last = min(first + step, n_queries)
             s, end = _scores(q_tile, k_tile, first, last, n_queries, spec, samples)
-            # A query that sees no key has a maximum of -inf: the clamps make its probabilities 0.
+            # A query that sees no key has a maximum of -inf. The clamps make its probabilities 0.
             high = s.amax(-1, keepdim=True).clamp_(min=-1e30)
             p = s.sub_(high).exp2_()
             total = p.sum(-1, keepdim=True).clamp_(min=1.0)
@@ -148,7 +148,7 @@ def _backward(
             p = s.sub_(lse_tile[:, first:last]).exp2_()
             ds_and_p = empty((2, *s.shape), dtype=low, device=s.device)
             ds, dropped = ds_and_p
-            # scale dP: everything that follows is linear in it, and here the scale costs no pass and no rounding.
+            # The scale is applied to dP: all that follows is linear in dP, and here it costs no pass and no rounding.
             dp = _copy(_product(dout_low[:, first:last], v_low[:, :end].transpose(1, 2), spec.scale, out=ds),
                        torch.float32)
             if spec.dropout is None:
@@ -159,7 +159,7 @@ def _backward(
                 dp.mul_(kept)
             delta = dp.mul_(p).sum(-1, keepdim=True)
             if low == torch.float32:
-                # P's rows sum to 1 but for the rounding of lse, which P (dP - delta) would multiply by delta.
+                # The sums of P's rows differ from 1 by the rounding of lse, which P (dP - delta) multiplies by delta.
                 delta.div_(p.sum(-1, keepdim=True).clamp_(min=0.5))  # 0 where a query sees no key
             ds.copy_(dp.addcmul_(p, delta, value=-1))
             _store(dq[samples, first:last, heads], _product(ds, k_low[:, :end]),
@@ -175,20 +175,20 @@ def _scores(
     q_tile: torch.Tensor, k_tile: torch.Tensor, first: int, last: int, n_queries: int, spec: AttentionSpec,
     samples: slice,
 ) -> tuple[torch.Tensor, int]:
-    """Masked scores [G, last - first, end] in base 2, and end: the number of keys that some query of the tile sees."""
+    """Return masked scores [G, last - first, end] in base 2, and end, the number of keys that the queries see."""
     n_keys = k_tile.shape[1]
     end = n_keys - n_queries + last if spec.causal else n_keys
     size = last - first
     s = empty((q_tile.shape[0], size, end), dtype=torch.float32, device=q_tile.device)
     torch.bmm(q_tile[:, first:last], k_tile[:, :end].transpose(1, 2), out=s)
     if spec.causal and size > 1:
-        # The last keys are the tile's own queries. Adding is 8 times as fast as masked_fill_ on a CPU.
+        # The last keys belong to the tile's own queries. Adding is 8 times as fast as masked_fill_ on a CPU.
         s[:, :, end - size :] += _above_diagonal(size, s.device)
     if spec.seq_starts is not None:
         starts, by_sample = spec.seq_starts[samples], s.unflatten(0, (samples.stop - samples.start, -1))
         by_sample += _hidden(starts, 0, end)[:, None, None]
         if not spec.causal:
-            # A causal query before the start sees nothing already.
+            # A causal query before the start already sees no key.
             offset = n_keys - n_queries
             by_sample += _hidden(starts, offset + first, offset + last)[:, None, :, None]
     return s, end
@@ -196,19 +196,19 @@ def _scores(
 
 @lru_cache(maxsize=8)
 def _above_diagonal(size: int, device: torch.device) -> torch.Tensor:
-    """[size, size]: -inf above the diagonal, else 0."""
+    """Return [size, size] with -inf above the diagonal and 0 elsewhere."""
     return torch.full((size, size), -torch.inf, dtype=torch.float32, device=device).triu_(1)
 
 
 def _hidden(starts: torch.Tensor, first: int, last: int) -> torch.Tensor:
-    """[B, last - first]: -inf at positions before each sample's start, else 0."""
+    """Return [B, last - first] with -inf at positions before each sample's start and 0 elsewhere."""
     hidden = torch.arange(first, last, device=starts.device) < starts[:, None]
     return torch.zeros(hidden.shape, dtype=torch.float32, device=starts.device).masked_fill_(hidden, -torch.inf)
 
 
 def _kept(spec: AttentionSpec, samples: slice, heads: slice, first: int, last: int, n_queries: int, n_keys: int,
           end: int) -> torch.Tensor:
-    """The dropout mask of a tile [G, last - first, end]: 0, or the scale of what is kept."""
+    """Return the dropout factors of a tile [G, last - first, end]: 0, or the scale of kept probabilities."""
     assert spec.dropout is not None
     offset = n_keys - n_queries
     keep = attention_keep(
@@ -219,7 +219,7 @@ def _kept(spec: AttentionSpec, samples: slice, heads: slice, first: int, last: i
 
 
 def _tiles(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice, int]]:
-    """(samples, heads, queries at a time): as many whole samples as fit the tile, or else heads of one sample."""
+    """Yield (samples, heads, queries at a time): as many whole samples as fit a tile, or else heads of one sample."""
     batch, n_queries, n_heads, head_size = q.shape
     queries, tile_bytes = DEVICE_TILE_QUERIES, DEVICE_TILE_BYTES
     if q.is_cpu:
@@ -235,13 +235,13 @@ def _tiles(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice, int
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0, out: torch.Tensor | None = None) -> torch.Tensor:
-    """scale a b, scaled before it is rounded."""
+    """Return scale a b, scaled before it is rounded."""
     out = empty((*a.shape[:2], b.shape[2]), dtype=a.dtype, device=a.device) if out is None else out
     return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale, out=out)
 
 
 def _accumulate(total: torch.Tensor | None, part: torch.Tensor, more_follow: bool) -> torch.Tensor:
-    """total += part over the keys that part has; float32 unless the first part is the only one."""
+    """Add part to total over the keys that part has. The sum is float32 unless the first part is the only one."""
     if total is None:
         return _copy(part, torch.float32) if more_follow and part.dtype != torch.float32 else part
     total[:, : part.shape[1]] += part
@@ -249,17 +249,17 @@ def _accumulate(total: torch.Tensor | None, part: torch.Tensor, more_follow: boo
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:
-    """[B, T, H, K] -> [G, T, K], a contiguous copy: the batched products are a fifth slower on strided operands."""
+    """Copy [B, T, H, K] to contiguous [G, T, K], because batched products are a fifth slower on strided operands."""
     return _copy(x.transpose(1, 2), x.dtype).flatten(0, 1)
 
 
 def _copy(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A contiguous copy."""
+    """Return a contiguous copy."""
     return empty(x.shape, dtype=dtype, device=x.device).copy_(x)
 
 
 def _wide(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-    """[B, T, H, K] -> [G, T, K] in float32, rotated if there are tables; a copy."""
+    """Copy [B, T, H, K] to [G, T, K] in float32, rotated if there are tables."""
     wide = _copy(x.transpose(1, 2), torch.float32).flatten(0, 1)
     if tables is not None:
         rotate_(wide.unflatten(0, (x.shape[0], x.shape[2])), *tables)
@@ -269,7 +269,7 @@ def _wide(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None) -> 
 def _store(
     target: torch.Tensor, grad: torch.Tensor | None, tables: tuple[torch.Tensor, torch.Tensor] | None
 ) -> None:
-    """Write grad [G, T, K], rotated back if there are tables, to target [B, T, H, K]; None is 0."""
+    """Write grad [G, T, K] to target [B, T, H, K], rotated back if there are tables. A grad of None is 0."""
     heads = target.transpose(1, 2)
     if grad is None:
         heads.zero_()
@@ -281,17 +281,17 @@ def _store(
 
 
 def _product_dtype(x: torch.Tensor) -> torch.dtype:
-    """What P, dS and their factors are rounded to. CPUs multiply float16 at a tenth of the speed of float32."""
+    """Return the dtype of operands of products: float32 for float16, which CPUs multiply at a tenth of the speed."""
     return torch.float32 if x.is_cpu and x.dtype != torch.bfloat16 else x.dtype
 
 
 def _as_one_sample(x: torch.Tensor) -> torch.Tensor:
-    """[B, T, H, K] -> [1, N, H, K]."""
+    """Return [B, T, H, K] as [1, N, H, K]."""
     return x.flatten(0, 1)[None]
 
 
 def _documents(cu_seqlens: torch.Tensor) -> Iterator[tuple[int, slice]]:
-    """(number, rows) of each document that has any."""
+    """Yield (number, rows) of each document that has rows."""
     ends = cu_seqlens.tolist()
     for number, (start, end) in enumerate(pairwise(ends)):
         if end > start:

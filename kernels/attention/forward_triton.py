@@ -1,19 +1,22 @@
-"""The Triton kernel of attention's forward pass (FlashAttention-2, arXiv 2307.08691); formulas in `dispatch.py`.
+"""The Triton kernel of attention's forward pass (FlashAttention-2, arXiv 2307.08691). `dispatch.py` has the formulas.
 
-q, k, v and out are loaded and stored in their own dtype, which is also that of the operands of both products; sums,
-maxima and exponentials are float32. The softmax is in base 2 and the scale is folded into its exponent, so that scores
-of float16 q and k of 300 stay finite. Tiles that every query of the program sees whole come first and need no mask.
+q, k, v and out are loaded and stored in their own dtype, and both products have operands of that dtype. Sums, maxima
+and exponentials are float32. The softmax is in base 2 and the scale is part of its exponent, so scores of float16 q and
+k as large as 300 stay finite. Tiles whose keys every query of the program sees come first and need no mask.
 
-Where a tile says so and the layout allows it, k and v are read by TMA, from descriptors made on the host. A
-warp-specialised program computes with two groups of 4 warps and loads with a third; it has one loop, masked throughout,
-and reads q through a descriptor of its own. That is the one form of it that Triton 3.6.0 and 3.9.0 both compile for
-sm_90 (168 registers, nothing spilled, `setmaxnreg` in the PTX). Otherwise `NVGPUWarpSpecialization` fails: 3.9.0 on two
-loops ("expected non-null blocks"), on q by a host's descriptor ("descriptor block and tensor must have the same number
-of elements") or by pointers, and so on rotated q ("unsupported load type for producer commit"); 3.6.0 on dropout. A
-branch around the loop, as packed documents need, fails in both, a branch inside of it turns the specialisation off
-without a word, and with 64 queries both groups compute all of them.
+k and v are loaded by TMA, from descriptors made on the host, if the tile says so and the layout allows it. A
+warp-specialised program computes with two groups of 4 warps and loads with a third group. It has one loop, which is
+masked throughout, and reads q through a descriptor made in the kernel. This is the only form that both Triton 3.6.0 and
+3.9.0 compile for sm_90 (168 registers, nothing spilled, `setmaxnreg` in the PTX). Other forms fail in
+`NVGPUWarpSpecialization`:
+- two loops, in 3.9.0: "expected non-null blocks"
+- q by a descriptor of the host, in 3.9.0: "descriptor block and tensor must have the same number of elements"
+- q by pointers, and therefore rotated q, in 3.9.0: "unsupported load type for producer commit"
+- dropout, in 3.6.0
+- a branch around the loop, which packed documents need, in both
+A branch inside the loop turns the specialisation off without an error. With 64 queries both groups compute all queries.
 
-N rows, H heads, K head size, R rotary dimension, B samples.
+B samples, Tq queries, Tk keys, N rows, T positions, H heads, K head size, R rotary dimension.
 """
 
 from __future__ import annotations
@@ -40,15 +43,15 @@ from phi1.kernels.core.philox_triton import keep_mask
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "n_blocks", "n_samples", "n_positions", "stream", "threshold"])
 def attention_forward_kernel(
     q_ptr,  # [B, Tq, H, K]
-    k_ptr,  # [B, Tk, H, K], or its descriptor where TMA
-    v_ptr,  # [B, Tk, H, K], or its descriptor
-    out_ptr,  # [N, H, K] contiguous
-    lse_ptr,  # [H, N] float32
-    cu_seqlens_ptr,  # int32 [B + 3] of packed documents, or None
-    seq_starts_ptr,  # [B], or None
+    k_ptr,  # [B, Tk, H, K], or its descriptor if TMA
+    v_ptr,  # [B, Tk, H, K], or its descriptor if TMA
+    out_ptr,  # [N, H, K] contiguous output
+    lse_ptr,  # [H, N] float32 output
+    cu_seqlens_ptr,  # [B + 3] int32 of packed documents, or None
+    seq_starts_ptr,  # [B] integer, or None
     cos_ptr,  # [T, R/2] float32, or None for no rotation
-    sin_ptr,  # [T, R/2]
-    positions_ptr,  # [N]
+    sin_ptr,  # [T, R/2] float32, or None
+    positions_ptr,  # [N] integer, or None
     rng_ptr,  # [2] int64, or None for no dropout
     sample_ids_ptr,  # [B] int64, or None
     n_queries,
@@ -58,7 +61,7 @@ def attention_forward_kernel(
     n_blocks,
     n_samples,
     n_positions,
-    stride_q_b,  # of packed documents: stride_q_t
+    stride_q_b,  # stride_q_t for packed documents, as for k and v
     stride_q_t,
     stride_q_h,
     stride_k_b,
@@ -85,7 +88,7 @@ def attention_forward_kernel(
     HAS_STARTS: tl.constexpr = seq_starts_ptr is not None
     head, first, sample, origin, row, n_queries, n_keys = program_rows(
         cu_seqlens_ptr, n_queries, n_keys, n_heads, n_blocks, n_samples, BLOCK_M, True)
-    if cu_seqlens_ptr is not None:  # noqa: SIM102  a batch must not branch here: warp specialisation would fail
+    if cu_seqlens_ptr is not None:  # noqa: SIM102  a batch must have no branch here, or warp specialisation fails
         if first >= n_queries:
             return
     if positions_ptr is not None:
@@ -121,7 +124,7 @@ def attention_forward_kernel(
         BLOCK_D, BLOCK_N, True, TMA, WARP_SPECIALIZE)
 
     total = tl.where(total == 0, 1.0, total)
-    if cu_seqlens_ptr is not None:  # rows of no document
+    if cu_seqlens_ptr is not None:  # rows that belong to no document
         total = tl.where((sample < 0) | (sample >= n_samples), float("nan"), total)
     acc *= (mask_scale(rng_ptr, threshold) / total)[:, None]
     store_rows(out_ptr + (row * n_heads + head) * HEAD_DIM, acc, first, n_queries,
@@ -138,7 +141,10 @@ def attend(
     ROTATE_K: tl.constexpr, HALF: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
 ):
-    """Add the keys first..last to acc [BLOCK_M, BLOCK_D], the maximum m and the total [BLOCK_M] of exponentials."""
+    """Add the keys first..last to the output acc [BLOCK_M, BLOCK_D], the maximum m and the sum total [BLOCK_M].
+
+    k_ptr, v_ptr: [Tk, H, K] of one sample and head, or descriptors [B, Tk, H, K] if TMA.
+    """
     offs_n = tl.arange(0, BLOCK_N)
     key, number, stream, threshold = masks
     for n in tl.range(first, last, BLOCK_N, warp_specialize=WARP_SPECIALIZE, flatten=False):
@@ -164,7 +170,10 @@ def attend(
 @triton.jit
 def load_keys(ptr, sample, head, first, low, high, stride_t, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
               BLOCK_D: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr):
-    """`load_rows`; by a descriptor [B, T, H, K], what lies past the sample's end or the head's is 0, masked or not."""
+    """Load rows first.. of a head, [ROWS, BLOCK_D], as `load_rows` does, or by TMA from a descriptor [B, T, H, K].
+
+    TMA loads 0 past the end of the sample and of the head, whether MASKED or not.
+    """
     if TMA:
         x = ptr.load([sample, first, head.to(tl.int32), 0]).reshape(ROWS, BLOCK_D)
     else:

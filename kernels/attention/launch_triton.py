@@ -1,4 +1,4 @@
-"""Launches of attention's Triton kernels, and the tiles that a tuner may try.
+"""Launchers of attention's Triton kernels.
 
 B batch, Tq queries, Tk keys, H heads, K head size, N = B * Tq rows, R rotary dimension.
 """
@@ -26,8 +26,8 @@ from phi1.kernels.core.philox import threshold
 from phi1.kernels.core.tiles import tile
 
 MAX_HEAD_SIZE = 128
-MAX_STRIDE = (2**31 - 1) // 256  # of tokens, in elements: a tile has at most 256
-ROTATED_ROWS = 64  # a program of rotate_rows_kernel
+MAX_STRIDE = (2**31 - 1) // 256  # of tokens, in elements; a tile has at most 256 tokens
+ROTATED_ROWS = 64  # of one program of rotate_rows_kernel
 
 
 def _tiles(*tiles: tuple[int, ...], more: tuple[str, ...] = ()) -> list[dict[str, int]]:
@@ -59,7 +59,10 @@ CANDIDATES = {
 def launch_attention_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, cu_seqlens: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [B, Tq, H, K] contiguous, lse [H, N] float32) of q [B, Tq, H, K] and k, v [B, Tk, H, K], any strides."""
+    """Return (out [B, Tq, H, K] contiguous, lse [H, N] float32) for q [B, Tq, H, K] and k, v [B, Tk, H, K].
+
+    q, k and v may have any strides.
+    """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_empty((q.shape[2], q.shape[0] * q.shape[1]), dtype=torch.float32)
     call = _Call(q, k, v, spec, cu_seqlens)
@@ -71,7 +74,7 @@ def launch_attention_forward(
     on_load = call.rotates_on_load(t)
     if call.rotates and not on_load:
         k = call.rotated(k)
-    tma = described and bool(t["tma"]) and not on_load and call.described(k, v)  # of k as it is read
+    tma = described and bool(t["tma"]) and not on_load and call.described(k, v)  # k may be a rotated copy
     specialized = tma and bool(t["warp_specialize"]) and not call.rotates and spec.dropout is None
     read_k, read_v = (call.descriptor(x, t["block_n"]) if tma else x for x in (k, v))
 
@@ -89,7 +92,9 @@ def launch_attention_forward(
 
 
 def _with_scratch(launch: Callable[[], object]) -> None:
-    """Launch a kernel that makes descriptors, with memory for them. The caller's allocator, a context variable, stays.
+    """Launch a kernel that makes descriptors, with an allocator for their memory.
+
+    Triton's allocator is a context variable, so a copy of the context leaves the caller's allocator as it is.
     """
     context = copy_context()
     context.run(triton.set_allocator, lambda size, alignment, stream: torch.empty(size, dtype=torch.int8,
@@ -128,7 +133,7 @@ def launch_attention_backward(
 
 
 class _Call:
-    """What the launches of one call share."""
+    """The sizes, options and arguments that all launches of one call share."""
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
                  cu_seqlens: torch.Tensor | None) -> None:
@@ -151,14 +156,20 @@ class _Call:
                     packed=self.cuts is not None, **more)
 
     def readable(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, T, H, K] with elements of a head side by side, with offsets within a tile in 32 bits, and, of packed
-        documents, with all rows equally far."""
+        """Return x [B, T, H, K], copied unless the kernels can read it.
+
+        The elements of a head must have stride 1, and offsets within a tile must fit in 32 bits. Rows of packed
+        documents must have one stride across samples.
+        """
         even = self.cuts is None or x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
         return x if x.stride(3) == 1 and x.stride(1) <= MAX_STRIDE and even else x.contiguous()
 
     def described(self, *operands: torch.Tensor) -> bool:
-        """Whether TMA can read operands [B, T, H, K]: it wants multiples of 16 bytes, and masks only what lies past
-        the end of a sample."""
+        """True if TMA can read the operands [B, T, H, K].
+
+        Their addresses and strides must be multiples of 16 bytes. TMA masks only past the end of a sample, so neither
+        packed documents nor seq_starts are possible.
+        """
         size = self.dtype.itemsize
         return self.cuts is None and self.spec.seq_starts is None and all(
             x.data_ptr() % 16 == 0 and all(stride > 0 and stride * size % 16 == 0 for stride in x.stride()[:3])
@@ -168,12 +179,15 @@ class _Call:
         return TensorDescriptor.from_tensor(x, [1, rows, 1, self.block_d])
 
     def rotates_on_load(self, t: dict[str, int]) -> bool:
-        """Whether each tile that is read is rotated. Not where this takes an exchange between threads: see
-        `rotate_columns`, which on sm_90 would also need 247,808 bytes of shared memory."""
+        """True if the kernel rotates each tile that it loads, and False if the operand is rotated before.
+
+        `rotate_columns` is never used on load: it needs an exchange between threads, and on sm_90 247,808 bytes of
+        shared memory.
+        """
         return self.rotates and bool(t["rotate_on_load"]) and not self.half & (self.half - 1)
 
     def rotated(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, T, H, K] rotated, in memory of its own."""
+        """Return a rotated copy of x [B, T, H, K]."""
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         cos, sin, positions = self.rotary
         assert cos is not None
@@ -190,7 +204,10 @@ class _Call:
         return max(16, triton.next_power_of_2(self.head_size))
 
     def blocks(self, n_tokens: int, block: int) -> int:
-        """Blocks of a sample; of packed documents, slots for the blocks of all documents and of the rows of none."""
+        """Return the number of blocks of a sample, or of slots for all blocks of packed documents.
+
+        The slots include those of rows that belong to no document.
+        """
         return triton.cdiv(n_tokens, block) if self.cuts is None else self.n_rows // block + self.n_samples + 2
 
     def grid(self, n_tokens: int, block: int) -> tuple[int]:
@@ -215,7 +232,10 @@ class _Call:
         }
 
     def strides(self, **tensors: torch.Tensor) -> dict[str, int]:
-        """Strides by sample (of packed documents, by row), token and head of each tensor [B, T, H, K]."""
+        """Return the strides of sample, token and head of each tensor [B, T, H, K], by argument name.
+
+        For packed documents the sample's stride is that of a row.
+        """
         found = {}
         for name, x in tensors.items():
             found[f"stride_{name}_b"] = x.stride(0) if self.cuts is None else x.stride(1)
@@ -228,6 +248,9 @@ def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _cuts(cu_seqlens: torch.Tensor, n_rows: int) -> torch.Tensor:
-    """[0, *cu_seqlens, N] as int32, made to ascend, on the device: whatever it holds, no kernel leaves the N rows."""
+    """Return [0, *cu_seqlens, N] as int32, clamped and made to ascend, without waiting for the device.
+
+    Kernels therefore stay within the N rows for any values.
+    """
     ends = torch.nn.functional.pad(cu_seqlens.clamp(0, n_rows), (1, 0))
     return torch.nn.functional.pad(ends, (0, 1), value=n_rows).cummax(0).values.to(torch.int32)

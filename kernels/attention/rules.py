@@ -1,4 +1,4 @@
-"""What attention's public operations share besides its arithmetic: the rules on their arguments, and the specification.
+"""The argument rules and the reference that attention's public operations share.
 
 B batch, Tq queries, Tk keys, H heads, K head size, N rows.
 """
@@ -28,7 +28,7 @@ from phi1.kernels.core.philox import (
 
 
 def check_scale(op: str, scale: float | None, head_size: int) -> float:
-    """The scale on q k^T, 1 / sqrt(K) by default. Raise unless it is a finite number above 0."""
+    """Return the scale on q k^T, 1 / sqrt(K) by default. Raise unless it is a finite number above 0."""
     if scale is None:
         return head_size**-0.5
     check_real(op, scale=scale)
@@ -38,7 +38,10 @@ def check_scale(op: str, scale: float | None, head_size: int) -> float:
 
 def check_packing(op: str, x: torch.Tensor, n_samples: int, n_rows: int, n_keys: int, cu_seqlens: torch.Tensor | None,
                   seq_starts: torch.Tensor | None) -> None:
-    """Raise unless cu_seqlens cuts n_rows rows into documents, or seq_starts [B] lies in rows of n_keys, or neither."""
+    """Raise unless cu_seqlens, if given, splits n_rows rows into documents, and seq_starts [B], if given, is valid.
+
+    At most one of the two may be given. seq_starts holds positions in rows of n_keys.
+    """
     both = cu_seqlens is not None and seq_starts is not None
     require(not both, op, "at most one of cu_seqlens and seq_starts may be given", "both")
     if cu_seqlens is not None:
@@ -83,7 +86,10 @@ def attend_reference(
     seq_starts: torch.Tensor | None,
     dropout: Dropout | None,
 ) -> torch.Tensor:
-    """Attention of q [B, Tq, H, K] to k, v [B, Tk, H, K], in plain differentiable PyTorch, all scores in memory."""
+    """Return the attention of q [B, Tq, H, K] to k, v [B, Tk, H, K] in plain differentiable PyTorch.
+
+    All scores are in memory.
+    """
     if cu_seqlens is not None:
         shape = q.shape
         q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
@@ -93,7 +99,7 @@ def attend_reference(
 
 def _visible(q: torch.Tensor, k: torch.Tensor, causal: bool, cu_seqlens: torch.Tensor | None,
              seq_starts: torch.Tensor | None) -> torch.Tensor:
-    """bool [1 or B, 1, Tq, Tk]: which keys a query sees."""
+    """Return bool [1 or B, 1, Tq, Tk], True where the query sees the key."""
     n_queries, n_keys = q.shape[1], k.shape[1]
     key = torch.arange(n_keys, device=q.device)
     query = torch.arange(n_keys - n_queries, n_keys, device=q.device)[:, None]
@@ -121,5 +127,5 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Te
         else:
             keep = packed_attention_keep(dropout, cu_seqlens, n_heads, n_keys)[None]
         p = p * keep * dropout_scale(dropout.p)
-    # As in every fused kernel, probabilities have v's dtype in their product with v.
+    # Probabilities have v's dtype in their product with v, as in every fused kernel.
     return torch.einsum("bhqt,bthk->bqhk", p.to(q.dtype), v)

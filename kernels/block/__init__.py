@@ -1,1 +1,1 @@
-"""phi's parallel block: the order of other operations' launches. Imports all rooms of kernels."""
+"""phi's parallel block, which orders the launches of other operations. Imports all rooms of kernels."""

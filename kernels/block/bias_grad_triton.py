@@ -1,8 +1,10 @@
-"""Triton kernels of the parallel block's bias gradients: one launch for the partial sums over rows that no other kernel
-makes on its way, and one that adds up all partial sums. With dropout on the branches, one pass over dy makes the
-gradient of each, and their sums.
+"""Triton kernels of the parallel block's bias gradients, and their launchers.
 
-Deterministic: each of P programs adds its rows in order, in registers, and writes one partial row; the partial rows are
+One launch computes the partial sums over rows that no other kernel computes, and one adds up all partial sums. With
+dropout on the branches, one pass over dy computes the gradient of each branch and its partial sums. Elements are loaded
+and stored in their own dtype; sums are float32.
+
+Deterministic: each of P programs adds its rows in order, in registers, and writes one partial row. The partial rows are
 added in order. P depends on the shape and the tile, not on the GPU.
 
 N rows, D width, F MLP width, P partial sums, B samples.
@@ -20,18 +22,18 @@ from phi1.kernels.core.constants import FP_FUSION
 from phi1.kernels.core.philox import Dropout, dropout_scale, is_active, threshold
 from phi1.kernels.pointwise.dropout_triton import dropped_tile, mask_arguments, mask_stream
 
-# 128 rows of partial sums are 1 % of what is read at phi-1's N = 16,384.
+# At phi-1's N = 16,384, 128 rows of partial sums are 1 % of the bytes read.
 MAX_PARTIALS, ROWS, COLS = 128, 8, 256
-BRANCH_ROWS = 4  # of two masks: 80 registers a thread on sm_90; 8 rows take 116, and a third of the warps go
+BRANCH_ROWS = 4  # with two masks: 80 registers a thread on sm_90; 8 rows take 116 and leave a third fewer warps
 SUM_BLOCK_P, SUM_BLOCK_F = 64, 32
 
 
 @triton.jit
 def bias_partials_kernel(
-    dqkv_ptr,  # [N, 3D]
-    dy_ptr,  # [N, D], or None
-    dqkv_partial_ptr,  # [P, 3D] float32
-    dy_partial_ptr,  # [P, D] float32, or None
+    dqkv_ptr,  # [N, 3D] input
+    dy_ptr,  # [N, D] input, or None
+    dqkv_partial_ptr,  # [P, 3D] float32 output
+    dy_partial_ptr,  # [P, D] float32 output, or None
     n_rows,
     n_partials,
     stride_dqkv_n,
@@ -39,7 +41,7 @@ def bias_partials_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """One program per partial row and COLS columns of dqkv or of dy; it takes every P-th group of ROWS rows."""
+    """One program per partial row and COLS columns of dqkv or of dy. It works on every P-th group of ROWS rows."""
     TILES_QKV: tl.constexpr = (3 * WIDTH + COLS - 1) // COLS
     if dy_ptr is None:
         pid_p, pid_f = tl.program_id(0) // TILES_QKV, tl.program_id(0) % TILES_QKV
@@ -55,8 +57,8 @@ def bias_partials_kernel(
 
 @triton.jit
 def add_rows(
-    x_ptr,
-    partial_ptr,
+    x_ptr,  # [N, N_COLS] input
+    partial_ptr,  # [P, N_COLS] float32 output
     pid_p,
     pid_f,
     n_rows,
@@ -66,7 +68,7 @@ def add_rows(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """One partial row's sum of COLS columns of x."""
+    """Store one partial row's sums of COLS columns of x."""
     offs_f = pid_f * COLS + tl.arange(0, COLS)  # [COLS]
     mask_f = offs_f < N_COLS
     total = tl.zeros((ROWS, COLS), dtype=tl.float32)  # one sum a lane: no exchange between threads in the loop
@@ -79,11 +81,11 @@ def add_rows(
 
 @triton.jit(do_not_specialize=["n_samples"])
 def branch_gradients_kernel(
-    dy_ptr,  # [N, D]
-    dense_ptr,  # [N, D] dy as it reaches the dense branch
-    fc2_ptr,  # [N, D] dy as it reaches the fc2 branch
-    dense_partial_ptr,  # [P, D] float32
-    fc2_partial_ptr,  # [P, D] float32
+    dy_ptr,  # [N, D] input
+    dense_ptr,  # [N, D] output, gradient of the dense branch
+    fc2_ptr,  # [N, D] output, gradient of the fc2 branch
+    dense_partial_ptr,  # [P, D] float32 output
+    fc2_partial_ptr,  # [P, D] float32 output
     rng_ptr,  # [2] int64
     sample_ids_ptr,  # [B] int64, or None
     cu_seqlens_ptr,  # [B + 1] int32 of packed rows, or None
@@ -100,7 +102,7 @@ def branch_gradients_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """One program per partial row and COLS columns of dy; it takes every P-th group of ROWS rows."""
+    """One program per partial row and COLS columns of dy. It works on every P-th group of ROWS rows."""
     TILES: tl.constexpr = (WIDTH + COLS - 1) // COLS
     pid_p, pid_f = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     offs_f = pid_f * COLS + tl.arange(0, COLS)  # [COLS]
@@ -131,8 +133,8 @@ def bias_sums_kernel(
     dpre_partial_ptr,  # [Pf, F] float32
     dense_partial_ptr,  # [Pd, D] float32
     fc2_partial_ptr,  # [P2, D] float32
-    in_ptr,  # [3D + F]
-    out_ptr,  # [2, D]
+    in_ptr,  # [3D + F] output, gradient of in_bias
+    out_ptr,  # [2, D] output, gradient of out_bias
     n_dqkv,
     n_dpre,
     n_dense,
@@ -159,15 +161,15 @@ def bias_sums_kernel(
 
 @triton.jit
 def add_partials(
-    partial_ptr,
-    sum_ptr,
+    partial_ptr,  # [n_partials, N_COLS] float32
+    sum_ptr,  # [N_COLS] output
     pid,
     n_partials,
     N_COLS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """The sum of all partial rows in BLOCK_F columns."""
+    """Store the sum of all partial rows in BLOCK_F columns."""
     offs_f = pid * BLOCK_F + tl.arange(0, BLOCK_F)  # [BLOCK_F]
     mask_f = offs_f < N_COLS
     total = tl.zeros((BLOCK_P, BLOCK_F), dtype=tl.float32)
@@ -180,7 +182,7 @@ def add_partials(
 
 
 def launch_bias_partials(dqkv: torch.Tensor, dy: torch.Tensor | None) -> list[torch.Tensor]:
-    """Partial sums over the rows of dqkv [N, 3D], whose columns lie next to each other, and of contiguous dy [N, D]."""
+    """Return partial sums over the rows of dqkv [N, 3D], with columns of stride 1, and of contiguous dy [N, D]."""
     n_rows, width = dqkv.shape[0], dqkv.shape[1] // 3
     n_partials = max(1, min(MAX_PARTIALS, triton.cdiv(n_rows, ROWS)))
     partials = [dqkv.new_empty((n_partials, x.shape[1]), dtype=torch.float32) for x in (dqkv, dy) if x is not None]
@@ -195,9 +197,9 @@ def launch_bias_partials(dqkv: torch.Tensor, dy: torch.Tensor | None) -> list[to
 def launch_branch_gradients(
     dy: torch.Tensor, dense: Dropout | None, fc2: Dropout | None, cu_seqlens: torch.Tensor | None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """(dy as it reaches the dense and the fc2 branch, their partial sums over rows) of contiguous dy [N, D].
+    """Return (gradients of the dense and the fc2 branch, their partial sums over rows) for contiguous dy [N, D].
 
-    Either branch drops; where the other does not, its mask is one that keeps all.
+    At least one branch has dropout. The mask of a branch without dropout keeps every element.
     """
     (n_rows, width), branches = dy.shape, (dense, fc2)
     n_partials = max(1, min(MAX_PARTIALS, triton.cdiv(n_rows, BRANCH_ROWS)))
@@ -224,7 +226,10 @@ def _mask_of(branch: Dropout | None) -> dict[str, float]:
 def launch_bias_sums(
     dqkv: torch.Tensor, dpre: torch.Tensor, branches: Sequence[torch.Tensor], like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of in_bias [3D + F] and out_bias [2, D] in like's dtype, of partial sums; branches: dense, fc2."""
+    """Return the gradients of in_bias [3D + F] and out_bias [2, D] in like's dtype, from partial sums.
+
+    branches: the partial sums of dense and fc2.
+    """
     (dense, fc2), inner = branches, dpre.shape[1]
     width = dense.shape[1]
     db_in, db_out = like.new_empty(3 * width + inner), like.new_empty((2, width))

@@ -1,12 +1,12 @@
-"""phi's parallel block for tokens behind a cache of keys and values, as one operation; formulas in `parallel_block.py`.
+"""phi's parallel block for new tokens with a cache of keys and values. `parallel_block.py` has the formulas.
 
     [q | k | v | pre] = layer_norm(x) W_in^T + b_in
     rotary(k), v -> the last T places of the cache
     x' = x + [attention(rotary(q), keys, values) | gelu_new(pre)] W_out^T + b_dense + b_fc2
 
-No backward. One operator a layer, where the operations one by one are six.
+It has no backward. A layer is one operator, where separate operations would be six.
 
-N rows, D width, H heads, K head size, F MLP width, B batch, T new tokens (N = B T), S tokens with those before.
+N rows, D width, H heads, K head size, F MLP width, B batch, T new tokens (N = B T), S tokens in the cache with them.
 """
 
 from __future__ import annotations
@@ -80,25 +80,25 @@ def parallel_block_decode(
     eps: float = 1e-5,
     check: bool = True,
 ) -> torch.Tensor:
-    """`parallel_block` of the newest T tokens of each sequence, which see the S - T before them through a cache.
+    """Compute `parallel_block` on the last T tokens of each sequence, with the S - T tokens before them in a cache.
 
     Args:
-        x: [N, D], the new tokens' rows, sequence by sequence.
-        norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, cos, sin, eps: as for `parallel_block`; none
-            may want a gradient, nor x.
-        kv: [2, B, S, H, K] in x's dtype, any strides: the keys, rotated, and the values of S tokens, T = N / B of them
-            the new ones, whose places are written. It must not want a gradient.
-        seq_starts: int32 [B], first real token of each row of a left-padded batch.
-        positions: [N] rotary positions; by default S - T .. S - 1, less seq_starts, at least 0.
-        check: False leaves out the checks of arguments, for all but the first of layers that are alike: they and
-            PyTorch's dispatcher, which plain CPU tensors go past, were a third of a token's time on a model of four
-            layers of width 256. With positions alone.
+        x: [N, D], the new tokens' rows, sequence by sequence. It must not require a gradient.
+        norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, cos, sin, eps: as for `parallel_block`. None
+            of them may require a gradient.
+        kv: [2, B, S, H, K] in x's dtype, any strides: the rotated keys and the values of S tokens. The places of the
+            last T = N / B tokens are written. It must not require a gradient.
+        seq_starts: int32 [B], the first real token of each row of a left-padded batch.
+        positions: [N] rotary positions; by default S - T .. S - 1, minus seq_starts, at least 0.
+        check: False skips the checks of arguments, for every layer but the first of equal layers. It needs positions.
+            The checks, together with PyTorch's dispatcher (which plain CPU tensors bypass), took a third of a token's
+            time on a model of four layers of width 256.
 
     Returns:
         [N, D] in x's dtype.
 
     Raises:
-        TypeError, ValueError: as `parallel_block`; a gradient is wanted.
+        TypeError, ValueError: as `parallel_block`, or a tensor requires a gradient.
 
     Source: as `parallel_block`.
     """
@@ -113,8 +113,10 @@ def parallel_block_decode(
 
 
 def _nothing_looks_on(x: torch.Tensor) -> bool:
-    """True where the dispatcher would do no more than call the operator: a plain CPU tensor, nothing that traces or
-    changes dtypes, and never a backward."""
+    """True if PyTorch's dispatcher would only call the operator.
+
+    That holds for a plain CPU tensor outside of tracing and autocast, because this operator has no backward.
+    """
     return (x.is_cpu and type(x) is torch.Tensor and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled("cpu") and _get_current_dispatch_mode() is None)
 
@@ -134,7 +136,7 @@ def parallel_block_decode_reference(
     seq_starts: torch.Tensor | None = None,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    """`parallel_block_decode` in plain PyTorch."""
+    """Compute `parallel_block_decode` in plain PyTorch."""
     linear, width, batch = torch.nn.functional.linear, x.shape[1], kv.shape[1]
     projected = linear(layer_norm_reference(x, norm_weight, norm_bias, eps), in_weight, in_bias)
     qkv = projected[:, : 3 * width].unflatten(1, (3, *kv.shape[3:]))

@@ -1,6 +1,6 @@
-"""The block behind its norm, without autograd or checks: the Triton kernels on GPUs, PyTorch elsewhere.
+"""The block after its layer norm, without autograd or checks: the Triton kernels on GPUs, PyTorch elsewhere.
 
-Formulas in `parallel_block.py`. The backward takes what either backend saved, whichever it runs on itself.
+`parallel_block.py` has the formulas. The backward accepts what either backend saved.
 
 N rows, D width, F MLP width.
 """
@@ -17,7 +17,7 @@ from phi1.kernels.core.backend import use_triton
 def branches_forward(
     h: torch.Tensor, x: torch.Tensor, parameters: Parameters, spec: BlockSpec, keeps_pre: bool
 ) -> tuple[torch.Tensor, Saved]:
-    """(x', saved) of the normalised h and the residual x, both [N, D]; pre is empty unless it is kept."""
+    """Return (x', saved) for the normalised h and the residual x, both [N, D]. Without keeps_pre, pre is empty."""
     if use_triton(h):
         from phi1.kernels.block.launch_triton import launch_block_forward
 
@@ -28,7 +28,7 @@ def branches_forward(
 def branches_again(
     h: torch.Tensor, parameters: Parameters, saved: Saved, spec: BlockSpec, recompute: str
 ) -> Saved:
-    """What the backward reads, with the forward's bits: "mlp" computes pre again, "block" everything."""
+    """Recompute the saved tensors with the same bits as the forward: pre for "mlp", all of them for "block"."""
     if use_triton(h):
         from phi1.kernels.block.launch_triton import launch_block_again
 
@@ -39,7 +39,7 @@ def branches_again(
 def branches_backward(
     dy: torch.Tensor, h: torch.Tensor, parameters: Parameters, saved: Saved, spec: BlockSpec
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of h, in_weight, in_bias, out_weight and out_bias; the residual's is dy."""
+    """Return the gradients of h, in_weight, in_bias, out_weight and out_bias. The residual's gradient is dy."""
     if use_triton(h):
         from phi1.kernels.block.launch_triton import launch_block_backward
 

@@ -1,4 +1,4 @@
-"""The block behind its norm in PyTorch; formulas in `parallel_block.py`, functions explained in `dispatch.py`.
+"""The block after its layer norm in PyTorch. `parallel_block.py` has the formulas.
 
 N rows, D width, H heads, K head size, F MLP width, B batch, R rotary dimension.
 """
@@ -18,7 +18,7 @@ from phi1.kernels.pointwise.gelu import gelu_backward, gelu_forward
 def branches_forward(
     h: torch.Tensor, x: torch.Tensor, parameters: Parameters, spec: BlockSpec, keeps_pre: bool
 ) -> tuple[torch.Tensor, Saved]:
-    """`dispatch.branches_forward` in PyTorch."""
+    """Compute `dispatch.branches_forward` in PyTorch."""
     qkv, att, lse = _attended(h, parameters, spec)
     pre = _pre(h, parameters)
     y = _output(att, pre, x, parameters, spec)
@@ -28,7 +28,7 @@ def branches_forward(
 def branches_again(
     h: torch.Tensor, parameters: Parameters, saved: Saved, spec: BlockSpec, recompute: str
 ) -> Saved:
-    """`dispatch.branches_again` in PyTorch."""
+    """Compute `dispatch.branches_again` in PyTorch."""
     qkv, _, att, lse = saved
     if recompute == "block":
         qkv, att, lse = _attended(h, parameters, spec)
@@ -38,7 +38,7 @@ def branches_again(
 def branches_backward(
     dy: torch.Tensor, h: torch.Tensor, parameters: Parameters, saved: Saved, spec: BlockSpec
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`dispatch.branches_backward` in PyTorch."""
+    """Compute `dispatch.branches_backward` in PyTorch."""
     in_weight, n_qkv, (qkv, pre, att, lse) = parameters.in_weight, 3 * h.shape[1], saved
     dproj = empty((h.shape[0], in_weight.shape[0]), dtype=h.dtype, device=h.device)
     datt, dw_out, db_out = _output_backward(dy, att, pre, parameters.out_weight, spec, dproj[:, n_qkv:])
@@ -51,7 +51,7 @@ def branches_backward(
 def _attended(
     h: torch.Tensor, parameters: Parameters, spec: BlockSpec
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(qkv [N, 3D], att [N, D], lse [H, N])."""
+    """Return (qkv [N, 3D], att [N, D], lse [H, N])."""
     n_qkv = 3 * h.shape[1]
     qkv = _addmm(parameters.in_bias[:n_qkv], h, parameters.in_weight[:n_qkv].t())
     att, lse = attention_forward(*spec.by_sample(qkv), spec.attention, spec.cu_seqlens)
@@ -66,17 +66,17 @@ def _pre(h: torch.Tensor, parameters: Parameters) -> torch.Tensor:
 def _output(
     att: torch.Tensor, pre: torch.Tensor, x: torch.Tensor, parameters: Parameters, spec: BlockSpec
 ) -> torch.Tensor:
-    """x' [N, D]."""
+    """Return x' [N, D]."""
     width, out_weight, out_bias = att.shape[1], parameters.out_weight, parameters.out_bias
     if not spec.drops:
-        # One product and one rounding: copying att beside act costs less than a second product.
+        # One product has one rounding, and copying att beside act costs less than a second product.
         joined = beside(att, pre)
         gelu_forward(pre, out=joined[:, width:])
         y = torch.add(x, out_bias.sum(0), out=empty(x.shape, dtype=x.dtype, device=x.device))
         return addmm(y, joined, out_weight.t(), out=y)
     dense_weight, fc2_weight = out_weight.t().split_with_sizes([width, pre.shape[1]])
     y = dropped(addmm(out_bias[0], att, dense_weight), spec.dense_dropout, spec.cu_seqlens)
-    y += x  # into y, which is contiguous whatever x is
+    y += x  # y is contiguous for any strides of x
     y += dropped(addmm(out_bias[1], gelu_forward(pre), fc2_weight), spec.fc2_dropout, spec.cu_seqlens)
     return y
 
@@ -85,7 +85,7 @@ def _output_backward(
     dy: torch.Tensor, att: torch.Tensor, pre: torch.Tensor, out_weight: torch.Tensor, spec: BlockSpec,
     dpre: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(datt [N, D], dw_out [D, D+F], db_out [2, D]); dpre [N, F] is filled."""
+    """Fill dpre [N, F], and return (datt [N, D], dw_out [D, D+F], db_out [2, D])."""
     sizes = [att.shape[1], pre.shape[1]]
     joined = beside(att, pre)
     act = joined[:, sizes[0] :]
@@ -103,7 +103,7 @@ def _output_backward(
 
 
 def beside(att: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
-    """[att | unset] [N, D+F]."""
+    """Return [N, D+F] with att in its first D columns and the others uninitialised."""
     width = att.shape[1]
     joined = empty((att.shape[0], width + pre.shape[1]), dtype=att.dtype, device=att.device)
     joined[:, :width] = att

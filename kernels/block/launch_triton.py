@@ -1,9 +1,9 @@
-"""The block behind its norm on GPUs: the order of its launches, forward and backward; see `dispatch.py`.
+"""The block after its layer norm on GPUs: the order of its launches, forward and backward.
 
-qkv is saved as [N, 3, D] with q and k rotated: by in_proj's kernel, or in place where the tuned table gives the product
-to cuBLAS. Their gradients leave attention rotated back. Gradients of [q | k | v | pre] share one buffer, so that dh and
-dW_in are one product each; act comes out of the pass that makes dpre. Bias gradients are partial sums, added in order.
-What the forward has not kept is computed again by its own kernels, and has the same bits.
+qkv is saved as [N, 3, D] with q and k rotated: by in_proj's kernel, or in place if the tuned table selects cuBLAS for
+the product. Attention rotates their gradients back. The gradients of [q | k | v | pre] share one buffer, so dh and
+dW_in are one product each. The pass that makes dpre also writes act. Bias gradients are partial sums, added in order.
+The forward's own kernels compute again what the forward did not save, with the same bits.
 
 N rows, D width, H heads, K head size, F MLP width.
 """
@@ -29,7 +29,7 @@ from phi1.kernels.pointwise.rotary_triton import launch_rotary
 def launch_block_forward(
     h: torch.Tensor, x: torch.Tensor, parameters: Parameters, spec: BlockSpec, keeps_pre: bool
 ) -> tuple[torch.Tensor, Saved]:
-    """`dispatch.branches_forward` by the kernels."""
+    """Compute `dispatch.branches_forward` with the kernels."""
     out_weight, out_bias, width = parameters.out_weight, parameters.out_bias, h.shape[1]
     qkv, pre, act = _project(h, parameters, spec, pre=keeps_pre)
     att, lse = _attend(qkv, spec)
@@ -46,7 +46,7 @@ def launch_block_forward(
 def launch_block_again(
     h: torch.Tensor, parameters: Parameters, saved: Saved, spec: BlockSpec, recompute: str
 ) -> Saved:
-    """`dispatch.branches_again` by the kernels."""
+    """Compute `dispatch.branches_again` with the kernels."""
     if recompute == "mlp":
         _, pre, _ = _project(h, parameters, spec, qkv=False, act=False)
         return saved._replace(pre=pre)
@@ -58,7 +58,7 @@ def launch_block_again(
 def launch_block_backward(
     dy: torch.Tensor, h: torch.Tensor, parameters: Parameters, saved: Saved, spec: BlockSpec
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`dispatch.branches_backward` by the kernels."""
+    """Compute `dispatch.branches_backward` with the kernels."""
     in_weight, width, (qkv, pre, att, lse) = parameters.in_weight, h.shape[1], saved
     dproj = h.new_empty((h.shape[0], in_weight.shape[0]))
     dqkv, dpre = dproj[:, : 3 * width], dproj[:, 3 * width :]
@@ -75,7 +75,10 @@ def _output_backward(
     dy: torch.Tensor, att: torch.Tensor, pre: torch.Tensor, out_weight: torch.Tensor, spec: BlockSpec,
     dpre: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """(datt [N, D], dw_out [D, D+F], dpre's partial sums, those of dy where a branch drops); dpre [N, F] is filled."""
+    """Fill dpre [N, F], and return (datt [N, D], dw_out [D, D+F], dpre's partial sums, dy's partial sums).
+
+    dy's partial sums are an empty list if no branch has dropout.
+    """
     width, act = att.shape[1], torch.empty_like(pre)
     dense_dy, fc2_dy = dy, dy
     branch_sums: list[torch.Tensor] = []
@@ -85,7 +88,7 @@ def _output_backward(
     dpre_sums = launch_dgelu_partial(fc2_dy, out_weight[:, width:], pre, dpre, act)
     dw_out = torch.empty_like(out_weight, memory_format=torch.contiguous_format)
     torch.mm(fc2_dy.t(), act, out=dw_out[:, width:])
-    del act, fc2_dy  # here the backward holds most
+    del act, fc2_dy  # the backward's peak of memory is here
     torch.mm(dense_dy.t(), att, out=dw_out[:, :width])
     return torch.mm(dense_dy, out_weight[:, :width]), dw_out, dpre_sums, branch_sums
 
@@ -93,7 +96,7 @@ def _output_backward(
 def _project(
     h: torch.Tensor, parameters: Parameters, spec: BlockSpec, *, qkv: bool = True, pre: bool = True, act: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(qkv [N, 3, D], q and k rotated, pre [N, F], act [N, F]); empty what is not wanted."""
+    """Return (qkv [N, 3, D] with q and k rotated, pre [N, F], act [N, F]). Those not requested are empty."""
     weight, bias, width = parameters.in_weight, parameters.in_bias, h.shape[1]
     t = in_proj_tile(h, weight.shape[0], width // spec.n_heads, spec.rotary[0].shape[1])
     if t is not None:
@@ -109,7 +112,7 @@ def _project(
 
 
 def _rotated_by_cublas(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, spec: BlockSpec) -> torch.Tensor:
-    """qkv [N, 3, D]: one launch rotates q and k in place, where attention would rotate each at every read."""
+    """Return qkv [N, 3, D]. One launch rotates q and k in place; attention would rotate them at every read."""
     qkv = torch.addmm(bias, h, weight.t()).unflatten(1, (3, h.shape[1]))
     q_and_k = qkv[:, :2].unflatten(2, (spec.n_heads, -1))
     launch_rotary(q_and_k, q_and_k, *spec.rotary, False)
@@ -117,6 +120,6 @@ def _rotated_by_cublas(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 
 
 def _attend(qkv: torch.Tensor, spec: BlockSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """(att [N, D], lse [H, N])."""
+    """Return (att [N, D], lse [H, N])."""
     att, lse = launch_attention_forward(*spec.by_sample(qkv), spec.attention_on(qkv), spec.cu_seqlens)
     return att.view(qkv.shape[0], qkv.shape[2]), lse

@@ -5,15 +5,16 @@
     att = attention(rotary(q), rotary(k), v)        act = gelu_new(pre)
     x' = x + drop(att W_dense^T + b_dense) + drop(act W_fc2^T + b_fc2)
 
-Without dropout on the branches [att | act] W_out^T is one product with one accumulator over D + F. In the backward,
-dx = layer_norm'([dqkv | dpre] W_in) + dx' is one product over 3D + F, and dW_in, dW_out one each; with dropout on a
-branch the two branches have their own. h, its statistics and act are computed again in the backward. Saved: x, and
+Without dropout on the branches, [att | act] W_out^T is one product with one accumulator over D + F. In the backward,
+dx = layer_norm'([dqkv | dpre] W_in) + dx' needs one product over 3D + F, and dW_in and dW_out one each. With dropout on
+a branch, the two branches have separate products. The backward computes h, its statistics and act again. Saved: x, and
 
-    recompute="none"     qkv (of the Triton kernels with q and k rotated), pre, att, lse
-    recompute="mlp"      qkv, att, lse; pre is one product more
-    recompute="block"    no more: all but the output projection is computed again. So also where no backward follows
+    recompute="none"     qkv (from the Triton kernels with q and k rotated), pre, att, lse
+    recompute="mlp"      qkv, att, lse; the backward computes pre again, one more product
+    recompute="block"    nothing; the backward computes all but the output projection again
 
-All three have the same bits. Statistics, softmax and lse are float32. Deterministic.
+If no backward follows, nothing is saved. All three give the same bits. Statistics, softmax and lse are float32.
+Deterministic.
 
 N rows, D width, H heads, K head size, F MLP width, B batch, T positions, R rotary dimension.
 """
@@ -114,13 +115,13 @@ def _(dy, x, parameters, *_):
 def _setup(ctx, inputs, output) -> None:
     x, parameters, rotary, *packing_and_rng = inputs[:7]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # or autograd fills zeros for what is saved
+    ctx.set_materialize_grads(False)  # otherwise autograd allocates gradients of zeros for the saved outputs
     ctx.save_for_backward(x, *parameters, *output[1:], *rotary, *packing_and_rng)
     ctx.constants = inputs[7:]
 
 
 def _autograd(ctx, dy, *_):
-    others = [None] * (len(ctx.needs_input_grad) - 3)  # of the arguments behind x, parameters and rotary
+    others = [None] * (len(ctx.needs_input_grad) - 3)  # for the arguments after x, parameters and rotary
     if dy is None:
         return None, [None] * 6, [None] * 3, *others
     x, *tensors = ctx.saved_tensors
@@ -153,29 +154,29 @@ def parallel_block(
     dropouts: tuple[Dropout | None, Dropout | None, Dropout | None] = NO_DROPOUT,
     recompute: str = "none",
 ) -> torch.Tensor:
-    """One layer of phi: attention and MLP side by side on one layer norm, added to the residual stream.
+    """Compute one layer of phi: attention and MLP in parallel on one layer norm, added to the residual stream.
 
     Args:
         x: [N, D], float16, bfloat16 or float32.
-        norm_weight, norm_bias: [D], x's dtype, as all parameters.
+        norm_weight, norm_bias: [D]. All parameters have x's dtype.
         in_weight: [3D + F, D], rows q, k, v, fc1.
         in_bias: [3D + F].
         out_weight: [D, D + F], columns dense, fc2.
         out_bias: [2, D], rows dense, fc2.
-        cos, sin: [T, R/2] float32 rotary tables, constants.
+        cos, sin: [T, R/2] float32 rotary tables. They get no gradient.
         n_heads: H; K = D / H.
         batch, cu_seqlens, seq_starts, positions: as for `attention_qkv`; attention is causal.
         eps: added to the norm's variance.
-        dropouts: on the attention's probabilities, the dense branch and the MLP branch; those that are not None share
-            rng and sample_ids.
-        recompute: what the backward computes again rather than reads, for memory: "none"; "mlp", the MLP's
-            pre-activation; "block", all between x and the output projection. It changes no bit.
+        dropouts: dropout of the attention's probabilities, the dense branch and the MLP branch. Those that are not
+            None share rng and sample_ids.
+        recompute: the part that the backward computes again to save memory: "none"; "mlp", the MLP's pre-activation;
+            "block", all between x and the output projection. It does not change the result.
 
     Returns:
         [N, D] in x's dtype.
 
     Raises:
-        TypeError: an argument is not a tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or has another dtype.
         ValueError: a shape, a device or a value breaks its rule. Values inside tensors are checked on CPU and under
             `check_values(True)`.
 
@@ -216,7 +217,7 @@ def parallel_block_reference(
     eps: float = 1e-5,
     dropouts: tuple[Dropout | None, Dropout | None, Dropout | None] = NO_DROPOUT,
 ) -> torch.Tensor:
-    """`parallel_block` in plain differentiable PyTorch, with all scores in memory."""
+    """Compute `parallel_block` in plain differentiable PyTorch, with all scores in memory."""
     linear, width = torch.nn.functional.linear, x.shape[1]
     h = layer_norm_reference(x, norm_weight, norm_bias, eps)
     projected = linear(h, in_weight, in_bias)

@@ -1,6 +1,6 @@
-"""phi's parallel block on prompts, with the keys and values that decoding needs; formulas in `parallel_block.py`.
+"""phi's parallel block on prompts, which also returns the keys and values for decoding. It has no backward.
 
-No backward.
+`parallel_block.py` has the formulas.
 
 N rows, D width, H heads, K head size, F MLP width, B batch, T positions.
 """
@@ -34,7 +34,7 @@ def _prefill_op(
     spec = BlockSpec.of(x, rotary, None, seq_starts, None, None, n_heads, batch, (0.0,) * 3, (0,) * 3, (0,) * 3)
     h = layer_norm_forward(x, own.norm_weight, own.norm_bias, eps)[0]
     y, saved = branches_forward(h, x, own, spec, keeps_pre=False)
-    qkv = saved.qkv.flatten(1).unflatten(1, (3, n_heads, -1))  # [N, 3, H, K]; q is rotated, or not, and not wanted
+    qkv = saved.qkv.flatten(1).unflatten(1, (3, n_heads, -1))  # [N, 3, H, K]; q is not used
     if not spec.attention_on(saved.qkv).rotary_applied:
         cos, sin = rows_of_tables(*spec.rotary)
         rotate_(qkv[:, 1:2], cos[:, None, None], sin[:, None, None])
@@ -63,16 +63,16 @@ def parallel_block_prefill(
     positions: torch.Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`parallel_block` of prompts, and the keys and values that decoding needs of it. It has no backward.
+    """Compute `parallel_block` on prompts, and return the keys and values that decoding reads. It has no backward.
 
     Args:
-        all: as for `parallel_block`; none may want a gradient.
+        all: as for `parallel_block`. None of them may require a gradient.
 
     Returns:
-        (out [N, D], keys [N, H, K], rotated, values [N, H, K]), keys and values views of one tensor.
+        (out [N, D], rotated keys [N, H, K], values [N, H, K]). Keys and values are views of one tensor.
 
     Raises:
-        TypeError, ValueError: as `parallel_block`; a gradient is wanted.
+        TypeError, ValueError: as `parallel_block`, or a tensor requires a gradient.
     """
     op = "parallel_block_prefill"
     parameters = Parameters(norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias)

@@ -1,14 +1,14 @@
-"""Triton kernels of the parallel block's two merged projections, and their launchers; formulas in `parallel_block.py`.
+"""Triton kernels of the parallel block's two merged projections, and their launchers.
 
     in_proj    [q | k | v | pre] = h W_in^T + b_in; q and k are rotated, act = gelu_new(pre)
     out_proj   y = x + [att | act] W_out^T + b_dense + b_fc2, both operands into one accumulator
 
-Operands are loaded in their own dtype and accumulated in float32; bias, rotation and residual are added in float32 and
-rounded once; pre is rounded before gelu_new, so that the backward, which computes act again, sees the same values.
-Operands come by TMA, from descriptors made on the host, where the tile says so.
+Operands are loaded in their own dtype and accumulated in float32. Bias, rotation and residual are float32, rounded
+once. pre is rounded before gelu_new, because the backward computes act again from the saved pre. Operands are loaded by
+TMA, from descriptors made on the host, if the tile says so.
 
-A tile of in_proj lies within q and k, within v or within fc1, and has its epilogue. Where accumulator and outputs would
-not fit the registers together, the epilogues work on one half or quarter of the columns after the other.
+A tile of in_proj lies within q and k, within v, or within fc1, which decides its epilogue. The epilogues work on the
+columns of a tile in halves or quarters if the accumulator and the outputs do not fit the registers together.
 
 N rows, D width, H heads, K head size, F MLP width, T positions, R rotary dimension.
 """
@@ -36,15 +36,15 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
 
 @triton.jit
 def in_proj_kernel(
-    h_ptr,  # [N, D], or its descriptor where TMA
-    weight_ptr,  # [3D + F, D] rows q, k, v, fc1, or its descriptor
+    h_ptr,  # [N, D], or its descriptor if TMA
+    weight_ptr,  # [3D + F, D] rows q, k, v, fc1, or its descriptor if TMA
     bias_ptr,  # [3D + F]
     cos_ptr,  # [T, R/2] float32
     sin_ptr,  # [T, R/2] float32
-    positions_ptr,  # [N]
-    qkv_ptr,  # [N, 3, H, K], or None, and then only fc1 is multiplied
-    pre_ptr,  # [N, F], or None
-    act_ptr,  # [N, F], or None
+    positions_ptr,  # [N] integer
+    qkv_ptr,  # [N, 3, H, K] output, or None to compute only fc1
+    pre_ptr,  # [N, F] output, or None
+    act_ptr,  # [N, F] output, or None
     n_rows,
     n_positions,
     WIDTH: tl.constexpr,
@@ -65,7 +65,7 @@ def in_proj_kernel(
     TILES: tl.constexpr = TILES_QKV + (INNER + BLOCK_N - 1) // BLOCK_N - LEFT_OUT
     pid_m, pid_n = grouped_tile(tl.program_id(0), n_rows, TILES * BLOCK_N, BLOCK_M, BLOCK_N, GROUP_M)
     pid_n += LEFT_OUT
-    # By selection between constants, so that the compiler knows what they are multiples of.
+    # A selection between constants lets the compiler know their divisors.
     padding = tl.where(pid_n < TILES_QK, 0, tl.where(pid_n < TILES_QKV, TILES_QK * BLOCK_N - 2 * WIDTH,
                                                      TILES_QKV * BLOCK_N - 3 * WIDTH))
     end = tl.where(pid_n < TILES_QK, 2 * WIDTH, tl.where(pid_n < TILES_QKV, 3 * WIDTH, 3 * WIDTH + INNER))
@@ -92,16 +92,16 @@ def in_proj_kernel(
 @triton.jit
 def store_projection(
     acc,  # [BLOCK_M, COLUMNS] float32, the product
-    bias_ptr,
-    cos_ptr,
-    sin_ptr,
-    positions_ptr,
-    qkv_ptr,
-    pre_ptr,
-    act_ptr,
+    bias_ptr,  # [3D + F]
+    cos_ptr,  # [T, R/2] float32
+    sin_ptr,  # [T, R/2] float32
+    positions_ptr,  # [N] integer
+    qkv_ptr,  # [N, 3, H, K] output, or None
+    pre_ptr,  # [N, F] output, or None
+    act_ptr,  # [N, F] output, or None
     offs_n,  # [BLOCK_M] int64, the tile's rows
-    first,  # its first column of [q | k | v | pre]
-    end,  # where the part ends that it lies in
+    first,  # the tile's first column in [q | k | v | pre]
+    end,  # the end of the tile's part (q and k, v, or fc1) in [q | k | v | pre]
     n_rows,
     n_positions,
     WIDTH: tl.constexpr,
@@ -109,7 +109,7 @@ def store_projection(
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """The epilogue on a tile, or on some of its columns."""
+    """Apply the epilogue to a tile, or to some of its columns, and store the result."""
     columns = first + tl.arange(0, acc.shape[1])  # [COLUMNS]
     mask_c = columns < end
     mask = (offs_n < n_rows)[:, None] & mask_c[None, :]  # [BLOCK_M, COLUMNS]
@@ -131,22 +131,25 @@ def store_projection(
 @triton.jit
 def rotate_heads(
     x,  # [BLOCK_M, COLUMNS] float32, whole heads
-    cos_ptr,
-    sin_ptr,
-    positions_ptr,
+    cos_ptr,  # [T, R/2] float32
+    sin_ptr,  # [T, R/2] float32
+    positions_ptr,  # [N] integer
     offs_n,  # [BLOCK_M] int64
     n_rows,
     n_positions,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """The first 2 HALF columns of each head rotated by its row's position; NaN for a position outside of the tables."""
+    """Return x with the first 2 HALF columns of each head rotated by the row's position.
+
+    A position outside the tables gives NaN.
+    """
     BLOCK_M: tl.constexpr = x.shape[0]
     HEADS: tl.constexpr = x.shape[1] // HEAD_DIM
     PAIRS: tl.constexpr = HEAD_DIM // (2 * HALF)
     position = tl.load(positions_ptr + offs_n, mask=offs_n < n_rows, other=0).to(tl.int64)
     known = ((position >= 0) & (position < n_positions))[:, None, None]
-    # Pairs after the first one keep still: their angle is 0.
+    # Only the first of PAIRS groups is rotated; the angle of the others is 0.
     turns = known & (tl.arange(0, PAIRS) == 0)[None, :, None]
     offs = position[:, None, None] * HALF + tl.arange(0, HALF)[None, None, :]
     c = tl.load(cos_ptr + offs, mask=turns, other=1.0)[:, None]  # [BLOCK_M, 1, PAIRS, HALF]
@@ -160,12 +163,12 @@ def rotate_heads(
 
 @triton.jit
 def out_proj_kernel(
-    att_ptr,  # [N, D], or its descriptor where TMA
-    act_ptr,  # [N, F], or its descriptor
+    att_ptr,  # [N, D], or its descriptor if TMA
+    act_ptr,  # [N, F], or its descriptor if TMA
     x_ptr,  # [N, D] residual
-    weight_ptr,  # [D, D + F] columns dense, fc2, or its descriptor
+    weight_ptr,  # [D, D + F] columns dense, fc2, or its descriptor if TMA
     bias_ptr,  # [2, D]
-    y_ptr,  # [N, D]
+    y_ptr,  # [N, D] output
     n_rows,
     WIDTH: tl.constexpr,
     INNER: tl.constexpr,
@@ -208,15 +211,15 @@ def out_proj_kernel(
 @triton.jit
 def store_residual(
     acc,  # [BLOCK_M, COLUMNS] float32, the product
-    bias_ptr,
-    x_ptr,
-    y_ptr,
+    bias_ptr,  # [2, D]
+    x_ptr,  # [N, D] residual
+    y_ptr,  # [N, D] output
     offs_n,  # [BLOCK_M] int64, the tile's rows
     first_column,
     n_rows,
     WIDTH: tl.constexpr,
 ):
-    """The epilogue on a tile, or on some of its columns."""
+    """Apply the epilogue to a tile, or to some of its columns, and store the result."""
     columns = first_column + tl.arange(0, acc.shape[1])  # [COLUMNS]
     mask_c = columns < WIDTH
     mask = (offs_n < n_rows)[:, None] & mask_c[None, :]  # [BLOCK_M, COLUMNS]
@@ -228,9 +231,10 @@ def store_residual(
 
 
 def in_proj_tile(x: torch.Tensor, in_rows: int, head_size: int, half: int) -> dict[str, int] | None:
-    """The tile of in_proj's kernel for x [N, D]; None where cuBLAS multiplies, and q and k are rotated afterwards.
+    """Return the tile of in_proj's kernel for x [N, D], or None if cuBLAS computes the product.
 
-    The kernel rotates whole heads of a power of two of elements in a tile, by a power of two of angles.
+    q and k are then rotated afterwards. The kernel needs whole heads in a tile, and head_size and half must be powers
+    of two.
     """
     t = _tile("in_proj", x, in_rows - 3 * x.shape[1])
     sizes = (head_size, half)
@@ -243,7 +247,10 @@ def launch_in_proj(
     h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     n_heads: int, t: dict[str, int], *, qkv: bool = True, pre: bool = True, act: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(qkv [N, 3D] with q and k rotated, pre [N, F], act [N, F]) of contiguous h [N, D]; empty what is not wanted."""
+    """Return (qkv [N, 3D] with q and k rotated, pre [N, F], act [N, F]) for contiguous h [N, D].
+
+    Those not requested are empty.
+    """
     n_rows, width = h.shape
     inner = weight.shape[0] - 3 * width
     cos, sin, positions = rotary
@@ -265,7 +272,7 @@ def launch_in_proj(
 def launch_out_proj(
     att: torch.Tensor, act: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
-    """y [N, D] of contiguous att [N, D], act [N, F] and x [N, D]."""
+    """Return y [N, D] for contiguous att [N, D], act [N, F] and x [N, D]."""
     n_rows, width = att.shape
     y, t = torch.empty_like(att), _tile("out_proj", att, act.shape[1])
     if "cublas" in t:

@@ -1,4 +1,7 @@
-"""Argument rules of the operations on phi's parallel block. N rows, D width, F MLP width, H heads, T positions."""
+"""Argument rules of the operations on phi's parallel block.
+
+N rows, D width, H heads, K head size, F MLP width, B batch, T positions, S tokens in the cache.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from phi1.kernels.core.checks import (
 from phi1.kernels.pointwise.rotary import check_positions, check_tables, default_positions
 
 NO_DROPOUT: tuple[None, None, None] = (None, None, None)
-SHAPES = {  # of the parameters, by D and the 3D + F rows of in_weight
+SHAPES = {  # of the parameters, from D and the 3D + F rows of in_weight
     "norm_weight": lambda width, rows: (width,),
     "norm_bias": lambda width, rows: (width,),
     "in_weight": lambda width, rows: (rows, width),
@@ -32,7 +35,7 @@ SHAPES = {  # of the parameters, by D and the 3D + F rows of in_weight
 
 def check_block(op, x, parameters, cos, sin, n_heads, batch, cu_seqlens, seq_starts, positions, eps, dropouts
                 ) -> tuple[int, torch.Tensor]:
-    """(batch, positions), by default 1 and those within each sequence. Raises where an argument breaks its rule."""
+    """Return (batch, positions), by default 1 and the positions within each sequence. Raise if a rule is broken."""
     _check_parameters(op, x, parameters, n_heads, eps)
     batch = _check_rows(op, x, batch, cu_seqlens, seq_starts, dropouts, n_heads)
     check_tensors(op, cos=cos, sin=sin)
@@ -45,7 +48,7 @@ def check_block(op, x, parameters, cos, sin, n_heads, batch, cu_seqlens, seq_sta
 
 
 def check_decode(op, x, parameters, cos, sin, kv, seq_starts, positions, eps) -> torch.Tensor:
-    """The positions, by default those behind the cache's. Raises where an argument breaks its rule."""
+    """Return the positions, by default those that follow the cached tokens. Raise if a rule is broken."""
     check_tensors(op, x=x, cos=cos, sin=sin, kv=kv)
     check_rank(op, "kv", kv, "2, B, S, H, K")
     n_heads, batch, length = kv.shape[3], kv.shape[1], kv.shape[2]
@@ -68,12 +71,12 @@ def check_decode(op, x, parameters, cos, sin, kv, seq_starts, positions, eps) ->
 
 
 def wants_gradients(*tensors: torch.Tensor) -> bool:
-    """True where autograd would record an operation on these."""
+    """True if autograd would record an operation on these tensors."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def check_without_gradients(op: str, *tensors: torch.Tensor) -> None:
-    """Raise ValueError where a gradient is wanted, which the operation does not have."""
+    """Raise ValueError if a tensor requires a gradient, because the operation has no backward."""
     require(not wants_gradients(*tensors), op, "no argument may want a gradient: parallel_block has a backward",
             "one that does")
 

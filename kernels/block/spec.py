@@ -1,4 +1,4 @@
-"""What both backends of the block take besides the rows: its parameters, and how rows attend and are dropped.
+"""The parameters, the saved tensors and the options of the block, which both backends take besides the rows.
 
 N rows, D width, H heads, K head size, F MLP width, B batch, T positions, R rotary dimension.
 """
@@ -27,7 +27,7 @@ class Parameters(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward reads of a forward; empty where it is computed again."""
+    """The tensors that the forward saves for the backward. Those that the backward computes again are empty."""
 
     qkv: torch.Tensor  # [N, 3D], or from the Triton kernels [N, 3, D] with q and k rotated
     pre: torch.Tensor  # [N, F]
@@ -37,7 +37,7 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """How rows form sequences, how they attend, and what is dropped on the branches."""
+    """The packing of rows into sequences, the attention between them, and the dropout on the branches."""
 
     n_heads: int
     batch: int
@@ -52,7 +52,7 @@ class BlockSpec:
         seq_starts: torch.Tensor | None, rng: torch.Tensor | None, sample_ids: torch.Tensor | None, n_heads: int,
         batch: int, ps: Sequence[float], layers: Sequence[int], kinds: Sequence[int],
     ) -> BlockSpec:
-        """The spec that an operator's arguments describe. rotary: cos, sin, positions."""
+        """Return the spec that an operator's arguments describe. rotary: cos, sin, positions."""
         attention, dense, fc2 = (
             dropout_from_fields(p, rng if p else None, sample_ids, layer, kind)
             for p, layer, kind in zip(ps, layers, kinds, strict=True)
@@ -64,21 +64,21 @@ class BlockSpec:
 
     @property
     def rotary(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(cos [T, R/2], sin [T, R/2], positions [N])."""
+        """The rotary tables and positions: (cos [T, R/2], sin [T, R/2], positions [N])."""
         assert self.attention.rotary is not None
         return self.attention.rotary
 
     @property
     def drops(self) -> bool:
-        """True where a branch drops anything."""
+        """True if a branch has dropout."""
         return self.dense_dropout is not None or self.fc2_dropout is not None
 
     def attention_on(self, qkv: torch.Tensor) -> AttentionSpec:
-        """The attention on qkv, whose axes say which forward made it: [N, 3D], or [N, 3, D] with q and k rotated."""
+        """Return the attention's spec for qkv: [N, 3D], or [N, 3, D] with q and k already rotated."""
         return replace(self.attention, rotary_applied=qkv.dim() == 3)
 
     def by_sample(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[N, 3D] or [N, 3, D] -> q, k, v [B, T, H, K], views."""
+        """Return q, k and v [B, T, H, K] as views of qkv [N, 3D] or [N, 3, D]."""
         qkv = qkv.flatten(1)
         n_rows, columns = qkv.shape
         shape = (self.batch, n_rows // self.batch, 3, self.n_heads, columns // (3 * self.n_heads))

@@ -1,1 +1,1 @@
-"""What two operations need and that has no shape of its own. Imports torch and Triton alone."""
+"""Code that several operations share and that has no shape of its own. Imports only torch and Triton."""

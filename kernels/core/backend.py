@@ -1,8 +1,8 @@
-"""Which implementation an operation runs: the Triton kernel, PyTorch code, or the readable reference.
+"""The choice of implementation: the Triton kernels, PyTorch code, or the readable reference.
 
-The device decides: on CUDA devices (NVIDIA and ROCm) an operation runs its Triton kernels; on everything else, PyTorch
-code with the same signature. The backward runs where it is called, and takes what either forward saved. `backend`
-overrides the choice, for comparisons and tests.
+The device decides. On CUDA devices (NVIDIA and ROCm) an operation runs its Triton kernels; on all other devices it runs
+PyTorch code with the same signature. The backward makes its own choice when it is called, and accepts what either
+forward saved. `backend` overrides the choice, for comparisons and tests.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def backend(name: str) -> Iterator[None]:
     """Force one implementation for every operation called inside the block, in this process.
 
     Args:
-        name: "triton" runs the Triton kernels, also on CPU tensors if TRITON_INTERPRET=1 was set before Triton was
-            imported (Triton's interpreter). "reference" calls the operations'
-            `<op>_reference`, plain differentiable PyTorch, on any device.
+        name: "triton" runs the Triton kernels. CPU tensors then run in Triton's interpreter, which needs
+            TRITON_INTERPRET=1 set before Triton is imported. "reference" calls each operation's `<op>_reference`,
+            plain differentiable PyTorch, on any device.
 
     Raises:
-        ValueError: another name.
-        RuntimeError: "triton" where there is neither a CUDA device nor the interpreter.
+        ValueError: the name is not one of these.
+        RuntimeError: the name is "triton", and there is neither a CUDA device nor the interpreter.
     """
     global _forced
     if name not in _BACKENDS:
@@ -50,12 +50,12 @@ def backend(name: str) -> Iterator[None]:
 
 
 def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
-    """Register a function as the torch.library operator `name`, its schema from its annotations.
+    """Register a function as the torch.library operator `name`. Its annotations give the schema.
 
-    It writes into no argument but those named in `mutates`; an operator that writes into any can have no backward.
+    The function writes only into the arguments named in `mutates`. An operator that names any cannot have a backward.
 
-    Autocast is off inside: the dtypes of the arguments decide, as the fake implementation and the backward say. Their
-    GPU is the current one inside, for Triton launches there.
+    Autocast is off inside the function, so the dtypes of the arguments decide, as the fake implementation and the
+    backward assume. The arguments' GPU is the current device inside, because Triton launches on the current device.
     """
     def register(function: Callable[..., Any]) -> torch.library.CustomOpDef:
         def run(*args: Any) -> Any:
@@ -73,18 +73,18 @@ def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[...
 
 
 def built_for_gpus() -> bool:
-    """True where this PyTorch can drive GPUs and Triton is there for them; no driver is asked."""
+    """True if this PyTorch is built for GPUs and Triton is installed. The driver is not queried."""
     return bool(torch.version.cuda or torch.version.hip) and find_spec("triton") is not None
 
 
 def load_kernels() -> None:
-    """Import every file of kernels, whose sources Triton reads then: 26 ms for the slowest, 0.1 s for all on a CPU."""
+    """Import every file of kernels. Triton reads their sources at import: 26 ms for the slowest, 0.1 s for all."""
     for file in sorted(ROOM.rglob("*_triton.py")):
         import_module(".".join(("phi1.kernels", *file.relative_to(ROOM).with_suffix("").parts)))
 
 
 def interpreting() -> bool:
-    """True where Triton kernels run on CPU tensors, in Triton's interpreter."""
+    """True if Triton kernels run on CPU tensors, in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
@@ -94,10 +94,10 @@ def reference_forced() -> bool:
 
 
 def use_triton(x: torch.Tensor) -> bool:
-    """True where an operation runs its Triton kernels on `x`.
+    """True if an operation runs its Triton kernels on `x`.
 
     Raises:
-        ValueError: inside `backend("triton")`, where the kernels cannot run on x's device.
+        ValueError: `backend("triton")` is active, and the kernels cannot run on x's device.
     """
     if _forced == "triton" and not (x.is_cuda or interpreting()):
         raise ValueError("backend('triton'): tensors must be on a CUDA device, or TRITON_INTERPRET=1 be set before "

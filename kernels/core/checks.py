@@ -24,11 +24,11 @@ _check_values: bool | None = None
 def check_values(enabled: bool) -> Iterator[None]:
     """Turn the checks of values inside tensors (target ids, positions, cu_seqlens) on or off inside the block.
 
-    Without it they run for CPU tensors and not for those on a device, where reading a value waits for the device.
-    They never run while torch.compile traces.
+    By default they run only on CPU tensors, because reading a value from a GPU waits for the GPU. They never run while
+    torch.compile traces.
 
     Args:
-        enabled: True checks on every device, False nowhere. In this process, all threads.
+        enabled: True checks on every device, False on none. The setting holds for all threads of this process.
     """
     global _check_values
     check_flag("check_values", enabled=enabled)
@@ -40,7 +40,7 @@ def check_values(enabled: bool) -> Iterator[None]:
 
 
 def values_checked(x: torch.Tensor) -> bool:
-    """True where the values inside `x` are to be checked."""
+    """True if the values inside `x` are to be checked."""
     if torch.compiler.is_compiling():
         return False
     # A fake, functional or distributed tensor has no values to read here.
@@ -63,7 +63,7 @@ def check_flag(op: str, **flags: object) -> None:
 
 
 def check_whole(op: str, **numbers: object) -> None:
-    """Raise unless every argument is a whole number of 64 bits; True and False are none."""
+    """Raise unless every argument is a whole number that fits in 64 bits. True and False are not numbers."""
     for name, x in numbers.items():
         if isinstance(x, bool | torch.Tensor) or not isinstance(x, int | SupportsIndex):
             raise TypeError(f"{op}: {name} must be a whole number; got {_shown(x)}")
@@ -72,7 +72,7 @@ def check_whole(op: str, **numbers: object) -> None:
 
 
 def check_real(op: str, **numbers: object) -> None:
-    """Raise unless every argument is a finite number; True and False are none."""
+    """Raise unless every argument is a finite number. True and False are not numbers."""
     for name, x in numbers.items():
         if isinstance(x, bool | torch.Tensor) or not isinstance(x, float | int | SupportsFloat):
             raise TypeError(f"{op}: {name} must be a number; got {_shown(x)}")
@@ -83,12 +83,12 @@ def check_real(op: str, **numbers: object) -> None:
 def _as_float(x: SupportsFloat) -> float:
     try:
         return float(x)
-    except OverflowError:  # of a whole number; float() rounds no other number to infinity
+    except OverflowError:  # a whole number too large for a float
         return math.inf
 
 
 def _shown(x: object) -> str:
-    """x for a message, in few words."""
+    """Return a short text that shows x in a message."""
     if isinstance(x, torch.Tensor):
         return f"a tensor of shape {shape_of(x)}"
     return f"a number of {x.bit_length()} bits" if isinstance(x, int) and x.bit_length() > 64 else repr(x)
@@ -115,7 +115,7 @@ def check_dtype(op: str, name: str, x: torch.Tensor, dtype: torch.dtype) -> None
 
 
 def check_alike(op: str, first: str, x: torch.Tensor, **others: torch.Tensor | None) -> None:
-    """Raise unless every other tensor that is given has the dtype and the device of the first, called `first`."""
+    """Raise unless every other tensor has the dtype and device of x, which messages call `first`. None is allowed."""
     for name, other in others.items():
         if other is None:
             continue
@@ -125,7 +125,7 @@ def check_alike(op: str, first: str, x: torch.Tensor, **others: torch.Tensor | N
 
 
 def check_device(op: str, name: str, x: torch.Tensor, reference_name: str, reference: torch.Tensor) -> None:
-    """Raise ValueError unless x lies on the device of the tensor called `reference_name`."""
+    """Raise ValueError unless x is on the device of `reference`, which messages call `reference_name`."""
     if x.device != reference.device:
         raise ValueError(f"{op}: {name} must be on {reference_name}'s device ({reference.device}); got {x.device}")
 
@@ -143,7 +143,7 @@ def check_shape(op: str, name: str, x: torch.Tensor, shape: Sequence[int], why: 
 
 
 def check_range(op: str, name: str, x: torch.Tensor, low: int, high: int, why: str, also: int | None = None) -> None:
-    """Where values are checked, raise ValueError unless low <= x < high (or x == also) for every element."""
+    """Raise ValueError unless low <= x < high, or x == also, for every element. Runs only if `values_checked(x)`."""
     if not values_checked(x) or x.numel() == 0:
         return
     bad = (x < low) | (x >= high)
@@ -158,9 +158,9 @@ def check_range(op: str, name: str, x: torch.Tensor, low: int, high: int, why: s
 
 def check_dropout(op: str, dropout: Dropout | None, x: torch.Tensor, n_samples: int | None = None,
                   n_heads: int = 1, name: str = "dropout") -> None:
-    """Raise unless `dropout` is None or a Dropout on x's device, with a sample id for each of the n_samples.
+    """Raise unless `dropout` is None or a Dropout on x's device with one sample id for each of n_samples.
 
-    n_samples None: rows [N, ...] of x divide evenly among the sample ids.
+    Without n_samples, the number of sample ids must divide the rows [N, ...] of x.
     """
     if dropout is None:
         return
@@ -179,13 +179,13 @@ def check_dropout(op: str, dropout: Dropout | None, x: torch.Tensor, n_samples: 
 
 
 def check_writable(op: str, name: str, x: torch.Tensor) -> None:
-    """Raise ValueError where two elements of x share memory, as after expand."""
+    """Raise ValueError if two elements of x share memory, as after `expand`."""
     require(all(size == 1 or stride for size, stride in zip(x.shape, x.stride(), strict=True)), op,
             f"{name} must not be expanded, for it is written to", f"strides {x.stride()}")
 
 
 def shape_of(x: torch.Tensor) -> str:
-    """x's shape for a message: "[4, 2048]"."""
+    """Return x's shape for a message, such as "[4, 2048]"."""
     return str(list(x.shape))
 
 

@@ -1,4 +1,4 @@
-"""Numbers that PyTorch code and Triton kernels share; a kernel's file makes a `tl.constexpr` of those it reads."""
+"""Numbers that PyTorch code and Triton kernels share. A kernel's file wraps those it reads in `tl.constexpr`."""
 
 import math
 
@@ -8,5 +8,5 @@ LOG2E = math.log2(math.e)
 GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
 GELU_CUBIC = GELU_LINEAR * 0.044715
 
-# Every launch passes it: the default changes with Triton 3.10, and the bits of the results with it.
+# Every launch passes it, because its default changes with Triton 3.10 and would change the bits of the results.
 FP_FUSION = True

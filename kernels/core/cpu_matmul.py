@@ -1,7 +1,7 @@
 """Matrix products of the PyTorch code.
 
-Most CPUs do not multiply float16, and PyTorch then takes up to five times as long as for float32, conversions included.
-From WIDE rows and columns on such products are made in float32 and rounded once, some columns at a time.
+Most CPUs have no float16 arithmetic, and PyTorch then takes up to five times as long as for float32. Products with at
+least WIDE rows and columns are therefore computed in float32, a group of columns at a time, and rounded once.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from phi1.kernels.core.backend import use_triton
 from phi1.kernels.core.cpu_memory import empty
 
 WIDE = 64  # measured at 1,024 x 7,168: float32 takes as long at 64 rows, 0.7 of the time at 128, 0.35 at 512
-COLUMNS = 4096  # converted at a time: of a head of 2,048 x 51,200 all at once would be 420 MB
+COLUMNS = 4096  # converted at a time; converting a whole head of 2,048 x 51,200 would take 420 MB
 
 
 def mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """a b [M, N] of a [M, K] and b [K, N], into `out` if that is given."""
+    """Return the product [M, N] of a [M, K] and b [K, N], written to `out` if given."""
     if _widens(a, b):
         return _wide_product(None, a, b, out)
     return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
 
 
 def addmm(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """c + a b, where c [N] or [M, N] may be `out`."""
+    """Return c + a b, written to `out` if given. c is [N] or [M, N], and may be `out`."""
     if _widens(a, b):
         return _wide_product(c, a, b, out)
     return torch.addmm(c, a, b) if out is None else torch.addmm(c, a, b, out=out)
 
 
 def _widens(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Not among the kernels, whose products are cuBLAS' on a GPU and stand for these in the interpreter."""
+    """True if the product is computed in float32. False among the Triton kernels, whose products are cuBLAS's."""
     return (a.dtype == torch.float16 and a.is_cpu and min(a.shape[0], b.shape[1]) >= WIDE
             and not _multiplies_float16() and not use_triton(a))
 
@@ -61,7 +61,7 @@ def _wide_product(
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    """x in float32, its rows or columns next to each other as they were: PyTorch converts no others fast."""
+    """Return x in float32 in its own memory layout, because PyTorch converts fast only without a transposition."""
     if x.stride(1) != 1 and x.stride(0) == 1:
         return _wide(x.t()).t()
     return empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)

@@ -1,8 +1,8 @@
 """Counter-based dropout masks: Philox4x32 with 7 rounds, in PyTorch integer arithmetic on any device.
 
-A mask bit is a function of (seed, step, layer, kind, head, sample id, row, column) and of nothing else: not of the
-rank, the world size, a tile or the order of calls. A run therefore replays on another number of GPUs, and these
-functions are the specification that the Triton kernels match bit for bit.
+A mask bit depends only on (seed, step, layer, kind, head, sample id, row, column). It does not depend on the rank, the
+world size, a tile or the order of calls, so a run can be replayed on another number of GPUs. These functions are the
+specification: the Triton kernels match them bit for bit.
 
     key       (seed, step)
     counter   c0 = (column // 64) * 8 + column % 8
@@ -10,11 +10,11 @@ functions are the specification that the Triton kernels match bit for bit.
               c2 = sample id
               c3 = layer << 16 | kind << 12 | head
     value     with j = (column % 64) // 8: 16 bits of word j % 4, the low half for j < 4 and the high half for j >= 4
-    keep      value >= round(65536 p); what is kept is scaled by 65536 / (65536 - round(65536 p))
+    keep      value >= round(65536 p); kept elements are scaled by 65536 / (65536 - round(65536 p))
 
-Every word of key and counter is the low 32 bits of what is given. One call of the generator gives 8 columns, 8 apart,
-so that a kernel fills a block of 64 columns from 8 neighbouring counters. Philox is Salmon et al., "Parallel random
-numbers: as easy as 1, 2, 3", SC 2011; 7 rounds are the fewest that pass BigCrush there.
+Each word of key and counter is the low 32 bits of its value. One call of the generator gives 8 columns, 8 apart, so a
+kernel fills a block of 64 columns from 8 consecutive counters. Philox is from Salmon et al., "Parallel random numbers:
+as easy as 1, 2, 3", SC 2011; 7 rounds are the fewest that pass BigCrush in that paper.
 
 B samples, N rows, D width, H heads, Tq queries, Tk keys.
 """
@@ -40,20 +40,20 @@ Word = TypeVar("Word", int, torch.Tensor)
 
 @dataclass(frozen=True, eq=False)
 class Dropout:
-    """What an operation needs to drop elements reproducibly.
+    """A dropout probability with the counters that make its mask reproducible.
 
     Args:
         p: probability of dropping an element, at least 0 and at most 65535/65536; used in steps of 1/65536.
-        rng: int64 [2] on the inputs' device, (seed, step). A tensor, so that a compiled step or a CUDA graph replays
-            with new values. The low 32 bits of each count.
-        sample_ids: int64 [B] on the inputs' device, one number per sample (per document where documents are packed),
-            or None: then the sample's index in the batch stands in for attention, and the row's index for the others.
+        rng: int64 [2] on the inputs' device, (seed, step). It is a tensor so that a compiled step or a CUDA graph
+            replays with new values. Only the low 32 bits of each are used.
+        sample_ids: int64 [B] on the inputs' device, one number per sample (per document of packed documents). With
+            None, attention uses the sample's index in the batch, and other operations use the row's index.
         layer: index of the layer, 0..65535.
-        kind: which mask of the layer: 0 attention, 1 the attention's output projection, 2 the MLP's; 0..15.
+        kind: index of the mask in the layer, 0..15: 0 attention, 1 the attention's output projection, 2 the MLP's.
 
     Raises:
-        TypeError: rng or sample_ids is not an int64 tensor, or another field no number.
-        ValueError: another field is out of its range or shape.
+        TypeError: rng or sample_ids is not an int64 tensor, or another field is not a number.
+        ValueError: a field is out of its range, or has another shape.
     """
 
     p: float
@@ -92,17 +92,17 @@ def _check_int64(name: str, value: object) -> None:
 
 
 def threshold(p: float) -> int:
-    """The 16-bit value at and above which an element is kept: round(65536 p), ties to even."""
+    """Return round(65536 p), ties to even. An element is kept if its 16 bits are at least this value."""
     return round(65536 * p)
 
 
 def dropout_scale(p: float) -> float:
-    """The factor on kept elements that preserves the mean exactly, for the probability in steps of 1/65536."""
+    """Return the factor on kept elements. It preserves the mean exactly, because p counts in steps of 1/65536."""
     return 65536 / (65536 - threshold(p))
 
 
 def is_active(dropout: Dropout | None) -> bool:
-    """True where `dropout` drops anything at all."""
+    """True if `dropout` drops anything."""
     return dropout is not None and threshold(dropout.p) > 0
 
 
@@ -110,7 +110,7 @@ Fields = tuple[float, torch.Tensor | None, torch.Tensor | None, int, int]
 
 
 def dropout_fields(dropout: Dropout | None) -> Fields:
-    """(p, rng, sample_ids, layer, kind), for a torch.library operator's flat arguments; p = 0 for no dropout."""
+    """Return (p, rng, sample_ids, layer, kind) as arguments of an operator. Without dropout p is 0."""
     if dropout is None or not is_active(dropout):
         return 0.0, None, None, 0, 0
     return dropout.p, dropout.rng, dropout.sample_ids, dropout.layer, dropout.kind
@@ -119,7 +119,7 @@ def dropout_fields(dropout: Dropout | None) -> Fields:
 def dropout_from_fields(
     p: float, rng: torch.Tensor | None, sample_ids: torch.Tensor | None, layer: int, kind: int
 ) -> Dropout | None:
-    """The inverse of `dropout_fields`: None where nothing is dropped."""
+    """Return the inverse of `dropout_fields`: None if nothing is dropped."""
     return None if rng is None else Dropout(p, rng, sample_ids, layer, kind)
 
 
@@ -128,8 +128,8 @@ def philox_4x32(
 ) -> tuple[Word, Word, Word, Word]:
     """Philox4x32 of a counter (c0..c3) and a key (k0, k1), all uint32 values held in int64 tensors or Python ints.
 
-    The words may have different shapes that broadcast: what does not vary along an axis stays small for two rounds.
-    An int64 product wraps modulo 2**64, which keeps both of its 32-bit halves right.
+    The words' shapes broadcast. A word that does not vary along an axis stays small for two of the rounds.
+    An int64 product wraps modulo 2**64, so both of its 32-bit halves are correct.
     """
     for _ in range(rounds):
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
@@ -142,17 +142,17 @@ def philox_4x32(
 def attention_keep(
     dropout: Dropout, *, samples: range, heads: range, queries: range, keys: range
 ) -> torch.Tensor:
-    """Which attention probabilities are kept.
+    """Return the mask of the attention probabilities: True for those that are kept.
 
     Args:
-        samples: indices into `dropout.sample_ids`, or the sample ids themselves where that is None. Of packed
-            documents, the document's number.
+        samples: indices into `dropout.sample_ids`, or the sample ids themselves if that is None. A packed document
+            counts as a sample.
         heads: head numbers.
-        queries, keys: positions within the sample. Queries behind a cache of Tk - Tq keys: range(Tk - Tq, Tk). In a
-            left-padded batch, the index in the padded row.
+        queries, keys: positions within the sample. With a cache, the queries are range(Tk - Tq, Tk). In a left-padded
+            batch, positions count from the start of the padded row.
 
     Returns:
-        bool [B, H, Tq, Tk] on rng's device: any sub-range gives that part of the whole mask.
+        bool [B, H, Tq, Tk] on rng's device. Smaller ranges give the same bits as the whole mask.
     """
     assert heads.stop <= MAX_HEADS, f"{heads.stop} heads do not fit the counter"
     head, sample, query = (_indices(dropout, r) for r in (heads, samples, queries))
@@ -161,10 +161,10 @@ def attention_keep(
 
 
 def packed_attention_keep(dropout: Dropout, cu_seqlens: torch.Tensor, n_heads: int, n_rows: int) -> torch.Tensor:
-    """Which attention probabilities are kept between N packed rows: bool [H, N, N].
+    """Return the mask of the attention probabilities between N packed rows: bool [H, N, N].
 
-    Entry [h, i, j] is the bit of query i and key j at their positions within the document of i; it has a meaning only
-    where j lies in that document too. Nothing is read back from the device.
+    Entry [h, i, j] is the bit of query i and key j at their positions within the document of i. It has a meaning only
+    if j is in that document too. No value is read back from the device.
     """
     assert n_heads <= MAX_HEADS, f"{n_heads} heads do not fit the counter"
     document, position = document_positions(cu_seqlens, n_rows)
@@ -177,10 +177,10 @@ def packed_attention_keep(dropout: Dropout, cu_seqlens: torch.Tensor, n_heads: i
 def residual_keep(
     dropout: Dropout, n_rows: int, width: int, *, cu_seqlens: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Which elements of a residual branch are kept: bool [N, D] on rng's device.
+    """Return the mask of a residual branch: bool [N, D] on rng's device, True for elements that are kept.
 
-    With sample ids [B], N = B * T rows and a row counts by its position in its sample (with cu_seqlens, by its position
-    in its document). Without, by its number among the N rows.
+    With sample ids [B], N = B * T, and a row's counter is its position in its sample (with cu_seqlens, in its
+    document). Without sample ids, a row's counter is its index among the N rows.
     """
     row = _indices(dropout, range(n_rows))
     if dropout.sample_ids is None:
@@ -200,7 +200,7 @@ def residual_keep(
 
 
 def document_positions(cu_seqlens: torch.Tensor, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The document that each of N packed rows belongs to, and its position in it: two int64 [N]."""
+    """Return each packed row's document, and its position in that document: two int64 [N]."""
     starts = cu_seqlens.long()
     row = torch.arange(n_rows, device=cu_seqlens.device)
     document = torch.searchsorted(starts, row, right=True) - 1
@@ -219,7 +219,7 @@ def _sample_id(dropout: Dropout, index: torch.Tensor) -> torch.Tensor:
 def _keep(
     dropout: Dropout, row: torch.Tensor, sample: torch.Tensor, head: torch.Tensor, columns: range
 ) -> torch.Tensor:
-    """bool [..., columns], for row, sample and head words [..., 1] that broadcast."""
+    """Return bool [..., columns] for row, sample and head words [..., 1] that broadcast."""
     first_block, last_block = columns.start // COLUMNS_PER_BLOCK, -(-columns.stop // COLUMNS_PER_BLOCK)
     group = _indices(dropout, range(first_block * GROUPS_PER_BLOCK, last_block * GROUPS_PER_BLOCK))
     stream = dropout.layer << 16 | dropout.kind << 12 | head

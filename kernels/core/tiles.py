@@ -1,13 +1,13 @@
 """Tile shapes of the Triton kernels, read from the tables in `tuned/`; nothing is tuned at a user's first call.
 
 `tuned/<op>.json` maps each kernel of the operation to a list of rows, {"gpu": ..., "when": {...}, "tile": {...}}. The
-first row that fits is taken: its "gpu" is an architecture ("sm_80", "sm_90", "sm_100", "gfx942") or "any"; each name
-under "when" is an exact value or a range [lowest, highest]. Rows of an architecture stand above the rows for any GPU,
-whose tiles need at most 64 KiB of shared memory. Which rows a GPU takes that is none of these: see `architecture`.
-These tiles were chosen from compiled register counts.
+first row that fits is taken. Its "gpu" is an architecture ("sm_80", "sm_90", "sm_100", "gfx942") or "any"; each name
+under "when" has an exact value or a range [lowest, highest]. Rows of an architecture stand above the rows for any GPU,
+whose tiles need at most 64 KiB of shared memory. `architecture` says which rows a GPU takes. These tiles were chosen
+from compiled register counts.
 
-`tuned/gpus/<name>.json` holds what was measured on one GPU, by operation and kernel, and goes before them, whatever
-their "gpu", which says whose rows that GPU takes otherwise. `phi1 tune` writes it, by means of `recorded` and `forced`.
+`tuned/gpus/<name>.json` holds the rows measured on one GPU, by operation and kernel. They come before the rows above,
+and their "gpu" is not compared. `phi1 tune` writes the file, by means of `recorded` and `forced`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from typing import Any
 import torch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-# The newest first: compute capability, and bytes of shared memory that a program may have.
+# The newest first: (lowest compute capability, bytes of shared memory that a program may use).
 NVIDIA = {"sm_100": ((10, 0), 232_448), "sm_90": ((9, 0), 232_448), "sm_80": ((8, 0), 166_912)}
 Value = int | str | bool
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """A question to the tables."""
+    """One lookup in the tables."""
 
     op: str
     kernel: str
@@ -43,10 +43,10 @@ _record: list[Lookup] | None = None
 
 
 def tile(op: str, kernel: str, device: torch.device, **shape: Value) -> dict[str, int]:
-    """The tile of one kernel for a shape on a device, for example {"rows": 4, "num_warps": 4}.
+    """Return the tile of one kernel for a shape on a device, for example {"rows": 4, "num_warps": 4}.
 
     Raises:
-        NotImplementedError: no row of the table holds this shape.
+        NotImplementedError: no row of the table fits this shape.
     """
     if _record is not None:
         _record.append(Lookup(op, kernel, tuple(sorted(shape.items()))))
@@ -56,7 +56,7 @@ def tile(op: str, kernel: str, device: torch.device, **shape: Value) -> dict[str
 
 
 def tile_for(op: str, kernel: str, arch: str, **shape: Value) -> dict[str, int]:
-    """As `tile`, for a GPU of an architecture that this machine need not have and that nobody has measured."""
+    """Return the tile for an architecture, without a GPU of it. Measured rows of single GPUs are not used."""
     if (op, kernel) in _forced:
         return _forced[op, kernel]
     return first_fit(op, kernel, "", arch, tuple(sorted(shape.items())))["tile"]
@@ -64,7 +64,7 @@ def tile_for(op: str, kernel: str, arch: str, **shape: Value) -> dict[str, int]:
 
 @contextmanager
 def forced(op: str, kernel: str, tile: Mapping[str, int]) -> Iterator[None]:
-    """Inside the block one kernel takes this tile whatever the shape, in this process."""
+    """Give one kernel this tile for every shape inside the block, in this process."""
     before = dict(_forced)
     _forced[op, kernel] = dict(tile)
     try:
@@ -76,7 +76,7 @@ def forced(op: str, kernel: str, tile: Mapping[str, int]) -> Iterator[None]:
 
 @contextmanager
 def recorded() -> Iterator[list[Lookup]]:
-    """Every lookup inside the block, in order."""
+    """Record every lookup inside the block, in order."""
     global _record
     before, _record = _record, []
     try:
@@ -87,17 +87,18 @@ def recorded() -> Iterator[list[Lookup]]:
 
 @lru_cache
 def architecture(device: torch.device) -> str:
-    """Which rows of the tables a device takes: one of ARCHITECTURES, or "any".
+    """Return the architecture whose rows a device takes: one of ARCHITECTURES, or "any".
 
-    Those of the newest NVIDIA architecture that is no newer than the GPU, if the GPU has its shared memory: 8.7 takes
-    sm_80's, 10.1, 10.3 and 11.0 take sm_100's; 8.6, 8.9 and 12.x, which have 99 KiB a program, take "any", as older
-    ones do. Of AMD's, all of gfx9, which have at least its 64 KiB, take gfx942's.
+    An NVIDIA GPU takes the rows of the newest architecture that is not newer than itself: 8.7 takes those of sm_80;
+    10.1, 10.3 and 11.0 take those of sm_100. It takes "any" if it has less shared memory than that architecture (8.6,
+    8.9 and 12.x have 99 KiB a program) or is older than sm_80. Every AMD gfx9 takes the rows of gfx942, because it has
+    at least 64 KiB.
     """
     if device.type != "cuda":
         return "any"
     if torch.version.hip:
         return "gfx942" if torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx9") else "any"
-    gpu: Any = torch.cuda.get_device_properties(device)  # of which PyTorch types not all fields
+    gpu: Any = torch.cuda.get_device_properties(device)  # PyTorch does not type all fields
     for arch, (oldest, shared) in NVIDIA.items():
         if (gpu.major, gpu.minor) >= oldest:
             return arch if gpu.shared_memory_per_block_optin >= shared else "any"
@@ -105,35 +106,35 @@ def architecture(device: torch.device) -> str:
 
 
 def gpu_file(name: str) -> str:
-    """The file under tuned/gpus/ for a GPU's name: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3.json"."""
+    """Return the file name under tuned/gpus/: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3.json"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"
 
 
 @lru_cache
 def table(op: str) -> dict[str, list[dict[str, Any]]]:
-    """The table of an operation, kernel by kernel."""
+    """Return an operation's table: kernel -> rows."""
     return json.loads((files("phi1.kernels") / "tuned" / f"{op}.json").read_text())
 
 
 @lru_cache
 def measured(gpu: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """What was measured on a GPU: operation -> kernel -> rows. Empty where nothing was."""
+    """Return the rows measured on a GPU: operation -> kernel -> rows. Empty if none were."""
     path = files("phi1.kernels") / "tuned" / "gpus" / gpu_file(gpu)
     return json.loads(path.read_text()) if gpu and path.is_file() else {}
 
 
 @lru_cache
 def gpu_name(device: torch.device) -> str:
-    """The GPU's name as its driver gives it, "" for a CPU."""
+    """Return the GPU's name as its driver gives it, "" for a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 @lru_cache(maxsize=1024)
 def first_fit(op: str, kernel: str, gpu: str, arch: str, shape: tuple[tuple[str, Value], ...]) -> dict[str, Any]:
-    """The row that a GPU of this name and architecture takes for a shape.
+    """Return the row that a GPU of this name and architecture takes for a shape.
 
     Raises:
-        NotImplementedError: there is none.
+        NotImplementedError: no row fits.
     """
     rows = measured(gpu).get(op, {}).get(kernel, [])
     rows = rows + [row for row in table(op)[kernel] if row["gpu"] in (arch, "any")]

@@ -1,1 +1,1 @@
-"""The language-model head with its loss. Imports core."""
+"""The language-model head fused with its loss. Imports core."""

@@ -4,10 +4,10 @@
     loss = lse - (1 - e) l_t - e mean(l) + z lse^2         e label smoothing, z z-loss, t the target
     dl = (1 + 2 z lse) softmax(l) - (1 - e) onehot(t) - e / valid_vocab
 
-Both walk over chunks of rows. A chunk's logits are one buffer in x's dtype, turned into dl in place. dl is kept
-unnormalised, in float16 times 2^10: p - y divided by the number of targets would flush to 0 there. Sums over chunks are
-float32. The gradients returned lack three factors: the incoming gradient, 1 / count and 2^-10. `scaled` applies them
-once, at the end of the backward, in float32.
+Both work on chunks of rows. A chunk's logits are one buffer in x's dtype, and dl replaces them in place. dl is not
+normalised, and in float16 it is multiplied by 2^10: divided by the number of targets it would flush to 0 there. Sums
+over chunks are float32. The returned gradients lack three factors: the incoming gradient, 1 / count and 2^-10. `scaled`
+applies them once, in float32, when the backward ends.
 
 N rows, D width, V vocabulary (valid_vocab of it in every product).
 """
@@ -30,9 +30,9 @@ def losses_and_gradients(
     needs: Needs,
     row_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(losses [N], lse [N], dx [N, D], dW [V, D], db [V]); gradients that are not wanted are empty.
+    """Return (losses [N], lse [N], dx [N, D], dW [V, D], db [V]). Gradients that are not needed are empty.
 
-    The gradients are those of the sum of losses, each times its row_weights [N] if given, times `scale_of` the dtype.
+    The gradients are those of the sum of the losses, weighted by row_weights [N] if given, times `scale_of` the dtype.
     """
     if use_triton(x):
         from phi1.kernels.cross_entropy.loss_triton import launch_losses_and_gradients
@@ -42,7 +42,7 @@ def losses_and_gradients(
 
 
 def scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """gradient * factor, of one element, multiplied in float32, in another dtype."""
+    """Return gradient * factor in another dtype, multiplied in float32. factor has one element."""
     if use_triton(gradient):
         from phi1.kernels.cross_entropy.loss_triton import launch_scale
 

@@ -1,6 +1,6 @@
-"""The loss and its gradients in PyTorch, in one pass over the logits; formulas in `dispatch.py`.
+"""The loss and its gradients in PyTorch, in one pass over the logits. `dispatch.py` has the formulas.
 
-A chunk's logits become dl a strip of rows at a time, in float32.
+A chunk's logits are replaced by dl in float32, one strip of rows at a time.
 
 N rows, D width, V vocabulary (valid_vocab of it in every product), C rows of a chunk, R rows of a strip.
 """
@@ -16,14 +16,14 @@ from phi1.kernels.core.cpu_matmul import mm
 from phi1.kernels.core.cpu_memory import empty
 from phi1.kernels.cross_entropy.spec import LossRule, Needs, gradient_dtype, scale_of
 
-# Measured on a CPU: strips of up to 8 MiB stay in the caches through ten passes; from 16 MiB on these take half as long
-# again. Fewer strips mean fewer waits for all threads.
+# Measured on a CPU: strips of up to 8 MiB stay in the caches through ten passes; with 16 MiB and more the passes take
+# 1.5 times as long. Fewer strips mean fewer synchronisations of the threads.
 CPU_STRIP_BYTES, DEVICE_STRIP_BYTES = 8 << 20, 64 << 20
-VOCABULARY_SLICE = 4096  # rows of dW that are added up at a time: the partial product stays in the caches too
+VOCABULARY_SLICE = 4096  # rows of dW that are added up at a time, so that the partial product also stays in the caches
 
 
 def chunk_rows(n_rows: int, dtype: torch.dtype, is_cpu: bool, rule: LossRule) -> tuple[int, int]:
-    """(C, R): as many rows as the workspace holds, in chunks of equal size, and the rows of a strip."""
+    """Return (C, R): the rows of a chunk, as many as the workspace holds in chunks of equal size, and of a strip."""
     strip_bytes = min(CPU_STRIP_BYTES if is_cpu else DEVICE_STRIP_BYTES, rule.workspace_bytes // 2)
     strip = max(1, strip_bytes // (4 * rule.valid_vocab))
     rest = rule.workspace_bytes - (0 if dtype == torch.float32 else 4 * rule.valid_vocab * strip)
@@ -42,7 +42,7 @@ def losses_and_gradients(
     needs: Needs,
     row_weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`dispatch.losses_and_gradients` in PyTorch."""
+    """Compute `dispatch.losses_and_gradients` in PyTorch."""
     vocab, n_rows = rule.valid_vocab, x.shape[0]
     losses = x.new_empty((n_rows,), dtype=torch.float32)
     lse = torch.empty_like(losses)
@@ -59,7 +59,7 @@ def losses_and_gradients(
             some = slice(start, min(start + strip_rows, chunk.stop))
             own = part[start - first : some.stop - first]
             wide = own if strip is None else strip[: own.shape[0]].copy_(own)
-            # To base 2: PyTorch's exp2 is six times as fast as its exp on a CPU with AVX-512.
+            # In base 2, because PyTorch's exp2 is six times as fast as its exp on a CPU with AVX-512.
             if wide_bias is None:
                 wide.mul_(LOG2E)
             else:
@@ -76,7 +76,7 @@ def losses_and_gradients(
 
 
 def scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`dispatch.scaled` in PyTorch."""
+    """Compute `dispatch.scaled` in PyTorch."""
     if gradient.is_cpu and gradient.dtype == dtype:
         # The CPU kernel multiplies 16-bit elements by a scalar in float32.
         return torch.mul(gradient, factor.item(), out=empty(gradient.shape, dtype=dtype, device=gradient.device))
@@ -87,7 +87,7 @@ def _softmax_rows(
     logits: torch.Tensor, targets: torch.Tensor, rule: LossRule, needs: Needs, dtype: torch.dtype,
     row_weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(losses [R], lse [R]) of float32 logits [R, V] in base 2, which become dl where gradients are needed."""
+    """Return (losses [R], lse [R]) for float32 logits [R, V] in base 2. dl replaces the logits if it is needed."""
     vocab, e, z = rule.valid_vocab, rule.label_smoothing, rule.z_loss
     counted = targets != rule.ignore_index
     known = (targets >= 0) & (targets < vocab)
@@ -159,12 +159,12 @@ class _Gradients:
             yield slice(first, min(first + VOCABULARY_SLICE, self.vocab))
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(dx, dW, db)."""
+        """Return (dx, dW, db)."""
         return self.dx, self.dw.to(gradient_dtype(self.x.dtype)), self.db
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, wanted: torch.dtype) -> torch.Tensor:
-    """a b, never rounded to float16: its range is too small for these sums."""
+    """Return the product a b. It is never rounded to float16, whose range is too small for these sums."""
     if _widened(a):
         return torch.mm(a.float(), b.float())
     if a.is_cpu or a.dtype == wanted:
@@ -173,5 +173,5 @@ def _product(a: torch.Tensor, b: torch.Tensor, wanted: torch.dtype) -> torch.Ten
 
 
 def _widened(x: torch.Tensor) -> bool:
-    """True where PyTorch has no product of x's dtype with a float32 result."""
+    """True if PyTorch has no product of x's dtype with a float32 result."""
     return x.is_cpu and x.dtype == torch.float16

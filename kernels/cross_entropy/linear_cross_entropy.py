@@ -1,8 +1,8 @@
-"""Linear layer and cross-entropy in one operation that never holds all of the [N, V] logits; formulas in `dispatch.py`.
+"""Linear layer and cross-entropy in one operation that never holds all [N, V] logits. `dispatch.py` has the formulas.
 
-With reduction "mean" or "sum" the gradients are computed in the forward, where the inputs ask for them, and saved in
-place of the inputs (float16's as float32, times 2^10); the backward only scales them. With "none" each row has its own
-incoming gradient, so the backward computes the logits again.
+With reduction "mean" or "sum" the forward computes the gradients that the inputs require and saves them instead of the
+inputs (float16's as float32, times 2^10). The backward only scales them. With "none" each row has its own incoming
+gradient, so the backward computes the logits again.
 
 N rows, D width, V vocabulary.
 """
@@ -83,7 +83,7 @@ def _linear_cross_entropy_backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     factor = dloss / scale_of(like.dtype)
     if reduction == "mean":
-        factor = factor / (targets != ignore_index).sum().clamp(min=1)  # no target, no gradient
+        factor = factor / (targets != ignore_index).sum().clamp(min=1)  # without targets the gradients are 0
     return scaled(dx, factor, like.dtype), scaled(dw, factor, like.dtype), scaled(db, factor, like.dtype)
 
 
@@ -109,7 +109,7 @@ def _rows_backward_op(
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rule = LossRule(ignore_index, label_smoothing, z_loss, valid_vocab, workspace_mb << 20)
-    # Row weights of at most 1: a loss scale on dloss would push float16 out of its range.
+    # Row weights are at most 1, because a loss scale in dloss would overflow float16.
     largest = dloss.abs().amax() if dloss.numel() else dloss.new_ones(())
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))
     _, _, *gradients = losses_and_gradients(x, weight, bias, targets, rule, Needs(need_x, need_weight, need_bias),
@@ -146,7 +146,7 @@ def _autograd(ctx, dloss, *_):
                                                                       *wanted)
     else:
         if torch.is_grad_enabled() and not dloss.requires_grad:
-            # create_graph: the saved gradients are constants, so a second backward must raise and not find 0.
+            # With create_graph the saved gradients are constants, so a second backward must raise and not return 0.
             dloss = dloss.detach().requires_grad_()
         like = dloss.new_empty(0, dtype=ctx.dtype)
         gradients = torch.ops.phi1.linear_cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.reduction,
@@ -171,30 +171,31 @@ def linear_cross_entropy(
     return_lse: bool = False,
     workspace_mb: int = 256,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy, in nats, of the logits x W^T + b against target ids.
+    """Return the cross-entropy, in nats, of the logits x W^T + b against target ids.
 
     Args:
         x: [N, D], float16, bfloat16 or float32.
         weight: [V, D], x's dtype.
         bias: [V], x's dtype, or None.
         targets: [N] int64, each at least 0 and less than valid_vocab, or ignore_index. Checked on CPU and under
-            `check_values(True)`; unchecked, such a row's loss is NaN.
-        reduction: "mean" over the targets that are not ignored (NaN where all are, with gradients of 0), "sum", or
-            "none" for [N].
-        ignore_index: the target whose rows have loss 0 and no gradient.
-        label_smoothing: at least 0 and less than 1: this part of the target's weight goes to all columns alike.
-        z_loss: factor of lse^2 added to each row's loss, at least 0. In float16 gradients overflow from
-            z_loss * lse = 31 on.
-        valid_vocab: columns from this one on take no part; V by default.
-        return_lse: also return log sum exp of each row's logits, float32 [N], which carries no gradient.
-        workspace_mb: MiB for logits and temporaries. Not counted: the gradients, a few numbers for each row, and a
-            float32 sum of the weight's gradient, 4 V D bytes, where the rows need more than one chunk or are float16.
+            `check_values(True)`; if not checked, a row with another target has loss NaN.
+        reduction: "mean" over the targets that are not ignored, "sum", or "none" for [N]. If all targets are ignored,
+            the mean is NaN and its gradients are 0.
+        ignore_index: the target of rows that have loss 0 and no gradient.
+        label_smoothing: the part of the target's weight that is spread evenly over all columns; at least 0, less than
+            1.
+        z_loss: factor of lse^2 added to each row's loss, at least 0. Float16 gradients overflow if z_loss * lse is 31
+            or more.
+        valid_vocab: the number of columns that count; V by default. The columns behind them are ignored.
+        return_lse: also return log sum exp of each row's logits, float32 [N], which has no gradient.
+        workspace_mb: MiB for logits and temporaries. Not included are the gradients, a few numbers for each row, and a
+            float32 sum of the weight's gradient, 4 V D bytes, if the rows need more than one chunk or are float16.
 
     Returns:
         float32 loss, a scalar or [N]; with return_lse, (loss, lse).
 
     Raises:
-        TypeError: an argument is of another type or dtype.
+        TypeError: an argument has another type or dtype.
         ValueError: a shape, a device, a number or a target breaks its rule.
 
     Source: label smoothing as in Szegedy et al., arXiv 1512.00567; z-loss as in Chowdhery et al., arXiv 2204.02311.
@@ -256,7 +257,10 @@ def linear_cross_entropy_reference(
     return_lse: bool = False,
     workspace_mb: int = 256,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`linear_cross_entropy` in plain differentiable PyTorch, with all logits in memory; workspace_mb is not used."""
+    """Compute `linear_cross_entropy` in plain differentiable PyTorch, with all logits in memory.
+
+    workspace_mb is not used.
+    """
     vocab = weight.shape[0] if valid_vocab is None else valid_vocab
     logits = torch.nn.functional.linear(x, weight[:vocab], None if bias is None else bias[:vocab])
     logits = logits.to(torch.promote_types(x.dtype, torch.float32))

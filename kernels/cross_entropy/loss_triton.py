@@ -1,14 +1,14 @@
-"""Triton kernels of linear_cross_entropy, between PyTorch's products, and the launcher that walks the chunks.
+"""Triton kernels of linear_cross_entropy between PyTorch's products, and the launcher that loops over chunks.
 
-The formulas are in `dispatch.py`. A chunk's logits are one buffer in x's dtype; one kernel turns each row into
-its loss and, in place, into dl: a first pass over the row keeps a running maximum and sum for each lane, and the second
-finds the row in the L2 cache. dW is added up in float32 by the products themselves (cuBLAS with beta = 1), so that
-each chunk reads and writes it once. Nothing waits for the device.
+`dispatch.py` has the formulas. A chunk's logits are one buffer in x's dtype. One kernel computes each row's loss and
+replaces the row by dl. Its first pass over the row keeps a running maximum and sum for each lane; its second pass reads
+the row from the L2 cache. The products add up dW in float32 (cuBLAS with beta = 1), so each chunk reads and writes dW
+once. Nothing waits for the device.
 
-Rows are loaded and stored in their own dtype; arithmetic and sums are float32. Deterministic: no two programs write one
-address, and chunks follow one another.
+Rows are loaded and stored in their own dtype; arithmetic and sums are float32. Deterministic: no two programs write the
+same address, and chunks run one after the other.
 
-N rows, D width, V vocabulary (VOCAB of it valid), C rows of a chunk.
+N rows, D width, V vocabulary (VOCAB of it valid), C rows of a chunk. STRIDE is the row stride of the logits.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ CANDIDATES = {
 
 @triton.jit
 def load_logits(logits_ptr, bias_ptr, offs_v, VOCAB: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr):
-    """Logits of one row in float32 with the bias added, -inf outside the valid vocabulary."""
+    """Return logits [BLOCK_V] of one row in float32 with the bias added, -inf outside the valid vocabulary.
+
+    logits_ptr: [STRIDE], one row. bias_ptr: [COLUMNS], or None. offs_v: [BLOCK_V].
+    """
     logits = tl.load(logits_ptr + offs_v, mask=offs_v < STRIDE, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         logits += tl.load(bias_ptr + offs_v, mask=offs_v < COLUMNS, other=0.0).to(tl.float32)
@@ -51,9 +54,12 @@ def row_sums(
     logits_ptr, bias_ptr, VOCAB: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr, MEAN: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """(maximum, sum of exp(l - maximum), mean of l where MEAN, else 0) of one row."""
-    # A maximum and a sum for each lane: no barrier in the loop. The larger of l and the maximum has exponential 1, so
-    # that one exponential does for both.
+    """Return (maximum, sum of exp(l - maximum), mean of l if MEAN, else 0) of one row.
+
+    logits_ptr: [STRIDE], one row. bias_ptr: [COLUMNS], or None.
+    """
+    # Each lane has its own maximum and sum, so the loop has no barrier. The larger of l and the maximum has exponential
+    # 1, so one exponential is enough for both.
     high = tl.full([BLOCK_V], -1e30, dtype=tl.float32)
     total = tl.zeros([BLOCK_V], dtype=tl.float32)
     plain = tl.zeros([BLOCK_V], dtype=tl.float32)
@@ -71,12 +77,12 @@ def row_sums(
 
 @triton.jit
 def loss_rows_kernel(
-    logits_ptr,  # [C, STRIDE] logits without their bias; dl afterwards where GRADIENTS
-    bias_ptr,  # [COLUMNS] or None
+    logits_ptr,  # [C, STRIDE] logits without their bias, replaced by dl if GRADIENTS
+    bias_ptr,  # [COLUMNS], or None
     targets_ptr,  # [C] int64
     row_weights_ptr,  # [C] float32 factors of dl, or None
-    losses_ptr,  # [C] float32
-    lse_ptr,  # [C] float32
+    losses_ptr,  # [C] float32 output
+    lse_ptr,  # [C] float32 output
     ignore_index,
     label_smoothing,
     z_loss,
@@ -115,15 +121,15 @@ def loss_rows_kernel(
             logits = load_logits(logits_ptr, bias_ptr, offs_v, VOCAB, COLUMNS, STRIDE)
             dl = tl.exp2((logits - high) * LOG2E) * factor - uniform
             dl -= tl.where(offs_v == target, unit * (1.0 - label_smoothing), 0.0)
-            # Outside the valid vocabulary too, where the products read it.
+            # dl is also stored outside the valid vocabulary, because the products read it there.
             dl = tl.where(offs_v < VOCAB, dl, 0.0)
             tl.store(logits_ptr + offs_v, dl.to(logits_ptr.dtype.element_ty), mask=offs_v < STRIDE)
 
 
 @triton.jit
 def column_sums_kernel(
-    dlogits_ptr,  # [C, STRIDE]
-    sums_ptr,  # [V] float32, added to
+    dlogits_ptr,  # [C, STRIDE] dl
+    sums_ptr,  # [V] float32 input and output
     n_rows,
     VOCAB: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -144,9 +150,9 @@ def column_sums_kernel(
 
 @triton.jit
 def scale_kernel(
-    gradient_ptr,  # [n]
+    gradient_ptr,  # [n] input
     factor_ptr,  # [] float32
-    scaled_ptr,  # [n]
+    scaled_ptr,  # [n] output
     n,
     BLOCK: tl.constexpr,
 ):
@@ -159,7 +165,7 @@ def scale_kernel(
 
 
 def chunk_rows(n_rows: int, row_bytes: int, workspace_bytes: int) -> int:
-    """C: all rows if the workspace holds their logits, else what it holds, in whole waves or tiles of the products."""
+    """Return C: all rows if the workspace holds their logits, else the most it holds in whole waves or tiles."""
     most = max(1, workspace_bytes // row_bytes)
     if n_rows <= most:
         return n_rows
@@ -171,11 +177,11 @@ def launch_losses_and_gradients(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, rule: LossRule,
     needs: Needs, row_weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`dispatch.losses_and_gradients` by the kernels."""
+    """Compute `dispatch.losses_and_gradients` with the kernels."""
     n_rows, vocab = x.shape[0], weight.shape[0]
     x, weight, targets = x.contiguous(), weight.contiguous(), targets.contiguous()
     bias = None if bias is None else bias.contiguous()
-    columns = min(vocab, _rounded_up(rule.valid_vocab))  # whole tiles of the products where there are such
+    columns = min(vocab, _rounded_up(rule.valid_vocab))  # rounded up to whole tiles of the products
     stride = _rounded_up(columns)
     rows = chunk_rows(n_rows, stride * x.dtype.itemsize, rule.workspace_bytes)
     logits = x.new_empty((rows, stride))
@@ -206,7 +212,7 @@ def launch_loss_rows(
     logits: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, row_weights: torch.Tensor | None,
     losses: torch.Tensor, lse: torch.Tensor, rule: LossRule, columns: int, gradients: bool,
 ) -> None:
-    """Fill losses and lse [C] from logits [C, stride], and turn these into dl."""
+    """Fill losses and lse [C] from logits [C, stride], and replace the logits by dl if `gradients`."""
     t = tile("linear_cross_entropy", "rows", logits.device, vocab=rule.valid_vocab, itemsize=logits.dtype.itemsize)
     loss_rows_kernel[(logits.shape[0],)](
         logits, bias, targets, row_weights, losses, lse,
@@ -227,7 +233,7 @@ def launch_column_sums(dlogits: torch.Tensor, sums: torch.Tensor, valid_vocab: i
 
 
 def launch_scale(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """gradient times the one float32 of factor, multiplied in float32, in another dtype."""
+    """Return gradient * factor in another dtype, multiplied in float32. factor is one float32."""
     gradient = gradient.contiguous()
     scaled = torch.empty_like(gradient, dtype=dtype)
     if gradient.numel():
@@ -240,9 +246,9 @@ def launch_scale(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtyp
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
-    """out = a b, or out += a b; out is float32 or in the dtype of a and b, the sums are float32."""
+    """Compute out = a b, or out += a b. out has the dtype of a and b, or is float32; sums are float32."""
     if a.dtype != out.dtype and not a.is_cuda:
-        a, b = a.float(), b.float()  # PyTorch's products on CPUs have no wider result
+        a, b = a.float(), b.float()  # on CPUs PyTorch's products have no float32 output for 16-bit operands
     if a.dtype == out.dtype:
         _ = torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif add:

@@ -1,4 +1,4 @@
-"""What a call of the loss asks for besides its tensors, and how gradients are kept until the end of the backward."""
+"""The options of the loss that both backends take, and the form in which gradients are kept until the backward ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LossRule:
 
 @dataclass(frozen=True)
 class Needs:
-    """Which gradients are wanted."""
+    """The gradients that are needed."""
 
     x: bool
     weight: bool
@@ -33,10 +33,10 @@ class Needs:
 
 
 def scale_of(dtype: torch.dtype) -> float:
-    """The factor on gradients until the end of the backward: float16 would flush them to 0 without it."""
+    """Return the factor on gradients until the backward ends. Without it float16 would flush them to 0."""
     return FLOAT16_SCALE if dtype == torch.float16 else 1.0
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that unnormalised gradients are kept in: sums over many rows times 2^10 overflow float16."""
+    """Return the dtype of unnormalised gradients: float32 for float16, which sums of many rows times 2^10 overflow."""
     return torch.float32 if dtype == torch.float16 else dtype

@@ -1,10 +1,10 @@
-"""A linear layer with what follows it: bias, gelu_new, dropout and the residual add.
+"""A linear layer with its epilogue: bias, gelu_new, dropout and the residual add.
 
     pre = x W^T + b        out = residual + drop(act(pre))
 
-Products accumulate in float32 and are rounded to x's dtype. The backward's products are cuBLAS's on GPUs; one pass
-before them makes their operands. Saved for the backward: x, W, and pre where there is an activation; nothing of the
-dropout but its counter.
+Products accumulate in float32 and are rounded to x's dtype. On GPUs cuBLAS computes the backward's products, after one
+pass that makes their operands. Saved for the backward: x, W, pre if there is an activation, and the counters of the
+dropout mask.
 
 N rows, K inputs, M outputs.
 """
@@ -39,7 +39,7 @@ def linear_forward(
     gelu: bool,
     dropout: Dropout | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [N, M], pre [N, M] with gelu, else empty)."""
+    """Return (out [N, M], pre [N, M]). Without gelu pre is empty."""
     if use_triton(x):
         from phi1.kernels.gemm.linear_triton import launch_linear_forward
 
@@ -61,7 +61,7 @@ def linear_backward(
     gelu: bool,
     dropout: Dropout | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, weight and bias (empty without one); the residual's is dout."""
+    """Return the gradients of x, weight and bias (empty without one). The residual's gradient is dout."""
     if use_triton(x):
         dpre, db = _epilogue_backward(dout, pre if gelu else None, has_bias, dropout)
     else:
@@ -75,7 +75,7 @@ def linear_backward(
 def _epilogue_backward(
     dout: torch.Tensor, pre: torch.Tensor | None, has_bias: bool, dropout: Dropout | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dpre, db): the gradient at the product, and its sum over rows (empty without a bias)."""
+    """Return (dpre, db): the product's gradient, and its sums over rows (empty without a bias)."""
     from phi1.kernels.pointwise.epilogue_triton import launch_epilogue_backward
 
     same = pre is None and not is_active(dropout)
@@ -135,7 +135,7 @@ def _(dout: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, pre, has_bias: 
 def _setup(ctx, inputs, output) -> None:
     x, weight, bias, residual, gelu, p, rng, sample_ids, layer, kind = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # or autograd fills zeros for the statistics
+    ctx.set_materialize_grads(False)  # otherwise autograd allocates a gradient of zeros for pre
     ctx.save_for_backward(x, weight, output[1], rng, sample_ids)
     ctx.has_bias, ctx.has_residual, ctx.constants = bias is not None, residual is not None, (gelu, p, layer, kind)
 
@@ -162,21 +162,21 @@ def linear(
     residual: torch.Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
-    """residual + drop(activation(x W^T + b)), each part optional.
+    """Return residual + drop(activation(x W^T + b)). Bias, activation, dropout and residual are optional.
 
     Args:
         x: [N, K], float16, bfloat16 or float32.
         weight: [M, K], x's dtype.
         bias: [M], x's dtype, or None.
         activation: "gelu_new" or None.
-        residual: [N, M], x's dtype, added last; or None.
-        dropout: drops elements before the residual is added; None drops nothing.
+        residual: [N, M], x's dtype, added last, or None.
+        dropout: dropout before the residual add; None drops nothing.
 
     Returns:
         [N, M] in x's dtype, contiguous.
 
     Raises:
-        TypeError: an argument is not a tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or has another dtype.
         ValueError: a shape, a device or the activation breaks its rule.
     """
     _check("linear", x, weight, bias, activation, residual, dropout)
@@ -211,7 +211,7 @@ def linear_reference(
     residual: torch.Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
-    """`linear` in plain differentiable PyTorch."""
+    """Compute `linear` in plain differentiable PyTorch."""
     out = torch.nn.functional.linear(x, weight, bias)
     if activation == GELU_NEW:
         out = gelu_new(out)

@@ -1,17 +1,17 @@
 """Triton kernel of a linear layer with its epilogue, and the launcher.
 
-    pre = x W^T + b        out = residual + drop(gelu_new(pre))        each part after the product optional
+    pre = x W^T + b        out = residual + drop(gelu_new(pre))        every part but the product is optional
 
-Operands are loaded in their own dtype and accumulated in float32; pre is rounded to x's dtype before gelu_new, so that
-the backward, which computes it again from pre, sees the same values; out is rounded once. Where accumulator and outputs
-would not fit the registers together, the epilogue works on one half or quarter of the columns after the other.
+Operands are loaded in their own dtype and accumulated in float32. pre is rounded to x's dtype before gelu_new, because
+the backward computes gelu_new again from the saved pre. out is rounded once. The epilogue works on the columns of a
+tile in halves or quarters if the accumulator and the outputs do not fit the registers together.
 
-A tile with "persistent" runs that many programs a multiprocessor, each taking tiles in turn, and hides a tile's first
-loads behind the epilogue before it, for up to 41 registers a thread more. Nobody has timed it yet, so that no table
-takes it: without it the GPU balances tiles over its multiprocessors by itself. Warp specialisation, which would hide
-all of the epilogue, does not compile under Triton 3.9 with descriptors made on the host.
+With "persistent" in the tile, that many programs a multiprocessor run, and each works on tiles in turn. A tile's first
+loads then overlap with the previous epilogue, for up to 41 more registers a thread. It has not been timed yet, so no
+table uses it. Warp specialisation, which would overlap the whole epilogue, does not compile under Triton 3.9 with
+descriptors made on the host.
 
-Where the tuned table says "cublas", the product is cuBLAS's and what follows it is `epilogue_triton.py`'s one pass.
+With "cublas" in the tuned table, cuBLAS computes the product and `epilogue_triton.py` the rest in one pass.
 
 N rows, K inputs, M outputs, B samples.
 """
@@ -57,13 +57,13 @@ CANDIDATES = {
 
 @triton.jit(do_not_specialize=["n_samples"])
 def linear_forward_kernel(
-    x_ptr,  # [N, K] input, or its descriptor where TMA
+    x_ptr,  # [N, K] input, or its descriptor if TMA
     weight_ptr,  # [M, K], or its descriptor
     bias_ptr,  # [M], or None
     residual_ptr,  # [N, M], or None
-    out_ptr,  # [N, M] contiguous
-    pre_ptr,  # [N, M] contiguous, or None without gelu_new
-    rng_ptr,  # [2] int64, or None where nothing is dropped
+    out_ptr,  # [N, M] contiguous output
+    pre_ptr,  # [N, M] contiguous output, or None without gelu_new
+    rng_ptr,  # [2] int64, or None if nothing is dropped
     sample_ids_ptr,  # [B] int64, or None
     cu_seqlens_ptr,  # [B + 1] int32 of packed rows, or None
     n_rows,
@@ -87,7 +87,7 @@ def linear_forward_kernel(
     TMA: tl.constexpr,
     PERSISTENT: tl.constexpr,
 ):
-    """A program per tile [BLOCK_M, BLOCK_N] of the output, or where PERSISTENT programs that take tiles in turn."""
+    """One program per tile [BLOCK_M, BLOCK_N] of the output. If PERSISTENT, each program works on tiles in turn."""
     first, end, step = own_tiles(n_rows, n_outputs, BLOCK_M, BLOCK_N, PERSISTENT)
     for tile_id in tl.range(first, end, step, flatten=PERSISTENT):
         pid_m, pid_n = grouped_tile(tile_id, n_rows, n_outputs, BLOCK_M, BLOCK_N, GROUP_M)
@@ -103,13 +103,13 @@ def linear_forward_kernel(
 @triton.jit
 def store_linear(
     acc,  # [BLOCK_M, COLUMNS] float32, the product
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
-    pre_ptr,
-    rng_ptr,
-    sample_ids_ptr,
-    cu_seqlens_ptr,
+    bias_ptr,  # [M], or None
+    residual_ptr,  # [N, M], or None
+    out_ptr,  # [N, M] contiguous output
+    pre_ptr,  # [N, M] contiguous output, or None
+    rng_ptr,  # [2] int64, or None
+    sample_ids_ptr,  # [B] int64, or None
+    cu_seqlens_ptr,  # [B + 1] int32, or None
     pid_m,
     first_column,
     n_rows,
@@ -120,7 +120,7 @@ def store_linear(
     threshold,
     scale,
 ):
-    """The epilogue on a tile, or on some of its columns."""
+    """Apply the epilogue to a tile, or to some of its columns, and store the result."""
     first_row = pid_m.to(tl.int64) * acc.shape[0]
     offs_n, offs_m = tl.arange(0, acc.shape[0]), first_column + tl.arange(0, acc.shape[1])  # [BLOCK_M], [COLUMNS]
     mask_m = offs_m < n_outputs
@@ -146,7 +146,10 @@ def launch_linear_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, gelu: bool,
     dropout: Dropout | None, cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [N, M], pre [N, M] with gelu, else empty) of x [N, K] and weight [M, K]; cu_seqlens: the mask's."""
+    """Return (out [N, M], pre [N, M]) for x [N, K] and weight [M, K]. Without gelu pre is empty.
+
+    cu_seqlens is for the dropout mask.
+    """
     shape = (x.shape[0], weight.shape[0])
     t = tile("linear", "forward", x.device, dtype=str(x.dtype).removeprefix("torch."), rows=shape[0],
              outputs=shape[1], inputs=x.shape[1], gelu=gelu, dropout=is_active(dropout))

@@ -2,8 +2,8 @@
 
     pre = x W1^T + b1        act = gelu_new(pre)        out = act W2^T + b2
 
-Products accumulate in float32 and are rounded to x's dtype. Saved for the backward: x, pre and the weights; act is
-computed again, together with the derivative.
+Products accumulate in float32 and are rounded to x's dtype. Saved for the backward: x, pre and the weights. The
+backward computes act again, together with the derivative.
 
 N rows, D width, F MLP width.
 """
@@ -23,7 +23,7 @@ from phi1.kernels.pointwise.gelu import gelu_backward, gelu_new
 def mlp_forward(
     x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [N, D], pre [N, F])."""
+    """Return (out [N, D], pre [N, F])."""
     act, pre = linear_forward(x, w1, b1, None, True, None)
     return linear_forward(act, w2, b2, None, False, None)[0], pre
 
@@ -31,7 +31,7 @@ def mlp_forward(
 def mlp_backward(
     dout: torch.Tensor, x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, pre: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, w1, b1, w2, b2."""
+    """Return the gradients of x, w1, b1, w2 and b2."""
     act = torch.empty_like(pre)
     if use_triton(x):
         from phi1.kernels.gemm.mlp_triton import launch_dgelu
@@ -76,7 +76,7 @@ def _(dout, x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, pre):
 def _setup(ctx, inputs, output) -> None:
     x, w1, _, w2, _ = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # or autograd fills zeros for pre
+    ctx.set_materialize_grads(False)  # otherwise autograd allocates a gradient of zeros for pre
     ctx.save_for_backward(x, w1, w2, output[1])
 
 
@@ -90,7 +90,7 @@ _mlp_op.register_autograd(_autograd, setup_context=_setup)
 
 
 def mlp(x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor) -> torch.Tensor:
-    """gelu_new(x W1^T + b1) W2^T + b2.
+    """Return gelu_new(x W1^T + b1) W2^T + b2.
 
     Args:
         x: [N, D], float16, bfloat16 or float32.
@@ -103,7 +103,7 @@ def mlp(x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b
         [N, D] in x's dtype, contiguous.
 
     Raises:
-        TypeError: an argument is not a tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or has another dtype.
         ValueError: a shape or a device breaks its rule.
     """
     op = "mlp"
@@ -125,5 +125,5 @@ def mlp(x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b
 def mlp_reference(
     x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor
 ) -> torch.Tensor:
-    """`mlp` in plain differentiable PyTorch."""
+    """Compute `mlp` in plain differentiable PyTorch."""
     return linear(gelu_new(linear(x, w1, b1)), w2, b2)

@@ -1,12 +1,12 @@
-"""Triton kernel of the way back through an MLP's second layer and its gelu_new, and the launcher.
+"""Triton kernel of the backward through an MLP's second layer and its gelu_new, and the launcher.
 
     dact = dout W2        dpre = dact gelu_new'(pre)        act = gelu_new(pre)        db1 = sum over rows of dpre
 
-dact stays in the float32 accumulator and is never written. act, which the gradient of W2 needs, comes out of the pass
-that reads pre anyway; db1 leaves as one partial row for each row of tiles, and a second kernel adds these in order:
-deterministic. The epilogue works on one quarter of the columns after the other. Tiles may be persistent, as linear's.
+dact stays in the float32 accumulator and is never written. The gradient of W2 needs act, and this kernel writes it
+because it reads pre anyway. Deterministic: each row of tiles writes one partial row of db1, and a second kernel adds
+the partial rows in order. The epilogue works on a tile's columns in quarters. Tiles may be persistent, as in linear.
 
-Where the tuned table says "cublas", the product is cuBLAS's and the rest is `epilogue_triton.py`'s one pass.
+With "cublas" in the tuned table, cuBLAS computes the product and `epilogue_triton.py` the rest in one pass.
 
 N rows, D width, F MLP width, P rows of tiles.
 """
@@ -48,12 +48,12 @@ CANDIDATES = {
 
 @triton.jit
 def dgelu_kernel(
-    dout_ptr,  # [N, D], or its descriptor where TMA
+    dout_ptr,  # [N, D], or its descriptor if TMA
     weight_ptr,  # [D, F], or its descriptor
-    pre_ptr,  # [N, F]
-    dpre_ptr,  # [N, F]
-    act_ptr,  # [N, F]
-    db_partial_ptr,  # [P, F] float32
+    pre_ptr,  # [N, F] input of gelu_new
+    dpre_ptr,  # [N, F] output
+    act_ptr,  # [N, F] output
+    db_partial_ptr,  # [P, F] float32 output
     n_rows,
     n_cols,
     n_inner,
@@ -72,7 +72,7 @@ def dgelu_kernel(
     TMA: tl.constexpr,
     PERSISTENT: tl.constexpr,
 ):
-    """A program per tile [BLOCK_M, BLOCK_N] of dpre, or where PERSISTENT programs that take tiles in turn."""
+    """One program per tile [BLOCK_M, BLOCK_N] of dpre. If PERSISTENT, each program works on tiles in turn."""
     first, end, step = own_tiles(n_rows, n_cols, BLOCK_M, BLOCK_N, PERSISTENT)
     for tile_id in tl.range(first, end, step, flatten=PERSISTENT):
         pid_m, pid_n = grouped_tile(tile_id, n_rows, n_cols, BLOCK_M, BLOCK_N, GROUP_M)
@@ -88,10 +88,10 @@ def dgelu_kernel(
 @triton.jit
 def store_dgelu(
     dact,  # [BLOCK_M, COLUMNS] float32
-    pre_ptr,
-    dpre_ptr,
-    act_ptr,
-    db_partial_ptr,
+    pre_ptr,  # [N, F]
+    dpre_ptr,  # [N, F] output
+    act_ptr,  # [N, F] output
+    db_partial_ptr,  # [P, F] float32 output
     pid_m,
     first_column,
     n_rows,
@@ -100,7 +100,7 @@ def store_dgelu(
     stride_dpre_n,
     stride_act_n,
 ):
-    """The epilogue on a quarter of a tile's columns."""
+    """Apply the epilogue to a quarter of a tile's columns, and store the result."""
     first_row = pid_m.to(tl.int64) * dact.shape[0]
     offs_n, offs_f = tl.arange(0, dact.shape[0]), first_column + tl.arange(0, dact.shape[1])  # [BLOCK_M], [COLUMNS]
     mask_n, mask_f = offs_n < n_rows - first_row, offs_f < n_cols
@@ -109,7 +109,7 @@ def store_dgelu(
     act, slope = gelu_new_and_slope(tl.load(pre_ptrs, mask=mask, other=0.0).to(tl.float32))
     act_ptrs = act_ptr + first_row * stride_act_n + (offs_n[:, None] * stride_act_n + offs_f[None, :])
     tl.store(act_ptrs, act.to(act_ptr.dtype.element_ty), mask=mask)
-    dpre = tl.where(mask_n[:, None], dact * slope, 0.0)  # rows past the end are others, read again
+    dpre = tl.where(mask_n[:, None], dact * slope, 0.0)  # rows past the end hold other rows' values
     dpre_ptrs = dpre_ptr + first_row * stride_dpre_n + (offs_n[:, None] * stride_dpre_n + offs_f[None, :])
     tl.store(dpre_ptrs, dpre.to(dpre_ptr.dtype.element_ty), mask=mask)
     tl.store(db_partial_ptr + pid_m.to(tl.int64) * n_cols + offs_f, tl.sum(dpre, axis=0), mask=mask_f)
@@ -118,9 +118,9 @@ def store_dgelu(
 def launch_dgelu(
     dout: torch.Tensor, weight: torch.Tensor, pre: torch.Tensor, dpre: torch.Tensor, act: torch.Tensor
 ) -> torch.Tensor:
-    """Fill dpre and act [N, F], from dout [N, D], weight [D, F] and pre [N, F]; db1 [F] is returned.
+    """Fill dpre and act [N, F] from dout [N, D], weight [D, F] and pre [N, F], and return db1 [F].
 
-    The columns of pre, dpre and act lie next to each other.
+    The columns of pre, dpre and act have stride 1.
     """
     db = pre.new_empty(pre.shape[1])
     column_sum(launch_dgelu_partial(dout, weight, pre, dpre, act), db)
@@ -130,7 +130,7 @@ def launch_dgelu(
 def launch_dgelu_partial(
     dout: torch.Tensor, weight: torch.Tensor, pre: torch.Tensor, dpre: torch.Tensor, act: torch.Tensor
 ) -> torch.Tensor:
-    """`launch_dgelu`, with db1 as partial sums [P, F] float32."""
+    """Do the same as `launch_dgelu`, but return db1 as partial sums [P, F] float32."""
     n_rows, n_cols = pre.shape
     dout, weight = one_unit_stride(dout), one_unit_stride(weight)
     described = describable(dout, weight)

@@ -1,7 +1,9 @@
-"""Operands of tiled products by TMA (sm_90 and later): descriptors made on the host, and the loop that loads by them.
+"""Tiled products with operands loaded by TMA (sm_90 and later), from descriptors made on the host.
 
-A kernel takes each operand as a pointer or as its descriptor, and has a constexpr that says which; the loop that loads
-by pointers is in `matmul_triton.py`.
+A kernel takes each operand as a pointer or as a descriptor, and a constexpr TMA says which. `matmul_triton.py` has the
+loop that loads by pointers.
+
+M rows of A, N columns of the product, K inner dimension.
 """
 
 from __future__ import annotations
@@ -17,15 +19,15 @@ from phi1.kernels.gemm.matmul_triton import add_product, wrapped
 @triton.jit
 def add_described_product(
     acc,  # [BLOCK_M, BLOCK_N] float32
-    a_desc,  # [M, K]
-    b_desc,  # [N, ..] K of its columns, from first_inner on
+    a_desc,  # [M, K] A
+    b_desc,  # [N, ..], whose K columns from first_inner on are B
     first_row,
     first_col,
     first_inner,
     n_inner,
     BLOCK_K: tl.constexpr,
 ):
-    """acc + A B^T for one tile, by TMA: what lies outside of A or B is 0."""
+    """Return acc + A B^T for one tile. TMA loads 0 outside of A and B."""
     for first in range(0, n_inner, BLOCK_K):
         a = a_desc.load([first_row, first])
         b = b_desc.load([first_col, first_inner + first])
@@ -36,14 +38,14 @@ def add_described_product(
 @triton.jit
 def add_described_product_by_rows(
     acc,  # [BLOCK_M, BLOCK_N] float32
-    a_desc,  # [M, K]
-    b_desc,  # [K, N]
+    a_desc,  # [M, K] A
+    b_desc,  # [K, N] B
     first_row,
     first_col,
     n_inner,
     BLOCK_K: tl.constexpr,
 ):
-    """acc + A B for one tile, by TMA: what lies outside of A or B is 0."""
+    """Return acc + A B for one tile. TMA loads 0 outside of A and B."""
     for first in range(0, n_inner, BLOCK_K):
         acc = tl.dot(a_desc.load([first_row, first]), b_desc.load([first, first_col]), acc, input_precision="ieee")
     return acc
@@ -51,8 +53,8 @@ def add_described_product_by_rows(
 
 @triton.jit
 def tile_product(
-    a_ptr,  # [M, K], or its descriptor where TMA
-    b_ptr,  # [N, K], or [K, N] where B_BY_ROWS; or its descriptor
+    a_ptr,  # [M, K] A, or its descriptor if TMA
+    b_ptr,  # [N, K] B, or [K, N] if B_BY_ROWS; or its descriptor if TMA
     pid_m,
     pid_n,
     n_rows,
@@ -69,7 +71,7 @@ def tile_product(
     TMA: tl.constexpr,
     B_BY_ROWS: tl.constexpr,
 ):
-    """[BLOCK_M, BLOCK_N] float32: one tile of A B^T, or of A B where B_BY_ROWS, by either way of loading."""
+    """Return one tile [BLOCK_M, BLOCK_N] float32 of A B^T, or of A B if B_BY_ROWS. Load by TMA or by pointers."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if not TMA:
         acc = add_product(acc, a_ptr, b_ptr, wrapped(pid_m, BLOCK_M, n_rows), wrapped(pid_n, BLOCK_N, n_cols), n_inner,
@@ -82,7 +84,7 @@ def tile_product(
 
 
 def describable(*operands: torch.Tensor) -> bool:
-    """Whether operands are as TMA wants them: dense rows that start at multiples of 16 bytes."""
+    """True if TMA can load the operands: dense rows that start at multiples of 16 bytes."""
     return all(
         x.numel() > 0 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
         and x.stride(0) * x.dtype.itemsize % 16 == 0 and x.data_ptr() % 16 == 0 for x in operands
@@ -92,5 +94,5 @@ def describable(*operands: torch.Tensor) -> bool:
 def operand(
     x: torch.Tensor, t: dict[str, int], block: str, tma: bool, columns: str = "block_k"
 ) -> torch.Tensor | TensorDescriptor:
-    """x as a kernel takes it that reads blocks [t[block], t[columns]]."""
+    """Return x, or its descriptor with blocks [t[block], t[columns]] if `tma`."""
     return TensorDescriptor.from_tensor(x, [t[block], t[columns]]) if tma else x

@@ -1,8 +1,8 @@
-"""Dropout of a residual branch, and the residual add, in one operation; the masks are specified in `core/philox.py`.
+"""Dropout of a residual branch and the residual add, in one operation. `core/philox.py` specifies the masks.
 
     out = residual + keep x / (1 - p)          with p in steps of 1/65536
 
-Saves nothing but the masks' counter.
+The backward needs only the counters of the mask.
 
 N rows, D width.
 """
@@ -24,7 +24,10 @@ from phi1.kernels.core.philox import (
 
 
 def dropped(x: torch.Tensor, dropout: Dropout | None, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
-    """x [N, D] with elements dropped and the rest scaled; x itself where nothing is dropped. Its own backward."""
+    """Return x [N, D] with elements dropped and the rest scaled, or x itself if nothing is dropped.
+
+    The same function of dout is its gradient.
+    """
     if dropout is None or not is_active(dropout):
         return x
     keep = residual_keep(dropout, x.shape[0], x.shape[1], cu_seqlens=cu_seqlens)
@@ -32,7 +35,7 @@ def dropped(x: torch.Tensor, dropout: Dropout | None, cu_seqlens: torch.Tensor |
 
 
 def dropout_add_forward(x: torch.Tensor, residual: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
-    """residual + drop(x) of x [N, D], contiguous. Nothing is checked."""
+    """Return residual + drop(x) for x [N, D], contiguous. Arguments are not checked."""
     if use_triton(x):
         from phi1.kernels.pointwise.epilogue_triton import launch_epilogue_forward
 
@@ -41,7 +44,7 @@ def dropout_add_forward(x: torch.Tensor, residual: torch.Tensor, dropout: Dropou
 
 
 def dropout_backward(dout: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
-    """The gradient of x [N, D], contiguous and no view of dout. Nothing is checked."""
+    """Return the gradient of x [N, D], contiguous and not a view of dout. Arguments are not checked."""
     if use_triton(dout):
         from phi1.kernels.pointwise.epilogue_triton import launch_epilogue_backward
 
@@ -103,18 +106,18 @@ _dropout_add_op.register_autograd(_autograd, setup_context=_setup)
 
 
 def dropout_add(x: torch.Tensor, residual: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
-    """residual + drop(x).
+    """Return residual + drop(x).
 
     Args:
         x: [N, D], float16, bfloat16 or float32.
         residual: [N, D], x's dtype.
-        dropout: what is dropped; None drops nothing. With sample ids, they divide the rows evenly.
+        dropout: the dropout of x; None drops nothing. The number of sample ids, if given, must divide N.
 
     Returns:
         [N, D] in x's dtype, contiguous.
 
     Raises:
-        TypeError: an argument is not a tensor or a Dropout, or of another dtype.
+        TypeError: an argument is not a tensor or a Dropout, or has another dtype.
         ValueError: a shape or a device breaks its rule.
 
     Source: Srivastava et al., "Dropout", JMLR 2014.
@@ -131,5 +134,5 @@ def dropout_add(x: torch.Tensor, residual: torch.Tensor, dropout: Dropout | None
 
 
 def dropout_add_reference(x: torch.Tensor, residual: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
-    """`dropout_add` in plain differentiable PyTorch."""
+    """Compute `dropout_add` in plain differentiable PyTorch."""
     return residual + dropped(x, dropout)

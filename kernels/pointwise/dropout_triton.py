@@ -1,7 +1,7 @@
 """Dropout of a residual branch inside Triton kernels: the bits of `philox.residual_keep`, tile by tile.
 
-A launch passes `**mask_arguments(dropout, cu_seqlens)`; its kernel takes the seven arguments by those names, with
-rng_ptr None where nothing is dropped. The document of a packed row is found by bisection.
+A launch passes `**mask_arguments(dropout, cu_seqlens)`, and its kernel takes the seven arguments by those names.
+rng_ptr is None if nothing is dropped. A binary search finds the document of a packed row.
 
 N rows, B samples.
 """
@@ -26,7 +26,7 @@ def dropped_tile(
     x,  # [BLOCK_M, BLOCK_N] float32
     rng_ptr,  # [2] int64, (seed, step)
     sample_ids_ptr,  # [B] int64, or None
-    cu_seqlens_ptr,  # [B + 1] int32, or None where each sample has N / B rows
+    cu_seqlens_ptr,  # [B + 1] int32, or None if each sample has N / B rows
     offs_n,  # [BLOCK_M] the tile's rows
     first_column,  # a multiple of BLOCK_N
     n_rows,
@@ -35,7 +35,7 @@ def dropped_tile(
     threshold,
     scale,
 ):
-    """x with elements dropped and the rest scaled. BLOCK_N is 32 or a multiple of 64."""
+    """Return x with elements dropped and the rest scaled. BLOCK_N is 32 or a multiple of 64."""
     row = offs_n.to(tl.int32)
     if sample_ids_ptr is None:
         sample, position = row, tl.zeros_like(row)
@@ -58,9 +58,9 @@ def document_of(
     row,  # [BLOCK_M] int32
     n_documents,
 ):
-    """The last of the documents that begin at a row or before it: empty ones have none."""
+    """Return each row's document: the last one that begins at the row or before it, which is never an empty one."""
     document = tl.zeros_like(row)
-    left = tl.cast(n_documents, tl.int32)  # the answer is one of so many from `document` on
+    left = tl.cast(n_documents, tl.int32)  # the answer is in [document, document + left)
     while left > 1:
         half = left // 2
         begins = tl.load(cu_seqlens_ptr + document + half)
@@ -70,10 +70,10 @@ def document_of(
 
 
 def mask_arguments(dropout: Dropout | None, cu_seqlens: torch.Tensor | None = None) -> dict[str, Any]:
-    """What a kernel needs of `dropout`, by the names of its arguments; rows are packed documents with cu_seqlens.
+    """Return the kernel arguments that describe `dropout`, by name. With cu_seqlens the rows are packed documents.
 
-    Kernels take n_samples unspecialised: it changes with each batch of documents, and where it is the constant 1, the
-    bisection goes, over which Triton 3.6 fails.
+    Kernels do not specialise on n_samples. It changes with each batch of documents; and Triton 3.6 fails on the binary
+    search if n_samples is the constant 1.
     """
     if dropout is None or not is_active(dropout):
         return NOTHING
@@ -90,6 +90,6 @@ def mask_arguments(dropout: Dropout | None, cu_seqlens: torch.Tensor | None = No
 
 
 def mask_stream(dropout: Dropout) -> int:
-    """The counter's last word. The same 32 bits signed: as an int64 it would select Philox4x64."""
+    """Return the counter's last word as a signed 32-bit number, because an int64 would select Philox4x64."""
     stream = dropout.layer << 16 | dropout.kind << 12
     return stream - (stream >> 31 << 32)

@@ -1,14 +1,14 @@
-"""Triton kernels of what follows a linear layer's product, where it is a pass of its own: forward and backward.
+"""Triton kernels of a linear layer's epilogue as a separate pass, forward and backward, and their launchers.
 
     out = residual + drop(gelu_new(x))           each part optional
     dpre = drop(dout) gelu_new'(pre)             act = gelu_new(pre)          db = sum over rows of dpre
 
-This is all of gelu and dropout_add, and linear beside a product of cuBLAS. Elements are loaded and stored in their own
-dtype; arithmetic is float32 and rounded once. A pass is bound by memory, so that act and db, which the weight gradient
-and the bias need, come out of the pass that reads pre anyway. Deterministic: each of P programs adds its rows in order,
-in registers, and writes one partial row; a second kernel adds the P partials in order.
+gelu and dropout_add are this pass alone; linear runs it after a product of cuBLAS. Elements are loaded and stored in
+their own dtype; arithmetic is float32 and rounded once. A pass is bound by memory, so the pass that reads pre also
+writes act, which the weight gradient needs, and adds up db. Deterministic: each of P programs adds its rows in order,
+in registers, and writes one partial row; a second kernel adds the P partial rows in order.
 
-N rows, F columns, P partial sums.
+N rows, F columns, B samples, P partial sums.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from phi1.kernels.core.tiles import tile
 from phi1.kernels.pointwise.dropout_triton import dropped_tile, mask_arguments
 from phi1.kernels.pointwise.gelu_triton import gelu_new, gelu_new_and_slope
 
-# At phi-1's N = 16,384 and F = 8,192 the partials are 1 % of the backward's traffic.
+# At phi-1's N = 16,384 and F = 8,192 the partial sums are 1 % of the backward's memory traffic.
 MAX_PARTIALS = 128
 SUM_BLOCK_P, SUM_BLOCK_F = 64, 32
 
@@ -39,10 +39,10 @@ CANDIDATES = {
 
 @triton.jit(do_not_specialize=["n_samples"])
 def epilogue_forward_kernel(
-    x_ptr,  # [N, F]
+    x_ptr,  # [N, F] input
     residual_ptr,  # [N, F], or None
-    out_ptr,  # [N, F]
-    rng_ptr,  # [2] int64, or None where nothing is dropped
+    out_ptr,  # [N, F] output
+    rng_ptr,  # [2] int64, or None if nothing is dropped
     sample_ids_ptr,  # [B] int64, or None
     cu_seqlens_ptr,  # [B + 1] int32 of packed rows, or None
     n_rows,
@@ -78,12 +78,12 @@ def epilogue_forward_kernel(
 
 @triton.jit(do_not_specialize=["n_samples"])
 def epilogue_backward_kernel(
-    dout_ptr,  # [N, F]
-    pre_ptr,  # [N, F], or None without gelu_new
-    dpre_ptr,  # [N, F], or None
-    act_ptr,  # [N, F] gelu_new(pre), or None
-    db_partial_ptr,  # [P, F] float32, or None
-    rng_ptr,  # [2] int64, or None where nothing is dropped
+    dout_ptr,  # [N, F] gradient of the output
+    pre_ptr,  # [N, F] input of gelu_new, or None without it
+    dpre_ptr,  # [N, F] output, or None
+    act_ptr,  # [N, F] output gelu_new(pre), or None
+    db_partial_ptr,  # [P, F] float32 output, or None
+    rng_ptr,  # [2] int64, or None if nothing is dropped
     sample_ids_ptr,  # [B] int64, or None
     cu_seqlens_ptr,  # [B + 1] int32 of packed rows, or None
     n_rows,
@@ -100,7 +100,7 @@ def epilogue_backward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """One program per partial row and COLS columns; it takes every P-th group of ROWS rows."""
+    """One program per partial row and COLS columns. It works on every P-th group of ROWS rows."""
     tiles_f = tl.cdiv(n_cols, COLS)
     pid_p, pid_f = tl.program_id(0) // tiles_f, tl.program_id(0) % tiles_f
     offs_f = pid_f.to(tl.int64) * COLS + tl.arange(0, COLS)  # [COLS]
@@ -132,8 +132,8 @@ def epilogue_backward_kernel(
 
 @triton.jit
 def column_sum_kernel(
-    partial_ptr,  # [P, F] float32
-    out_ptr,  # [F]
+    partial_ptr,  # [P, F] float32 input
+    out_ptr,  # [F] output
     n_partials,
     n_cols,
     BLOCK_P: tl.constexpr,
@@ -155,7 +155,10 @@ def launch_epilogue_forward(
     x: torch.Tensor, residual: torch.Tensor | None, gelu: bool, dropout: Dropout | None,
     out: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """residual + drop(gelu_new(x)) of x [N, F], into `out` if that is given; `out` may be x. cu_seqlens: the mask's."""
+    """Return residual + drop(gelu_new(x)) for x [N, F], written to `out` if given, which may be x.
+
+    cu_seqlens is for the dropout mask.
+    """
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     mask = mask_arguments(dropout, cu_seqlens)
     x, residual, wide_out = _rows(mask["rng_ptr"] is None, _readable(x), _readable(residual), out)
@@ -174,9 +177,9 @@ def launch_epilogue_backward(
     dout: torch.Tensor, pre: torch.Tensor | None, dropout: Dropout | None, *, dpre: torch.Tensor | None = None,
     act: torch.Tensor | None = None, bias: bool = False,
 ) -> torch.Tensor | None:
-    """Fill dpre and act [N, F] where they are given, from dout and pre [N, F]; db [F] if `bias`. dpre may be dout.
+    """Fill dpre and act [N, F], if given, from dout and pre [N, F]. Return db [F] if `bias`, else None.
 
-    The columns of dpre and act lie next to each other. pre is None without gelu_new.
+    The columns of dpre and act have stride 1. dpre may be dout. pre is None without gelu_new.
     """
     partial = launch_epilogue_backward_partial(dout, pre, dropout, dpre=dpre, act=act, bias=bias)
     if partial is None:
@@ -190,7 +193,7 @@ def launch_epilogue_backward_partial(
     dout: torch.Tensor, pre: torch.Tensor | None, dropout: Dropout | None, *, dpre: torch.Tensor | None = None,
     act: torch.Tensor | None = None, bias: bool = True,
 ) -> torch.Tensor | None:
-    """`launch_epilogue_backward`, with db as partial sums [P, F] float32."""
+    """Do the same as `launch_epilogue_backward`, but return db as partial sums [P, F] float32."""
     mask = mask_arguments(dropout)
     dout, pre, dpre, act = _rows(mask["rng_ptr"] is None and not bias, _readable(dout), _readable(pre), dpre, act)
     n_rows, n_cols = dout.shape
@@ -209,7 +212,7 @@ def launch_epilogue_backward_partial(
 
 
 def column_sum(partial: torch.Tensor, out: torch.Tensor) -> None:
-    """out [F] = the sum over rows of partial [P, F] float32."""
+    """Fill out [F] with the sums over the rows of partial [P, F] float32."""
     n_partials, n_cols = partial.shape
     if n_cols:
         column_sum_kernel[(triton.cdiv(n_cols, SUM_BLOCK_F),)](
@@ -219,12 +222,12 @@ def column_sum(partial: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _readable(x: torch.Tensor | None) -> torch.Tensor | None:
-    """x [N, F] with its columns next to each other."""
+    """Return x [N, F] with columns of stride 1, a copy if needed."""
     return x if x is None or x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
 
 
 def _rows(flat: bool, *tensors: torch.Tensor | None) -> list[Any]:
-    """[N, F] tensors as the kernels take them: one long row each where rows do not matter and memory allows."""
+    """Return the [N, F] tensors as the kernels read them: as one long row each if `flat` and all are contiguous."""
     if flat and all(x is None or x.is_contiguous() for x in tensors):
         return [x if x is None else x.view(1, -1) for x in tensors]
     return list(tensors)

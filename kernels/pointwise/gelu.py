@@ -1,10 +1,11 @@
-"""gelu_new, the tanh form of GELU (Hendrycks and Gimpel, arXiv 1606.08415): the operator, the CPU path, the reference.
+"""gelu_new, the tanh form of GELU (Hendrycks and Gimpel, arXiv 1606.08415).
 
     y = x s(x)      s(x) = sigmoid(u(x))      u(x) = 2 sqrt(2 / pi) (x + 0.044715 x^3)
-    y' = s + y (1 - s) u'                     which is x / 2 (1 + tanh(u / 2)), and its derivative
+    y' = s + y (1 - s) u'                     because y = x / 2 (1 + tanh(u / 2))
 
-Computed in float32, rounded once. Saves x. On CPUs it runs in strips that stay in the caches, with PyTorch's sigmoid:
-with AVX-512 this takes a sixth of the time of PyTorch's tanh, and one sigmoid serves y and y' together.
+Arithmetic is float32 and rounded once. Saved for the backward: x. On CPUs it runs in strips of rows that stay in the
+caches, with PyTorch's sigmoid: with AVX-512 this takes a sixth of the time of PyTorch's tanh, and one sigmoid serves
+both y and y'.
 
 N rows, F width.
 """
@@ -21,11 +22,11 @@ from phi1.kernels.core.checks import check_float, check_tensors
 from phi1.kernels.core.constants import GELU_CUBIC, GELU_LINEAR
 from phi1.kernels.core.cpu_memory import empty
 
-STRIP_ELEMENTS = 1 << 18  # measured: 1 MiB a float32 strip; half of it takes 1.08 times as long, twice it as long
+STRIP_ELEMENTS = 1 << 18  # 1 MiB of float32; measured: half of it takes 1.08 times the time, twice of it the same time
 
 
 def gelu_forward(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """gelu_new(x) of x [N, F], into `out` if that is given. Nothing is checked."""
+    """Return gelu_new(x) for x [N, F], written to `out` if given. Arguments are not checked."""
     out = x.new_empty(x.shape) if out is None else out
     if use_triton(x):
         from phi1.kernels.pointwise.epilogue_triton import launch_epilogue_forward
@@ -44,7 +45,7 @@ def gelu_forward(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tens
 def gelu_backward(
     dy: torch.Tensor, x: torch.Tensor, dx: torch.Tensor | None = None, y: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The gradient of x, into `dx` if that is given; gelu_new(x) into `y` if that is. Nothing is checked."""
+    """Return the gradient of x, written to `dx` if given. Write gelu_new(x) to `y` if given. Nothing is checked."""
     dx = x.new_empty(x.shape) if dx is None else dx
     if use_triton(x):
         from phi1.kernels.pointwise.epilogue_triton import launch_epilogue_backward
@@ -70,7 +71,7 @@ def gelu_backward(
 
 
 def _line(constant: float, slope: float, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """constant + slope x, in one pass."""
+    """Return constant + slope x, in one pass over memory."""
     return torch.add(_constant(constant), x, alpha=slope, out=out)
 
 
@@ -80,7 +81,7 @@ def _constant(x: float) -> torch.Tensor:
 
 
 def _strips(x: torch.Tensor, n: int) -> Iterator[tuple[slice, list[torch.Tensor]]]:
-    """(rows, n float32 strips) for as many rows of x [N, F] at a time as the caches hold."""
+    """Yield (rows, n float32 buffers) for strips of x [N, F] that fit the caches."""
     n_rows, width = x.shape
     step = min(max(1, STRIP_ELEMENTS // max(1, width)), max(1, n_rows))
     strips = empty((n, step, width), dtype=torch.float32, device=x.device)
@@ -125,7 +126,7 @@ _gelu_op.register_autograd(_autograd, setup_context=_setup)
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
-    """gelu_new of each element.
+    """Return gelu_new of each element.
 
     Args:
         x: any shape, float16, bfloat16 or float32.
@@ -134,7 +135,7 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
         x's shape and dtype, contiguous.
 
     Raises:
-        TypeError: x is not a tensor of such a dtype.
+        TypeError: x is not a tensor, or has another dtype.
 
     Source: Hendrycks and Gimpel, "Gaussian error linear units", arXiv 1606.08415, the tanh approximation.
     """
@@ -146,11 +147,11 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 def gelu_reference(x: torch.Tensor) -> torch.Tensor:
-    """`gelu` in plain differentiable PyTorch."""
+    """Compute `gelu` in plain differentiable PyTorch."""
     return gelu_new(x)
 
 
 def gelu_new(x: torch.Tensor) -> torch.Tensor:
-    """gelu_new(x) in plain differentiable PyTorch."""
+    """Return gelu_new(x) in plain differentiable PyTorch."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.sigmoid(GELU_LINEAR * wide + GELU_CUBIC * wide**3)).to(x.dtype)

@@ -1,6 +1,6 @@
-"""gelu_new inside Triton kernels, alone and with its derivative for one exponential; formulas in `gelu.py`.
+"""gelu_new inside Triton kernels, alone and together with its derivative. `gelu.py` has the formulas.
 
-Arguments and results are float32.
+Arguments and results are float32. Each function computes one exponential.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ SLOPE_SQUARE = tl.constexpr(3 * constants.GELU_CUBIC)
 
 @triton.jit
 def gelu_new(x):
-    """y = x s(x)."""
+    """Return y = x s(x)."""
     return x * tl.sigmoid(x * (x * x * CUBIC + LINEAR))
 
 
 @triton.jit
 def gelu_new_and_slope(x):
-    """(y, y')."""
+    """Return (y, y')."""
     square = x * x
     s = tl.sigmoid(x * (square * CUBIC + LINEAR))
     y = x * s

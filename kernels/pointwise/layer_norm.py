@@ -2,8 +2,8 @@
 
     y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
 
-Any dtype is computed in float32, and mean and rstd are saved for the backward as float32. The formulas of the backward
-are in `layer_norm_triton.py`. Gradients are deterministic.
+Arithmetic is float32 for every dtype. Saved for the backward: x, and mean and rstd in float32. `layer_norm_triton.py`
+has the formulas of the backward. Gradients are deterministic.
 
 N rows, D width.
 """
@@ -16,13 +16,13 @@ from phi1.kernels.core.backend import operator, reference_forced, use_triton
 from phi1.kernels.core.checks import check_alike, check_float, check_real, check_shape, check_tensors, require, shape_of
 from phi1.kernels.core.cpu_memory import empty
 
-MAX_WIDTH = 8192  # of the kernels, which keep a row in registers
+MAX_WIDTH = 8192  # the kernels keep a row in registers
 
 
 def layer_norm_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, mean [N], rstd [N]) of x [..., D]."""
+    """Return (y, mean [N], rstd [N]) for x [..., D]."""
     rows = _rows(x)
     if use_triton(x):
         from phi1.kernels.pointwise.layer_norm_triton import launch_layer_norm_forward
@@ -36,7 +36,7 @@ def layer_norm_forward(
 def add_layer_norm_forward(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(x + residual, y, mean [N], rstd [N]) of x [..., D]."""
+    """Return (x + residual, y, mean [N], rstd [N]) for x [..., D]."""
     if use_triton(x):
         from phi1.kernels.pointwise.layer_norm_triton import launch_layer_norm_forward
 
@@ -56,9 +56,9 @@ def layer_norm_backward(
     rstd: torch.Tensor,
     residual_grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dweight, dbias), where dx already holds `residual_grad` if that is given.
+    """Return (dx, dweight, dbias). dx includes `residual_grad` if that is given.
 
-    x [..., D] is what was normalised; mean and rstd [N] are what the forward saved.
+    x [..., D] is the input of the normalisation; mean and rstd [N] are the forward's.
     """
     residual_rows = None if residual_grad is None else _rows(residual_grad)
     if use_triton(x):
@@ -79,7 +79,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def _torch_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    # The CPU kernel takes 16-bit rows with float32 parameters, and then returns float32 statistics.
+    # With 16-bit rows and float32 parameters the CPU kernel returns float32 statistics.
     rows = x if x.is_cpu else x.float()
     y, mean, rstd = torch.native_layer_norm(rows, (x.shape[-1],), weight.float(), bias.float(), eps)
     return y.to(x.dtype), mean.view(-1), rstd.view(-1)
@@ -88,8 +88,8 @@ def _torch_forward(
 def _torch_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    # On bfloat16 rows the CPU kernel sums dweight and dbias in bfloat16: 7 % wrong over 2048 rows. Widening the rows
-    # costs no time there, for the float32 kernel is faster by as much.
+    # The CPU kernel sums dweight and dbias of bfloat16 rows in bfloat16, an error of 7 % over 2048 rows. Converting
+    # the rows to float32 costs no time, because the float32 kernel is faster by as much.
     wide = weight.float()
     dy_wide, x_wide = (empty(t.shape, dtype=torch.float32, device=x.device).copy_(t) for t in (dy, x))
     dx, dw, db = torch.ops.aten.native_layer_norm_backward(
@@ -168,7 +168,7 @@ def _add_layer_norm_setup(ctx, inputs, output) -> None:
 
 
 def _add_layer_norm_autograd(ctx, dh, dy, *_):
-    if dy is None:  # the normalised output had no part in the loss
+    if dy is None:  # the loss does not depend on the normalised output
         return dh, dh, None, None, None
     dx, dw, db = torch.ops.phi1.layer_norm_backward(dy, *ctx.saved_tensors, dh)
     return dx, dx, dw, db, None
@@ -191,7 +191,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
         [..., D] in x's dtype, contiguous.
 
     Raises:
-        TypeError: an argument is not a tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or has another dtype.
         ValueError: a shape, a device or eps breaks its rule.
         NotImplementedError: D is more than 8192 where the Triton kernel runs.
 
@@ -214,11 +214,11 @@ def add_layer_norm(
         weight, bias, eps: as for `layer_norm`.
 
     Returns:
-        x + residual, and its normalisation; both [..., D] in x's dtype, contiguous. The sum is rounded to that dtype
+        (x + residual, its normalisation), both [..., D] in x's dtype, contiguous. The sum is rounded to that dtype
         before it is normalised.
 
     Raises:
-        As `layer_norm`; also for a residual of another shape, dtype or device.
+        The errors of `layer_norm`, also for a residual of another shape, dtype or device.
     """
     check_tensors("add_layer_norm", x=x, residual=residual)
     _check("add_layer_norm", x, weight, bias, eps)
@@ -247,7 +247,7 @@ def _check(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, e
 def layer_norm_reference(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5
 ) -> torch.Tensor:
-    """`layer_norm` in plain differentiable PyTorch."""
+    """Compute `layer_norm` in plain differentiable PyTorch."""
     wide = torch.promote_types(x.dtype, torch.float32)
     centred = x.to(wide) - x.to(wide).mean(dim=-1, keepdim=True)
     rstd = torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps)
@@ -257,6 +257,6 @@ def layer_norm_reference(
 def add_layer_norm_reference(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`add_layer_norm` in plain differentiable PyTorch."""
+    """Compute `add_layer_norm` in plain differentiable PyTorch."""
     h = x + residual
     return h, layer_norm_reference(h, weight, bias, eps)

@@ -5,11 +5,11 @@
     dweight = sum over rows of dy * x_hat;  dbias = sum over rows of dy
 
 Rows are loaded and stored in their own dtype; arithmetic and sums are float32; mean and rstd are saved as float32. With
-a residual, h is rounded to its dtype before the statistics, so that the backward sees the h that was stored.
+a residual, h is rounded to its dtype before the statistics, so that the backward sees the same h.
 
-The backward reads rows ahead of those it works on, into shared memory. It is deterministic: each of P programs adds
-its rows' dweight and dbias in order, in registers, and writes one partial row; a second kernel adds the P partials in
-order. P depends on the shape and the tile, not on the GPU.
+The backward prefetches rows into shared memory. It is deterministic: each of P programs adds the dweight and dbias of
+its rows in order, in registers, and writes one partial row; a second kernel adds the P partial rows in order. P depends
+on the shape and the tile, not on the GPU.
 
 N rows, D width, P partial sums.
 """
@@ -23,8 +23,8 @@ import triton.language as tl
 from phi1.kernels.core.constants import FP_FUSION
 from phi1.kernels.core.tiles import tile
 
-# At phi-1's N = 16,384 the partials are 5 % of the backward's traffic. 512 programs of 4 warps and up to 128 registers
-# a thread are resident at once on 132 SMs, with no second wave.
+# At phi-1's N = 16,384 the partial sums are 5 % of the backward's memory traffic. 132 SMs hold 512 programs of 4 warps
+# and up to 128 registers a thread at once, so there is no second wave.
 MAX_PARTIALS = 512
 SUM_BLOCK_P, SUM_BLOCK_D = 64, 16
 CANDIDATES = {
@@ -41,10 +41,10 @@ def layer_norm_forward_kernel(
     residual_ptr,  # [N, D] added to the input, or None
     weight_ptr,  # [D]
     bias_ptr,  # [D]
-    h_ptr,  # [N, D] input + residual, or None
+    h_ptr,  # [N, D] output: input + residual, or None
     y_ptr,  # [N, D] output
-    mean_ptr,  # [N] float32
-    rstd_ptr,  # [N] float32
+    mean_ptr,  # [N] float32 output, for the backward
+    rstd_ptr,  # [N] float32 output, for the backward
     n_rows,
     eps,
     D: tl.constexpr,
@@ -54,7 +54,7 @@ def layer_norm_forward_kernel(
     """One program per ROWS whole rows."""
     offs_n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    # D is a constexpr so that the mask is provably constant over 8 lanes: one 16-byte load, not eight of 2 bytes.
+    # D is a constexpr, so the compiler proves that the mask is constant over 8 lanes: one 16-byte load, not eight of 2.
     mask_n, mask_d = offs_n < n_rows, offs_d < D
     offs = offs_n[:, None] * D + offs_d[None, :]  # [ROWS, BLOCK_D]
     mask = mask_n[:, None] & mask_d[None, :]
@@ -79,15 +79,15 @@ def layer_norm_forward_kernel(
 
 @triton.jit
 def layer_norm_backward_kernel(
-    dy_ptr,  # [N, D]
-    x_ptr,  # [N, D] what was normalised
+    dy_ptr,  # [N, D] gradient of the output
+    x_ptr,  # [N, D] h of the forward
     dresidual_ptr,  # [N, D] added to dx, or None
     weight_ptr,  # [D]
     mean_ptr,  # [N] float32
     rstd_ptr,  # [N] float32
-    dx_ptr,  # [N, D]
-    dw_partial_ptr,  # [P, D] float32
-    db_partial_ptr,  # [P, D] float32
+    dx_ptr,  # [N, D] output
+    dw_partial_ptr,  # [P, D] float32 output
+    db_partial_ptr,  # [P, D] float32 output
     n_rows,
     n_partials,
     D: tl.constexpr,
@@ -95,14 +95,14 @@ def layer_norm_backward_kernel(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program per partial row; it takes every P-th group of ROWS rows."""
+    """One program per partial row. It works on every P-th group of ROWS rows."""
     pid = tl.program_id(0)
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     mask_d = offs_d < D
     weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK_D], dtype=tl.float32)
     db = tl.zeros([BLOCK_D], dtype=tl.float32)
-    # The next rows are on their way to shared memory while these are worked on.
+    # The loop is pipelined: the next rows are loaded into shared memory while these are worked on.
     for first in tl.range(pid * ROWS, n_rows, n_partials * ROWS, num_stages=STAGES):
         offs_n = first + tl.arange(0, ROWS)  # [ROWS]
         mask_n = offs_n < n_rows
@@ -113,7 +113,7 @@ def layer_norm_backward_kernel(
         mean = tl.load(mean_ptr + offs_n, mask=mask_n, other=0.0)
         rstd = tl.load(rstd_ptr + offs_n, mask=mask_n, other=0.0)
 
-        # Outside the mask dy is 0, and every sum below has it as a factor.
+        # dy is 0 outside the mask, and it is a factor of every sum below.
         x_hat = (x - mean[:, None]) * rstd[:, None]
         g = dy * weight[None, :]
         mean_g = tl.sum(g, axis=1) / D  # [ROWS]
@@ -158,7 +158,7 @@ def sum_partials_kernel(
 def launch_layer_norm_forward(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(h, y, mean, rstd) of contiguous rows x [N, D]; h is x itself where there is no residual."""
+    """Return (h, y, mean, rstd) for contiguous rows x [N, D]. Without a residual h is x itself."""
     n_rows, width = x.shape
     h = x if residual is None else torch.empty_like(x)
     y = torch.empty_like(x)
@@ -178,7 +178,7 @@ def launch_layer_norm_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor,
     dresidual: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dweight, dbias) of contiguous rows [N, D]."""
+    """Return (dx, dweight, dbias) for contiguous rows [N, D]."""
     n_rows, width = x.shape
     t = tile("layer_norm", "backward", x.device, width=width)
     n_partials = max(1, min(MAX_PARTIALS, triton.cdiv(n_rows, t["rows"])))

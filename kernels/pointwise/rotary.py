@@ -2,11 +2,11 @@
 
 With a = x[..., :R/2] and b = x[..., R/2:R] of a head, and the angle's cosine c and sine s at the row's position:
 
-    a' = a c - b s        b' = b c + a s        dimensions R..K stay
+    a' = a c - b s        b' = b c + a s        dimensions R..K do not change
 
-The inverse, which is also the backward, has -s for s. Computed in float32, rounded once to x's dtype. Saves nothing but
-the tables and positions. `rotary_` works in place and has no backward: an operator that writes into its input cannot
-have one.
+The inverse has -s for s, and is also the backward. Arithmetic is float32, rounded once to x's dtype. Saved for the
+backward: the tables and the positions. `rotary_` works in place and has no backward, because an operator that writes
+into its input cannot have one.
 
 N rows, T positions, H heads, K head size, R rotary dimension, S = 1 (q), 2 (q, k) or 3 (q, k, v).
 """
@@ -34,15 +34,15 @@ from phi1.kernels.core.philox import document_positions
 def rows_of_tables(
     cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, sin) at each row's position, as `rotate_` takes them: [N, R], the sine negative in front."""
-    c, s = cos.index_select(0, positions), sin.index_select(0, positions)  # a third of the time of cos[positions]
+    """Return cos and sin at each row's position, as `rotate_` reads them: [N, R], with -sin in the first half."""
+    c, s = cos.index_select(0, positions), sin.index_select(0, positions)  # takes a third of the time of cos[positions]
     return torch.cat((c, c), -1), torch.cat((-s, s), -1)
 
 
 def rotate_rows_(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, inverse: bool = False
 ) -> None:
-    """Rotate q and k of x [N, S, H, K], any strides, in place, each row by its position. Nothing is checked."""
+    """Rotate q and k of x [N, S, H, K], any strides, in place, each row by its position. Arguments are not checked."""
     if use_triton(x):
         from phi1.kernels.pointwise.rotary_triton import launch_rotary
 
@@ -53,9 +53,9 @@ def rotate_rows_(
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool = False) -> None:
-    """Rotate x [..., K] in place by cos and sin [..., R] that broadcast. Nothing is checked."""
+    """Rotate x [..., K] in place by cos and sin [..., R] that broadcast. Arguments are not checked."""
     rotated = x[..., : cos.shape[-1]]
-    # In two steps each way: PyTorch converts only contiguous elements fast.
+    # PyTorch converts only contiguous elements fast, so the copy comes before the conversion.
     wide = rotated if x.dtype == torch.float32 else rotated.clone(memory_format=torch.contiguous_format).float()
     a, b = wide.chunk(2, dim=-1)
     swapped = torch.cat((b, a), dim=-1, out=empty(wide.shape, dtype=wide.dtype, device=x.device))
@@ -67,7 +67,7 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool
 def rotary_forward(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, inverse: bool
 ) -> torch.Tensor:
-    """x [N, S, H, K] with q and k rotated, contiguous. Nothing is checked."""
+    """Return x [N, S, H, K] with q and k rotated, contiguous. Arguments are not checked."""
     if use_triton(x):
         from phi1.kernels.pointwise.rotary_triton import launch_rotary
 
@@ -121,17 +121,17 @@ def rotary(
     """Rotate q and k by their positions.
 
     Args:
-        x: [N, S, H, K], float16, bfloat16 or float32; S is 1 for q or k, 2 for both, 3 for q, k and v, which stays.
-        cos: [T, R/2] float32, cosine of position times frequency; R at most K. A constant: it gets no gradient.
-        sin: as cos.
+        x: [N, S, H, K], float16, bfloat16 or float32. S is 1 for q or k, 2 for both, 3 for q, k and v; v is copied.
+        cos: [T, R/2] float32, the cosine of position times frequency; R is at most K. It gets no gradient.
+        sin: [T, R/2] float32, the sine. It gets no gradient.
         positions: [N] int32 or int64, at least 0 and less than T. Checked on CPU and under `check_values(True)`.
-        inverse: rotate back.
+        inverse: True rotates back.
 
     Returns:
         [N, S, H, K] in x's dtype, contiguous.
 
     Raises:
-        TypeError: an argument is of another type, or x not of a floating-point dtype.
+        TypeError: an argument has another type, or x is not of a floating-point dtype.
         ValueError: a shape, a device, a table's dtype or a position breaks its rule.
 
     Source: Su et al., "RoFormer", arXiv 2104.09864; halves paired as in GPT-NeoX.
@@ -145,11 +145,11 @@ def rotary(
 def rotary_(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, *, inverse: bool = False
 ) -> torch.Tensor:
-    """`rotary` in place, for decoding: it has no backward, and reads and writes nothing but what is rotated.
+    """Rotate q and k in place, for decoding. Only the rotated elements are read and written. It has no backward.
 
     Args:
-        x: as for `rotary`; any strides, for example columns of a projection. It must not require a gradient, and no two
-            of its elements may share memory.
+        x: as for `rotary`, with any strides, for example columns of a projection. It must not require a gradient, and
+            no two of its elements may share memory.
         cos, sin, positions, inverse: as for `rotary`.
 
     Returns:
@@ -157,7 +157,7 @@ def rotary_(
 
     Raises:
         TypeError: as `rotary`.
-        ValueError: as `rotary`; x requires a gradient, or is expanded.
+        ValueError: as `rotary`, or x requires a gradient or is expanded.
     """
     _check("rotary_", x, cos, sin, positions, inverse)
     require(not x.requires_grad, "rotary_", "x must not require a gradient: `rotary` has a backward", "one that does")
@@ -192,7 +192,7 @@ def check_tables(op: str, cos: torch.Tensor, sin: torch.Tensor, x: torch.Tensor,
 
 
 def check_positions(op: str, positions: torch.Tensor, n_rows: int, table: torch.Tensor) -> None:
-    """Raise unless positions is an integer [N] on the table's device, its values rows of the table."""
+    """Raise unless positions is an integer [N] on the table's device and holds indices of the table's rows."""
     require(positions.dtype in (torch.int32, torch.int64), op, "positions must be int32 or int64",
             str(positions.dtype).removeprefix("torch."))
     check_device(op, "positions", positions, "cos", table)
@@ -208,8 +208,11 @@ def default_positions(
     device: torch.device,
     before: int = 0,
 ) -> torch.Tensor:
-    """Position of each row [N]: within its document; else within its sequence, of which `before` tokens are seen
-    already, from where that starts, at least 0."""
+    """Return the position of each row [N] within its document, or without cu_seqlens within its sequence.
+
+    `before` tokens of each sequence precede these rows. With seq_starts, positions count from the first real token;
+    rows before it have position 0.
+    """
     if cu_seqlens is not None:
         return document_positions(cu_seqlens, n_rows)[1]
     index = torch.arange(before, before + n_rows // max(batch, 1), device=device).expand(batch, -1)
@@ -221,14 +224,14 @@ def default_positions(
 def rotary_reference(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, *, inverse: bool = False
 ) -> torch.Tensor:
-    """`rotary` in plain differentiable PyTorch."""
+    """Compute `rotary` in plain differentiable PyTorch."""
     return torch.cat((rotate_reference(x[:, :2], cos.detach(), sin.detach(), positions, inverse), x[:, 2:]), dim=1)
 
 
 def rotate_reference(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, inverse: bool = False
 ) -> torch.Tensor:
-    """x [N, S, H, K] rotated, in plain differentiable PyTorch."""
+    """Return x [N, S, H, K] rotated, in plain differentiable PyTorch."""
     half = cos.shape[1]
     wide = torch.promote_types(x.dtype, torch.float32)
     c, s = (table[positions].to(wide)[:, None, None, :] for table in (cos, -sin if inverse else sin))

@@ -1,10 +1,11 @@
-"""Triton kernel of rotary and its in-place variant, and the launcher; formulas in `rotary.py`.
+"""Triton kernel of rotary and its in-place variant, and the launcher. `rotary.py` has the formulas.
 
-The two halves of a head's rotary dimensions are loaded as blocks of their own, so that a pair meets in one thread, and
-the rest of the head and v are copied past. Loaded and stored in x's dtype, rotated in float32, rounded once. A row
-whose position is not one of the tables' becomes NaN. In place, only what is rotated is read and written.
+The two halves of a head's rotary dimensions are loaded as separate blocks, so that one thread holds both elements of a
+pair. The rest of the head and v are copied. Elements are loaded and stored in x's dtype, rotated in float32 and rounded
+once. A row whose position is outside the tables becomes NaN. The in-place variant reads and writes only rotated
+elements.
 
-N rows, T positions, H heads, K head size, R rotary dimension, S of q, k, v.
+N rows, T positions, H heads, K head size, R rotary dimension, S = 1 (q), 2 (q, k) or 3 (q, k, v).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ CANDIDATES = {
 
 @triton.jit
 def rotary_kernel(
-    x_ptr,  # [N, S, H, K]
-    out_ptr,  # [N, S, H, K]; x itself in place
+    x_ptr,  # [N, S, H, K] input
+    out_ptr,  # [N, S, H, K] output; x itself if IN_PLACE
     cos_ptr,  # [T, R/2] float32
     sin_ptr,  # [T, R/2] float32
     positions_ptr,  # [N] int32 or int64
@@ -85,7 +86,7 @@ def rotary_kernel(
 def launch_rotary(
     x: torch.Tensor, out: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, inverse: bool
 ) -> None:
-    """Fill out [N, S, H, K] with x rotated; out may be x itself. Any strides."""
+    """Fill out [N, S, H, K] with x rotated. Strides are free, and out may be x itself."""
     n_rows, parts, n_heads, head_dim = x.shape
     if not x.numel():
         return
