@@ -26,6 +26,7 @@ from phi1.train.prepare.selection import Selection
 from phi1.train.prepare.sources import Source, find_source, gather
 from phi1.train.prepare.workspace import chain, foreign_file, format_bytes, workspace
 from phi1.train.prepare.writer import CorpusWriter
+from phi1.train.runtime.launch import cores
 
 CHUNK_BYTES = 1 << 20
 """Text that a worker takes at a time; part of no result."""
@@ -131,7 +132,7 @@ def prepare(sources: str | Sequence[str], out: str | Path, *, tokenizer: str | P
         (work / NEW).mkdir()
         writer = CorpusWriter(work / NEW, chosen, shard_tokens=shard_tokens,
                               block_tokens=min(BLOCK_TOKENS, shard_tokens))
-        rate = _encode(selection, writer, work / NEW / "tokenizer", workers or _cores(), say)
+        rate = _encode(selection, writer, work / NEW / "tokenizer", workers or cores(), say)
         writer.close(made)
         manifest = read_manifest(work / NEW)
         while not done and not publish(work, place, (lambda old: _check_own(old, out)) if force else None):
@@ -234,7 +235,3 @@ def _summary(folder: Path, manifest: dict[str, Any], *, already_done: bool = Fal
              tokens_per_second: float = 0.0) -> Summary:
     return Summary(folder, manifest["fingerprint"], already_done, manifest["content"]["splits"],
                    manifest["made"].get("skipped", {}), seconds, tokens_per_second)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
