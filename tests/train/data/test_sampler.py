@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi1.train.data.corpus import sample_order
+from phi1.train.data.sampler import sample_order
 
 PINNED = [
     [7, 8, 2, 6, 9, 3, 0, 4],
