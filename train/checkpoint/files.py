@@ -190,11 +190,7 @@ def prune(folder: Path, keep: int, keep_every: int = 0, best: int | None = None)
 
 
 def remove_after(folder: Path, chosen: Path | None) -> list[str]:
-    """Remove the checkpoints after the one that the run resumes from, and the remains of a killed save.
-
-    Raises:
-        RunError: something cannot be removed.
-    """
+    """Remove checkpoints after the one that the run resumes from, and remains of a killed save, or raise RunError."""
     found = checkpoints(folder)
     later = found[found.index(chosen) + 1 :] if chosen else []
     for path in [*reversed(later), *folder.glob(".step-*.tmp")]:

@@ -120,12 +120,7 @@ def _rule(error: Any, key: str) -> str:
 
 
 def show_help(purpose: str | None, file: Path | None) -> None:
-    """Print the help; `file` is the recipe without --config, the nano run's if None.
-
-    Raises:
-        RunError: it cannot be written.
-        BrokenPipeError: the reader has gone away.
-    """
+    """Print the help; `file` is the recipe without --config, the nano run's if None. Raises RunError if it cannot."""
     try:
         print(f"{purpose}\nWithout --config: {file or SHOWN_PATH}. Keys, with what stands where no file sets them:\n\n"
               f"{help_text()}", flush=True)

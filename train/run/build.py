@@ -44,16 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run, one of each on every process.
-
-    Args:
-        trainer: new, or loaded from a checkpoint.
-        evaluation: evaluates the trainer when it is due.
-        saving: saves the trainer when it is due.
-        stop_signals: reasons to stop.
-        monitor: shows and records.
-        profiler: records some steps.
-    """
+    """The parts of a run, one of each on every process; its trainer is new, or loaded from a checkpoint."""
 
     trainer: Trainer
     evaluation: Evaluation

@@ -109,14 +109,9 @@ class RunFolder:
                     self.path.rmdir()
 
     def store(self, text: str, launch: str | None = None) -> None:
-        """Write config.toml, if it has changed.
+        """Write a recipe's TOML to config.toml, if it has changed. Raises RunError if it cannot be written.
 
-        Args:
-            text: the recipe as TOML.
-            launch: id of the torchrun launch, if it resumes from an older checkpoint; else None.
-
-        Raises:
-            RunError: it cannot be written.
+        `launch` is the id of the torchrun launch, if it resumes from an older checkpoint; else None.
         """
         temporary = self.config.with_suffix(".tmp")
         try:

@@ -21,11 +21,7 @@ MAY_DIFFER = ("attention_dropout", "residual_dropout", "initializer_range", "max
 
 
 def check_recipe(recipe: Recipe, rank: Rank) -> None:
-    """Check all that depends on the recipe alone; every process comes to the same answer.
-
-    Raises:
-        RunError: values that do not go together.
-    """
+    """Raise RunError for a recipe whose values do not fit together; every process comes to the same answer."""
     config, train, data = recipe.phi1_config(), recipe.train, recipe.data
     BatchPlan.of(train.batch_size, train.micro_batch_size, rank.rank, rank.world_size)
     rank.shard_group(recipe.run.shard_group)

@@ -90,11 +90,7 @@ def train(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: St
 
 
 def weights_of_last(built: Run) -> dict[str, Tensor]:
-    """Collective, at the end: gather the trained weights on rank 0's CPU; nothing on the other processes.
-
-    Raises:
-        RunError: a process has too little memory.
-    """
+    """Collective: gather the trained weights on rank 0's CPU. Raises RunError if a process has too little memory."""
     built.monitor.begin("the export")
     try:
         return gather_weights(built.trainer.model)

@@ -73,11 +73,7 @@ class Saving:
         self.monitor.record(lambda ledger: ledger.saved(done.step, done.measured()))
 
     def save(self, trainer: Trainer) -> None:
-        """Collective: save this step, unless that is done, and wait until it is written.
-
-        Raises:
-            RunError: it cannot be written.
-        """
+        """Collective: save this step, unless that is done, and wait for it. Raises RunError if it cannot be written."""
         if self.saver.in_flight:
             self.monitor.attempt(self.finish)
         if self.saved is None or self.saved.name != checkpoint_name(trainer.finished) or self.pending is not None:
