@@ -1,1 +1,1 @@
-"""Pretraining and its parts: data, configuration, step, checkpoint, ledger."""
+"""Pretraining: configuration, data, steps, checkpoints, ledger, and the commands on them."""

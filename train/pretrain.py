@@ -2,7 +2,7 @@
 
 Without arguments it trains `nano` on the standard library of this Python: data, tokenizer, model, evaluation,
 checkpoint and a Hugging Face export in runs/nano. `python train/pretrain.py` is the same in one process. The same
-command goes on with a run that was stopped.
+command resumes a run that was stopped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from phi1.train.runtime.launch import (
     stop_with,
 )
 
-if TYPE_CHECKING:  # what takes long to import is imported by main, where Ctrl-C finds somebody to catch it
+if TYPE_CHECKING:  # main imports the slow modules, where it can catch Ctrl-C
     from phi1.train.recipe.recipe import Recipe
     from phi1.train.run.folder import RunFolder
 
@@ -79,7 +79,7 @@ def start_or_resume(recipe: Recipe, folder: RunFolder, rank: Rank) -> int:
 
     replays, start = recipe.run.prove_resume > 0, Start()
     if rank.rank == 0:
-        # Stopped here, the preparation clears up after itself; later on StopSignals listens.
+        # A stop during the preparation raises KeyboardInterrupt, so that it cleans up; later StopSignals takes over.
         on_signals(signal.default_int_handler)
         start = (start_replay if replays else start_run)(recipe, folder, rank)
         if rank.world_size == 1 and start.complete:

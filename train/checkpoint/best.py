@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is the best."""
+"""The comparison by which one checkpoint of a run is the best."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Standing:
-    """What evaluations have found of a step; kept in the checkpoints from then on."""
+    """Results of a step's evaluations; later checkpoints keep those of the best step."""
 
     step: int
     loss: float
@@ -17,7 +17,7 @@ class Standing:
     """HumanEval's pass@1, if it was asked for."""
 
     def beats(self, other: Standing | None, rule: str) -> bool:
-        """Whether this step is to be preferred: by "validation" loss, or by "humaneval" and then the loss."""
+        """Compare with another step: by "validation" loss, or by "humaneval" and then the loss."""
         return other is None or self._merit(rule) > other._merit(rule)
 
     def _merit(self, rule: str) -> tuple[float, float]:

@@ -1,8 +1,8 @@
-"""Save and load a trainer: parameters, optimizer, loss scaler and step, by torch.distributed.checkpoint.
+"""Saves and loads a trainer: parameters, optimizer, loss scaler and step, by torch.distributed.checkpoint.
 
-The state is copied, and the training goes on while each process writes its shards into `.step-N.X.tmp`, forces them to
-the disk and hashes them; when all have, rank 0 adds the manifest and renames. A process that dies at any moment leaves
-the earlier checkpoints as they were.
+The state is copied, and training continues while each process writes its shards into `.step-N.X.tmp`, forces them to
+the disk and hashes them. When all have done so, rank 0 adds the manifest and renames the folder. If a process dies at
+any moment, the earlier checkpoints stay as they were.
 """
 
 from __future__ import annotations
@@ -26,27 +26,17 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 
 from phi1 import Phi1
-from phi1.train.checkpoint.files import (
-    STATE,
-    Notes,
-    checkpoint_name,
-    checkpoints,
-    commit,
-    describe,
-    prune,
-    step_of,
-)
+from phi1.train.checkpoint.files import STATE, Notes, checkpoint_name, checkpoints, commit, describe, prune, step_of
 from phi1.train.runtime.all_ranks import Failed, all_ranks, attempt, fail, reason_of
 from phi1.train.runtime.engine import PATIENCE, all_sum, gather
 from phi1.train.runtime.launch import RunError
 from phi1.train.step.trainer import Trainer
 
-# Metadata, manifest and rounding to blocks, beside the tensors' own bytes.
-MARGIN = 1 << 20
+MARGIN = 1 << 20  # metadata, manifest and rounding to blocks, beside the tensors' own bytes
 
 
 class Saver:
-    """Writes checkpoints while the training goes on: one at a time, each committed when all processes have written.
+    """Writes checkpoints while training continues: one at a time, each committed when all processes have written.
 
     Args:
         folder: the run's checkpoints/, on a disk that all processes share.
@@ -56,26 +46,26 @@ class Saver:
 
     def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
-        # A group of its own: its collectives run in another thread, beside the training's.
+        # A process group of its own, because its collectives run in another thread beside the training's.
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.get_world_size() > 1 else None
         self._pool = ThreadPoolExecutor(1, "checkpoint")
-        self._flying: _Flying | None = None
+        self._flying: _InFlight | None = None
 
     @property
     def in_flight(self) -> bool:
-        """Whether a checkpoint has been begun and neither committed nor given up; the same on every process."""
+        """True while a checkpoint is begun and neither committed nor given up; the same on every process."""
         return self._flying is not None
 
     def writes(self) -> bool:
-        """Whether this process still writes."""
+        """Return True while this process still writes."""
         return self._flying is not None and not self._flying.job.done()
 
     def begin(self, trainer: Trainer, facts: dict[str, Any]) -> None:
-        """Collective: copy the state of a trainer that rests between two steps, and begin to write it.
+        """Collective: copy the state of a trainer between two steps, and begin to write it.
 
         Args:
-            trainer: it may go on when this returns.
-            facts: JSON values to keep beside the tensors; the checkpoint of the step of "best" is kept as well.
+            trainer: it may take its next step when this returns.
+            facts: JSON values to keep beside the tensors; the checkpoint of the step in "best" is kept as well.
 
         Raises:
             RunError: on every process, if there is no space, or no folder can be made.
@@ -83,14 +73,14 @@ class Saver:
         assert not self.in_flight, "one checkpoint at a time"
         began = time.perf_counter()
         final = self.folder / checkpoint_name(trainer.finished)
-        # A name of this save alone: a worker of the attempt before may still be writing the same step.
+        # The name is unique to this save: a worker of the previous attempt may still be writing the same step.
         temporary = final.with_name(f".{final.name}.{all_ranks(lambda: secrets.token_hex(4))[0]}.tmp")
         state = _state(trainer)
         (held,) = all_sum(_local_bytes(state))
         notes = _counts(trainer) | facts
         best = facts["best"]["step"] if "best" in facts else None
         # A shard that several processes hold is written by one of them.
-        flying = _Flying(final, temporary, int(held / trainer.engine.replicas), began, best)
+        flying = _InFlight(final, temporary, int(held / trainer.engine.replicas), began, best)
         writer = dcp.FileSystemWriter(temporary)
         try:
             all_ranks(lambda: _make_room(temporary, flying.needed) if dist.get_rank() == 0 else None)
@@ -105,7 +95,7 @@ class Saver:
         """Collective: wait until every process has written, and give the checkpoint its name.
 
         Raises:
-            RunError: on every process, if it could not be written anywhere; earlier checkpoints are intact.
+            RunError: on every process, if one could not write it; earlier checkpoints are intact.
         """
         assert self._flying is not None
         flying, self._flying = self._flying, None
@@ -121,10 +111,10 @@ class Saver:
         return Saved(flying.final, step_of(flying.final), flying.needed, flying.stall + now - began, now - flying.began)
 
     def _copy(self, state: dict[str, Any], writer: dcp.FileSystemWriter) -> dict[str, Any]:
-        """The state in this process's memory, with a thread that waits to write it.
+        """Copy the state in this process's memory, with a thread ready to write it.
 
-        dcp.async_save does both and begins its collectives at once: where memory or threads lack on one process alone,
-        the others would be left in them, and the next save would read their messages.
+        dcp.async_save does the same but begins its collectives at once. If one process lacks memory or threads, the
+        others would stay in them, and the next save would read their messages.
         """
         self._pool.submit(int).result()
         return writer.stage(state)
@@ -134,11 +124,11 @@ class Saver:
         dcp.save(copied, storage_writer=writer, process_group=self._group)
         return _describe_own(Path(writer.path), notes)
 
-    def _commit(self, flying: _Flying, files: dict[str, list[int | str]]) -> None:
+    def _commit(self, flying: _InFlight, files: dict[str, list[int | str]]) -> None:
         commit(flying.temporary, flying.final, files)
         prune(self.folder, self.keep, self.keep_every, flying.best)
 
-    def _given_up(self, flying: _Flying, error: Failed) -> RunError:
+    def _given_up(self, flying: _InFlight, error: Failed) -> RunError:
         reason = _shortage(self.folder, flying.needed) or str(error)
         if dist.get_rank() == 0:
             shutil.rmtree(flying.temporary, ignore_errors=True)
@@ -147,7 +137,7 @@ class Saver:
 
 
 @dataclass
-class _Flying:
+class _InFlight:
     """A checkpoint that is being written."""
 
     final: Path
@@ -161,28 +151,25 @@ class _Flying:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is there, and what it cost."""
+    """A committed checkpoint and its cost."""
 
     path: Path
     step: int
     n_bytes: int
     stall: float
-    """Seconds in which the training waited."""
+    """Seconds for which the training waited."""
     seconds: float
-    """From its begin to its commit."""
+    """Time from its begin to its commit."""
 
     def measured(self) -> dict[str, float]:
         return {"bytes": self.n_bytes, "stall_seconds": self.stall, "seconds": self.seconds}
 
 
 def load_checkpoint(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
-    """Collective: bring a new trainer to a verified checkpoint's state, at any number of processes.
+    """Collective: load a verified checkpoint into a new trainer, with any number of processes; returns its notes.
 
-    One from before the usual loss or the skips in a row were noted begins those anew, which matters to
-    train.max_loss_jump and train.max_skips alone.
-
-    Returns:
-        The facts that were saved with it.
+    Older checkpoints have no usual loss and no count of skips in a row. These begin anew, which only affects
+    train.max_loss_jump and train.max_skips.
 
     Raises:
         RunError: it does not fit the trainer's model, or its notes lack something.
@@ -202,7 +189,7 @@ def load_checkpoint(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
 
 
 def state_hash(trainer: Trainer) -> str:
-    """Collective: a hash over all that a checkpoint holds of a trainer, bit by bit. Other shards give another one."""
+    """Collective: hash every bit of a trainer that a checkpoint holds. The hash depends on the sharding."""
     digest = hashlib.sha256(repr(_counts(trainer)).encode())
 
     def add(value: Any) -> None:
@@ -223,7 +210,7 @@ def state_hash(trainer: Trainer) -> str:
 
 
 def gather_weights(model: Phi1) -> dict[str, Tensor]:
-    """Collective: the whole fp32 parameters on rank 0's CPU; nothing on the other processes. Raises as `gather`."""
+    """Collective: return the whole fp32 parameters on rank 0's CPU, nothing on the other ranks. Raises as `gather`."""
     weights: dict[str, Tensor] = {}
     own = dist.get_rank() == 0
     gather(model, lambda name, whole: weights.update({name: whole.cpu()}) if own else None)
@@ -249,7 +236,7 @@ def _local_bytes(value: Any) -> int:
 
 
 def _make_room(temporary: Path, needed: int) -> None:
-    """An empty folder on a disk with enough space."""
+    """Make an empty folder, if the disk has enough space."""
     temporary.parent.mkdir(parents=True, exist_ok=True)
     if _shortage(temporary.parent, needed):
         raise OSError("not enough disk space")
@@ -257,7 +244,7 @@ def _make_room(temporary: Path, needed: int) -> None:
 
 
 def _shortage(folder: Path, needed: int) -> str:
-    """What to say if the disk is full, which PyTorch's message does not; "" if it is not."""
+    """Say how much space the disk lacks, which PyTorch's message does not; "" if it has enough."""
     free, needed = shutil.disk_usage(folder if folder.exists() else folder.parent).free, needed + MARGIN
     if free >= needed:
         return ""
@@ -266,7 +253,7 @@ def _shortage(folder: Path, needed: int) -> str:
 
 
 def _describe_own(temporary: Path, notes: dict[str, Any]) -> dict[str, list[int | str]]:
-    """Sizes and hashes of the files that this process wrote; rank 0 also writes the notes."""
+    """Return sizes and hashes of the files that this process wrote; rank 0 also writes the notes."""
     rank = dist.get_rank()
     own = list(temporary.glob(f"__{rank}_*.distcp"))
     if rank == 0:

@@ -1,4 +1,4 @@
-"""A checkpoint of a run as a model in Hugging Face's layout, in one process, whatever wrote it."""
+"""Converts a checkpoint to a model in Hugging Face's layout, in one process, for any number that wrote it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from phi1.train.runtime.launch import RunError
 
 
 def read_weights(checkpoint: Path) -> tuple[dict[str, torch.Tensor], Phi1Config]:
-    """The fp32 parameters and the model's configuration.
+    """Read the fp32 parameters and the model's configuration.
 
     Raises:
-        RunError: the checkpoint is damaged, not there, or from a version with other models than this one's.
+        RunError: the checkpoint is damaged, not there, or of a model that this version does not know.
     """
     try:
         return _read_weights(checkpoint)
     except (RunError, OSError):
         if checkpoint.is_dir():
             raise
-    newer = checkpoints(checkpoint.parent)  # for which a run that goes on removes its older ones
+    newer = checkpoints(checkpoint.parent)  # a run that continues replaces older checkpoints by newer ones
     raise RunError(f"checkpoint {checkpoint} is not there" + (f"; the newest is {newer[-1]}" if newer else ""))
 
 
@@ -43,9 +43,9 @@ def _read_weights(checkpoint: Path) -> tuple[dict[str, torch.Tensor], Phi1Config
     weights = {name: torch.empty(tensor.shape, dtype=torch.float32)
                for name, tensor in Phi1(config, device="meta").state_dict().items()}
     before = logging.root.manager.disable
-    logging.disable()  # the tracebacks of what is said below in one line
+    logging.disable()  # hides tracebacks of an error that is reported below in one line
     try:
-        with warnings.catch_warnings(action="ignore"):  # that there is one process, which is the intent
+        with warnings.catch_warnings(action="ignore"):  # the warning that there is only one process
             reader = dcp.FileSystemReader(checkpoint)
             problem, _ = attempt(lambda: dcp.load({"model": weights}, storage_reader=reader, no_dist=True))
     finally:
@@ -56,7 +56,7 @@ def _read_weights(checkpoint: Path) -> tuple[dict[str, torch.Tensor], Phi1Config
 
 
 def find_tokenizer(checkpoint: Path) -> Path | None:
-    """The tokenizer of the corpus that the run's config.toml names, or of its export; None if neither is there."""
+    """Find the tokenizer of the corpus in the run's config.toml, or of the run's export; None if neither is there."""
     run = checkpoint.resolve().parent.parent
     places = [run / "export"]
     try:
@@ -74,7 +74,7 @@ def convert(checkpoint: Path, out: Path, tokenizer: str | Path | None, dtype: st
         checkpoint: step-N of a run.
         out: a new or empty folder.
         tokenizer: a folder or Hub id; by default the run's own, if it is found.
-        dtype: "float16", "bfloat16" or "float32"; by default float32, as the run holds them.
+        dtype: "float16", "bfloat16" or "float32"; by default float32, as in the run.
 
     Raises:
         RunError: as `read_weights`.

@@ -1,7 +1,7 @@
-"""Checkpoint folders: which there are, which one to go on from, and whether it is whole.
+"""Checkpoint folders: their names, the choice of one to resume from, and the check that it is undamaged.
 
 `checkpoints/step-N/` appears by one rename, complete or not at all, with a manifest of every file's size and SHA-256.
-PyTorch's own checkpoint format does not notice a flipped byte, so nothing is loaded before the manifest holds.
+PyTorch's own checkpoint format does not notice a flipped byte, so the files are compared with the manifest first.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ def checkpoint_name(step: int) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's name says."""
+    """Return the step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest step first. Unfinished ones have other names."""
+    """List the checkpoints in `folder`, oldest step first. Unfinished ones have other names."""
     return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def choose(folder: Path, resume: str, report: Callable[[str], None] = say) -> Path | None:
-    """The checkpoint to go on from, whole and verified; None to start from the beginning.
+    """Choose the checkpoint to resume from, and verify it; None to start from the beginning.
 
     Args:
         folder: the run's checkpoints/.
-        resume: "auto" for the newest that is whole, or a checkpoint's name. Newer ones that are damaged are put aside.
-        report: called with a line for each that is put aside.
+        resume: "auto" for the newest undamaged one, or a checkpoint's name. Damaged newer ones are renamed.
+        report: called with a line for each that is renamed.
 
     Raises:
         RunError: no such checkpoint, or it is damaged, or all are; one line says which file and what to do.
@@ -84,10 +84,10 @@ def _newest_whole(folder: Path, found: list[Path], report: Callable[[str], None]
 
 
 class Notes(dict[str, Any]):
-    """What rank 0 noted beside a checkpoint's tensors: step, scaler, recipe, data, environment.
+    """The values in JSON beside a checkpoint's tensors: step, scaler, recipe, data, environment.
 
     Raises:
-        RunError: something is asked for that an older or newer version of the trainer did not note.
+        RunError: a key is read that an older or newer version of the trainer did not write.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -100,10 +100,10 @@ class Notes(dict[str, Any]):
 
 
 def describe(path: Path, written: bool = True) -> list[int | str]:
-    """Size and SHA-256 of a file, which is forced to the disk on the way where it has just been `written`."""
+    """Return the size and SHA-256 of a file. If it has just been `written`, force it to the disk."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if written:  # not where it is only read: not every file system has an fsync of that
+        if written:  # not every file system has an fsync for files that are only read
             os.fsync(file.fileno())
         return [file.tell(), digest]
 
@@ -114,7 +114,7 @@ def write_manifest(checkpoint: Path, files: dict[str, list[int | str]]) -> None:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in a few words; None if each is as it was written."""
+    """Describe the damage of a checkpoint's files in a few words; None if each is as it was written."""
     name = MANIFEST
     try:
         files = _read_manifest(checkpoint / MANIFEST)
@@ -134,7 +134,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def _read_manifest(path: Path) -> dict[str, list[Any]] | None:
-    """Size and SHA-256 of each file; None if the manifest is not as it was written."""
+    """Read the size and SHA-256 of each file; None if the manifest is not as it was written."""
     text = path.read_bytes().decode(errors="replace")
     try:
         files = json.loads(text)["files"]
@@ -145,12 +145,12 @@ def _read_manifest(path: Path) -> dict[str, list[Any]] | None:
 
 def _manifest_text(files: dict[str, list[int | str]]) -> str:
     listed = json.dumps(files, indent=1, sort_keys=True)
-    own = hashlib.sha256(listed.encode()).hexdigest()  # so that a flipped byte in the manifest shows as well
+    own = hashlib.sha256(listed.encode()).hexdigest()  # reveals a flipped byte in the manifest itself
     return f'{{"files": {listed},\n"sha256": "{own}"}}\n'
 
 
 def commit(temporary: Path, final: Path, files: dict[str, list[int | str]]) -> None:
-    """Add the manifest to what has been written, give the checkpoint its name, and make the name durable."""
+    """Add the manifest to the written files, give the checkpoint its name, and force the name to the disk."""
     write_manifest(temporary, files)
     sync_folder(temporary)
     aside = final.with_name(f".{final.name}.old.tmp")
@@ -166,7 +166,7 @@ def commit(temporary: Path, final: Path, files: dict[str, list[int | str]]) -> N
 
 
 def give_back(folder: Path) -> None:
-    """Give a checkpoint its name again that was put aside for another of its step, where that did not take it."""
+    """Restore the name of a checkpoint that was set aside for a new one of its step, if the new one is not there."""
     for aside in folder.glob(".step-*.old.tmp"):
         final = aside.with_name(aside.name[1:].removesuffix(".old.tmp"))
         if not final.exists():
@@ -182,7 +182,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def prune(folder: Path, keep: int, keep_every: int = 0, best: int | None = None) -> None:
-    """Remove all but the newest `keep` checkpoints, every `keep_every`-th step's (0: none) and that of step `best`."""
+    """Remove old checkpoints, but keep the newest `keep`, every `keep_every`-th step's (0: none) and step `best`'s."""
     for path in checkpoints(folder)[:-keep]:
         step = step_of(path)
         if step != best and not (keep_every and step % keep_every == 0):
@@ -190,11 +190,7 @@ def prune(folder: Path, keep: int, keep_every: int = 0, best: int | None = None)
 
 
 def remove_after(folder: Path, chosen: Path | None) -> list[str]:
-    """Remove what lies after the checkpoint that the run goes on from, and what a killed save has left behind.
-
-    Raises:
-        RunError: something cannot be removed.
-    """
+    """Remove checkpoints after the one that the run resumes from, and remains of a killed save, or raise RunError."""
     found = checkpoints(folder)
     later = found[found.index(chosen) + 1 :] if chosen else []
     for path in [*reversed(later), *folder.glob(".step-*.tmp")]:
@@ -204,11 +200,7 @@ def remove_after(folder: Path, chosen: Path | None) -> list[str]:
 
 
 def _remove(path: Path) -> str | None:
-    """Remove a folder, after it has another name: nobody takes a part of it for a checkpoint, or writes into it.
-
-    Returns:
-        What has kept it from that.
-    """
+    """Rename a folder, so that nobody reads a part of it or writes into it, and remove it. Returns an error's text."""
     gone = path.with_name(f".step-{secrets.token_hex(4)}.tmp")
     try:
         path.rename(gone)

@@ -1,4 +1,4 @@
-"""`phi1 ledger RUN`: what a run's ledger says, in a few lines and as plots."""
+"""`phi1 ledger RUN`: a run's ledger in a few lines and as plots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMOOTH = 20
 
 
 def main(argv: list[str], parser_class: type) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     parser = parser_class("phi1 ledger", "Sum up a run's ledger, and draw loss, gradient norm, speed and loss scale.")
     parser.add_argument("run", type=Path, help="the run's folder, or its ledger.jsonl")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw into this file; needs matplotlib")
@@ -51,7 +51,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_sound(kind: str, line: dict[str, Any]) -> bool:
-    """Whether a line of this kind has what the summary and the plot read of it."""
+    """Return True if a line of this kind has all that the summary and the plot read."""
     match kind, line:
         case "step", {"step": int(), "loss": int() | float() | None, "skipped": bool(),
                       "measured": {"seconds": _, "tokens_per_s": _, **others} as measured}:
@@ -68,7 +68,7 @@ def _is_sound(kind: str, line: dict[str, Any]) -> bool:
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """What a ledger's lines come to, for a terminal."""
+    """Sum up a ledger's lines, for a terminal."""
     starts = [line["start"] for line in lines if "start" in line]
     steps = [line for line in lines if "step" in line]
     evaluations = [line["eval"] for line in lines if "eval" in line]

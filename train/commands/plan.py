@@ -1,4 +1,4 @@
-"""`phi1 plan`: what a run will need, of a recipe and some GPUs."""
+"""`phi1 plan`: the memory, time and cost of a recipe on some GPUs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from phi1.train.runtime.launch import Rank, RunError
 
 
 def main(argv: list[str], parser_class: type) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     parser = parser_class("phi1 plan", "What a run needs: memory of each GPU, time, cost. Nothing is run.\n\n"
                           "Any key of the recipe may follow as --section.key value, as for train/pretrain.py.")
     parser.add_argument("--config", type=Path, default=Path(__file__).parents[1] / "configs" / "phi1-base.toml",

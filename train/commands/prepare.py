@@ -14,13 +14,12 @@ from phi1.train.prepare.prepare import prepare
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, without the usage."""
+        """Print one line, without the usage, and exit."""
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
-def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `phi1 prepare`."""
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", action="append", metavar="WHAT", help="stdlib (this Python's standard library, the "
                         "default), a folder of .py files, a .jsonl file, or a Hub dataset OWNER/NAME[:CONFIG]; may be "
                         "given several times")
@@ -37,8 +36,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace the corpus in DIR, whatever it is")
 
 
-def run_prepare(args: argparse.Namespace) -> int:
-    """Run `phi1 prepare`; returns the exit code: 0, 2 for what the user can mend, 130 if stopped."""
+def _run(args: argparse.Namespace) -> int:
     before = identity(Path(args.out))
     try:
         if args.vocab_size is not None and args.tokenizer != "train":
@@ -59,14 +57,14 @@ def run_prepare(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`phi1 prepare`, from its command line."""
+    """Run the command; returns the exit code: 0, 2 for an error that the user can mend, 130 if stopped."""
     parser = _Parser(prog="phi1 prepare", description="Make a tokenised corpus for training from documents.")
-    add_prepare_arguments(parser)
+    _add_arguments(parser)
     args = parser.parse_args(argv)
-    # Stopped by SIGTERM, as by Ctrl-C, it clears up after itself.
+    # SIGTERM stops it like Ctrl-C, so that it cleans up.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return run_prepare(args)
+        return _run(args)
     finally:
         signal.signal(signal.SIGTERM, before)
 

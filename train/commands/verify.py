@@ -1,4 +1,4 @@
-"""`phi1 verify`: compare every byte of checkpoints, runs and corpora with the hashes that lie beside it."""
+"""`phi1 verify`: compare every byte of checkpoints, runs and corpora with the stored hashes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from phi1.train.runtime.launch import RunError
 
 
 def verify(path: Path) -> Iterator[tuple[Path, str | None]]:
-    """What is at `path`, piece by piece, with what is wrong with it, or None if it is whole.
+    """Yield each checkpoint or corpus at `path` with a description of its damage, or None if it is whole.
 
-    Checkpoints that a run which goes on removes meanwhile are left out.
+    Checkpoints that a running training removes meanwhile are left out.
 
     Args:
         path: a checkpoint, a run's folder, its checkpoints/, or a corpus.
@@ -34,7 +34,7 @@ def verify(path: Path) -> Iterator[tuple[Path, str | None]]:
                 some = True
                 yield checkpoint, damage
         if not some:
-            yield from verify(path)  # what has taken their place
+            yield from verify(path)  # the newer ones that have replaced them
         return
     if not (path / MANIFEST).is_file():
         raise RunError(f"{path}: neither a checkpoint, nor a run with checkpoints, nor a corpus")
@@ -51,7 +51,7 @@ def _corpus_damage(path: Path) -> str | None:
 
 
 def main(argv: list[str], parser_class: type) -> int:
-    """The command. Returns 0, or 1 if anything is damaged."""
+    """Run the command; returns 0, or 1 if anything is damaged."""
     parser = parser_class("phi1 verify", "Compare checkpoints, runs and corpora with the hashes that lie beside them.")
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a checkpoint, a run's folder, or a corpus")
     damaged = 0

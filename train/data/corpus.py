@@ -1,4 +1,4 @@
-"""The corpus as training sees it: checked when opened, cut into rows in an order that needs no state."""
+"""A corpus as training reads it: checked when it is opened, and cut into rows."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from typing import Any
 import numpy as np
 
 from phi1.tokenizer import Tokenizer
-from phi1.train.data.sampler import sample_order
 from phi1.train.data.shards import TOKEN, DataError, Shard, damaged_block, file_hash, read_manifest
-
-__all__ = ["SPLITS", "Corpus", "DataError", "open_corpus", "sample_order"]
 
 SPLITS = ("train", "val")
 _OURS = re.compile(r"(train|val)-(\d+\.bin|documents\.npy)|tokenizer/.*")
@@ -30,50 +27,46 @@ class Corpus:
     fingerprint: str
     """Identity of the whole corpus, both splits and the tokenizer: a hash of its contents."""
     n_tokens: int
-    """Tokens in the stream, the `<|endoftext|>` after each document included."""
+    """Tokens in the stream, including the `<|endoftext|>` after each document."""
     n_bytes: int
     """UTF-8 bytes of the documents."""
     vocab_size: int
     """Tokens of the tokenizer; every id is below it."""
     eos_id: int
     shards: tuple[Shard, ...] = field(repr=False)
-    """All but the last of one length."""
+    """All of equal size, but the last, which may be shorter."""
 
     @cached_property
     def documents(self) -> np.ndarray:
-        """One DOCUMENT record a document: offset, tokens, bytes, hash."""
-        # Training needs none of them: 32 bytes each, which a process holds only if it asks. NumPy would take an error
-        # of the disk for the end of the file.
+        """One DOCUMENT record per document: offset, tokens, bytes, hash."""
+        # Read on demand, since training does not need them. By read_bytes, since np.load on the file takes an error of
+        # the disk for the end of the file.
         return np.load(io.BytesIO((self.folder / f"{self.split}-documents.npy").read_bytes()))
 
     def n_samples(self, seq_len: int) -> int:
-        """Rows of `seq_len` inputs and as many targets in the stream; rows share no input, a last short one is left."""
+        """Return the number of rows in the stream, each of `seq_len` inputs and targets; a short rest is not used."""
         return max(0, (self.n_tokens - 1) // seq_len)
 
     def require_samples(self, seq_len: int, count: int) -> None:
-        """Check that there are `count` samples, a batch for example.
-
-        Raises:
-            DataError: there are fewer.
-        """
+        """Raise DataError if there are fewer than `count` samples."""
         if self.n_samples(seq_len) < count:
             raise DataError(f"{self.folder}: the {self.split} split is too small: its {self.n_tokens:,} tokens give "
                             f"{self.n_samples(seq_len):,} samples of {seq_len} + 1 tokens, and {count:,} are needed; "
                             "prepare more text, or choose shorter sequences or a smaller batch")
 
     def rows(self, indices: np.ndarray, seq_len: int) -> np.ndarray:
-        """Tokens of some samples; sample i begins at token i * seq_len of the stream.
+        """Return the tokens of some samples; sample i begins at token i * seq_len of the stream.
 
         Args:
             indices: int64 [B], each from 0 to n_samples(seq_len) - 1.
-            seq_len: tokens a sample, T.
+            seq_len: tokens of a sample, T.
 
         Returns:
             int64 [B, T + 1]: inputs [:, :-1], targets [:, 1:].
 
         Raises:
             ValueError: an index is out of range.
-            DataError: a shard cannot be read any more.
+            DataError: a shard can no longer be read.
         """
         indices = np.asarray(indices)
         n_samples = self.n_samples(seq_len)
@@ -86,18 +79,18 @@ class Corpus:
         return out.astype(np.int64)
 
     def document(self, index: int) -> np.ndarray:
-        """Tokens, int64 [n], of one document, without the `<|endoftext|>` after it."""
+        """Return the tokens, int64 [n], of one document, without the `<|endoftext|>` after it."""
         record = self.documents[index]
         out = np.empty(int(record["tokens"]), dtype=TOKEN)
         self._read(int(record["offset"]), out)
         return out.astype(np.int64)
 
     def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer that the ids belong to."""
+        """Return the tokenizer that made the ids."""
         return Tokenizer.from_folder(self.folder / "tokenizer")
 
     def _read(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` with the stream's tokens from `start` on, across shards where need be."""
+        """Fill `out` with the stream's tokens from `start` on, across shards if necessary."""
         filled = 0
         while filled < out.size:
             number, at = divmod(start + filled, self.shards[0].size)
@@ -107,13 +100,13 @@ class Corpus:
 
 
 def open_corpus(folder: str | Path, split: str = "train", *, verify: bool = True) -> Corpus:
-    """Open one split of a corpus that `phi1 prepare` made, after checking that it is whole.
+    """Open one split of a corpus that `phi1 prepare` made, after checking that it is complete and undamaged.
 
     Args:
         folder: the corpus.
         split: "train" or "val".
-        verify: also read all the split's files and compare their hashes (at memory speed once they are cached). False
-            checks names, sizes and headers only: for the further processes of a run whose first has verified.
+        verify: also read the split's files and compare their hashes (at memory speed once they are cached). False
+            checks names, sizes and headers only; it is for the other processes of a run whose first has verified.
 
     Raises:
         DataError: a file is missing, truncated, damaged or not of this corpus; the message names it.
@@ -142,7 +135,7 @@ def _open(folder: Path, split: str, verify: bool) -> Corpus:
 
 
 def _check_names(folder: Path, expected: set[str]) -> None:
-    """The files that look like a corpus' must be those of the manifest; others (a note, say) are nobody's business."""
+    """Check that the files named like a corpus's are those of the manifest; others, such as a note, are ignored."""
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     for name in sorted(expected - present):
         raise DataError(f"{folder / name}: missing; restore it or prepare the corpus again")

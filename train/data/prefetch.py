@@ -1,7 +1,4 @@
-"""The next step's batch, read by a thread while this step runs.
-
-It is a function of the step, so what was read ahead and is not wanted, at a stop for example, is no loss.
-"""
+"""The next step's batch, read by a thread while this step runs. A batch that is not used is simply dropped."""
 
 from __future__ import annotations
 
@@ -22,14 +19,14 @@ class Batch:
     """A step's samples, and this rank's part of them."""
 
     samples: np.ndarray
-    """int64 [batch_size], over all processes."""
+    """Sample ids, int64 [batch_size], over all processes."""
     micro_batches: list[tuple[Tensor, Tensor]]
     """Sample ids [b] and their tokens [b, T + 1], both int64, on the CPU."""
 
     @classmethod
     def read(cls, corpus: Corpus, samples: np.ndarray, batch_plan: BatchPlan, seq_len: int,
              device: torch.device) -> Batch:
-        """Read it, for a GPU into memory from which it copies while it computes."""
+        """Read a batch; for a GPU into pinned memory, which is copied while the GPU computes."""
         def tensor(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).pin_memory() if device.type == "cuda" else torch.from_numpy(array)
 
@@ -38,7 +35,7 @@ class Batch:
 
     @property
     def n_targets(self) -> int:
-        """Target tokens of this rank's part."""
+        """Number of target tokens in this rank's part."""
         return sum(rows[:, 1:].numel() for _, rows in self.micro_batches)
 
 
@@ -46,8 +43,8 @@ class Prefetch:
     """Reads one step ahead.
 
     Args:
-        read: a step's batch, from the number of finished steps; called in the thread.
-        device: of the process. A thread that pins memory without knowing it would open a context on the first GPU.
+        read: reads the batch that follows a number of finished steps; called in the thread.
+        device: of the process. A thread that pins memory without it would open a context on the first GPU.
     """
 
     def __init__(self, read: Callable[[int], Batch], device: torch.device) -> None:
@@ -57,11 +54,11 @@ class Prefetch:
         self._ahead: tuple[int, Future[Batch]] | None = None
 
     def forget(self) -> None:
-        """Give up what was read ahead, since it would be read otherwise now."""
+        """Drop the batch that was read ahead, because the next one will be another."""
         self._ahead = None
 
     def take(self, step: int) -> Batch:
-        """The batch of `step`; from now on the thread reads the following one's. Raises what `read` has raised."""
+        """Return the batch of `step`, and let the thread read the next one. Raises what `read` has raised."""
         ahead, self._ahead = self._ahead, None
         reading = ahead[1] if ahead and ahead[0] == step else self._pool.submit(self._read, step)
         batch = reading.result()

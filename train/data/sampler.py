@@ -5,8 +5,8 @@ permutation is a Feistel network on the next power of two, keyed by (seed, epoch
 again until they fall below n (cycle walking), which keeps it a permutation of the n samples. All is 64-bit integer
 arithmetic, so any machine, number of processes and numpy version gives the same order.
 
-The network and the walk: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002. The mixing function is the
-finaliser of SplitMix64: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014.
+The network and cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002. The mixing function is
+the finaliser of SplitMix64: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LIMIT = 1 << 62
 
 
 def sample_order(seed: int, first: int, count: int, n_samples: int) -> np.ndarray:
-    """Samples at the positions first, ..., first + count - 1 of an endless run over shuffled epochs.
+    """Return the samples at the positions first, ..., first + count - 1 of an endless run over shuffled epochs.
 
     Args:
         seed: key of all the permutations, 0 to 2**64 - 1.
@@ -27,8 +27,8 @@ def sample_order(seed: int, first: int, count: int, n_samples: int) -> np.ndarra
         n_samples: samples in an epoch.
 
     Returns:
-        int64 [count], each from 0 to n_samples - 1; each epoch holds every sample once, in an order of its own. Time
-        and memory grow with count alone.
+        int64 [count], each from 0 to n_samples - 1. Each epoch holds every sample once, in its own order. Time and
+        memory grow with count alone.
 
     Raises:
         ValueError: an argument is out of range.
@@ -48,7 +48,7 @@ def sample_order(seed: int, first: int, count: int, n_samples: int) -> np.ndarra
 
 
 def _permute(values: np.ndarray, keys: np.ndarray, bits: int) -> np.ndarray:
-    """A permutation of 0 ... 2**bits - 1 for each key. values, keys uint64 [n]."""
+    """Apply each key's permutation of 0 ... 2**bits - 1 to a value; values, keys uint64 [n]."""
     low_bits = np.uint64(bits // 2)
     low_mask, high_mask = np.uint64((1 << (bits // 2)) - 1), np.uint64((1 << (bits - bits // 2)) - 1)
     low, high = values & low_mask, values >> low_bits
@@ -63,7 +63,7 @@ def _epoch_keys(seed: int, epochs: np.ndarray) -> np.ndarray:
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's step and finaliser: a bijection of 64-bit words in which each input bit moves each output bit."""
+    """SplitMix64's step and finaliser: a bijection of 64-bit words in which each input bit affects each output bit."""
     z = values + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

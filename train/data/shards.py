@@ -1,16 +1,15 @@
 """The files of a corpus: shards of uint16 tokens, a document index and a manifest, each with its checksum.
 
     corpus/
-      manifest.json          what the corpus holds: splits, files, sizes, hashes; `fingerprint` is its identity
+      manifest.json          the contents: splits, files, sizes, hashes; `fingerprint` is the corpus's identity
       train-00000.bin ...    the split's tokens, a stream of documents each followed by `<|endoftext|>`, in equal shards
-      train-documents.npy    one record a document (DOCUMENT), where its tokens lie in the stream
+      train-documents.npy    one record per document (DOCUMENT): the place of its tokens in the stream
       val-...                the same for the other split
       tokenizer/             tokenizer.json, tokenizer_config.json
 
-A shard is a header, padded to a multiple of 4096 bytes, and little-endian uint16 tokens. Checksums are xxh3: it runs
-at the speed of memory (14 GB/s measured, against 1.3 for sha256), so the whole corpus is checked whenever it is opened,
-and xxhash is installed wherever datasets is; what reads no file of a corpus does without. It guards against accidents,
-not against an adversary.
+A shard is a header, padded to a multiple of 4096 bytes, and little-endian uint16 tokens. Checksums are xxh3. It runs at
+memory speed (14 GB/s measured, against 1.3 for sha256), so the whole corpus is checked whenever it is opened. It guards
+against accidents, not against an adversary. xxhash comes with datasets, and is imported only to read a corpus.
 """
 
 from __future__ import annotations
@@ -32,24 +31,24 @@ FORMAT = "phi1-corpus"
 MANIFEST = "manifest.json"
 PAGE = 4096
 BLOCK_TOKENS = 1 << 20
-"""Tokens under one checksum: damage is located to 2 MiB."""
+"""Tokens per checksum: damage is located to 2 MiB."""
 SHARD_TOKENS = 100 * BLOCK_TOKENS
 TOKEN = np.dtype("<u2")
 DOCUMENT = np.dtype([("offset", "<u8"), ("tokens", "<u4"), ("bytes", "<u4"), ("hash", "V16")])
-"""A document: its first token in the split's stream, its tokens (without `<|endoftext|>`), its UTF-8 bytes and their
-blake2b-128."""
+"""A document: position of its first token in the split's stream, number of tokens (without `<|endoftext|>`), number of
+UTF-8 bytes, and their blake2b-128."""
 
-# magic, version, header bytes, bits a token, tokens a block, tokens, sha256 of the tokenizer, checksum of the header
+# magic, version, header bytes, bits per token, tokens per block, tokens, sha256 of the tokenizer, header's checksum
 _HEADER = struct.Struct("<8sIIIIQ32sQ")
 
 
 class DataError(ValueError):
-    """A corpus, or what one is to be made from, is missing, damaged or too small; the message is one line."""
+    """A corpus, or a source for one, is missing, damaged or too small; the message is one line."""
 
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """What a shard says of itself: its size, the tokenizer its ids belong to, and a checksum a block."""
+    """A shard's header: its size, the sha256 of the tokenizer that made its ids, and one checksum per block."""
 
     header_bytes: int
     n_tokens: int
@@ -58,7 +57,7 @@ class ShardHeader:
     blocks: tuple[int, ...]
 
     def pack(self) -> bytes:
-        """The header's bytes, with its own checksum in them."""
+        """Return the header's bytes, its own checksum included."""
         def fixed(checksum: int) -> bytes:
             return _HEADER.pack(MAGIC, VERSION, self.header_bytes, 8 * TOKEN.itemsize, self.block_tokens,
                                 self.n_tokens, bytes.fromhex(self.tokenizer), checksum)
@@ -68,7 +67,7 @@ class ShardHeader:
 
     @staticmethod
     def size(shard_tokens: int, block_tokens: int) -> int:
-        """Bytes of a header with room for the blocks of `shard_tokens`, in whole pages."""
+        """Return the bytes of a header with room for the checksums of `shard_tokens`, in whole pages."""
         return -(-(_HEADER.size + 8 * -(-shard_tokens // block_tokens)) // PAGE) * PAGE
 
 
@@ -100,15 +99,15 @@ def read_header(path: Path) -> ShardHeader:
 
 
 class Shard:
-    """A shard's tokens, read from its file whenever they are asked for, by several threads if need be.
+    """A shard's tokens, read from its file on demand; several threads may read at once.
 
-    Not through a memory map: there an error of the disk, or a file that is cut short, ends the process by SIGBUS,
-    without a word. The file stays open, one descriptor a shard (67 for phi-1's 7 billion tokens), so that a run goes on
-    with the file that was checked if another takes its name.
+    The file is not memory-mapped, because an error of the disk, or a truncated file, would then end the process by
+    SIGBUS, without a message. It stays open, one descriptor per shard (67 for phi-1's 7 billion tokens), so that a run
+    continues with the file that was checked if another takes its name.
 
     Args:
         path: of the shard.
-        tokenizer: sha256 of the one that its ids must belong to.
+        tokenizer: sha256 of the tokenizer that must have made its ids.
 
     Raises:
         DataError: it is not such a shard, or its header is damaged.
@@ -125,7 +124,7 @@ class Shard:
             raise DataError(f"{path}: its tokenizer ({header.tokenizer[:12]}) is not the corpus' ({tokenizer[:12]})")
 
     def __reduce__(self) -> tuple[type[Shard], tuple[Path, str]]:
-        return Shard, (self.path, self.tokenizer)  # a process that is not a fork opens it anew
+        return Shard, (self.path, self.tokenizer)  # a spawned process opens the file again
 
     def read(self, first: int, out: np.ndarray) -> None:
         """Fill `out`, uint16 [n], with the tokens from `first` on.
@@ -135,17 +134,17 @@ class Shard:
         """
         begin, done = self.header_bytes + first * TOKEN.itemsize, 0
         while done < out.nbytes:
-            rest = out.view(np.uint8)[done:] if done else out  # a view costs a third of a read, which is rarely short
+            rest = out.view(np.uint8)[done:] if done else out  # a view takes a third of a read's time; few are short
             if not (got := _read(self.path, self._file, rest, begin + done)):
                 raise DataError(f"{self.path}: cut short since it was opened: it has no byte {begin + done:,} any more")
             done += got
 
 
 def _read(path: Path, file: int, buffer: Any, at: int) -> int:
-    """Read from byte `at` of a file on into a buffer; returns how many bytes came, 0 at the end.
+    """Read from byte `at` of a file on into a buffer; returns the number of bytes, 0 at the end.
 
     Raises:
-        DataError: it cannot be read; what the system says of that does not name the file.
+        DataError: it cannot be read; the message names the file, which the system's own does not.
     """
     try:
         return os.preadv(file, [buffer], at)
@@ -154,7 +153,7 @@ def _read(path: Path, file: int, buffer: Any, at: int) -> int:
 
 
 def damaged_block(path: Path) -> str:
-    """Which tokens of a shard with a wrong content hash are damaged, in words."""
+    """Describe the damaged tokens of a shard with a wrong content hash."""
     header = read_header(path)
     with path.open("rb") as file:
         file.seek(header.header_bytes)
@@ -166,7 +165,7 @@ def damaged_block(path: Path) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """xxh3-128 of a file's content, in hex, as `xxhsum -H2` prints it."""
+    """Return the xxh3-128 of a file's content, in hex, as `xxhsum -H2` prints it."""
     import xxhash
     digest, at = xxhash.xxh3_128(), 0
     buffer = memoryview(bytearray(1 << 22))
@@ -178,23 +177,19 @@ def file_hash(path: Path) -> str:
 
 
 def fingerprint(content: dict[str, Any]) -> str:
-    """sha256, in hex, of a manifest's content: the identity of a corpus."""
+    """Return the sha256, in hex, of a manifest's content: the identity of a corpus."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def manifest_text(content: dict[str, Any], made: dict[str, Any]) -> str:
-    """A manifest as it is written; its last value, a hash of the others, makes any flipped byte show."""
+    """Return the text of a manifest; its last value is a hash of the others, which reveals any flipped byte."""
     manifest = {"format": FORMAT, "version": VERSION, "fingerprint": fingerprint(content), "content": content,
                 "made": made}
     return json.dumps(manifest | {"sha256": fingerprint(manifest)}, indent=1)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a corpus.
-
-    Raises:
-        DataError: there is none, it is damaged, or it is of another version.
-    """
+    """Read the manifest of a corpus. Raises DataError if there is none, it is damaged, or it has another version."""
     path = folder / MANIFEST
     none = f"{folder}: no corpus there (no {MANIFEST}); make one with: phi1 prepare --out {folder}"
     try:

@@ -1,4 +1,4 @@
-"""HumanEval on a model under training: each process lets it solve a share of the problems, and runs that."""
+"""HumanEval on a model under training: each process completes a share of the problems and runs the programs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from phi1.train.step.trainer import Trainer
 
 @dataclass(frozen=True)
 class HumanEval:
-    """The problems of a run, for evaluations of one greedy completion each.
+    """The problems of a run, evaluated with one greedy completion each.
 
     Args:
-        folder: of the results; made when the first are written.
+        folder: for the results; made when the first are written.
         tokenizer: the corpus's.
         problems: all of them, the same on every process.
-        seconds: that a completion may run.
+        seconds: time limit of a completion's program.
     """
 
     folder: Path
@@ -34,28 +34,28 @@ class HumanEval:
     seconds: float
 
     def evaluate(self, trainer: Trainer, rank: int, stop: Callable[[], bool]) -> list[Attempt] | None:
-        """Collective: let the weights as they are solve the problems, and run that.
+        """Collective: complete the problems with the present weights, and run the programs.
 
         Args:
-            trainer: rests between two steps; nothing of it is touched.
+            trainer: between two steps; it is not changed.
             rank: this process's.
-            stop: asked on all processes between batches; True ends the evaluation.
+            stop: called on all processes between batches; True ends the evaluation.
 
         Returns:
-            One result a problem, the same on all processes; None if it was stopped.
+            One result per problem, the same on all processes; None if it was stopped.
 
         Raises:
-            Failed: on every process, if one cannot run programs, or not let the model write them.
+            Failed: on every process, if one cannot complete the problems or run the programs.
         """
         model = whole_model(trainer.model, trainer.engine)
         assert model
         own: list[Attempt] = []
         error: str | None = None
         world = trainer.engine.world_size
-        for first in range(rank * BATCH, len(self.problems) + rank * BATCH, world * BATCH):  # as often on each process
+        for first in range(rank * BATCH, len(self.problems) + rank * BATCH, world * BATCH):  # equally many on each
             if stop():
                 return None
-            if error is None:  # the others wait for this process in `stop`, whatever becomes of its share
+            if error is None:  # after an error this process still calls `stop`, in which the others wait for it
                 share = self.problems[first : first + BATCH]
                 error, found = attempt(partial(self._attempts, model, share))
                 own += found or []
@@ -69,12 +69,12 @@ class HumanEval:
         except FloatingPointError:
             return [Attempt(problem.task_id, "", NOT_FINITE) for problem in problems]
         for one in done:
-            if one.result and one.result.startswith(NOT_RUN):  # says nothing of the model
+            if one.result and one.result.startswith(NOT_RUN):  # a failure of the machine, not of the model
                 fail(one.result)
         return done
 
     def write(self, attempts: list[Attempt], step: int) -> None:
-        """Write humaneval-N.jsonl. Raises RunError if that is not possible."""
+        """Write humaneval-N.jsonl. Raises RunError if it cannot."""
         path = self.folder / f"humaneval-{step}.jsonl"
         try:
             self.folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a model under training writes: completions of function headers from the held-out text."""
+"""Samples of a model under training: completions of function headers from the held-out text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HEADER = re.compile(r'^def \w+\([^)\n]+\):\n(?: {4}"""[^"\n]{10,70}"""\n)?', re
 
 
 def function_headers(text: bytes, count: int) -> list[str]:
-    """Up to `count` different headers from some source text, spread over it; those with a docstring come first."""
+    """Return up to `count` different headers from source text, spread over it; those with a docstring come first."""
     found = list(dict.fromkeys(match[0] for match in _HEADER.finditer(text.decode("utf-8", errors="replace"))))
     documented = [header for header in found if header.count("\n") == 2]
     others = [header for header in found if header.count("\n") == 1]
@@ -35,20 +35,20 @@ def _spread(items: list[str], count: int) -> list[str]:
 
 
 def complete(model: Phi1, tokenizer: Tokenizer, headers: list[str], seed: int) -> list[str]:
-    """Each header with what the model adds to it; the same ones for the same weights and seed."""
+    """Return each header with the model's completion; the same weights and seed give the same completions."""
     completed = phi1.generate(model, tokenizer, headers, max_new_tokens=COMPLETION_TOKENS, temperature=TEMPERATURE,
                               seed=seed, stop=STOP)
     return [f"{header}{str(text).rstrip()}\n" for header, text in zip(headers, completed, strict=True)]
 
 
 def whole_model(model: Phi1, engine: Engine, here: bool = True) -> Phi1 | None:
-    """Collective: a copy of a sharded model, in the precision of the arithmetic, where `here`; None elsewhere.
+    """Collective: copy a sharded model, in the precision of the arithmetic, on the processes with `here`; else None.
 
-    A copy, since processes may use it differently often: the sharded model itself would gather parameters in each pass,
-    for which all must call it together, and would have to give them up before the next step.
+    Each process may call its copy as often as it needs. The sharded model itself gathers parameters in each pass, so
+    all processes would have to call it together, and to free the parameters before the next step.
 
     Raises:
-        Failed: on every process, if one has no memory for it.
+        Failed: on every process, if one has too little memory.
     """
     (copy,) = all_ranks(lambda: _empty_copy(model, engine) if here else None, keep=True)
     own = dict(copy.named_parameters()) if copy else {}
@@ -64,13 +64,13 @@ def _empty_copy(model: Phi1, engine: Engine) -> Phi1:
 
 @dataclass(frozen=True)
 class Samples:
-    """Completions of the same headers again and again, a file each time.
+    """Completions of the same headers at several steps, in one file per step.
 
     Args:
-        folder: of the files; made when the first is written.
+        folder: for the files; made when the first is written.
         tokenizer: the corpus's.
         headers: to be completed.
-        seed: of the drawing.
+        seed: of the sampling.
     """
 
     folder: Path
@@ -79,12 +79,12 @@ class Samples:
     seed: int
 
     def write(self, trainer: Trainer, rank: int) -> None:
-        """Collective: rank 0 completes the headers, if any, with the weights as they are and writes step-N.md.
+        """Collective: rank 0 completes the headers, if any, with the present weights and writes step-N.md.
 
-        Neither the weights nor any random number of the training is touched.
+        The training's weights and random numbers are not changed.
 
         Raises:
-            RunError: on every process, if one has no memory for it; on rank 0 alone, for which no other waits, if the
+            RunError: on every process, if one has too little memory; on rank 0 alone, for which no other waits, if the
                 model computes nan or the file cannot be written.
         """
         if not self.headers:

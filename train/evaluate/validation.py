@@ -17,17 +17,17 @@ from phi1.train.runtime.all_ranks import all_ranks
 from phi1.train.runtime.engine import Engine, all_sum, reshard
 
 IGNORED = -100
-SMALLEST_DICTIONARY, LARGEST_DICTIONARY = 4096, 64 << 20  # bytes: what LZMA2 allows, and what xz -9 takes
+SMALLEST_DICTIONARY, LARGEST_DICTIONARY = 4096, 64 << 20  # bytes: the limit of LZMA2, and the size of xz -9
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What an evaluation found."""
+    """Results of an evaluation."""
 
     loss: float
-    """Nats a token."""
+    """Nats per token."""
     bits_per_byte: float
-    """Of the text without `<|endoftext|>`; the bits spent on that token count."""
+    """Bits, including those for `<|endoftext|>`, per byte of the text without it."""
     tokens: int
     n_bytes: int
 
@@ -36,7 +36,7 @@ class Figures:
 
 
 class HeldOut:
-    """Collective: the first `sequences` rows of the validation split, consecutive text from held-out documents.
+    """Collective: read the first `sequences` rows of the validation split, consecutive text from held-out documents.
 
     Args:
         corpus: validation split.
@@ -58,13 +58,13 @@ class HeldOut:
 
     def evaluate(self, model: Phi1, engine: Engine, rank: int, batch: int,
                  stop: Callable[[], bool] = lambda: False) -> Figures | None:
-        """Collective: the model's loss on these rows.
+        """Collective: compute the model's loss on these rows.
 
         Args:
             model: sharded.
-            engine, rank: where this process stands.
+            engine, rank: of this process.
             batch: rows in a forward pass of one process.
-            stop: asked on all processes between batches; True ends the evaluation.
+            stop: called on all processes between batches; True ends the evaluation.
 
         Returns:
             The figures, the same on all processes; None if it was stopped.
@@ -72,7 +72,7 @@ class HeldOut:
         model.eval()
         total = torch.zeros((), dtype=torch.float64, device=engine.device)
         with torch.no_grad():
-            # All processes take the same number of batches, since each forward pass may gather parameters.
+            # All processes need the same number of batches, since each forward pass may gather parameters.
             for first in range(0, len(self.rows), batch * engine.world_size):
                 if stop():
                     reshard(model)
@@ -84,7 +84,7 @@ class HeldOut:
         return Figures(nats / tokens, nats / math.log(2) / max(1, len(self.text)), tokens, len(self.text))
 
     def _batch_loss(self, model: Phi1, device: torch.device, first: int, batch: int) -> torch.Tensor:
-        """Summed loss of up to `batch` rows from `first` on; what is missing of them is made up by ignored ones."""
+        """Return the summed loss of up to `batch` rows from `first` on; ignored rows pad a smaller number."""
         rows = self.rows[first : first + batch]
         padded = np.zeros((batch, self.rows.shape[1]), dtype=np.int64)
         padded[: len(rows)] = rows
@@ -95,8 +95,8 @@ class HeldOut:
 
 
 def xz_bits_per_byte(text: bytes) -> float | None:
-    """What `xz -9` makes of the same bytes; None if there is too little memory to find out."""
-    # A dictionary that is longer than the text is no use, but the 64 MiB of the preset take 674 MB whatever the text.
+    """Return the bits per byte of `xz -9` on a text; None if there is too little memory for it."""
+    # A dictionary longer than the text is useless, but the preset's 64 MiB would take 674 MB for any text.
     dictionary = min(max(SMALLEST_DICTIONARY, len(text)), LARGEST_DICTIONARY)
     try:
         packed = lzma.compress(text, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": dictionary}])

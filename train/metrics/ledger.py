@@ -1,10 +1,10 @@
-"""ledger.jsonl: one line a step, so that a run can be checked and compared long after it ended.
+"""ledger.jsonl: one line per step, so that a run can be checked and compared long after it ended.
 
-A line holds what a replay reproduces bit for bit (step, loss, lr, norm, scale, skipped, hash of the sample ids) and,
-apart from it under "measured", what depends on the day (tokens/s, memory, and MFU where the GPU is known). A line
-{"start": ...} is written each time the run starts or resumes, with versions, commit, the recipe and what changed in it;
-{"eval": ...} and {"humaneval": ...} after each evaluation, {"saved": step} after each checkpoint, once a step: what a
-run does again after a stop or a kill is not noted again.
+A step's line holds the values that a replay reproduces bit for bit (step, loss, lr, norm, scale, skipped, hash of the
+sample ids) and, apart from them under "measured", the others (tokens/s, memory, and MFU if the GPU is known).
+{"start": ...} is written each time the run starts or resumes, with versions, commit, the recipe and its changes;
+{"eval": ...} and {"humaneval": ...} after each evaluation; {"saved": step} after each checkpoint. The last three are
+written once a step, even if a stop or a kill makes the run repeat them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from phi1.train.metrics.loggers import Logger
     from phi1.train.step.trainer import Outcome
 
-# Loggers draw curves; the ledger alone is complete.
-LOG_EVERY = 10
+LOG_EVERY = 10  # steps between points of the loggers' curves; the ledger holds every step
 KINDS = ("start", "step", "eval", "humaneval", "saved")
 
 
@@ -36,8 +35,8 @@ class Ledger:
 
     Args:
         path: the file; made if it is not there.
-        finished: steps that the checkpoint to go on from has finished; later lines are cut off.
-        loggers: where curves are drawn as well.
+        finished: finished steps of the checkpoint that the run resumes from; later lines are cut off.
+        loggers: they draw the curves.
 
     Raises:
         RunError: the file cannot be written.
@@ -59,7 +58,7 @@ class Ledger:
                            "on, or give another --run.folder") from None
 
     def start(self, facts: dict[str, Any], config: dict[str, Any]) -> None:
-        """Note what the run starts or resumes with: facts, versions, commit, the recipe and what changed in it."""
+        """Note a start of the run: facts, versions, commit, the recipe and its changes."""
         before = last_config(self.path)
         self._write({"start": facts | {"versions": versions(), "commit": commit(), "config": config,
                                        "changed": changed(before, config) if before else {}}})
@@ -82,13 +81,13 @@ class Ledger:
         self._draw(step, {"validation/humaneval": solved})
 
     def saved(self, step: int, measured: dict[str, float]) -> None:
-        """Note that a checkpoint of `step` finished steps is there, and force all lines to the disk."""
+        """Note a checkpoint of `step` finished steps, and force all lines to the disk."""
         self._write_once("saved", step, {"saved": step, "measured": measured})
         with contextlib.suppress(OSError):  # a full disk, which _write reports
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Raises RunError if lines were never written."""
+        """Close the file and the loggers. Raises RunError if lines were never written."""
         self._file.close()
         if self._waiting:
             raise RunError(f"{self.path}: its last {self._waiting.count(10)} lines could not be written")
@@ -102,7 +101,7 @@ class Ledger:
         for logger in tuple(self._loggers):
             try:
                 logger.draw(step, figures)
-            except Exception as error:  # other people's code, on a disk that may be full: no reason to end a run
+            except Exception as error:  # third-party code, on a disk that may be full: no reason to end a run
                 self._loggers.remove(logger)
                 say(f"warning: {logger.name} at step {step}: {error}; from here on it is left out")
 
@@ -112,7 +111,7 @@ class Ledger:
             self._write(line)
 
     def _write(self, line: dict[str, Any]) -> None:
-        """Write a line and what waits before it. While the disk is full they wait; the first time that is raised."""
+        """Write the waiting lines and this one. While the disk is full they wait; the first failure alone raises."""
         were_waiting = bool(self._waiting)
         self._waiting += (json.dumps(_without_nan(line)) + "\n").encode()
         try:
@@ -124,15 +123,15 @@ class Ledger:
 
 
 def as_line(outcome: Outcome) -> dict[str, Any]:
-    """What a replay reproduces of a step's line, as it reads back."""
+    """Return the part of a step's line that a replay reproduces, as it reads back."""
     return _without_nan(asdict(outcome))
 
 
 def cut_back(path: Path, finished: int) -> set[tuple[str, int]]:
-    """Remove the lines of steps after `finished`, and what follows a damaged line; all at once, whatever ends that.
+    """Remove the lines of steps after `finished`, and all from a damaged line on, by one rename.
 
     Returns:
-        What the others speak of: ("eval", 20) for the evaluation after step 20.
+        The subjects of the other lines: ("eval", 20) for the evaluation after step 20.
     """
     left: set[tuple[str, int]] = set()
     sweep(path)
@@ -144,7 +143,7 @@ def cut_back(path: Path, finished: int) -> set[tuple[str, int]]:
             what = _subject(raw)
             if what is None:
                 break
-            if what[1] <= finished:  # after a later step too: that a checkpoint is there, which steps do not wait for
+            if what[1] <= finished:  # also after later steps' lines: a checkpoint is noted while training continues
                 left.add(what)
                 kept.append(raw)
     content = b"".join(kept)
@@ -154,7 +153,7 @@ def cut_back(path: Path, finished: int) -> set[tuple[str, int]]:
 
 
 def has_saved(path: Path) -> bool:
-    """Whether a checkpoint was ever saved. A run that was killed before its first may begin anew, others may not."""
+    """Return True if a checkpoint was ever saved. Only a run killed before its first checkpoint may begin anew."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:
@@ -162,7 +161,7 @@ def has_saved(path: Path) -> bool:
 
 
 def last_config(path: Path) -> dict[str, Any] | None:
-    """The recipe of the newest start; None in a ledger without one."""
+    """Return the recipe of the newest start; None in a ledger without one."""
     found = None
     with open(path, "rb") as file:
         for raw in file:
@@ -172,13 +171,13 @@ def last_config(path: Path) -> dict[str, Any] | None:
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """All lines but one that is cut short at the end; those of steps have the key "step"."""
+    """Read all lines, except an incomplete one at the end; lines of steps have the key "step"."""
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file if line.endswith("\n")]
 
 
 def _subject(raw: bytes) -> tuple[str, int] | None:
-    """What a line speaks of, and of which step; None for a line that is cut short or is not the ledger's."""
+    """Return a line's kind and step; None for a line that is incomplete or not the ledger's."""
     try:
         line = json.loads(raw) if raw.endswith(b"\n") else None
     except ValueError:
@@ -190,7 +189,7 @@ def _subject(raw: bytes) -> tuple[str, int] | None:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them."""
+    """Replace NaN and infinity, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

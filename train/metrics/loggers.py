@@ -1,4 +1,4 @@
-"""Where a run's curves are drawn besides its ledger, which alone is complete: TensorBoard, and Weights & Biases."""
+"""Loggers that draw a run's curves: TensorBoard, and Weights & Biases. The ledger alone is complete."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Logger(Protocol):
 
 
 class TensorBoard:
-    """TensorBoard's files in a folder. Raises ImportError where it is not installed."""
+    """TensorBoard's files in a folder. Raises ImportError if it is not installed."""
 
     name = "TensorBoard"
 
@@ -39,7 +39,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, the same one whenever the run goes on. WANDB_MODE, WANDB_PROJECT and the like hold."""
+    """A run of Weights & Biases, the same one after each resume. WANDB_MODE, WANDB_PROJECT and so on apply."""
 
     name = "wandb"
 
@@ -53,7 +53,7 @@ class WandB:
                 write_file(known, secrets.token_hex(4))
             self._run = wandb.init(dir=str(folder.parent), id=known.read_text(encoding="utf-8"), resume="allow",
                                    name=folder.parent.name, config=config)
-        except Exception as error:  # a missing login, no network, a full disk: each a class of wandb's own
+        except Exception as error:  # a missing login, no network, a full disk: wandb has its own class for each
             raise RunError(f"run.wandb: {' '.join(str(error).split())}") from None
 
     def draw(self, step: int, figures: dict[str, float]) -> None:
@@ -65,13 +65,13 @@ class WandB:
 
 def open_loggers(folder: Path, finished: int, config: dict[str, Any], *, tensorboard: bool, wandb: bool) \
         -> list[Logger]:
-    """The loggers that are asked for; TensorBoard only where it is installed.
+    """Open the requested loggers; TensorBoard only if it is installed.
 
     Args:
         folder: the run's.
-        finished: steps after which what was drawn before no longer holds.
+        finished: finished steps; points of later steps are removed.
         config: the resolved recipe.
-        tensorboard, wandb: whether to draw there.
+        tensorboard, wandb: True to log there.
 
     Raises:
         RunError: wandb does not start.
@@ -81,8 +81,8 @@ def open_loggers(folder: Path, finished: int, config: dict[str, Any], *, tensorb
         try:
             loggers.append(TensorBoard(folder / "tensorboard", finished))
         except ImportError:
-            pass  # asked for by default, so that it may be absent
-        except Exception as error:  # a full disk, or packages that do not fit it: no reason to train nothing
+            pass  # requested by default, so it may be absent
+        except Exception as error:  # a full disk, or packages that do not fit it: no reason to refuse the run
             say(f"warning: TensorBoard: {error}; it is left out")
     if wandb:
         loggers.append(WandB(folder / "wandb", config))

@@ -1,4 +1,4 @@
-"""What a step's time goes to: a Chrome trace of some steps of rank 0, and a table of their largest parts."""
+"""Profiles of steps: a Chrome trace of some steps of rank 0, and a table of the operations that take most time."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ ROWS = 12
 
 
 def profiled_steps(text: str, last: int) -> range:
-    """The steps that run.profile names: "" none, "7" one, "7-9" three.
+    """Parse run.profile: "" is no step, "7" one, "7-9" three.
 
     Raises:
-        RunError: it names something else, or steps that the run does not have.
+        RunError: it is something else, or names steps that the run does not have.
     """
     match = re.fullmatch(r"(\d{1,12})(?:-(\d{1,12}))?", text)
     steps = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
@@ -39,7 +39,7 @@ class Profiler:
         steps: numbers of the steps; empty on all ranks but the first.
         folder: for the trace.
         say: called with each line of the table.
-        finished: steps that are done already; if all of those are, that is said.
+        finished: steps that are done already; a line says so if nothing is left to record.
     """
 
     def __init__(self, steps: range, folder: Path, say: Callable[[str], None], finished: int = 0) -> None:
@@ -51,7 +51,7 @@ class Profiler:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around a step, recorded if it is one of those."""
+        """Surround a step, and record it if it is one of the chosen ones."""
         if number not in self.steps:
             yield
             return
@@ -67,7 +67,7 @@ class Profiler:
             self.finish()
 
     def finish(self) -> None:
-        """Write what was recorded; again, or where a run ends before its first such step, this does nothing."""
+        """Write the recorded steps, if any, once; a later call does nothing."""
         recording, self._recording = self._recording, None
         if recording is None:
             return
@@ -85,16 +85,16 @@ class Profiler:
 
 
 def write_trace(recording: Any, path: Path) -> None:
-    """Write what torch.profiler has recorded as a Chrome trace, gzipped if the name ends in .gz, whole or not at all.
+    """Write a recording of torch.profiler as a Chrome trace, gzipped if the name ends in .gz, whole or not at all.
 
-    The profiler says nothing where it cannot write, and leaves what it has begun: it writes in a folder of its own
-    beside `path`, and what is there then is looked at.
+    If the profiler cannot write, it gives no error and leaves an incomplete file. Therefore it writes into a new folder
+    beside `path`, and the file is checked before it is renamed.
 
     Raises:
-        OSError: of `check_place`, or the trace cannot be written, as on a full disk.
+        OSError: from `check_place`, or the trace cannot be written, as on a full disk.
     """
     check_place(path)
-    path = path.resolve()  # what a link leads to is replaced, not the link
+    path = path.resolve()  # replaces the target of a link, not the link
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         trace, packed = Path(folder, "trace.json"), Path(folder, path.name)
         recording.export_chrome_trace(str(trace))
@@ -107,13 +107,13 @@ def write_trace(recording: Any, path: Path) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Raise OSError where something lies at `path` that is no regular file, which a trace would replace."""
+    """Raise OSError if `path` is something other than a regular file, since a trace would replace it."""
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EEXIST, "a trace cannot take the place of what is no regular file", str(path))
 
 
 def _is_whole(trace: Path) -> bool:
-    """Whether a trace is there to its last bracket."""
+    """Return True if a trace exists and ends in its last bracket."""
     if not trace.is_file():
         return False
     with trace.open("rb") as file:
@@ -122,7 +122,7 @@ def _is_whole(trace: Path) -> bool:
 
 
 def _table(parts: Any, n_steps: int) -> list[str]:
-    """The parts that take the most time themselves, of a GPU if there is one, a step."""
+    """Return a table of the operations with the most time of their own per step, on the GPU if there is one."""
     parts = [part for part in parts if not part.key.startswith("step ")]
     on_gpu = any(part.self_device_time_total for part in parts)
     times = [(part.self_device_time_total if on_gpu else part.self_cpu_time_total, part) for part in parts]

@@ -1,4 +1,4 @@
-"""What rank 0 shows of a running training: a live line on a terminal, an occasional plain line elsewhere."""
+"""Rank 0's display of a running training: a live line on a terminal, a plain line every 10 s elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLAIN_SECONDS = 10.0
 
 
 class _Terminal:
-    """A terminal's stream, to which nothing is written any more once the terminal has gone away."""
+    """A terminal's stream that drops what it cannot write, because the terminal may be closed."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -41,14 +41,14 @@ class Progress:
     Args:
         steps: of the whole run.
         finished: steps that were finished before.
-        tokens: in a step, over all processes.
-        silent: show nothing: all ranks but the first.
+        tokens: of a step, over all processes.
+        silent: show nothing, as on all ranks but the first.
     """
 
     def __init__(self, steps: int, finished: int, tokens: int, silent: bool = False) -> None:
         self.steps, self.first, self.tokens, self.silent = steps, finished, tokens, silent
         self.seconds = 0.0
-        """Time spent in steps; saving and evaluating are not part of it."""
+        """Time spent in steps, without saving and evaluating."""
         self.loss = float("nan")
         self._last_plain = time.monotonic()
         self._live: Live | None = None
@@ -58,9 +58,9 @@ class Progress:
             self._live.start()
 
     def step(self, finished: int, loss: float, seconds: float) -> None:
-        """Note a step and show it if it is time."""
+        """Note a step, and show it if a line is due."""
         self.seconds += seconds
-        # A running mean over about 20 steps: a single batch's loss jumps too much to be read.
+        # A running mean over about 20 steps, since a single batch's loss is too noisy.
         self.loss = loss if self.loss != self.loss else 0.95 * self.loss + 0.05 * loss
         if self._live:
             self._live.update(Text(self._line(finished)))
@@ -69,17 +69,17 @@ class Progress:
             self.say(self._line(finished))
 
     def tokens_per_s(self, finished: int) -> float:
-        """Mean over the steps of this process."""
+        """Return the mean speed over the steps of this process."""
         return (finished - self.first) * self.tokens / self.seconds if self.seconds else 0.0
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if self._live:
             self._live.console.print(text, markup=False, soft_wrap=True)
         elif not self.silent:
             try:
                 say(text)
-            except BrokenPipeError:  # the reader has gone away; a run of days goes on without it
+            except BrokenPipeError:  # the reader has gone away; the run continues without it
                 self.silent = True
 
     def close(self) -> None:
@@ -101,7 +101,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
+    """Format as 1:02:03 or 2:03."""
     hours, rest = divmod(round(seconds), 3600)
     minutes, rest = divmod(rest, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

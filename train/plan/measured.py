@@ -1,6 +1,6 @@
-"""The share of a GPU's peak that training was measured to reach: the results of `bench/gpu/train_sweep.py`.
+"""Measured MFU of training on a GPU: the results of `bench/gpu/train_sweep.py` in bench/results, if there are any.
 
-They are read as files of a checkout; an installed package has none, and a plan then says that it assumes.
+An installed package has no such files; a plan then assumes an MFU and says so.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ PATTERN = "*/*train.json"
 
 
 def measured_mfu(gpu: Gpu, dropout: bool, folder: Path = RESULTS) -> tuple[float, str] | None:
-    """MFU of fp16 training, all of attention counted, and the file that says so; None for a GPU that is in none.
+    """Return the MFU of fp16 training, with attention counted in full, and its file; None if no file is of this GPU.
 
     Args:
-        gpu: to be found by the name that its driver gave; the last file in the order of names counts.
-        dropout: whether the run to plan has any.
-        folder: of results, a folder for each machine.
+        gpu: matched with the name that the driver gave; the last file in the order of names counts.
+        dropout: True if the planned run has dropout.
+        folder: results, in one folder per machine.
     """
     for path in sorted(folder.glob(PATTERN), reverse=True):
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

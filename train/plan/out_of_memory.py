@@ -1,5 +1,5 @@
-"""What a run leaves behind where memory was not enough: a line with the setting to change, the plan's table beside what
-was really held, and on a GPU PyTorch's record of its allocations.
+"""Reports of a run that is out of memory: one line with the setting to change, a file with the plan's table and the
+measured peak, and on a GPU PyTorch's record of its allocations.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from phi1.train.recipe.recipe import Recipe
 from phi1.train.runtime.engine import Engine, peak_memory_gib
 from phi1.train.runtime.launch import Rank, RunError
 
-EVENTS = 100_000  # the last so many allocations and releases are recorded
+EVENTS = 100_000  # number of the last allocations and releases that are recorded
 
 
 @contextmanager
 def explained(recipe: Recipe, engine: Engine, folder: Path, rank: Rank) -> Iterator[None]:
-    """Turn running out of memory into a RunError. Args: the run's folder, and this process."""
+    """Turn running out of memory into a RunError, and write the reports into `folder`."""
     if engine.device.type == "cuda":
         torch.cuda.memory._record_memory_history(stacks="python", max_entries=EVENTS)
     try:
@@ -39,7 +39,7 @@ def explained(recipe: Recipe, engine: Engine, folder: Path, rank: Rank) -> Itera
 
 
 def is_shortage(error: Exception) -> bool:
-    """Whether memory was not enough, as CUDA's allocator, Python, the system and PyTorch's CPU allocator say it."""
+    """Return True for the errors by which CUDA's allocator, Python, the system and PyTorch's CPU allocator run out."""
     return (isinstance(error, torch.OutOfMemoryError | MemoryError)
             or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
             or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)))
@@ -53,7 +53,7 @@ def _explanation(recipe: Recipe, engine: Engine, stem: Path, rank: Rank, error: 
     cluster = Cluster(Gpu(engine.environment()["hardware"], "", has, 1, 1, 1, 1, "this machine"),  # type: ignore[arg-type]
                       engine.world_size, engine.replicas, of="GPU" if on_gpu else "process")
     table = memory_lines(recipe, cluster, micro_batch, largest_micro_batch(recipe, cluster))
-    # The plan may have been too hopeful: here it has a little less than the step takes by its own count.
+    # The plan may be too optimistic: for the advice, pretend that memory is a little less than the plan needs.
     takes = sum(memory(recipe, cluster, micro_batch).values()) / GIB - FRAGMENTATION * has
     less = replace(cluster, gpu=replace(cluster.gpu, memory_gib=min(has, 0.999999 * takes / (1 - FRAGMENTATION))))
     advice = memory_lines(recipe, less, micro_batch, largest_micro_batch(recipe, less))[-1]
@@ -72,7 +72,7 @@ def _explanation(recipe: Recipe, engine: Engine, stem: Path, rank: Rank, error: 
 
 
 def _memory_gib(engine: Engine) -> float:
-    """Of this process's GPU, or its share of the machine's, as far as it may use that."""
+    """Return the memory this process may use: its GPU's, or its share of the host's."""
     if engine.device.type == "cuda":
         return torch.cuda.get_device_properties(engine.device).total_memory / GIB
     share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / engine.world_size

@@ -1,9 +1,9 @@
-"""What a run will need, before any GPU is rented: memory a GPU by component, time, collectives, cost.
+"""The needs of a run before any GPU is rented: memory of a GPU by component, time, collectives, cost.
 
-The states (parameters, gradients, optimizer) are exact for FSDP2 as `engine.py` sets it up: parameters stay gathered
-within a step and gradients of several micro-steps add up unsharded, in float32. So they are for a process alone on a
-CPU, which goes without FSDP2. Activations follow from what the operations save. Time is arithmetic over the GPU's peak
-times an MFU, which is an assumption until a run on that GPU has measured it, and the plan says so.
+The states (parameters, gradients, optimizer) are exact, both for FSDP2 as `engine.py` sets it up and for a single
+process on a CPU, which uses no FSDP2. With FSDP2 parameters stay gathered within a step, and gradients of several
+micro-steps add up unsharded, in float32. Activations follow from what the operations save. Time is arithmetic over the
+GPU's peak times an MFU; the plan says if that was assumed or measured on such a GPU.
 
 P parameters, W GPUs, L layers, D width, F MLP, V vocabulary, H heads, T tokens of a sequence, b sequences of a
 micro-batch.
@@ -24,11 +24,11 @@ ELEMENT_BYTES = {"auto": 2, "fp16": 2, "bf16": 2, "fp32": 4}
 WORKSPACE_BYTES = 256 << 20  # linear_cross_entropy's default
 CONTEXT_BYTES = 1.5 * GIB  # CUDA's context, cuBLAS' workspaces and NCCL's buffers: an assumption
 PYTHON_BYTES = 0.3 * GIB  # resident with all modules imported, torch 2.13 on a CPU
-FRAGMENTATION = 0.04  # of the GPU's memory, kept free: an assumption
+FRAGMENTATION = 0.04  # share of the GPU's memory that is kept free: an assumption
 ASSUMED_MFU = 0.40  # phi-1's card comes to 0.38 on A100, published runs of this size to 0.42-0.60
-NODE_LINK_GB_PER_S = 25.0  # of each GPU to other nodes: a 200 Gbit/s card, an assumption
+NODE_LINK_GB_PER_S = 25.0  # from each GPU to other nodes, by a 200 Gbit/s card: an assumption
 NODE_GPUS = 8  # the most that a plan proposes for a node
-LINK_EFFICIENCY = 0.75  # of the data sheet's, in a large all-gather: an assumption
+LINK_EFFICIENCY = 0.75  # share of the data sheet's speed in a large all-gather: an assumption
 CARD_TOKENS, CARD_DAYS, CARD_GPUS = 54e9, 6.0, 8
 SCHEDULE_TOKENS = 36_000 * 1024 * 2048
 PAPER_TOKENS, PAPER_GPU_HOURS = 51e9, 770.0
@@ -36,7 +36,7 @@ PAPER_TOKENS, PAPER_GPU_HOURS = 51e9, 770.0
 
 @dataclass(frozen=True)
 class Cluster:
-    """W GPUs of one kind on some nodes, and what one costs an hour."""
+    """W GPUs of one kind on some nodes, and the price of one per hour."""
 
     gpu: Gpu
     gpus: int
@@ -45,20 +45,20 @@ class Cluster:
     mfu: float = ASSUMED_MFU
     mfu_source: str = "assumed"
     of: str = "GPU"
-    """Whose memory is planned: a GPU's, or on CPUs that of each process."""
+    """The owner of the planned memory: a GPU, or on CPUs a process."""
 
     @property
     def is_alone(self) -> bool:
-        """One process on a CPU, which goes without FSDP."""
+        """True for a single process on a CPU, which uses no FSDP."""
         return self.of != "GPU" and self.gpus == 1
 
 
 def states(config: Phi1Config, shards: int, element: int, micro_steps: int, reshard: bool = False,
            alone: bool = False) -> dict[str, float]:
-    """Bytes a GPU that are there at the end of a step's last backward, whatever the micro-batch.
+    """Return the bytes of a GPU at the end of a step's last backward; they do not depend on the micro-batch.
 
-    With `reshard` no more than two blocks are gathered, beside what belongs to none, and gradients add up in shards.
-    A process `alone` on a CPU has copies of the parameters, in 16 bits alone, and adds gradients up where they stay.
+    With `reshard` at most two blocks are gathered, beside the parameters outside the blocks, and gradients add up in
+    shards. A process `alone` on a CPU has copies of the parameters in 16 bits alone, and adds gradients up in place.
     """
     p, d, v = config.num_parameters, config.hidden_size, config.vocab_size
     outside = 2 * v * d + v + 2 * d
@@ -75,13 +75,16 @@ def states(config: Phi1Config, shards: int, element: int, micro_steps: int, resh
 
 
 def shards_of(recipe: Recipe, cluster: Cluster) -> int:
-    """GPUs that share out one copy of the states: those of a node, if the recipe does not say."""
+    """Return the number of GPUs that share one copy of the states: those of a node, if the recipe does not say."""
     return recipe.run.shard_group or cluster.gpus // cluster.nodes
 
 
 def activations(config: Phi1Config, seq_len: int, element: int, mode: str = "none") -> float:
-    """Bytes that the blocks keep for the backward, one sequence: x, q, k, v, att, lse and pre, or what the mode leaves;
-    the last norm's input and output; the positions."""
+    """Return the bytes that a forward keeps for the backward, per sequence.
+
+    Each block keeps x, q, k, v, att, lse and pre, or as much of that as the mode leaves. Besides there are the last
+    norm's input and output, and the positions.
+    """
     d, f = config.hidden_size, config.intermediate_size
     columns = {"none": 5 * d + f, "recompute-mlp": 5 * d, "block": d}[mode]
     per_token = element * columns + (0 if mode == "block" else 4 * config.num_attention_heads)
@@ -89,7 +92,7 @@ def activations(config: Phi1Config, seq_len: int, element: int, mode: str = "non
 
 
 def recomputed_flops_per_token(config: Phi1Config, seq_len: int, mode: str) -> float:
-    """Floating-point operations that the mode adds to training on one token."""
+    """Return the floating-point operations that the mode adds to training on one token."""
     d, f = config.hidden_size, config.intermediate_size
     of_a_layer = {"none": 0, "recompute-mlp": 2 * d * f, "block": 2 * d * (3 * d + f) + 4 * d * seq_len}[mode]
     return config.num_hidden_layers * of_a_layer
@@ -97,7 +100,7 @@ def recomputed_flops_per_token(config: Phi1Config, seq_len: int, mode: str) -> f
 
 def transients(config: Phi1Config, seq_len: int, element: int, micro_batch: int, shards: int,
                mode: str = "none") -> dict[str, float]:
-    """Bytes of what lives for a part of the step; the largest two do not meet, and the larger counts."""
+    """Return the bytes of buffers that live for a part of the step. They do not overlap, so the largest counts."""
     d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
     tokens = micro_batch * seq_len
     again = {"none": 0, "recompute-mlp": f, "block": 4 * d + f}[mode]
@@ -110,7 +113,7 @@ def transients(config: Phi1Config, seq_len: int, element: int, micro_batch: int,
 
 
 def moments(recipe: Recipe, cluster: Cluster, micro_batch: int) -> list[tuple[str, float]]:
-    """What lives for a part of the step, by size: the first one counts."""
+    """Return the buffers that live for a part of the step, largest first; the first one counts."""
     found = transients(recipe.phi1_config(), recipe.data.seq_len, ELEMENT_BYTES[recipe.train.precision], micro_batch,
                        shards_of(recipe, cluster), recipe.train.activations)
     if cluster.is_alone:
@@ -119,7 +122,7 @@ def moments(recipe: Recipe, cluster: Cluster, micro_batch: int) -> list[tuple[st
 
 
 def memory(recipe: Recipe, cluster: Cluster, micro_batch: int) -> dict[str, float]:
-    """Bytes a GPU by component."""
+    """Return the bytes of a GPU by component."""
     config, seq_len = recipe.phi1_config(), recipe.data.seq_len
     element, mode = ELEMENT_BYTES[recipe.train.precision], recipe.train.activations
     micro_steps = recipe.train.batch_size // (cluster.gpus * micro_batch)
@@ -136,7 +139,7 @@ def memory(recipe: Recipe, cluster: Cluster, micro_batch: int) -> dict[str, floa
 
 
 def largest_micro_batch(recipe: Recipe, cluster: Cluster) -> int:
-    """The largest divisor of a GPU's share of the batch that fits; 0 if none does.
+    """Return the largest divisor of a GPU's share of the batch that fits; 0 if none does.
 
     Raises:
         RunError: the batch does not divide over the GPUs.
@@ -153,21 +156,22 @@ def largest_micro_batch(recipe: Recipe, cluster: Cluster) -> int:
 
 @dataclass(frozen=True)
 class Duration:
-    """Time of one step, in seconds: arithmetic, and the collectives were they not overlapped."""
+    """Seconds of one step: the arithmetic alone, and the collectives alone."""
 
     arithmetic: float
     collectives: float
 
     @property
     def step(self) -> float:
-        """Collectives overlap the first and the last micro-step's arithmetic: the longer of the two."""
+        """The longer of the two, since collectives overlap the first and the last micro-step's arithmetic."""
         return max(self.arithmetic, self.collectives)
 
 
 def duration(recipe: Recipe, cluster: Cluster, micro_steps: int = 1) -> Duration:
-    """One all-gather of the parameters and one float32 reduce-scatter of the gradients a step.
+    """Return the time of a step with one all-gather of the parameters and one float32 reduce-scatter of the gradients.
 
-    With run.reshard, two and one of each micro-step. Replicas then add their shards of the gradients.
+    With run.reshard each micro-step has two all-gathers and one reduce-scatter. Replicas then add their shards of the
+    gradients.
     """
     config, seq_len, w = recipe.phi1_config(), recipe.data.seq_len, cluster.gpus
     tokens = recipe.train.batch_size * seq_len
@@ -183,11 +187,7 @@ def duration(recipe: Recipe, cluster: Cluster, micro_steps: int = 1) -> Duration
 
 
 def report(recipe: Recipe, cluster: Cluster) -> list[str]:
-    """The plan, line by line.
-
-    Raises:
-        RunError: the recipe and the cluster do not go together.
-    """
+    """Return the lines of the plan. Raises RunError if the batch does not divide over the cluster."""
     best = largest_micro_batch(recipe, cluster)
     share = recipe.train.batch_size // cluster.gpus
     chosen = recipe.train.micro_batch_size or best or 1
@@ -224,7 +224,7 @@ def memory_lines(recipe: Recipe, cluster: Cluster, micro_batch: int, best: int) 
 
 
 def _ways_out(recipe: Recipe, cluster: Cluster) -> list[str]:
-    """What lets a sequence fit where none does: settings, or the smallest number of GPUs, by doubling, in a node."""
+    """List the ways to make one sequence fit: settings, or the smallest number of GPUs, by doubling, in a node."""
     ways = _settings(recipe, cluster)
     if cluster.of != "GPU":
         return [*ways, f"give each {cluster.of} more memory"]
@@ -241,7 +241,7 @@ def _ways_out(recipe: Recipe, cluster: Cluster) -> list[str]:
 
 
 def _settings(recipe: Recipe, cluster: Cluster) -> list[str]:
-    """Each setting that lets a sequence fit, or the two that do so together."""
+    """List each setting that makes one sequence fit, or the two that do so together."""
     ways, resharding = _proposal(recipe, cluster, 1), replace(recipe, run=replace(recipe.run, reshard=True))
     if recipe.run.reshard:
         return ways
@@ -254,7 +254,7 @@ def _settings(recipe: Recipe, cluster: Cluster) -> list[str]:
 
 
 def _proposal(recipe: Recipe, cluster: Cluster, micro_batch: int) -> list[str]:
-    """The first mode that keeps less and lets this micro-batch fit, and what it costs; nothing if there is none."""
+    """Propose the first mode that keeps less and makes this micro-batch fit, with its cost; empty if there is none."""
     before = duration(recipe, cluster).arithmetic
     for mode in ACTIVATIONS[ACTIVATIONS.index(recipe.train.activations) + 1 :]:
         proposed = replace(recipe, train=replace(recipe.train, activations=mode))
@@ -282,7 +282,7 @@ def _time_lines(recipe: Recipe, cluster: Cluster, micro_steps: int) -> list[str]
 
 
 def _reconciliation(recipe: Recipe) -> list[str]:
-    """How the run's tokens meet the published figures, where it is phi-1's."""
+    """Compare the tokens and the speed of a run of phi-1 with the published figures; empty for other runs."""
     tokens = recipe.train.steps * recipe.train.batch_size * recipe.data.seq_len
     if recipe.model.preset != "phi1" or tokens < 1e9:
         return []

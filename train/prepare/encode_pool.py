@@ -1,9 +1,8 @@
 """Tokenising in parallel processes: chunks of texts go in, their tokens come out in the same order.
 
-Each worker is this file run as a script, with pickled messages on its pipes. Neither fork nor spawn of
-`multiprocessing` would do: the tokenizer's threads may hold a lock in a fork, and spawn imports the caller's main
-script, and with it torch, once more in each worker. A worker whose parent is gone finds its pipes ended, or its
-tokenizer removed, and ends without a word.
+Each worker is this file run as a script, with pickled messages on its pipes. `multiprocessing` does not fit: in a fork
+the tokenizer's threads may hold a lock, and spawn imports the caller's main script, and with it torch, in each worker.
+A worker whose parent is gone finds its pipes closed, or its tokenizer removed, and ends silently.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from phi1.tokenizer import Tokenizer
 from phi1.train.data.shards import DataError
 
 Encoded = tuple[np.ndarray, np.ndarray]
-"""Tokens, uint16 [n], of a chunk's documents, each followed by `<|endoftext|>`; tokens of each without, int64 [m]."""
+"""A chunk: tokens, uint16 [n], of its documents, each followed by `<|endoftext|>`; lengths without it, int64 [m]."""
 
 
 class EncodePool:
-    """A context manager that holds the worker processes, from its beginning to its end.
+    """Worker processes that tokenise, as a context manager: they start when it is entered and end when it is left.
 
     Args:
         folder: a saved tokenizer of at most 65,536 tokens.
@@ -41,7 +40,7 @@ class EncodePool:
         self._command = [sys.executable, "-P", __file__, str(folder)]
         self._workers: list[subprocess.Popen[bytes]] = []
         self._free: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
-        # One a worker, to wait on its pipes; the tokenizer's own threads would make workers * cores of them.
+        # One thread per worker waits on its pipes. The tokenizer's own threads would come to workers * cores.
         self._threads = ThreadPoolExecutor(workers)
         self._n_workers = workers
 
@@ -49,7 +48,7 @@ class EncodePool:
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
         try:
             for _ in range(self._n_workers):
-                # In groups of their own, because Ctrl-C is for the parent, which ends them.
+                # In process groups of their own, because Ctrl-C is for the parent, which ends them.
                 worker = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                           env=environment, process_group=0)
                 self._workers.append(worker)
@@ -61,17 +60,17 @@ class EncodePool:
 
     def __exit__(self, *error: object) -> None:
         for worker in self._workers:
-            worker.kill()  # nothing to lose: all that was asked for has been received, or is not wanted any more
+            worker.kill()  # loses nothing: all results have been received, or are no longer needed
         self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.wait()
             for pipe in (worker.stdin, worker.stdout):
-                with contextlib.suppress(OSError):  # of what could not be sent any more
+                with contextlib.suppress(OSError):  # from a message that could no longer be sent
                     if pipe is not None:
                         pipe.close()
 
     def encode(self, chunks: Iterable[list[str]]) -> Iterator[Encoded]:
-        """Tokens of each chunk of texts, in order. Few chunks are held at a time.
+        """Yield the tokens of each chunk of texts, in order. Few chunks are held at a time.
 
         Raises:
             DataError: a worker was killed.
@@ -100,21 +99,21 @@ class EncodePool:
 
 
 def encode_chunk(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
-    """Tokens of a chunk. `<|endoftext|>` written in a text is text: only the end of a document is the token."""
+    """Tokenise a chunk. The string `<|endoftext|>` within a text stays text; the token marks the end of a document."""
     ids = [np.array([*document, tokenizer.eos_id], dtype=np.uint16)
            for document in tokenizer.encode_batch(texts, special=False)]
     return np.concatenate([np.empty(0, np.uint16), *ids]), np.array([one.size - 1 for one in ids], dtype=np.int64)
 
 
 def serve(folder: str, requests: BinaryIO, replies: BinaryIO) -> None:
-    """A worker's life: a chunk in, its tokens out, until its parent is gone."""
+    """Run a worker: read a chunk, write its tokens, until the parent is gone."""
     try:
         tokenizer = Tokenizer.from_folder(folder)
     except ValueError:
         if not (Path(folder) / "tokenizer.json").exists():
             return
         raise
-    with contextlib.suppress(EOFError, pickle.UnpicklingError, BrokenPipeError):  # UnpicklingError: in mid-message
+    with contextlib.suppress(EOFError, pickle.UnpicklingError, BrokenPipeError):  # UnpicklingError: within a message
         while True:
             texts = pickle.load(requests)
             pickle.dump(encode_chunk(tokenizer, texts), replies, protocol=pickle.HIGHEST_PROTOCOL)
@@ -123,5 +122,5 @@ def serve(folder: str, requests: BinaryIO, replies: BinaryIO) -> None:
 
 if __name__ == "__main__":
     reply_pipe = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # so that nothing printed here can mix with the replies
+    os.dup2(2, 1)  # nothing printed here can mix with the replies
     serve(sys.argv[1], sys.stdin.buffer, reply_pipe)

@@ -1,8 +1,8 @@
 """`phi1 prepare`: documents are gathered, deduplicated, split, tokenised and written as a corpus (see shards.py).
 
 The result depends on the documents and the settings alone: not on paths, workers or time. A document belongs to the
-validation split if its content hash is among the lowest `val_fraction` of all hashes, so that it stays on its side when
-others come or go, and no text is on both. Only the training split teaches the BPE.
+validation split if its content hash is among the lowest `val_fraction` of all hashes. So it stays in its split when
+other documents come or go, and no text is in both splits. The BPE is trained on the training split alone.
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ from phi1.train.prepare.selection import Selection
 from phi1.train.prepare.sources import Source, find_source, gather
 from phi1.train.prepare.workspace import chain, foreign_file, format_bytes, workspace
 from phi1.train.prepare.writer import CorpusWriter
+from phi1.train.runtime.launch import cores
 
 CHUNK_BYTES = 1 << 20
-"""Text that a worker takes at a time; part of no result."""
+"""Text that a worker takes at a time; it does not affect the result."""
 BPE_BYTES = 1 << 28
-"""Text that a BPE is trained on at the most: more changes few merges."""
+"""Limit of the text that a BPE is trained on: more changes few merges."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a prepared corpus holds."""
+    """The contents of a prepared corpus, and the time that it took."""
 
     folder: Path
     fingerprint: str
     already_done: bool
     """The folder held this corpus before."""
     splits: dict[str, dict[str, Any]]
-    """For "train" and "val": documents, tokens, bytes, shards."""
+    """Documents, tokens, bytes and shards of "train" and "val"."""
     skipped: dict[str, int]
-    """Documents left out, by reason."""
+    """Number of documents left out, by reason."""
     seconds: float
-    """Of the whole preparation."""
+    """Time of the whole preparation."""
     tokens_per_second: float
-    """Of tokenising and writing."""
+    """Speed of tokenising and writing."""
 
     def _total(self, key: str) -> int:
         return sum(split[key] for split in self.splits.values())
@@ -83,19 +84,19 @@ def prepare(sources: str | Sequence[str], out: str | Path, *, tokenizer: str | P
     """Make a corpus from documents; the folder appears complete or not at all.
 
     Args:
-        sources: what find_source takes: "stdlib", folders, .jsonl files, Hub datasets.
+        sources: names for find_source: "stdlib", folders, .jsonl files, Hub datasets.
         out: the corpus folder. If it holds the corpus of these sources and settings already, nothing is done.
-        tokenizer: a Tokenizer, what load_tokenizer takes, or "train" for a BPE trained on the training split.
+        tokenizer: a Tokenizer, a name for load_tokenizer, or "train" for a BPE trained on the training split.
         vocab_size: of the trained BPE, 295 to 65,536.
         val_fraction: share of the documents held out, 0 <= f < 1; at least one if there are two and f > 0.
-        workers: processes that tokenise; 0: one for each core. Part of no result.
+        workers: processes that tokenise; 0: one per core. They do not affect the result.
         force: replace a corpus that is there.
         column: field of JSON lines, or column of a Hub dataset, with the text.
-        shard_tokens: tokens a file.
+        shard_tokens: tokens per file.
         report: called with a line of text at each stage.
 
     Raises:
-        DataError: no documents, another corpus in the way, a file that changed meanwhile, or no room on the disk.
+        DataError: no documents, another corpus in `out`, a file that changed meanwhile, or no room on the disk.
         ValueError: an argument is out of range, or there is no such tokenizer.
     """
     start, say = time.perf_counter(), report or (lambda line: None)
@@ -120,7 +121,7 @@ def prepare(sources: str | Sequence[str], out: str | Path, *, tokenizer: str | P
 
     n_bytes = sum(source.n_bytes for source in found)
     say(f"gathering {', '.join(names)}" + (f": {format_bytes(n_bytes)}" if n_bytes else ""))
-    # On the disk: the documents once as Arrow, and 2 bytes a token of about 3.
+    # On the disk: the documents once as Arrow, and 2 bytes per token of about 3 bytes of text.
     with workspace(place, int(1.7 * n_bytes)) as work:
         selection = _select(found, column, work / "cache", val_fraction)
         if chosen is None:
@@ -131,7 +132,7 @@ def prepare(sources: str | Sequence[str], out: str | Path, *, tokenizer: str | P
         (work / NEW).mkdir()
         writer = CorpusWriter(work / NEW, chosen, shard_tokens=shard_tokens,
                               block_tokens=min(BLOCK_TOKENS, shard_tokens))
-        rate = _encode(selection, writer, work / NEW / "tokenizer", workers or _cores(), say)
+        rate = _encode(selection, writer, work / NEW / "tokenizer", workers or cores(), say)
         writer.close(made)
         manifest = read_manifest(work / NEW)
         while not done and not publish(work, place, (lambda old: _check_own(old, out)) if force else None):
@@ -140,7 +141,7 @@ def prepare(sources: str | Sequence[str], out: str | Path, *, tokenizer: str | P
 
 
 def _chosen_tokenizer(tokenizer: str | Path | Tokenizer, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer that was asked for; None if it is to be trained."""
+    """Load the requested tokenizer; None if it is to be trained."""
     if tokenizer == "train":
         if not MIN_VOCAB <= vocab_size <= 65_536:
             raise ValueError(f"prepare: vocab_size must be from {MIN_VOCAB} to 65,536; got {vocab_size}")
@@ -149,11 +150,7 @@ def _chosen_tokenizer(tokenizer: str | Path | Tokenizer, vocab_size: int) -> Tok
 
 
 def _existing(out: Path, request: str, force: bool) -> Summary | None:
-    """The summary of what was asked for, if `out` holds it; None if `out` is free.
-
-    Raises:
-        DataError: something else is there.
-    """
+    """Return the summary of the requested corpus if `out` holds it, None if `out` is free; else raise DataError."""
     try:
         names = os.listdir(out)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -181,7 +178,7 @@ def _existing(out: Path, request: str, force: bool) -> Summary | None:
 
 
 def _check_own(folder: Path, out: Path) -> None:
-    """Refuse to replace a folder, that of the name `out`, with something else than a corpus in it."""
+    """Refuse to replace a folder, shown to the user as `out`, that holds anything but a corpus."""
     foreign = foreign_file(folder)
     if foreign is not None:
         raise DataError(f"{out}: it holds {foreign}, which is no part of a corpus, and is left as it is; choose "
@@ -190,7 +187,7 @@ def _check_own(folder: Path, out: Path) -> None:
 
 def _request(sources: list[Source], column: str, tokenizer: Tokenizer | None, vocab_size: int, val_fraction: float,
              shard_tokens: int) -> str:
-    """What was asked for, as a hash: the same request gives the same corpus."""
+    """Return a hash of all that decides the result: the same request gives the same corpus."""
     asked = {
         "version": VERSION, "sources": [source.identity for source in sources],
         "column": column if any(source.kind != "files" for source in sources) else None,
@@ -214,7 +211,7 @@ def _select(sources: list[Source], column: str, cache: Path, val_fraction: float
 
 def _encode(selection: Selection, writer: CorpusWriter, tokenizer: Path, workers: int,
             say: Callable[[str], None]) -> float:
-    """Tokenise and write all documents; returns tokens a second."""
+    """Tokenise and write all documents; returns tokens per second."""
     chunks = [(split, rows) for split in SPLITS for rows in selection.chunks(split, CHUNK_BYTES)]
     start = said = time.perf_counter()
     n_tokens = n_documents = 0
@@ -234,7 +231,3 @@ def _summary(folder: Path, manifest: dict[str, Any], *, already_done: bool = Fal
              tokens_per_second: float = 0.0) -> Summary:
     return Summary(folder, manifest["fingerprint"], already_done, manifest["content"]["splits"],
                    manifest["made"].get("skipped", {}), seconds, tokens_per_second)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Which documents a corpus takes, in which order, and on which side of the split."""
+"""The selection of a corpus's documents: their order, duplicates removed, and their split."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class Selection:
-    """The documents that are text, each content once (the first), split by content hash.
+    """The documents that are text, without duplicates (the first is kept), split by content hash.
 
     Args:
-        documents: what sources.gather gives.
-        val_fraction: documents whose hash lies in this lowest part of all hashes are for validation. That moves no
-            document when others come or go; but if none lies there, the lowest of at least two is taken, and one
-            document always stays for training.
-        skipped: documents already left out, by reason.
+        documents: from sources.gather.
+        val_fraction: documents whose hash lies in this lowest part of all hashes are for validation, whatever other
+            documents there are. If none lies there, the lowest of at least two is taken; one document always stays for
+            training.
+        skipped: number of documents already left out, by reason.
 
     Raises:
         DataError: no document is left.
@@ -52,7 +52,7 @@ class Selection:
         limit = int(val_fraction * 2.0**64)
         n_low = sum(int.from_bytes(self._digests[i][:8]) < limit for i in kept)
         n_val = min(max(n_low, int(val_fraction > 0)), len(kept) - 1)
-        # Validation in the order of the hashes, so that a first part of it is a fair sample and not one folder.
+        # Validation in the order of the hashes, so that its first part is a fair sample and not one folder.
         self.rows = {"train": np.sort(np.array(by_hash[n_val:], dtype=np.int64)),
                      "val": np.array(by_hash[:n_val], dtype=np.int64)}
         """Rows of `documents` for each split."""
@@ -62,24 +62,24 @@ class Selection:
         return sum(rows.size for rows in self.rows.values())
 
     def texts(self, rows: np.ndarray) -> list[str]:
-        """The text of some rows."""
+        """Return the text of some rows."""
         return self._documents[rows.tolist()]["text"]
 
     def records(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """DOCUMENT records of some rows with so many tokens each; the offsets are 0."""
+        """Return the DOCUMENT records of some rows, given the number of tokens of each; the offsets are 0."""
         records = np.zeros(rows.size, DOCUMENT)
         records["tokens"], records["bytes"] = tokens, self._bytes[rows]
         records["hash"] = np.frombuffer(b"".join(self._digests[i] for i in rows), dtype="V16")
         return records
 
     def chunks(self, split: str, chunk_bytes: int) -> list[np.ndarray]:
-        """The rows of a split in pieces of about `chunk_bytes` of text."""
+        """Cut the rows of a split into pieces of about `chunk_bytes` of text."""
         rows = self.rows[split]
         piece = np.cumsum(self._bytes[rows]) // chunk_bytes
         return [part for part in np.split(rows, np.flatnonzero(np.diff(piece)) + 1) if part.size]
 
     def training_texts(self, at_most: int) -> Iterator[str]:
-        """Texts of the training split; of more than `at_most` bytes a fixed sample, those with the highest hashes."""
+        """Yield the texts of the training split; beyond `at_most` bytes, those with the highest hashes alone."""
         by_hash = sorted(self.rows["train"].tolist(), key=self._digests.__getitem__, reverse=True)
         rows = np.array(by_hash, dtype=np.int64)
         enough = np.sort(rows[np.cumsum(self._bytes[rows]) - self._bytes[rows] < at_most])

@@ -1,7 +1,7 @@
-"""Where documents come from: the standard library, folders of Python files, JSON lines, Hub datasets.
+"""Sources of documents: the standard library, folders of Python files, JSON lines, Hub datasets.
 
-Whatever the source, the documents become one Hugging Face dataset with a row a document: text, blake2b-128 of its UTF-8
-bytes, their number, and what speaks against it ("" for nothing).
+The documents of all sources become one Hugging Face dataset with a row per document: text, blake2b-128 of its UTF-8
+bytes, their number, and the reason to leave it out ("" for none).
 """
 
 from __future__ import annotations
@@ -22,18 +22,16 @@ if TYPE_CHECKING:
     import datasets
 
 MAX_DOCUMENT = 1 << 30
-"""Bytes; a longer file is not a document that anyone wrote."""
+"""Bytes; nobody has written a longer document."""
 NOT_UTF8, EMPTY, TOO_LARGE = "not UTF-8", "empty", "larger than 1 GiB"
 _HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(?::([\w.-]+))?")
-
-
 Stamp = tuple[str, int, str]
 """Path, size and content hash of a file."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source that was found. `kind` is "files" (each file a document), "lines" (JSON lines) or "rows" (a dataset)."""
+    """A source that exists. `kind` is "files" (one document per file), "lines" (JSON lines) or "rows" (a dataset)."""
 
     name: str
     kind: str
@@ -44,14 +42,14 @@ class Source:
 
     @property
     def identity(self) -> list[Any]:
-        """What decides the documents, as JSON: sizes and hashes, not paths, so that a moved folder is the same."""
+        """JSON that identifies the documents: sizes and hashes without paths, so that a folder may be moved."""
         if self.kind == "rows":
             return [self.kind, self.rows._fingerprint]
         return [self.kind, [[size, digest] for _, size, digest in self.files]]
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the files; 0 where it is not known."""
+        """Bytes of the files; 0 if not known."""
         return sum(size for _, size, _ in self.files)
 
 
@@ -82,22 +80,22 @@ def find_source(name: str, column: str = "text") -> Source:
 
 
 def gather(sources: Sequence[Source], column: str, cache: Path) -> datasets.Dataset:
-    """All documents of some sources as one dataset; the columns are text, digest, bytes and problem.
+    """Gather all documents of some sources in one dataset; its columns are text, digest, bytes and problem.
 
     Args:
-        sources: found by find_source.
+        sources: from find_source.
         column: as for find_source.
         cache: folder for the dataset's Arrow files; the caller removes it.
 
     Raises:
-        DataError: a file changed since it was found, or a line is not what it should be.
+        DataError: a file changed since it was found, or a line is not JSON with the column.
     """
     import datasets
 
     features = datasets.Features({"text": datasets.Value("large_string"), "digest": datasets.Value("binary"),
                                   "bytes": datasets.Value("int64"), "problem": datasets.Value("string")})
-    # Sizes and hashes are among the arguments because `datasets` takes a generator with the same arguments for one with
-    # the same rows, and would serve the old text of a changed file.
+    # Sizes and hashes are among the arguments, because `datasets` caches the rows of a generator by its arguments and
+    # would serve the old text of a changed file.
     parts = tuple((source.kind, source.files, source.rows) for source in sources)
     shown = not datasets.utils.are_progress_bars_disabled()
     datasets.disable_progress_bars()
@@ -110,7 +108,7 @@ def gather(sources: Sequence[Source], column: str, cache: Path) -> datasets.Data
 
 
 def content_hash(content: bytes) -> bytes:
-    """blake2b-128: fast enough not to matter beside tokenising, in every Python, and safe to drop duplicates by."""
+    """Return the blake2b-128 of a document: collision-free in practice, in every Python, and fast beside tokenising."""
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
@@ -131,7 +129,7 @@ def _python_files(folder: Path, leave_out: set[str]) -> Iterator[Path]:
     for where, folders, names in os.walk(folder):
         folders[:] = [one for one in folders if one not in leave_out and not one.startswith(".")]
         found += [Path(where, one) for one in names if one.endswith(".py")]
-    # Only plain files: opening a pipe would wait for ever.
+    # Only regular files: opening a pipe would block.
     return (path for path in sorted(found, key=lambda path: path.relative_to(folder).as_posix()) if path.is_file())
 
 
@@ -165,7 +163,7 @@ def _documents(parts: Sequence[tuple[str, Sequence[Stamp], Any]], column: str) -
         for stamp in files:
             try:
                 yield from _from_lines(stamp, column) if kind == "lines" else _from_file(stamp)
-            except OSError as error:  # the system names no file that it has opened and cannot read
+            except OSError as error:  # a failed read does not name its file
                 raise DataError(f"{stamp[0]}: cannot be read: {error.strerror}") from None
 
 
@@ -189,7 +187,7 @@ def _from_lines(stamp: Stamp, column: str) -> Iterator[dict[str, Any]]:
 
 
 def _field(line: bytes, column: str, where: str) -> Any:
-    """The text in a line of JSON; a line that is not UTF-8 is returned as it is."""
+    """Return the text in a line of JSON; a line that is not UTF-8 is returned as it is."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -208,7 +206,7 @@ def _check_same(path: str, digest: str, expected: str) -> None:
 
 
 def _document(content: Any, where: str) -> dict[str, Any]:
-    """The row of a document, given as text or as bytes."""
+    """Return the row of a document, given as text or as bytes."""
     text, encoded, problem = "", b"", ""
     try:
         if isinstance(content, bytes):
@@ -217,7 +215,7 @@ def _document(content: Any, where: str) -> dict[str, Any]:
             text, encoded = content, content.encode("utf-8")
         elif content is not None:
             raise DataError(f"{where}: the text must be a string; got {str(content)[:40]}")
-    except UnicodeError:  # also a lone surrogate, which JSON can spell
+    except UnicodeError:  # also from a lone surrogate, which JSON can contain
         problem = NOT_UTF8
     else:
         problem = "" if encoded else EMPTY

@@ -1,4 +1,4 @@
-"""The place where a corpus is made: its room on the disk, and which files are a corpus's own."""
+"""The folder in which a corpus is made: its space on the disk, and the names of a corpus's files."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _CORPUS_NAME = re.compile(r"manifest\.json|tokenizer|(train|val)-(\d+\.bin|docum
 
 @contextlib.contextmanager
 def workspace(out: Path, needed: int) -> Iterator[Path]:
-    """A workspace of `phi1.atomic` for a corpus.
+    """Open a workspace of `phi1.atomic` for a corpus.
 
     Args:
-        out: the folder to be, without symbolic links.
-        needed: bytes that filling it takes, at the most; 0 if not known.
+        out: the future folder, without symbolic links.
+        needed: upper limit of the bytes that it takes; 0 if not known.
 
     Raises:
-        DataError: nothing can be written there, or the disk has not that much room, or is full later on.
+        DataError: nothing can be written there, or the disk has too little room, now or later.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -48,12 +48,12 @@ def workspace(out: Path, needed: int) -> Iterator[Path]:
 
 
 def foreign_file(folder: Path) -> str | None:
-    """The name of something in a folder that is no part of a corpus; None if all could be."""
+    """Return the name of something in a folder that is not part of a corpus; None if there is nothing."""
     return next((name for name in sorted(os.listdir(folder)) if not _CORPUS_NAME.fullmatch(name)), None)
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and the errors it came from."""
+    """Yield an error and the errors that caused it."""
     seen: BaseException | None = error
     while seen is not None:
         yield seen

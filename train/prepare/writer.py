@@ -1,4 +1,4 @@
-"""Writing a corpus: shards, document index, tokenizer and manifest (the format is in shards.py)."""
+"""Writes a corpus: shards, document index, tokenizer and manifest (shards.py describes the format)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ShardWriter:
         self.names: list[str] = []
         """The shards' file names."""
         self.n_tokens = 0
-        """Tokens appended."""
+        """Number of tokens appended."""
         self._folder, self._split, self._tokenizer = folder, split, tokenizer
         self._shard_tokens, self._block_tokens = shard_tokens, block_tokens
         self._pending: list[np.ndarray] = []
@@ -59,7 +59,7 @@ class ShardWriter:
         self._pending, self._n_pending = [stream[whole:]], stream.size - whole
 
     def close(self) -> None:
-        """Write what is pending and the last shard's header."""
+        """Write the pending tokens and the last shard's header."""
         if self._n_pending:
             self._write_block(np.concatenate(self._pending))
             self._pending, self._n_pending = [], 0
@@ -93,9 +93,9 @@ class CorpusWriter:
 
     Args:
         folder: exists; the caller gives it its final name once `close` has returned.
-        tokenizer: gives the ids; stored with them. At most 65,536 tokens.
-        shard_tokens: tokens a shard, a multiple of `block_tokens`.
-        block_tokens: tokens under one checksum.
+        tokenizer: made the ids and is stored with them. At most 65,536 tokens.
+        shard_tokens: tokens per shard, a multiple of `block_tokens`.
+        block_tokens: tokens per checksum.
 
     Raises:
         DataError: the tokenizer's ids do not fit into 16 bits.
@@ -129,16 +129,12 @@ class CorpusWriter:
         shards.append(tokens)
 
     def close(self, made: dict[str, Any]) -> str:
-        """Write all that is left and the manifest; returns the corpus' fingerprint.
-
-        Args:
-            made: how the corpus was made; information only.
-        """
+        """Write the rest and the manifest; returns the corpus's fingerprint. `made`: see write_manifest."""
         splits = {}
         for split, shards in self._shards.items():
             shards.close()
             documents = np.concatenate([np.empty(0, DOCUMENT), *self._documents[split]])
-            buffer = io.BytesIO()  # np.save to a file would not say that the disk is full, only that less was written
+            buffer = io.BytesIO()  # np.save to a file does not say that the disk is full, only that less was written
             np.save(buffer, documents)
             (self._folder / f"{split}-documents.npy").write_bytes(buffer.getbuffer())
             splits[split] = {"documents": documents.size, "tokens": shards.n_tokens,
@@ -152,9 +148,9 @@ def write_manifest(folder: Path, content: dict[str, Any], made: dict[str, Any]) 
     """Write manifest.json; returns the fingerprint.
 
     Args:
-        folder: holds all the corpus' files but the manifest; their sizes and hashes are added to `content`.
-        content: what the corpus is; the fingerprint covers it.
-        made: how the corpus was made; information only.
+        folder: holds all files of the corpus but the manifest; their sizes and hashes are added to `content`.
+        content: covered by the fingerprint.
+        made: information on how the corpus was made; not covered.
     """
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):

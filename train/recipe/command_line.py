@@ -19,7 +19,7 @@ def parse(arguments: list[str], file: Path | None = None) -> Recipe | None:
         file: the recipe without --config; the nano run's if None.
 
     Raises:
-        RunError: a word is not understood.
+        RunError: a word is not understood, or as read_recipe.
     """
     overrides: dict[str, str] = {}
     rest = list(arguments)

@@ -1,4 +1,4 @@
-"""Reading a recipe: a TOML file, the command line's `--section.key value` over it, and one line for each mistake."""
+"""Reads a recipe: a TOML file, overridden by the command line's `--section.key value`; one line for each mistake."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _ADAPTER = TypeAdapter(Recipe)
 
 
 def read_recipe(file: Path | None, overrides: dict[str, str], shown: str | None = None) -> Recipe:
-    """The recipe in `file` (the nano run's if None) with the command line's values in place of the file's.
+    """Read the recipe in `file` (the nano run's if None), with the command line's values in place of the file's.
 
     Args:
-        file: a TOML file; unset keys take the defaults above.
+        file: a TOML file; unset keys take the defaults of `Recipe`.
         overrides: `section.key` -> the text given on the command line.
-        shown: how error messages call the file, if not by its path.
+        shown: name of the file in error messages, if not its path.
 
     Raises:
         RunError: no such file, bad TOML, an unknown key or a value that breaks its rule; one line names it.
@@ -67,7 +67,7 @@ def _read_toml(file: Path, name: str) -> dict[str, Any]:
 
 
 def unknown(key: str) -> str:
-    """Say that the key is unknown, with the known one that is nearest, by its whole name or by its last part."""
+    """Say that a key is unknown, and name the nearest known one, by its whole name or by its last part."""
     leaf = key.rsplit(".", 1)[-1]
 
     def likeness(known: str) -> float:
@@ -79,7 +79,7 @@ def unknown(key: str) -> str:
 
 
 def _from_text(key: str, text: str) -> Any:
-    """A command line's text as the TOML value that the key wants; texts need no quotes."""
+    """Convert a command line's text to the TOML value that the key expects; strings need no quotes."""
     if _is_text(KEYS[key]):
         return text
     try:
@@ -98,7 +98,7 @@ def _is_text(hint: Any) -> bool:
 
 def _validated(sections: dict[str, dict[str, Any]], overrides: dict[str, str], name: str) -> Recipe:
     try:
-        # Through JSON, since strict validation of Python objects would want tuples and finished dataclasses.
+        # As JSON, because strict validation of Python objects would require tuples and finished dataclasses.
         return _ADAPTER.validate_json(json.dumps(sections, default=str), strict=True)
     except ValidationError as failure:
         error = failure.errors(include_url=False)[0]
@@ -110,7 +110,7 @@ def _validated(sections: dict[str, dict[str, Any]], overrides: dict[str, str], n
 
 
 def _rule(error: Any, key: str) -> str:
-    """What a value must be: pydantic's words, or ours where they do not say what to write."""
+    """Say what a value must be: in pydantic's words, or in ours if those do not say what to write."""
     if error["type"].startswith("bool_"):
         return "input should be true or false"
     if error["type"] in ("tuple_type", "missing", "too_long"):
@@ -120,12 +120,7 @@ def _rule(error: Any, key: str) -> str:
 
 
 def show_help(purpose: str | None, file: Path | None) -> None:
-    """Print what `--help` asks for; `file` is the recipe without --config, the nano run's if None.
-
-    Raises:
-        RunError: it cannot be written.
-        BrokenPipeError: the reader has gone away.
-    """
+    """Print the help; `file` is the recipe without --config, the nano run's if None. Raises RunError if it cannot."""
     try:
         print(f"{purpose}\nWithout --config: {file or SHOWN_PATH}. Keys, with what stands where no file sets them:\n\n"
               f"{help_text()}", flush=True)
@@ -136,7 +131,7 @@ def show_help(purpose: str | None, file: Path | None) -> None:
 
 
 def help_text() -> str:
-    """Every key with its default and its line of documentation."""
+    """Return every key with its default and its line of documentation."""
     lines = []
     for section in fields(Recipe):
         cls = section.default_factory

@@ -1,9 +1,9 @@
-"""The configuration of a run: one typed, frozen object. `recipe_file.py` reads it, and pydantic keeps to the rules.
+"""The configuration of a run: one typed, frozen object. `file.py` reads it, and pydantic enforces the rules.
 
 Every key has a default, a rule and a line of documentation, all in the classes below; `--help` prints them. The
-defaults are the `nano` run, which `train/configs/nano.toml` spells out. The default of a new key is what was done
-before there was one: recipes and checkpoints that are older take it. The classes need no package: a training step alone
-takes a `Train` where neither pydantic nor tomli_w is installed.
+defaults are the `nano` run, which `train/configs/nano.toml` spells out. The default of a new key is the trainer's
+behaviour before the key existed, since older recipes and checkpoints take it. The classes themselves need no package:
+a training step with a `Train` works without pydantic and tomli_w.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from phi1.train.runtime.launch import RunError
 
 
 class Field:
-    """An annotation of a key: the limits of its values, in pydantic's words, or its line of documentation."""
+    """An annotation of a key: the limits of its values, by pydantic's names, or its line of documentation."""
 
     def __init__(self, description: str = "", **limits: Any) -> None:
         self.description, self.limits = description, limits
@@ -91,8 +91,8 @@ class Train:
                                "pre-activation), or block (all but its input); changes no bit")] = "none"
     loss_scale: Annotated[Positive, doc("fp16: first loss scale")] = 65536.0
     loss_scale_window: Annotated[Count, doc("fp16: steps without overflow before the scale doubles")] = 2000
-    loss_scale_hysteresis: Annotated[Count, doc("fp16: which overflow since the scale last doubled is the first to "
-                                                "halve it")] = 2
+    loss_scale_hysteresis: Annotated[Count, doc("fp16: overflows until the scale halves, counted since it last "
+                                                "doubled")] = 2
     loss_scale_floor: Annotated[Positive, doc("fp16: the scale does not fall below this")] = 1.0
     max_skips: Annotated[Count, doc("skipped steps in a row after which the run stops")] = 20
     max_loss_jump: Annotated[NotNegative, doc("skip a step whose loss is more than this times the running mean of the "
@@ -100,12 +100,12 @@ class Train:
     find_nonfinite: Annotated[bool, doc("compute a step whose gradient is not finite again, and name the first tensor "
                                         "that is not")] = False
     seed: Annotated[int, Field(ge=0, lt=2**32), doc("of initial weights, sample order and dropout")] = 1
-    threads: Annotated[CountOrZero, doc("CPU threads of each process (0: cores / processes of this machine)")] = 0
+    threads: Annotated[CountOrZero, doc("CPU threads of each process (0: this machine's cores / processes)")] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """When to save, and where to go on from."""
+    """Saving, and the checkpoint to resume from."""
 
     every: Annotated[CountOrZero, doc("steps between checkpoints (0: at the end only)")] = 500
     keep: Annotated[Count, doc("newest checkpoints to keep")] = 2
@@ -134,25 +134,25 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where and on what."""
+    """The run's folder, its machine, and its limits."""
 
     folder: Annotated[Folder, doc("the run's folder")] = "runs/nano"
     device: Annotated[Literal["auto", "cpu", "cuda"], doc("auto: cuda where there is one")] = "auto"
-    shard_group: Annotated[CountOrZero, doc("processes that share out one copy of the states; other groups hold "
+    shard_group: Annotated[CountOrZero, doc("processes that share one copy of the states; other groups hold "
                                             "replicas (0: those of one machine)")] = 0
-    reshard: Annotated[bool, doc("give up gathered parameters after each pass of a large block and reduce gradients "
+    reshard: Annotated[bool, doc("free gathered parameters after each pass of a large block and reduce gradients "
                                  "after each micro-step: the least memory, for small cards, and more "
-                                 "communication; nothing at one process on a CPU")] = False
+                                 "communication; no effect with one process on a CPU")] = False
     watchdog: Annotated[NotNegative, doc("seconds that the start with its loading, a step, a save, a batch of an "
                                          "evaluation or the gathering of the weights may take before its process ends "
-                                         "with its stack; time in which the run is suspended does not count (0: "
-                                         "any)")] = 1800.0
+                                         "and prints its stack; time while the run is suspended does not count (0: "
+                                         "no limit)")] = 1800.0
     profile: Annotated[str, doc("steps to trace, such as 7 or 7-9: a Chrome trace in the run's folder and a short "
                                 "table (unset: none); also --profile")] = ""
     tensorboard: Annotated[bool, doc("also write TensorBoard's files, if it is installed")] = True
     wandb: Annotated[bool, doc("also log to Weights & Biases; WANDB_MODE=offline keeps it on this machine")] = False
     time_limit: Annotated[NotNegative, doc("minutes after the launch at which the run saves and stops (0: none)")] = 0.0
-    bitwise: Annotated[bool, doc("refuse to go on where the rest would not have the same bits: another number of "
+    bitwise: Annotated[bool, doc("refuse to resume if the rest would not have the same bits: another number of "
                                  "processes or threads, other hardware, versions or precision; also --bitwise")] = False
     prove_resume: Annotated[CountOrZero, doc("train nothing: run the last so many steps again, from a checkpoint, and "
                                              "compare all bits; also --prove-resume K (0: train)")] = 0
@@ -170,7 +170,7 @@ class Recipe:
     run: Run = field(default_factory=Run)
 
     def phi1_config(self) -> Phi1Config:
-        """The model's configuration. Raises RunError for a value that breaks its rule."""
+        """Return the model's configuration. Raises RunError for a value that breaks its rule."""
         changes = {key: value for key, value in asdict(self.model).items()
                    if key not in ("preset", "init") and value is not None}
         try:
@@ -180,24 +180,21 @@ class Recipe:
             raise RunError(f"[model] {error}") from None
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """section -> key -> value, as JSON and TOML have them; keys that are unset are left out."""
+        """Return section -> key -> value, with the types of JSON and TOML; unset keys are left out."""
         return {name: {key: list(value) if isinstance(value, tuple) else value
                        for key, value in section.items() if value is not None}
                 for name, section in asdict(self).items()}
 
     def to_toml(self) -> str:
-        """The same recipe as a file."""
+        """Return the recipe as the text of a file."""
         import tomli_w
 
         return tomli_w.dumps(self.as_dict())
 
 
-def _section_fields() -> dict[str, Any]:
-    """Every `section.key` with its annotation, without the surrounding documentation."""
-    return {f"{section.name}.{key}": hint
-            for section in fields(Recipe)
-            for key, hint in get_type_hints(section.default_factory, include_extras=True).items()}  # type: ignore[arg-type]
-
-
-KEYS = _section_fields()
-ACTIVATIONS = get_args(get_args(KEYS["train.activations"])[0])  # each keeps less than the one before
+KEYS = {f"{section.name}.{key}": hint
+        for section in fields(Recipe)
+        for key, hint in get_type_hints(section.default_factory, include_extras=True).items()}  # type: ignore[arg-type]
+"""Every `section.key` with its annotation."""
+ACTIVATIONS = get_args(get_args(KEYS["train.activations"])[0])
+"""The modes, each of which keeps less than the one before."""

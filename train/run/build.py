@@ -1,4 +1,4 @@
-"""A run's parts on one process, built once: processes connected, data opened, model built and loaded."""
+"""Builds the parts of a run on one process: connects the processes, opens the data, builds and loads the model."""
 
 from __future__ import annotations
 
@@ -44,16 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """What the loop goes through, the same on every process.
-
-    Args:
-        trainer: new, or loaded from a checkpoint.
-        evaluation: what is evaluated, and when.
-        saving: what is saved, and when.
-        stop_signals: how to stop.
-        monitor: what is shown and recorded.
-        profiler: records some steps.
-    """
+    """The parts of a run, one of each on every process; its trainer is new, or loaded from a checkpoint."""
 
     trainer: Trainer
     evaluation: Evaluation
@@ -66,14 +57,14 @@ class Run:
 @contextmanager
 def build(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: Start,
           watchdog: Watchdog) -> Iterator[Run]:
-    """Collective: connect, open, build and load; the terminal and the ledger are given back at the end.
+    """Collective: connect, open, build and load; at the end of the block close the terminal line and the ledger.
 
-    Until all have built and loaded, there is nothing that a stop would have to save, and signals end the process.
+    Until all processes have loaded, a stop has nothing to save, and signals end the process.
 
     Raises:
-        RunError: on every process, if one cannot; or memory was not enough, here or in the block.
+        RunError: on every process, if one fails; or out of memory, here or in the block.
     """
-    if rank.world_size > 1:  # one that waits for another would not come to a handler in Python
+    if rank.world_size > 1:  # a process that waits for another would not run a handler in Python
         on_signals(signal.SIG_DFL)
     engine = start_engine(recipe, rank)
     connect_processes(engine, rank, store)
@@ -83,7 +74,7 @@ def build(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: St
     stop_signals = StopSignals(rank, recipe.run.time_limit)
     with explained(recipe, engine, folder.path, rank):
         trainer, stored = make_trainer(recipe, engine, corpus, rank, checkpoint)
-        held_out = HeldOut(validation, tokenizer, recipe.data.seq_len, recipe.eval.sequences)  # waits for all
+        held_out = HeldOut(validation, tokenizer, recipe.data.seq_len, recipe.eval.sequences)  # waits for all ranks
         on_signals(stop_signals.note)
         samples, humaneval = _tasks(recipe, folder, tokenizer, held_out)
         with Progress(recipe.train.steps, trainer.finished, recipe.train.batch_size * recipe.data.seq_len,
@@ -105,7 +96,7 @@ def build(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: St
 
 def make_trainer(recipe: Recipe, engine: Engine, corpus: Corpus, rank: Rank,
                  checkpoint: Path | None) -> tuple[Trainer, dict[str, Any]]:
-    """Collective: the trainer, new or as it was saved, and what was noted with it."""
+    """Collective: make the trainer, new or from a checkpoint; returns it and the checkpoint's notes."""
     batch_plan = BatchPlan.of(recipe.train.batch_size, recipe.train.micro_batch_size, rank.rank, rank.world_size)
     init = None if checkpoint else recipe.model.init
     model = build_model(recipe.phi1_config(), engine, recipe.train.seed, init)
@@ -116,7 +107,7 @@ def make_trainer(recipe: Recipe, engine: Engine, corpus: Corpus, rank: Rank,
 
 def _tasks(recipe: Recipe, folder: RunFolder, tokenizer: Tokenizer,
            held_out: HeldOut) -> tuple[Samples, HumanEval | None]:
-    """What the model is to write: completions of held-out headers, and HumanEval's if it is asked for."""
+    """Make the completions of held-out headers, and HumanEval if it is requested."""
     rules = recipe.eval
     samples = Samples(folder.samples, tokenizer, function_headers(held_out.text, rules.completions), recipe.train.seed)
     if rules.humaneval is None:
@@ -125,14 +116,14 @@ def _tasks(recipe: Recipe, folder: RunFolder, tokenizer: Tokenizer,
 
 
 def _facts(recipe: Recipe, engine: Engine, corpus: Corpus, stored: dict[str, Any]) -> dict[str, Any]:
-    """What each checkpoint says of its run, and what the one that the run is resumed from said of its step."""
+    """Return the facts of the run for its checkpoints, and those of the step that it resumes from."""
     facts = {"defining": defining(recipe), "schedule": schedule_end(recipe.train), "data": corpus.fingerprint,
              "environment": environment_of(recipe, engine)}
     return facts | {key: stored[key] for key in ("best", "due") if key in stored}
 
 
 def _announce_start(progress: Progress, recipe: Recipe, trainer: Trainer, stored: dict[str, Any]) -> None:
-    """Say what is trained on what, and what is not as it was when the checkpoint was saved."""
+    """Say what is trained on which hardware, and what has changed since the checkpoint."""
     environment, train = environment_of(recipe, trainer.engine), recipe.train
     what = f"{recipe.model.preset}, {recipe.phi1_config().num_parameters:,} parameters"
     copies = f" in {environment['replicas']} replicas" if trainer.engine.replicas > 1 else ""
@@ -148,7 +139,7 @@ def _announce_start(progress: Progress, recipe: Recipe, trainer: Trainer, stored
 
 
 def _ledger(folder: RunFolder, recipe: Recipe, trainer: Trainer, stop_signals: StopSignals) -> Ledger | None:
-    """Rank 0's ledger; if it cannot be written, all processes stop before the first step."""
+    """Open rank 0's ledger; if it cannot be written, all processes stop before the first step."""
     try:
         loggers = open_loggers(folder.path, trainer.finished, recipe.as_dict(), tensorboard=recipe.run.tensorboard,
                              wandb=recipe.run.wandb)

@@ -1,4 +1,4 @@
-"""The corpus of a run: prepared where it is missing, opened by every process, and read again at the end."""
+"""The corpus of a run: prepared if it is missing, opened by every process, and verified again at the end."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from phi1.train.runtime.launch import Rank, RunError, say
 
 
 def prepare_data(recipe: Recipe) -> None:
-    """Make the corpus if its folder is not there. A corpus that is there is taken as it is, whatever it was made from.
+    """Make the corpus if its folder is missing or empty.
 
     Raises:
-        RunError: it cannot be made, or it was made from another source than the one asked for.
+        RunError: it cannot be made, or the existing one was made from another source than the recipe asks for.
     """
     from phi1.train.prepare.prepare import prepare
 
@@ -37,7 +37,7 @@ def prepare_data(recipe: Recipe) -> None:
 
 
 def _made_from(recipe: Recipe) -> list[str]:
-    """The sources that the corpus was made from, as they were given."""
+    """Return the sources that the corpus was made from, as they were given."""
     data, folder = recipe.data, Path(recipe.data.folder)
     size = f" --vocab-size {data.vocab_size}" if data.tokenizer == "train" else ""
     again = (f"phi1 prepare --source {shlex.quote(data.source)} --tokenizer {shlex.quote(data.tokenizer)}{size} "
@@ -54,22 +54,22 @@ def _made_from(recipe: Recipe) -> list[str]:
 
 
 def _same_source(one: str, other: str) -> bool:
-    """Whether two names are of one source: equal, or of the same folder."""
+    """Return True if two names mean one source: they are equal, or name the same folder."""
     if one == other or "stdlib" in (one, other):
         return one == other
     return Path(one).is_dir() and Path(one).resolve() == Path(other).resolve()
 
 
 def open_data(recipe: Recipe, fingerprint: str | None = None, verify: bool = True) -> tuple[Corpus, Corpus, Tokenizer]:
-    """Training split, validation split and tokenizer of a prepared corpus.
+    """Open the training split, the validation split and the tokenizer of a prepared corpus.
 
     Args:
         recipe: names the folder.
-        fingerprint: of the corpus that the run is about; None for whatever is there.
+        fingerprint: of the corpus that the run began with; None accepts any.
         verify: read all of it and compare its hashes.
 
     Raises:
-        RunError: it is damaged, does not fit the model, is too small for one batch, or another one takes its place.
+        RunError: it is damaged, does not fit the model, is too small for one batch, or was replaced by another.
     """
     folder, vocab_size = Path(recipe.data.folder), recipe.phi1_config().vocab_size
     try:
@@ -92,12 +92,12 @@ def open_data(recipe: Recipe, fingerprint: str | None = None, verify: bool = Tru
 
 
 def open_on_all_ranks(recipe: Recipe, fingerprint: str, rank: Rank) -> tuple[Corpus, Corpus, Tokenizer]:
-    """Collective: `open_data` on every process. On each machine but rank 0's the first process reads all of it.
+    """Collective: `open_data` on every process; the first process of each machine but rank 0's verifies it.
 
     Raises:
         Failed: on every process, if one cannot.
     """
-    from phi1.train.runtime.all_ranks import all_ranks, fail  # imports torch, which a complete run can do without
+    from phi1.train.runtime.all_ranks import all_ranks, fail  # imports torch, which a complete run does not need
 
     def open_own() -> tuple[Corpus, Corpus, Tokenizer]:
         try:
@@ -110,7 +110,7 @@ def open_on_all_ranks(recipe: Recipe, fingerprint: str, rank: Rank) -> tuple[Cor
 
 
 def read_again(recipe: Recipe, fingerprint: str, rank: Rank, report: Callable[[str], None]) -> None:
-    """Collective, at the end: one process of each machine sees whether its corpus is as it was when the run began."""
+    """Collective, at the end: one process of each machine verifies that its corpus has not changed during the run."""
     from phi1.train.runtime.all_ranks import Failed, all_ranks
 
     try:

@@ -1,4 +1,4 @@
-"""The evaluations of a run: when held-out loss, HumanEval and completions are due, and what they find."""
+"""The evaluations of a run: held-out loss, HumanEval and completions, each when it is due."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class Evaluation:
     """Evaluates a trainer between its steps.
 
     Args:
-        held_out: the text to find the loss of.
+        held_out: the text of the validation loss.
         samples: the headers to complete.
         humaneval: the problems to solve; None for none.
-        rules: how often to evaluate and to complete.
-        humaneval_every: steps between two times of solving the problems: those between checkpoints.
-        steps: last step of the run, after which all of it comes by itself.
+        rules: the steps between evaluations and between completions.
+        humaneval_every: steps between two evaluations on HumanEval: those between checkpoints.
+        steps: last step of the run; nothing is due after it, because at_the_end follows.
         rank: this process's.
-        stop_signals: asked between batches.
-        monitor: told what is found.
+        stop_signals: checked between batches.
+        monitor: shows and records the results.
     """
 
     held_out: HeldOut
@@ -45,7 +45,7 @@ class Evaluation:
     """The last evaluation was stopped."""
 
     def due(self, step: int) -> bool:
-        """Say whether anything is due after a step."""
+        """Return True if an evaluation is due after a step."""
         return (self._is_due(self.rules.every, step) or self._is_due(self.rules.completions_every, step)
                 or (self.humaneval is not None and self._is_due(self.humaneval_every, step)))
 
@@ -53,14 +53,14 @@ class Evaluation:
         return is_due(every, step, self.steps)
 
     def run(self, trainer: Trainer, loss: float | None = None) -> tuple[float | None, float | None]:
-        """Collective: do what is due after the finished step, or as much of it as comes before a stop.
+        """Collective: do the evaluations that are due after the finished step, until a stop is requested.
 
         Args:
-            trainer: rests between two steps.
-            loss: of this step, if it was found before.
+            trainer: between two steps.
+            loss: of this step, if it is already known.
 
         Returns:
-            The held-out loss and HumanEval's pass@1, None for what is not known.
+            The held-out loss and HumanEval's pass@1; None for a value that was not found.
         """
         step, solved = trainer.finished, None
         if loss is None and self._is_due(self.rules.every, step) and (figures := self.validate(trainer)):
@@ -73,13 +73,13 @@ class Evaluation:
         return loss, solved
 
     def at_the_end(self, trainer: Trainer) -> tuple[Figures, float | None] | None:
-        """Collective: what was reached, with HumanEval's pass@1; None if a stop was asked for meanwhile."""
+        """Collective: evaluate the trained model, with HumanEval's pass@1; None if a stop was requested meanwhile."""
         figures = self.validate(trainer)
         solved = self.solve(trainer, self.humaneval) if figures and self.humaneval else None
         return (figures, solved) if figures and not self.stopped else None
 
     def validate(self, trainer: Trainer) -> Figures | None:
-        """Collective: figures on the held-out text; None if a stop was asked for meanwhile."""
+        """Collective: evaluate the held-out text; None if a stop was requested meanwhile."""
         figures = self.held_out.evaluate(trainer.model, trainer.engine, self.rank, trainer.batch_plan.micro_batch,
                                          lambda: self._stop(f"the evaluation after step {trainer.finished}"))
         if figures:
@@ -89,7 +89,7 @@ class Evaluation:
         return figures
 
     def solve(self, trainer: Trainer, humaneval: HumanEval) -> float | None:
-        """Collective: HumanEval's pass@1; None if a stop was asked for meanwhile, or some process could not run it."""
+        """Collective: return HumanEval's pass@1; None if a stop was requested or a process failed to run it."""
         step = trainer.finished
         try:
             attempts = humaneval.evaluate(trainer, self.rank, lambda: self._stop(f"HumanEval after step {step}"))

@@ -20,15 +20,11 @@ from typing import Any
 from phi1.train.checkpoint.files import LEDGER, give_back
 from phi1.train.runtime.launch import RunError
 
-NETWORK_SECONDS = 10  # until a file that one machine has made is seen by the others
+NETWORK_SECONDS = 10  # limit of the time until other machines see a new file
 
 
 class RunFolder:
-    """Paths of a run, and the right to write there.
-
-    Args:
-        path: made by `lock` if it is not there.
-    """
+    """Paths of a run, and the lock that allows one process to write there; `lock` makes a missing folder."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -45,7 +41,7 @@ class RunFolder:
         self._is_new = False
 
     def lock(self) -> None:
-        """Take the folder for this process, until it ends. A checkpoint that a killed one had put aside is back then.
+        """Lock the folder for this process until it ends, and restore a checkpoint that a killed save had set aside.
 
         Raises:
             RunError: another process has it, or it cannot be written.
@@ -59,7 +55,7 @@ class RunFolder:
             except BlockingIOError:
                 raise RunError(f"run.folder {self.path} is in use by process {self._owner()}: wait until it ends, or "
                                "give another --run.folder") from None
-            except OSError as error:  # also where a start that was refused has just removed the folder it had made
+            except OSError as error:  # also when a refused start has just removed the folder that it had made
                 problem = error
         else:
             raise RunError(f"run.folder {self.path}: {problem.strerror}")
@@ -69,12 +65,12 @@ class RunFolder:
             raise RunError(f"run.folder {self.path}: {error.filename}: {error.strerror}") from None
 
     def check_shared(self, rank: int) -> None:
-        """Collective: see that every process finds what rank 0 writes here, or checkpoints would be written in parts.
+        """Collective: check that every process sees what rank 0 writes here; else checkpoints would lie in parts.
 
         Raises:
             Failed: on every process, if one does not.
         """
-        from phi1.train.runtime.all_ranks import all_ranks, fail  # imports torch, which a complete run can do without
+        from phi1.train.runtime.all_ranks import all_ranks, fail  # imports torch, which a complete run does not need
 
         name, *_ = all_ranks(lambda: self._mark() if rank == 0 else "")
         mark = self.path / name
@@ -94,7 +90,7 @@ class RunFolder:
                 mark.unlink(missing_ok=True)
 
     def _mark(self) -> str:
-        name = f".shared-{secrets.token_hex(8)}"  # new, so that no machine remembers it as not being there
+        name = f".shared-{secrets.token_hex(8)}"  # a new name, which no machine has cached as missing
         (self.path / name).touch()
         return name
 
@@ -105,7 +101,7 @@ class RunFolder:
             return "unknown"
 
     def discard_if_new(self) -> None:
-        """Leave nothing behind where a run was refused, but for what another one has put there meanwhile."""
+        """Remove the folder of a refused run if `lock` made it, unless another run has written there meanwhile."""
         if self._is_new and self._lock is not None:
             with suppress(OSError):
                 if os.listdir(self.path) == [".lock"]:
@@ -113,14 +109,9 @@ class RunFolder:
                     self.path.rmdir()
 
     def store(self, text: str, launch: str | None = None) -> None:
-        """Write config.toml, if it says something new.
+        """Write a recipe's TOML to config.toml, if it has changed. Raises RunError if it cannot be written.
 
-        Args:
-            text: the recipe as TOML.
-            launch: the launch of torchrun that goes back to an older checkpoint; None if it does not.
-
-        Raises:
-            RunError: it cannot be written.
+        `launch` is the id of the torchrun launch, if it resumes from an older checkpoint; else None.
         """
         temporary = self.config.with_suffix(".tmp")
         try:
@@ -133,14 +124,14 @@ class RunFolder:
             raise RunError(f"{self.config} cannot be written: {error.strerror}") from None
 
     def has_gone_back(self, launch: str) -> bool:
-        """Whether a launch of torchrun has gone back as it was told to: a restart would undo what came since."""
+        """Return True if a launch of torchrun has already resumed from the older checkpoint that it was given."""
         try:
             return self.went_back.read_text(encoding="utf-8") == launch
         except OSError:
             return False
 
     def completed(self, steps: int) -> dict[str, Any] | None:
-        """The summary, if the run has been finished with this number of steps."""
+        """Return the summary, if the run is complete with this number of steps."""
         try:
             summary = json.loads(self.summary.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -149,7 +140,7 @@ class RunFolder:
 
 
 def lock_file(path: Path) -> int:
-    """Lock a file for as long as this process lives. Returns its descriptor.
+    """Lock a file until this process ends. Returns its descriptor.
 
     Raises:
         BlockingIOError: another process has it.

@@ -1,4 +1,4 @@
-"""The steps of a run, with what is due after each of them, until the last one or an agreed stop."""
+"""The loop of a run: steps, each followed by the evaluations and the checkpoint that are due."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def _step(run: Run) -> None:
 
 
 def _follow_up(run: Run) -> bool:
-    """Do what is due after the finished step, its checkpoint last, so that it knows how good it is.
+    """Evaluate after the finished step and then save it, as far as that is due; the checkpoint holds the results.
 
     Returns:
-        False if a stop came first; a checkpoint that is saved now says what is still due.
+        False if a stop interrupted the evaluations; the checkpoint at the stop notes that they are still due.
     """
     step, pending = run.trainer.finished, run.saving.pending
     run.saving.pending = None

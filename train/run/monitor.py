@@ -1,4 +1,4 @@
-"""What a run tells of itself while it goes: to its watchdog, on the terminal, and on rank 0 in the ledger."""
+"""Reports of a running training: to its watchdog, to the terminal, and on rank 0 to the ledger."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from phi1.train.step.trainer import Outcome
 
 @dataclass(frozen=True)
 class Monitor:
-    """The places that a run reports to.
+    """The receivers of a run's reports.
 
     Args:
         watchdog: told what begins.
         progress: silent on all ranks but the first.
         ledger: rank 0's; None on the others.
-        mfu: turns speed into MFU.
+        mfu: converts speed to MFU.
     """
 
     watchdog: Watchdog
@@ -43,7 +43,7 @@ class Monitor:
             self.attempt(lambda: write(ledger))
 
     def attempt(self, action: Callable[[], None]) -> None:
-        """Do something that the training can do without: an error is printed, and the run goes on."""
+        """Do something that the training does not depend on: an error is printed, and the run continues."""
         try:
             action()
         except RunError as error:

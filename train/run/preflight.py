@@ -1,6 +1,6 @@
-"""What is checked before a run may start: everything that can be refused is refused here, in one line.
+"""The checks before a run starts. Each refuses in one line, and does nothing else.
 
-No process group exists yet, so that a refusal ends the command at once and touches no other process.
+No process group exists yet, so a refusal ends the command at once and affects no other process.
 """
 
 from __future__ import annotations
@@ -16,16 +16,12 @@ from phi1.train.run.folder import RunFolder
 from phi1.train.runtime.launch import Rank, RunError
 from phi1.train.step.schedule import schedule_end
 
-# Between the weights that a run starts from and its model: neither shape nor function depends on these.
+# Settings that model.init may have otherwise, since the weights' shape and meaning do not depend on them.
 MAY_DIFFER = ("attention_dropout", "residual_dropout", "initializer_range", "max_position_embeddings")
 
 
 def check_recipe(recipe: Recipe, rank: Rank) -> None:
-    """What the recipe alone decides; every process comes to the same answer.
-
-    Raises:
-        RunError: values that do not go together.
-    """
+    """Raise RunError for a recipe whose values do not fit together; every process comes to the same answer."""
     config, train, data = recipe.phi1_config(), recipe.train, recipe.data
     BatchPlan.of(train.batch_size, train.micro_batch_size, rank.rank, rank.world_size)
     rank.shard_group(recipe.run.shard_group)
@@ -50,7 +46,7 @@ def check_recipe(recipe: Recipe, rank: Rank) -> None:
 
 
 def check_humaneval(recipe: Recipe) -> None:
-    """See that the model's programs may be run, if they are asked for, and that there are problems."""
+    """Check, for a recipe with HumanEval, the consent to run the model's programs, and the file of problems."""
     file = recipe.eval.humaneval
     if file is None:
         if recipe.checkpoint.best == "humaneval":
@@ -68,11 +64,7 @@ def check_humaneval(recipe: Recipe) -> None:
 
 
 def check_untrained(folder: RunFolder) -> None:
-    """See that beginning anew overwrites no trained model: without checkpoints nothing else may be left of a run.
-
-    Raises:
-        RunError: something is left.
-    """
+    """Raise RunError if a run without checkpoints has other results, which beginning anew would overwrite."""
     left = [path for path in (folder.summary, folder.export) if path.exists()]
     if has_saved(folder.ledger):
         left.append(folder.ledger)
@@ -84,11 +76,7 @@ def check_untrained(folder: RunFolder) -> None:
 
 
 def check_init(recipe: Recipe) -> None:
-    """See that the weights to start from are there, and of the run's model. They are read when that is built.
-
-    Raises:
-        RunError: they are not.
-    """
+    """Raise RunError if model.init has no weights, or another model's. They are read when the model is built."""
     init = recipe.model.init
     if init is None:
         return

@@ -1,9 +1,9 @@
-"""`--prove-resume K`: run the last K steps of a run again, and compare every bit with what the run has recorded.
+"""`--prove-resume K`: run the last K steps of a run again, and compare every bit with the records of the run.
 
-The steps are those after a checkpoint that is at least K steps older than the newest. What a replay reproduces of their
-lines in the ledger is compared line by line, and in the end parameters, optimizer and counters with the newest
-checkpoint's. Nothing is written, but for not-proven.txt: whatever ends with an error is restarted by torchrun where
---max-restarts is given, and the restart answers with that file instead of running all steps once more.
+The replay begins at a checkpoint that is at least K steps older than the newest. Each step is compared with its line in
+the ledger, and in the end parameters, optimizer and counters with the newest checkpoint. Nothing is written but
+not-proven.txt: with --max-restarts torchrun restarts a replay that has failed, and the restart prints that file instead
+of running all steps again.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 def replay(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: Start) -> int:
     """Run the steps between two checkpoints again, and let rank 0 print the verdict. Returns 0 if all bits agree, or 1.
 
-    Args:
-        recipe, folder, rank, store, start: as for a run.
+    The arguments are those of `run`.
     """
     first, newest = (folder.checkpoints / name for name in start.checkpoints)
     with Watchdog(rank.rank, recipe.run.watchdog) as watchdog:
@@ -47,7 +46,7 @@ def replay(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: S
         corpus, _, _ = open_on_all_ranks(recipe, start.fingerprint, rank)
         trainer, _ = make_trainer(recipe, engine, corpus, rank, first)
         wrong = _compare(trainer, newest, read_ledger(folder.ledger), watchdog)
-        # Together, since torchrun stops the other ranks, the first one too, when one has ended with an error.
+        # On all ranks together, since torchrun stops the others, rank 0 too, when one ends with an error.
         all_ranks(lambda: _say(wrong, folder, first, newest) if rank.rank == 0 else None)
     dist.destroy_process_group()
     return 1 if wrong else 0
@@ -60,12 +59,12 @@ def _say(wrong: str, folder: RunFolder, first: Path, newest: Path) -> None:
         f"{newest.name}'s weights and optimizer, bit for bit")
     say(verdict)
     if wrong:
-        with contextlib.suppress(OSError):  # a full disk: then a restart runs the steps again
+        with contextlib.suppress(OSError):  # on a full disk a restart runs the steps again
             folder.not_proven.write_text(verdict, encoding="utf-8")
 
 
 def _compare(trainer: Trainer, newest: Path, ledger: list[dict[str, Any]], watchdog: Watchdog) -> str:
-    """Collective: the first thing that differs, or ""."""
+    """Collective: run the steps again and describe the first difference; "" if there is none."""
     recorded = {line["step"]: line for line in ledger if "step" in line}
     while trainer.finished < step_of(newest):
         watchdog.report(f"step {trainer.finished + 1}, again")

@@ -1,4 +1,4 @@
-"""What a finished run leaves: the Hugging Face export, a few completions, and the summary."""
+"""The results of a finished run: the Hugging Face export, a few completions, and the summary."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ class Reached:
 
     steps: int
     loss: float
-    """Validation, nats a token."""
+    """Validation, nats per token."""
     bits_per_byte: float
     xz_bits_per_byte: float | None
-    """None if there was too little memory to find out."""
+    """None if there was too little memory for xz."""
     held_out_bytes: int
     tokens: int
-    """Trained on, over the whole run."""
+    """Number of training tokens, over the whole run."""
     tokens_per_s: float
-    """Of the process that finished the run; 0 if it made no step."""
+    """Mean speed since the last start; 0 if that made no step."""
     seconds: float
     skipped: int
     solved: float | None = None
-    """HumanEval's pass@1, if it was asked for."""
+    """HumanEval's pass@1, if it was requested."""
 
 
 def export(weights: Mapping[str, Tensor], config: Phi1Config, tokenizer: Tokenizer, folder: RunFolder) -> None:
     """Write the model for `phi1.load` and transformers, in fp32, as it was trained.
 
     Raises:
-        RunError: it could not be written; the checkpoint is there all the same.
+        RunError: it could not be written; the checkpoint is intact.
     """
     from phi1.weights.huggingface import save_state_dict
 
@@ -58,8 +58,8 @@ def export(weights: Mapping[str, Tensor], config: Phi1Config, tokenizer: Tokeniz
 
 
 def show_completions(folder: RunFolder, headers: list[str], seed: int) -> None:
-    """Print what the exported model makes of some function headers."""
-    from phi1.train.evaluate.samples import TEMPERATURE, complete  # imports torch, which a complete run can do without
+    """Print the exported model's completions of some function headers."""
+    from phi1.train.evaluate.samples import TEMPERATURE, complete  # imports torch, which a complete run does not need
 
     if not headers:
         return
@@ -80,7 +80,7 @@ def _lacks_memory(error: Exception) -> bool:
 
 
 def write_summary(reached: Reached, folder: RunFolder) -> None:
-    """Written after the export: its presence says that the run is complete."""
+    """Write summary.json. It follows the export, so its presence marks the run as complete."""
     try:
         folder.summary.write_text(json.dumps(vars(reached), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
@@ -88,7 +88,7 @@ def write_summary(reached: Reached, folder: RunFolder) -> None:
 
 
 def show_summary(reached: Reached, folder: RunFolder, headers: list[str]) -> None:
-    """Print what was reached, where it lies, and what to do next."""
+    """Print the results, their files, and the next command."""
     skipped = f", {reached.skipped:,} of them skipped" if reached.skipped else ""
     speed = f", {reached.tokens_per_s:,.0f} tokens/s" if reached.tokens_per_s else ""
     solved = "" if reached.solved is None else f"HumanEval        pass@1 {100 * reached.solved:.1f} %\n"
@@ -111,7 +111,7 @@ def _beside_xz(bits: float, xz: float | None) -> str:
 
 
 def show_complete(summary: dict[str, Any], folder: RunFolder, rank: Rank) -> None:
-    """Print that there is nothing left to do, and what could be done instead."""
+    """Print that the run is complete, and commands that may follow."""
     config = shlex.quote(str(folder.config))
     say(f"""{folder.path} is complete: {summary['steps']:,} steps, validation loss {summary['loss']:.4f}, \
 {summary['bits_per_byte']:.4f} bits per byte (xz -9 \

@@ -1,4 +1,4 @@
-"""A resumed run against the run that wrote the checkpoint: its recipe, its environment and its data."""
+"""Compares a resumed run with the run that wrote the checkpoint: recipe, environment and data."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _MAY_CHANGE = {"train.steps", "train.schedule_steps", "train.micro_batch_size", 
 
 
 def start_engine(recipe: Recipe, rank: Rank) -> Engine:
-    """What the recipe's run computes on in this process."""
-    from phi1.train.runtime.engine import start  # imports torch, which a complete run can do without
+    """Choose device, precision and sharding of this process by the recipe."""
+    from phi1.train.runtime.engine import start  # imports torch, which a complete run does not need
 
     run, train = recipe.run, recipe.train
     return start(rank, run.device, train.precision, train.threads, run.shard_group, run.reshard)
 
 
 def environment_of(recipe: Recipe, engine: Engine) -> dict[str, str | int]:
-    """What must be equal for equal bits and may change in a run: the engine, and how a batch is cut."""
+    """Return what may change when a run resumes, but must be equal for equal bits: the engine and the micro-batch."""
     micro_batch = recipe.train.micro_batch_size or recipe.train.batch_size // engine.world_size
     return engine.environment() | {"micro_batch": micro_batch}
 
 
 def defining(recipe: Recipe) -> dict[str, Any]:
-    """What every later step depends on, key by key: the model as resolved, the sequence length, the optimization."""
+    """Return the keys that every later step depends on: resolved model, sequence length, optimization."""
     model = {f"model.{key}": value for key, value in asdict(recipe.phi1_config()).items() if "dropout" not in key}
     train = {f"train.{key}": list(value) if isinstance(value, tuple) else value
              for key, value in asdict(recipe.train).items()}
@@ -45,12 +45,12 @@ def defining(recipe: Recipe) -> dict[str, Any]:
 
 
 def check_continues(folder: RunFolder, checkpoint: Path, stored: dict[str, Any], recipe: Recipe) -> None:
-    """Compare what defined the run when a checkpoint was saved with what defines it now.
+    """Compare the defining keys of the run when a checkpoint was saved with those of the recipe now.
 
-    A key that is newer than the checkpoint had its default, which is to say what the trainer did before.
+    A key that is newer than the checkpoint counts as its default, which is the trainer's behaviour before the key.
 
     Raises:
-        RunError: they differ; the line names the keys with both values. Or the run is beyond its new end.
+        RunError: they differ, and the line names the keys with both values; or the run is beyond its new end.
     """
     before = defining(Recipe()) | stored["defining"]
     changed = [f"{key} was {before[key]!r}, is {value!r}" for key, value in defining(recipe).items()
@@ -64,7 +64,7 @@ def check_continues(folder: RunFolder, checkpoint: Path, stored: dict[str, Any],
 
 
 def check_bitwise(checkpoint: Path, stored: dict[str, Any], environment: dict[str, Any]) -> None:
-    """Raise RunError if a run that goes on from a checkpoint in this environment would not have the same bits."""
+    """Raise RunError if a run that resumes from a checkpoint in this environment would not have the same bits."""
     changed = _changed_environment(stored, environment)
     if "usual_loss" not in stored:
         changed = changed or "usual_loss was not recorded"
@@ -88,7 +88,7 @@ def check_data(checkpoint: Path, stored: dict[str, Any], train: Corpus) -> None:
 
 
 def notes(stored: dict[str, Any], environment: dict[str, Any], train: Train) -> Iterator[str]:
-    """What keeps the rest of a run from being bitwise what it would have been, a line each."""
+    """Yield one line for each change that may give the rest of a run other bits."""
     if changed := _changed_environment(stored, environment):
         yield f"same batches and masks, but perhaps other rounding from here on: {changed}"
     end = schedule_end(train)

@@ -1,4 +1,4 @@
-"""One process's way through a run that may start: build, train, evaluate, export."""
+"""A run on one process from its accepted start to its end: build, train, evaluate, export."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def run(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: Star
         folder: locked by rank 0.
         rank: this process.
         store: through which the processes find each other.
-        start: the corpus that rank 0 has read and hashed, and the checkpoint to resume from, if any.
+        start: the corpus that rank 0 has verified, and the checkpoint to resume from, if any.
 
     Returns:
-        None if the run is complete; else where it was stopped, for rank 0 to print.
+        None if the run is complete; else the step and the reason of its stop, for rank 0 to print.
 
     Raises:
-        RunError: the run cannot go on; every process raises it.
+        RunError: the run cannot continue; every process raises it.
     """
     began = time.monotonic()
     with Watchdog(rank.rank, recipe.run.watchdog, folder.heartbeat if rank.rank == 0 else None) as watchdog:
@@ -55,8 +55,8 @@ def run(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: Star
         return (f"stopped by {stop_signals.signal_name or 'a signal'} after step {trainer.finished:,} of "
                 f"{recipe.train.steps:,}, which is saved in {trained.saving.saved}")
     if rank.rank == 0:
-        on_signals(signal.default_int_handler)  # nothing that a stop would have to save is left
-        if stop_signals.signal_name:  # since all last agreed to go on
+        on_signals(signal.default_int_handler)  # from here on a stop has nothing to save
+        if stop_signals.signal_name:  # a signal since all ranks last agreed to continue
             raise KeyboardInterrupt
         figures, solved = found
         held_out, samples, progress = trained.evaluation.held_out, trained.evaluation.samples, trained.monitor.progress
@@ -76,9 +76,9 @@ def run(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: Star
 
 def train(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: Start,
           watchdog: Watchdog) -> tuple[Run, tuple[Figures, float | None] | None, dict[str, Tensor]]:
-    """Collective: build and train; the run, what was reached in the end, and the weights on rank 0.
+    """Collective: build and train; returns the run, its final results, and the weights on rank 0.
 
-    Nothing was reached, and no weights are gathered, where the run was stopped.
+    If the run was stopped, there are no results and no weights.
     """
     with build(recipe, folder, rank, store, start, watchdog) as built:
         found = built.evaluation.at_the_end(built.trainer) if loop.train(built) else None
@@ -90,11 +90,7 @@ def train(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: St
 
 
 def weights_of_last(built: Run) -> dict[str, Tensor]:
-    """Collective, at the end: what was trained, on rank 0's CPU; nothing on the other processes.
-
-    Raises:
-        RunError: some process has no memory for that.
-    """
+    """Collective: gather the trained weights on rank 0's CPU. Raises RunError if a process has too little memory."""
     built.monitor.begin("the export")
     try:
         return gather_weights(built.trainer.model)
@@ -105,7 +101,7 @@ def weights_of_last(built: Run) -> dict[str, Tensor]:
 
 
 def weights_of_best(chosen: Path, last: dict[str, Tensor], why: str) -> dict[str, Tensor]:
-    """Rank 0: what a checkpoint holds, or the `last` step's weights if it is damaged or gone."""
+    """Rank 0: read the weights of a checkpoint, or return the `last` step's if it is damaged or gone."""
     try:
         weights, _ = read_weights(chosen)
     except (RunError, OSError, MemoryError) as error:

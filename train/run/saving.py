@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when one is due, what it holds beside the tensors, and which one is the best."""
+"""The checkpoints of a run: when one is due, the facts beside its tensors, and the best one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Saving:
 
     Args:
         saver: writes checkpoints.
-        rules: how often, and by which rule one is the best.
-        steps: last step of the run, whose checkpoint comes by itself.
-        facts: JSON values that go into each checkpoint. "best" is the best step until now whose checkpoint is there.
-            "due" is there if the evaluations after the step were stopped, with the loss if that was found before.
-        monitor: told what is saved.
+        rules: the steps between checkpoints, and the rule by which one is the best.
+        steps: last step of the run; no checkpoint is due after it, because `save` follows.
+        facts: JSON values for each checkpoint. "best" is the best step so far that has a checkpoint. "due" exists if
+            the evaluations after the step were stopped; it holds the loss if that was found before.
+        monitor: records the checkpoints.
         saved: the checkpoint that the trainer was loaded from.
     """
 
@@ -33,24 +33,24 @@ class Saving:
         self.saved = saved
         """The newest checkpoint."""
         self.pending: dict[str, Any] | None = facts.get("due")
-        """What evaluations after the finished step have found before they were stopped; None if they were not."""
+        """Results of the evaluations after the finished step that a stop interrupted; None if it did not."""
         self._facts = {key: value for key, value in facts.items() if key != "due"}
         self._standing: Standing | None = None
         self._begun: dict[str, Any] = {}
-        """What becomes a fact once the checkpoint in flight is committed."""
+        """Facts to keep once the checkpoint in flight is committed."""
 
     def due(self, step: int) -> bool:
-        """Say whether a checkpoint is due after a step."""
+        """Return True if a checkpoint is due after a step."""
         return is_due(self.rules.every, step, self.steps)
 
     def measured(self, step: int, loss: float | None, solved: float | None) -> None:
-        """Note what evaluations have found of a step, if that is enough to compare it with others."""
+        """Note the results of a step's evaluations, if they suffice to compare it with others."""
         if loss is not None and (solved is not None or self.rules.best != "humaneval"):
             self._standing = Standing(step, loss, solved)
 
     @property
     def best(self) -> Standing | None:
-        """The best step until now of those whose checkpoints are kept."""
+        """The best step so far that has a checkpoint."""
         return Standing(**self._facts["best"]) if "best" in self._facts else None
 
     def begin(self, trainer: Trainer) -> None:
@@ -73,11 +73,7 @@ class Saving:
         self.monitor.record(lambda ledger: ledger.saved(done.step, done.measured()))
 
     def save(self, trainer: Trainer) -> None:
-        """Collective: a checkpoint of this step, unless it is there; nothing is being written when this returns.
-
-        Raises:
-            RunError: it cannot be written.
-        """
+        """Collective: save this step, unless that is done, and wait for it. Raises RunError if it cannot be written."""
         if self.saver.in_flight:
             self.monitor.attempt(self.finish)
         if self.saved is None or self.saved.name != checkpoint_name(trainer.finished) or self.pending is not None:
@@ -86,5 +82,5 @@ class Saving:
 
 
 def is_due(every: int, step: int, steps: int) -> bool:
-    """Say whether something that is done every so many steps is due; what comes at the end comes by itself."""
+    """Return True if something that is done every `every` steps (0: never) is due; the last step is not counted."""
     return every > 0 and step % every == 0 and step < steps

@@ -1,4 +1,4 @@
-"""The start of a run: rank 0 decides what it starts from and prepares its data, and announces that to all ranks."""
+"""The start of a run: rank 0 chooses its checkpoint, prepares its data, and announces both to all ranks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from phi1.train.runtime.launch import Rank, RunError, say
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from."""
+    """The corpus and the checkpoints that a run starts from."""
 
     fingerprint: str = ""
-    """The corpus's."""
+    """Identity of the corpus."""
     checkpoints: tuple[str, ...] = ()
-    """Their names: the one to resume from, if any; for a replay the first and the last one."""
+    """Names: of the checkpoint to resume from, if any; for a replay of the first and the last one."""
     complete: bool = False
     """Nothing is left to do."""
 
@@ -38,9 +38,9 @@ class Start:
 
 
 def start_run(recipe: Recipe, folder: RunFolder, rank: Rank) -> Start:
-    """Rank 0: take the run's folder, choose the checkpoint to resume from, and prepare the data.
+    """Rank 0: lock the run's folder, choose the checkpoint to resume from, and prepare the data.
 
-    A run that is complete is shown, and nothing of it is changed.
+    A complete run is only shown, not changed.
 
     Raises:
         RunError: the run cannot start.
@@ -73,9 +73,9 @@ def start_run(recipe: Recipe, folder: RunFolder, rank: Rank) -> Start:
 
 
 def _asked_for(resume: str, folder: RunFolder, rank: Rank, launch: str) -> str:
-    """What to resume from. A launch goes back to an older checkpoint once; its restarts resume from the newest one."""
+    """Return checkpoint.resume, but "auto" if this launch has already resumed from the older checkpoint it names."""
     if not rank.attempt:
-        folder.went_back.unlink(missing_ok=True)  # of an earlier launch: without --standalone all have one name
+        folder.went_back.unlink(missing_ok=True)  # from an earlier launch: without --standalone all have the same id
     elif resume != "auto" and folder.has_gone_back(launch):
         say(f"note: torchrun has restarted the run, which goes on from its newest checkpoint; {resume} was where it "
             "began")
@@ -84,7 +84,7 @@ def _asked_for(resume: str, folder: RunFolder, rank: Rank, launch: str) -> str:
 
 
 def _store(recipe: Recipe, folder: RunFolder, launch: str) -> None:
-    """Write config.toml. Resuming from an older checkpoint is meant once: not that is stored, but the launch."""
+    """Write config.toml. It never names an older checkpoint, since a run resumes from one once; the launch is noted."""
     goes_back = recipe.checkpoint.resume != "auto"
     lasting = replace(recipe, checkpoint=replace(recipe.checkpoint, resume="auto"))
     folder.store(lasting.to_toml(), launch if goes_back else None)
@@ -94,7 +94,7 @@ def start_replay(recipe: Recipe, folder: RunFolder, rank: Rank) -> Start:
     """Rank 0: choose the checkpoints between which the last `run.prove_resume` steps are run again.
 
     Raises:
-        RunError: they cannot be, or torchrun has restarted a replay that had come to its end.
+        RunError: they cannot be, or torchrun has restarted a replay that has already failed.
     """
     folder.lock()
     if rank.attempt and folder.not_proven.exists():

@@ -1,4 +1,4 @@
-"""Something that each process does on its own and that counts only if all succeed."""
+"""Actions that each process does on its own and that count only if all succeed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ T = TypeVar("T")
 
 
 class Failed(RunError):
-    """Some process could not do its part; every process raises this with the same text."""
+    """A process could not do its part; every process raises this with the same text."""
 
 
 def all_ranks(action: Callable[[], T], keep: bool = False) -> list[T]:
     """Collective: do `action` on every process; return all results, or raise Failed on all if one has failed.
 
-    With `keep` a result stays in its process: the list has this one's alone.
+    With `keep` the results are not exchanged: the list holds this process's alone.
     """
     error, result = attempt(action)
     outcomes: list[Any] = [None] * dist.get_world_size()
@@ -32,7 +32,7 @@ def all_ranks(action: Callable[[], T], keep: bool = False) -> list[T]:
 
 
 def attempt(action: Callable[[], T]) -> tuple[str | None, T | None]:
-    """(None, the result), or (what went wrong, None)."""
+    """Return (None, result), or (reason, None) if the action failed."""
     try:
         return None, action()
     except (Exception, CheckpointException) as error:  # the latter derives from BaseException
@@ -40,12 +40,12 @@ def attempt(action: Callable[[], T]) -> tuple[str | None, T | None]:
 
 
 def fail(message: str) -> NoReturn:
-    """Raise what `attempt` has found."""
+    """Raise Failed with a reason that `attempt` has returned."""
     raise Failed(message)
 
 
 def reason_of(error: BaseException) -> str:
-    """What went wrong, in one line; of PyTorch's checkpointing, where it collects what each process met, the first."""
+    """Return an error's reason in one line; of PyTorch's checkpointing, which collects one per process, the first."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:

@@ -1,13 +1,12 @@
 """Processes, threads, precision and sharding: the part of a run that knows about the machine.
 
-Distribution is PyTorch's FSDP2, on a single GPU too; a process that is alone on a CPU has `WorkingCopies` instead, and
-the same bits. Either way parameters and gradients are fp32 DTensors between the steps, and the arithmetic's precision
-comes from the copies that are computed with, without autocast.
+Distribution is PyTorch's FSDP2, also on a single GPU. A single process on a CPU uses `WorkingCopies` instead and
+computes the same bits. In both cases parameters and gradients are fp32 DTensors between the steps, and the forward and
+backward passes read copies in the precision of the arithmetic; there is no autocast.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,30 +23,30 @@ from torch.distributed.tensor import DTensor, Shard
 from phi1 import Phi1, Phi1Config, load
 from phi1.mixed_precision import WorkingCopies
 from phi1.train.runtime.all_ranks import all_ranks, attempt, fail
-from phi1.train.runtime.launch import Rank, RunError
+from phi1.train.runtime.launch import Rank, RunError, cores
 from phi1.train.runtime.provenance import cpu, sources, versions
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-GROUP_BYTES = 16 << 20  # below this a group costs more in calls than overlap gains: 2 % of a step of nano on a CPU
-# What waits in a collective is run.watchdog's to judge, which names rank and step; PyTorch's half hour would be first.
+GROUP_BYTES = 16 << 20  # a smaller group costs more in calls than its overlap gains: 2 % of a step of nano on a CPU
+# run.watchdog ends a collective that hangs, and names rank and step; PyTorch's own half hour would come first.
 PATIENCE = timedelta(days=2)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What a run computes on. Two runs with equal engines and recipes compute the same bits."""
+    """Device, precision and sharding of a run. Two runs with equal engines and recipes compute the same bits."""
 
     device: torch.device
     precision: str
     threads: int
     world_size: int
     shard_group: int = 0
-    """Processes that share out one copy of the states; 0 for all. Other such groups hold replicas."""
+    """Processes that share one copy of the states; 0 for all. Other groups hold replicas."""
     reshard: bool = False
-    """Keep no block gathered between the passes of a step, and reduce its gradients after each."""
+    """Free each gathered block after each pass of a step, and reduce its gradients after each backward."""
 
     @property
     def replicas(self) -> int:
@@ -56,13 +55,13 @@ class Engine:
 
     @property
     def is_alone(self) -> bool:
-        """A process that has nobody to share with, and nothing to overlap."""
+        """True for a single process on a CPU: there is nothing to shard and nothing to overlap."""
         return self.world_size == 1 and self.device.type == "cpu"
 
     def environment(self) -> dict[str, str | int]:
-        """What a bitwise replay needs to be equal, for checkpoints and the ledger."""
+        """Return what must be equal for a bitwise replay; checkpoints and the ledger store it."""
         hardware = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu()
-        # Who adds which gradients, and in which order, changes bits; a process alone adds the same ones either way.
+        # Resharding changes the order in which gradients are added, and so the bits; but not with a single process.
         return {"world_size": self.world_size, "replicas": self.replicas, "threads": self.threads,
                 "precision": self.precision, "device": self.device.type, "hardware": hardware,
                 "torch": torch.__version__, "triton": versions().get("triton", "none"), "numpy": versions()["numpy"],
@@ -77,15 +76,15 @@ def start(rank: Rank, device_name: str, precision: str, threads: int, shard_grou
         RunError: cuda is asked for and absent, there are more processes than GPUs, or shard_group does not divide them.
     """
     device = find_device(device_name, rank)
-    # torchrun sets OMP_NUM_THREADS=1 for several processes; the count is the recipe's, not the environment's.
-    threads = threads or max(1, _cores() // rank.local_world_size)
+    # Set even at 0: torchrun gives several processes OMP_NUM_THREADS=1.
+    threads = threads or max(1, cores() // rank.local_world_size)
     torch.set_num_threads(threads)
     return Engine(device, _precision(precision, device), threads, rank.world_size, rank.shard_group(shard_group),
                   reshard)
 
 
 def find_device(name: str, rank: Rank) -> torch.device:
-    """The device of this process. Raises RunError if there is none such."""
+    """Return the device of this process. Raises RunError if there is none of that name."""
     if name == "cuda" and not torch.cuda.is_available():
         raise RunError("run.device: cuda is not available on this machine; cpu or auto would do")
     if name == "cpu" or not torch.cuda.is_available():
@@ -103,32 +102,27 @@ def _precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "fp16"
-    # Where torch is too old to say, fp32 is right, if slower.
-    capable: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    capable: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions do not say: fp32
     fast = any(capable.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "sve_bf16"))
     return "bf16" if fast and torch.backends.mkldnn.is_available() else "fp32"
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def connect_processes(engine: Engine, rank: Rank, store: Store) -> None:
-    """Form the process group: gloo for what lies on the CPU, NCCL for what lies on GPUs."""
+    """Form the process group: gloo for tensors on the CPU, NCCL for tensors on GPUs."""
     backend = "cpu:gloo,cuda:nccl" if engine.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world_size, timeout=PATIENCE,
                             device_id=engine.device if engine.device.type == "cuda" else None)
 
 
 def build_model(config: Phi1Config, engine: Engine, seed: int, init: str | None = None) -> Phi1:
-    """A model with initial weights from `seed`, of which `loss` alone is called: it computes in the engine's precision.
+    """Build a model whose `loss` computes in the engine's precision; nothing else of it may be called.
 
-    It is sharded as the engine says, each large block as one group; a process alone on a CPU holds it whole.
+    The engine decides the sharding; each large block is one group. A single process on a CPU holds the whole model.
 
     Args:
-        config: of the model.
-        engine: what it computes on.
-        seed: of the weights.
+        config: shape of the model.
+        engine: device, precision and sharding.
+        seed: of the initial weights.
         init: a folder or Hub id whose weights are taken instead.
 
     Raises:
@@ -143,7 +137,7 @@ def build_model(config: Phi1Config, engine: Engine, seed: int, init: str | None 
         _hold_whole(model, mesh)
         WorkingCopies(model, DTYPES[engine.precision])
         return model
-    # Inputs are not cast: the rotary tables go into each block and stay fp32.
+    # Inputs are not cast, because the rotary tables go into each block and must stay fp32.
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[engine.precision], reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
     for block in model.blocks:
@@ -172,7 +166,7 @@ def _take_weights(model: Phi1, source: str) -> None:
 
 
 def _hold_whole(model: Phi1, mesh: DeviceMesh) -> None:
-    """Make each parameter a DTensor of one shard, as FSDP leaves it."""
+    """Make each parameter a DTensor of one shard, as FSDP does."""
     for module in model.modules():
         for name, given in list(module.named_parameters(recurse=False)):
             whole = DTensor.from_local(given.detach(), mesh, [Shard(0)], run_check=False)
@@ -184,10 +178,10 @@ def _sharded_modules(model: Phi1) -> list[FSDPModule]:
 
 
 def peak_memory_gib(engine: Engine) -> float:
-    """The most that this process has held: tensors on a GPU, else its resident set."""
+    """Return the peak memory of this process: its tensors on a GPU, or its resident set on a CPU."""
     if engine.device.type == "cuda":
         return torch.cuda.max_memory_allocated(engine.device) / 2**30
-    # Not ru_maxrss: that starts at the size of the process that forked. What is no Linux has no such file.
+    # Not ru_maxrss, which starts at the size of the parent process. Only Linux has this file.
     try:
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 2**20
@@ -196,13 +190,13 @@ def peak_memory_gib(engine: Engine) -> float:
 
 
 def set_last_micro_step(model: Phi1, last: bool, reshard: bool = False) -> None:
-    """Before each micro-step: gradients are reduced, and parameters resharded, at the last one of a step alone.
+    """Tell FSDP before each micro-step if it is the last of its step.
 
-    With `reshard` they are so at each one, so that no process ever holds all gradients; replicas still add theirs up
-    at the last one alone.
+    Gradients are reduced and parameters resharded at the last micro-step alone; with `reshard` at each one, so that no
+    process ever holds all gradients. Replicas always add their gradients at the last one alone.
 
-    Parameters that are still gathered when the optimizer steps would be stale in all later steps, without any error:
-    whoever runs the last backward of a step must have said so here. A process alone on a CPU has nothing of all this.
+    The caller must announce the last micro-step. Otherwise parameters stay gathered while the optimizer steps, and all
+    later steps would read stale ones without any error.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or reshard)
@@ -217,14 +211,14 @@ def reshard(model: Phi1) -> None:
 
 
 def gather(model: Phi1, take: Callable[[str, torch.Tensor], object]) -> None:
-    """Collective: on every process, call `take` with each parameter's name and the whole of it, in fp32.
+    """Collective: call `take` on every process with the name and the whole fp32 tensor of each parameter.
 
     Raises:
-        Failed: on every process, if one has no memory for that, or its `take` has failed.
+        Failed: on every process, if one has too little memory, or its `take` has failed.
     """
     parameters, error = dict(model.named_parameters()), None
     largest = max(parameters.values(), key=torch.Tensor.numel)
-    # full_tensor() takes twice the parameter; a process that lacked it there would leave the others in a collective.
+    # full_tensor() takes twice the parameter; a process that fails inside it would leave the others in a collective.
     room = 3 * largest.numel() if dist.get_world_size() > 1 else 0
     all_ranks(lambda: torch.empty(room, device=largest.device), keep=True)
     for name, parameter in parameters.items():
@@ -237,7 +231,7 @@ def gather(model: Phi1, take: Callable[[str, torch.Tensor], object]) -> None:
 
 
 def all_sum(*values: float) -> list[float]:
-    """Sums over all processes, in float64; every process gets the same bits."""
+    """Collective: sum each value over all processes, in float64; every process gets the same bits."""
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()

@@ -1,8 +1,8 @@
-"""Where a process stands among the others, and how a run ends that the user can mend.
+"""The place of a process among the others, how the processes find each other, and how a refused run ends.
 
-torchrun prints a block of its own for every worker that fails and always exits with 1. So whatever can be refused is
-refused before any process group exists: rank 0 prints one line, writes the same line where torchrun looks for the root
-cause, and exits with 2; the other ranks wait until torchrun stops them.
+torchrun prints a block of its own for every worker that fails, and always exits with 1. Therefore a run is refused
+before any process group exists: rank 0 prints one line, writes the same line where torchrun looks for the root cause,
+and exits with 2; the other ranks wait until torchrun stops them.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-# Rank 0 may have to tokenise a large corpus before the others are needed.
-LONGEST_PREPARATION = timedelta(days=2)
-# torchrun stops the other ranks about a second after rank 0 has exited; whoever exits first is named as the cause.
-# What every rank refuses alike they leave to rank 0 for longer: a busy machine may keep it from saying so.
+LONGEST_PREPARATION = timedelta(days=2)  # rank 0 may have to tokenise a large corpus while the others wait
+# torchrun stops the other ranks about a second after rank 0 has exited, and names the first that exits as the cause.
+# If all ranks refuse alike, the others give rank 0 longer, since a busy machine may delay its message.
 GRACE_SECONDS, ALIKE_SECONDS = 20, 180
-# What torchrun sets for each process, with what holds without it, in the order of Rank.
+# The variables that torchrun sets for each process, with their values without it, in the order of Rank's fields.
 _ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
                 "TORCHELASTIC_RESTART_COUNT": "0"}
 
 
 class RunError(Exception):
-    """Something that the user can mend. Its text is one line: what, where, and the fix."""
+    """An error that the user can mend. Its text is one line: what, where, and the fix."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,11 @@ class Rank:
     attempt: int = 0
     """How often torchrun has restarted the workers."""
     launcher: int = 0
-    """The process that is torchrun; 0 without it."""
+    """Process id of torchrun; 0 without it."""
 
     @classmethod
     def from_environment(cls) -> Rank:
-        """Raises RunError for what torchrun would not set."""
+        """Read what torchrun has set. Raises RunError for values that it would not set."""
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls()
         found = {name: os.environ.get(name, default) for name, default in _ENVIRONMENT.items()}
@@ -62,11 +61,11 @@ class Rank:
         return cls(*map(int, found.values()), *([os.getppid()] if "TORCHELASTIC_RUN_ID" in os.environ else []))
 
     def is_orphan(self) -> bool:
-        """Whether torchrun has ended."""
+        """Return True once torchrun has ended."""
         return self.launcher not in (0, os.getppid())
 
     def shard_group(self, asked: int) -> int:
-        """Processes that share out one copy of a model: as many as are asked for, or those of this machine for 0.
+        """Return how many processes share one copy of a model: the number asked for, or for 0 all of this machine.
 
         Raises:
             RunError: the number of processes is not a multiple of it.
@@ -78,7 +77,7 @@ class Rank:
         return group
 
     def command(self, arguments: str) -> str:
-        """The command line that starts this script as it was started, with other arguments."""
+        """Return the command line that starts this script in the same way, with other arguments."""
         if not self.launcher:
             return f"python {sys.argv[0]} {arguments}"
         nodes = self.world_size // self.local_world_size
@@ -88,7 +87,7 @@ class Rank:
 
 
 def say(text: str = "", to: TextIO | None = None, end: str = "\n") -> None:
-    """Print at once, to standard output or `to`. What cannot be written, on a full disk say, is lost, and ends no run.
+    """Print at once, to standard output or `to`. A line that cannot be written, on a full disk say, is dropped.
 
     Raises:
         BrokenPipeError: the reader of standard output has gone away.
@@ -101,9 +100,9 @@ def say(text: str = "", to: TextIO | None = None, end: str = "\n") -> None:
 
 
 def stop_with(message: str, rank: Rank, program: str = "pretrain", alike: bool = False) -> NoReturn:
-    """End this process with exit code 2; rank 0 says why, once, for all where every process has found the same.
+    """End this process with exit code 2, after rank 0 has said why; `alike`: every process has found the same error.
 
-    A restarted attempt meets the same error again, so that only attempt 0 prints it.
+    A restarted attempt meets the same error again, so only attempt 0 prints it.
     """
     line = " ".join(str(message).split())
     if rank.rank == 0:
@@ -113,17 +112,14 @@ def stop_with(message: str, rank: Rank, program: str = "pretrain", alike: bool =
     elif rank.launcher:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(ALIKE_SECONDS if alike else GRACE_SECONDS)
-        # Still here: rank 0 has no such error, and waits for this process.
+        # Not stopped by torchrun: rank 0 has no such error, and waits for this process.
         say(f"{program}: error: rank {rank.rank}: {line}", sys.stderr)
         _write_root_cause(f"{program}: error: rank {rank.rank}: {line}")
     leave(2)  # a rank that waits inside a collective would otherwise be joined at exit
 
 
 def leave(code: int) -> NoReturn:
-    """End this process, whose work is done, without Python's own ending.
-
-    A thread of gloo that still drops what a collective held would meet an interpreter that is gone, and abort.
-    """
+    """End this process without Python's own shutdown, during which a thread of gloo that frees a buffer would abort."""
     try:
         say(end="")
     except BrokenPipeError:
@@ -140,26 +136,31 @@ def _write_root_cause(line: str) -> None:
 
 
 def on_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
-    """From now on SIGINT, SIGTERM and SIGUSR1 do this in this process."""
+    """Set the handler of SIGINT, SIGTERM and SIGUSR1 in this process."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, handler)
 
 
-def limit_spinning() -> None:
-    """Let idle CPU threads sleep soon. To be called before torch is imported, which is when OpenMP reads this.
+def cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    By default GNU OpenMP's threads spin for milliseconds at the end of each operation. On two cores that other
-    processes wanted as well, nano made 200 to 600 tokens/s so, and 2,100 with this count; on two idle ones 7,000 either
-    way, where 1,000 would cost 8 %.
+
+def limit_spinning() -> None:
+    """Let idle CPU threads sleep soon. Call this before torch is imported, which is when OpenMP reads the variable.
+
+    By default GNU OpenMP's threads spin for milliseconds at the end of each operation. On two busy cores nano trained
+    at 200 to 600 tokens/s so, and at 2,100 with a count of 3000; on two idle cores at 7,000 with both, where a count of
+    1000 cost 8 %.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def connect(rank: Rank) -> Store:
-    """The store through which the processes find each other.
+    """Return the store through which the processes find each other.
 
-    A prefix per attempt: torchrun gives restarted workers the same store, in which they would read the addresses of
+    Each attempt has its own prefix: torchrun gives restarted workers the same store, which still holds the addresses of
     the dead ones.
     """
     from torch.distributed import HashStore, PrefixStore, TCPStore
@@ -169,7 +170,7 @@ def connect(rank: Rank) -> Store:
     try:
         hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        if hosted:  # where nobody answers any more, TCPStore tries for nine minutes, and prints stacks of C++
+        if hosted:  # if nobody answers any more, TCPStore tries for nine minutes and prints stacks of C++
             socket.create_connection(where, 60).close()
         tcp = TCPStore(*where, rank.world_size, is_master=not hosted and rank.rank == 0, wait_for_workers=False)
     except KeyError as error:
@@ -181,9 +182,9 @@ def connect(rank: Rank) -> Store:
 
 
 def announce(store: Store, rank: Rank, decision: str) -> str:
-    """Return rank 0's decision on all processes, once it has checked all that can be refused and prepared the data.
+    """Return rank 0's decision on all processes, after it has checked the run and prepared the data.
 
-    Where rank 0 is gone, the others end quietly, since it has said why.
+    If rank 0 is gone, the others end quietly, since it has said why.
     """
     if rank.rank == 0:
         store.set("start", decision)
@@ -192,6 +193,6 @@ def announce(store: Store, rank: Rank, decision: str) -> str:
     try:
         store.wait(["start"], LONGEST_PREPARATION)
         return store.get("start").decode()
-    except RuntimeError:  # of which DistStoreError and DistNetworkError are kinds
+    except RuntimeError:  # DistStoreError and DistNetworkError derive from it
         time.sleep(GRACE_SECONDS)
         os._exit(2)

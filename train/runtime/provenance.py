@@ -1,4 +1,4 @@
-"""What a run is made of besides its recipe and data: versions, commit, and what changed since it was last started."""
+"""The origin of a run's numbers besides its recipe and data: versions, commit, sources, CPU; changes of a recipe."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("phi1", "torch", "triton", "numpy")
-_OF_PRODUCTS = re.compile(r"amx_.*|.*(bf16|fp16|vnni|i8mm)|sve.*")
+_MATMUL_FLAGS = re.compile(r"amx_.*|.*(bf16|fp16|vnni|i8mm)|sve.*")
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide a run's numbers; those that are not installed are left out."""
+    """Return the versions of Python and of the installed packages that decide a run's numbers."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -28,10 +28,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package runs from, with "+changes" where files differ; None outside one."""
+    """Return the commit of this package's checkout, with "+changes" if files differ; None if it is not in one."""
     here = Path(__file__).resolve().parent
     try:
-        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)  # not of a repository around the installation
+        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)  # fails in a repository around an installation
         head = _git(here, "rev-parse", "--short=12", "HEAD")
         return head + ("+changes" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
@@ -40,7 +40,7 @@ def commit() -> str | None:
 
 @functools.cache
 def sources() -> str:
-    """A hash of the code that a run's numbers come from: the model, the kernels and their tables, the trainer."""
+    """Return a hash of the code that decides a run's numbers: the model, the kernels and their tables, the trainer."""
     digest = hashlib.sha256()
     for module in map(importlib.import_module, ("phi1", "phi1.kernels", "phi1.train")):
         folder = Path(module.__path__[0])
@@ -51,20 +51,20 @@ def sources() -> str:
 
 @functools.cache
 def cpu() -> str:
-    """The model of this machine's CPU, and which of those instructions it has that products are chosen by."""
-    import torch  # only here: what says nothing of CPUs does without it
+    """Return the CPU's model and its instruction sets for matrix products, by which oneDNN chooses its kernels."""
+    import torch  # only here, because the other functions work without it
 
     try:
         told = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
         told = None
     capable: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions do not say
-    flags = sorted(name for name, value in capable.items() if value is True and _OF_PRODUCTS.fullmatch(name))
+    flags = sorted(name for name, value in capable.items() if value is True and _MATMUL_FLAGS.fullmatch(name))
     return " ".join([told[1] if told else platform.machine(), torch.backends.cpu.get_cpu_capability(), *flags])
 
 
 def changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
-    """section.key -> [before, now], of two recipes as nested dictionaries."""
+    """Compare two recipes, given as nested dictionaries; returns section.key -> [before, now]."""
     flat_before, flat_now = ({f"{section}.{key}": value for section, content in config.items()
                               for key, value in content.items()} for config in (before, now))
     keys = sorted(flat_before | flat_now)

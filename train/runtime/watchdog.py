@@ -1,11 +1,11 @@
-"""Whether a process still moves: a heartbeat file for whoever looks at the run, and an end for a process that hangs.
+"""A watchdog: it ends a process that hangs, and writes a heartbeat file for observers of the run.
 
-A thread looks on, so that the training itself pays nothing. A process that has not reported for `limit` seconds prints
-its rank, what it was doing and the stacks of its threads, and ends, whether it hangs itself or waits for one that does;
-torchrun then ends the others, and starts all again if it was given --max-restarts.
+A thread watches, so that the training itself pays nothing. A process that has not reported for `limit` seconds prints
+its rank, its activity and the stacks of its threads, and ends; it may hang itself, or wait for one that does. torchrun
+then ends the others, and restarts all of them if it was given --max-restarts.
 
-Only the time in which the thread could look on counts: a run that was suspended (Ctrl-Z, a batch system) goes on when
-it wakes. One process that is stopped alone is found by those that wait for it.
+Only the time in which the thread could run counts, so a run that was suspended (Ctrl-Z, a batch system) continues when
+it wakes. If one process alone is stopped, the processes that wait for it end the run.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from typing import NoReturn
 
 from phi1.train.runtime.launch import say
 
-HUNG = 75  # EX_TEMPFAIL: trying again may help
+HUNG = 75  # exit code EX_TEMPFAIL: trying again may help
 HEARTBEAT_SECONDS = 5.0
 
 
 class Watchdog:
-    """Looks on while its `with` block runs.
+    """Watches while its `with` block runs.
 
     Args:
         rank: of this process.
         limit: seconds without a report after which the process ends; 0 for never.
-        heartbeat: file that says every few seconds what the process does; None for none.
+        heartbeat: file rewritten every few seconds with the process's activity; None for none.
         end: called instead of ending the process, for tests.
     """
 
@@ -43,11 +43,11 @@ class Watchdog:
         self._report = ("the start",)
         self._end = end or _end
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look_on, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def report(self, doing: str) -> None:
         """Say what begins now, for example "step 7"."""
-        self._report = (doing,)  # a new object each time: by that the thread tells it from the one before
+        self._report = (doing,)  # a new object each time, by which the thread notices a new report
 
     def __enter__(self) -> Watchdog:
         self._thread.start()
@@ -58,13 +58,13 @@ class Watchdog:
         self._thread.join()
         self._beat("ended" if error is None else f"ended by {str(error) or type(error).__name__}", 0.0)
 
-    def _look_on(self) -> None:
+    def _watch(self) -> None:
         pause = min(HEARTBEAT_SECONDS, self.limit / 4) if self.limit else HEARTBEAT_SECONDS
         last, silent = self._report, 0.0
         while True:
             self._beat(*last, silent)
             if self.limit and silent >= self.limit:
-                # A rank that waits for another in a collective sees no more than this; its stack tells which it is.
+                # The message is the same for a rank that waits in a collective; the stacks tell the two apart.
                 self._end(f"rank {self.rank} has been in {last[0]} for {silent:.0f} s, where run.watchdog allows "
                           f"{self.limit:g}: it hangs, or waits for a rank that does; its threads:")
             if self._over.wait(pause):
@@ -78,7 +78,7 @@ class Watchdog:
         now = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(), "doing": doing,
                "for_seconds": round(silent, 1)}
         temporary = self.heartbeat.with_suffix(".tmp")
-        with suppress(OSError):  # a full disk is the checkpoints' and the ledger's to report
+        with suppress(OSError):  # checkpoints and the ledger report a full disk
             temporary.write_text(json.dumps(now) + "\n", encoding="utf-8")
             temporary.replace(self.heartbeat)
 

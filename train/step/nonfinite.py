@@ -1,7 +1,7 @@
-"""Which tensor of a step is the first that is not finite: the step is computed again, and each operation looked at.
+"""Finds the first tensor of a step that is not finite: computes the step again and checks each operation's results.
 
-Batches and dropout masks are functions of the step, so that the replay is exact. An operation is known by the
-parameters that it reads, forward and backward alike.
+Batches and dropout masks are functions of the step, so the replay is exact. The parameters that an operation reads, in
+the forward and in the backward pass, give its place in the model.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch.utils._pytree import tree_leaves
 
 from phi1 import Phi1
 
-# FSDP's own operations are not looked at: their buffers begin with whatever was in memory, and hold others' gradients.
+# FSDP's own operations are not checked: their buffers are uninitialised at first, and hold other gradients.
 WATCHED = ("aten::embedding", "aten::embedding_dense_backward", "aten::mul")
-EMBEDDINGS = ("aten::embedding", "phi1::embedding")  # the latter on CPUs in 16 bits
+EMBEDDINGS = ("aten::embedding", "phi1::embedding")  # the second on CPUs in 16 bits
 
 
 def find_nonfinite(model: Phi1, accumulate: Callable[[], object], ids: list[Tensor]) -> str:
-    """Collective: what is first not finite, in one line; "" if all that is looked at is finite.
+    """Collective: describe the first tensor that is not finite, in one line; "" if every checked one is finite.
 
     Args:
-        model: whose gradients are to be discarded afterwards.
+        model: its gradients must be discarded afterwards.
         accumulate: computes the step's forward and backward passes again.
         ids: sample ids of each micro-step of this process.
     """
@@ -41,7 +41,7 @@ def find_nonfinite(model: Phi1, accumulate: Callable[[], object], ids: list[Tens
 
 
 class _Finder(TorchDispatchMode):
-    """Looks at the results of operations until one is not finite; also in the threads that autograd works in."""
+    """Checks the results of operations until one is not finite; also in autograd's own threads."""
 
     def __init__(self, model: Phi1) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class _Finder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
-        if name in EMBEDDINGS:  # with which each forward pass begins
+        if name in EMBEDDINGS:  # each forward pass begins with one
             self.micro_step, self.names = self.micro_step + 1, self._whole_parameters()
         if not self.found and (name.startswith("phi1::") or name in WATCHED):
             results = result if isinstance(result, tuple | list) else (result,)
@@ -76,7 +76,7 @@ class _Finder(TorchDispatchMode):
                 f"largest finite value {largest}" + (f"; {', '.join(spoilt)} is not finite itself" if spoilt else ""))
 
     def _whole_parameters(self) -> dict[int, str]:
-        """Names by address. While an operation reads them, parameters are whole tensors."""
+        """Return names by address. Parameters are whole tensors while an operation reads them."""
         return {parameter.data_ptr(): key for key, parameter in self.model.named_parameters()
                 if not isinstance(parameter, DTensor)}
 

@@ -6,12 +6,12 @@ from phi1.train.recipe.recipe import Train
 
 
 def schedule_end(train: Train) -> int:
-    """The step at which the rate reaches min_lr. phi-1's own run was stopped before it."""
+    """Return the step at which the rate reaches min_lr. phi-1's own run stopped before it."""
     return train.schedule_steps or train.steps
 
 
 def learning_rate(step: int, train: Train) -> float:
-    """Rate of the step that follows `step` finished ones."""
+    """Return the rate of the step that follows `step` finished ones."""
     if step < train.warmup_steps:
         return train.lr * (step + 1) / train.warmup_steps
     end = schedule_end(train)

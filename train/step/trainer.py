@@ -1,7 +1,7 @@
 """One optimizer step: accumulate over micro-steps, reduce, clip, update.
 
-The loss of a step is the sum over its target tokens divided by their number in the whole batch, over all processes. A
-step whose gradient is not finite is skipped in every precision; it consumes its samples and its place in the schedule.
+The loss of a step is the mean over the target tokens of the whole batch, on all processes. A step whose gradient is not
+finite is skipped in every precision; it still consumes its samples and its place in the schedule.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from phi1.train.step.schedule import learning_rate
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step did; the same on every process, and on every replay."""
+    """The outcome of a step; the same on every process, and in every replay."""
 
     step: int
-    """Finished steps, this one included."""
+    """Number of finished steps, including this one."""
     loss: float
     """Nats a target token, mean over the global batch."""
     lr: float
     norm: float
     """Global norm of the gradient before clipping."""
     scale: float
-    """Loss scale that the step used; 1 outside fp16."""
+    """Loss scale of the step; 1 outside fp16."""
     skipped: bool
     samples: str
     """Hash of the batch's sample ids."""
 
 
 def make_optimizer(model: Phi1, train: Train) -> torch.optim.AdamW:
-    """AdamW over fp32 master weights. Matrices decay, embedding and head among them; biases and norms do not."""
+    """Make AdamW over fp32 weights. Matrices decay, including embedding and head; biases and norms do not."""
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        # By name: out_proj.bias has two axes, since dense and fc2 keep theirs apart.
+        # By name, not by number of axes: out_proj.bias has two, one row each for dense and fc2.
         (kept if name.endswith("bias") or "norm" in name else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
-    # Made here, not at the first step: torch's checkpointing would make a missing state with a step of its own, and a
-    # run that saved before its first update would differ from one that did not.
+    # Made here, not at the first step: torch's checkpointing creates a missing state by a step of its own, and a run
+    # that saves before its first update would differ from one that does not.
     for parameter in model.parameters():
         optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                                       "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
@@ -65,12 +65,12 @@ class Trainer:
     """The model, its optimizer and loss scaler, and the number of finished steps: all that a checkpoint holds.
 
     Args:
-        model: sharded by `engine.build_model`.
+        model: from `engine.build_model`.
         train: the recipe's optimization.
         seq_len: T.
         corpus: training split.
-        batch_plan: how a batch is cut.
-        engine: device and precision.
+        batch_plan: the division of a batch.
+        engine: device, precision and sharding.
     """
 
     def __init__(self, model: Phi1, train: Train, seq_len: int, corpus: Corpus, batch_plan: BatchPlan,
@@ -83,14 +83,14 @@ class Trainer:
         self._prefetch = Prefetch(self._read, engine.device)
         self.finished = self.skipped = 0
         self.skips = 0
-        """Steps in a row that were skipped."""
+        """Number of steps in a row that were skipped."""
         self.usual_loss = 0.0
-        """Running mean over about 50 steps that were taken; 0 before the first."""
+        """Running mean over about 50 steps that were not skipped; 0 before the first."""
         self.problem = self.cure = ""
-        """Why a step was last skipped, and what may help."""
+        """Reason of the last skipped step, and a remedy."""
 
     def set_batch(self, batch_size: int, micro_batch: int) -> None:
-        """From the next step on, another batch, or the same in other micro-batches; what was read ahead is given up."""
+        """Use another batch size, or other micro-batches, from the next step on; a batch read ahead is dropped."""
         self.train = replace(self.train, batch_size=batch_size)
         self.batch_plan = BatchPlan.of(batch_size, micro_batch, self.batch_plan.rank, self.batch_plan.world_size)
         self._prefetch.forget()
@@ -126,7 +126,7 @@ class Trainer:
         return Outcome(self.finished, loss, lr, norm, scale, not taken, samples_hash(batch.samples))
 
     def _batch(self, step: int) -> tuple[Batch, float]:
-        """Collective: this process's part of a step's batch, and the target tokens of the whole of it.
+        """Collective: return this process's part of a step's batch, and the number of target tokens in the whole batch.
 
         Raises:
             RunError: on every process, if one could not read its part.
@@ -150,7 +150,7 @@ class Trainer:
         return Batch.read(self.corpus, samples, self.batch_plan, self.seq_len, self.engine.device)
 
     def _accumulate(self, step: int, batches: list[tuple[Tensor, Tensor]], count: float) -> float:
-        """Forward and backward of all micro-steps. Returns the global mean loss."""
+        """Run forward and backward of all micro-steps. Returns the global mean loss."""
         self.model.train()
         device, batch_plan = self.engine.device, self.batch_plan
         rng = torch.tensor([self.train.seed, step], device=device)
@@ -161,21 +161,21 @@ class Trainer:
             loss = self.model.loss(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), reduction="sum", rng=rng,
                                    sample_ids=ids.to(device, non_blocking=True))
             total += loss.detach().double()
-            # FSDP averages gradients over the processes; times world_size, that is the sum.
+            # FSDP averages gradients over the processes; times world_size this is the sum.
             (loss * (self.scaler.scale * batch_plan.world_size / count)).backward()
         (loss_sum,) = all_sum(total.item())
         return loss_sum / count
 
     def _norm(self, gradients: list[Tensor]) -> float:
-        """Global norm of the scaled gradient: the same bits on every process and on a replay."""
-        # Row by row, then in float64: over a million elements at once PyTorch's float32 norm is off by 1e-5 on CPUs,
-        # and differently so for each way of sharding, which the clipping would carry into the parameters.
+        """Return the global norm of the scaled gradient: the same bits on every process and in a replay."""
+        # Row by row, then in float64: over a million elements at once PyTorch's float32 norm is off by 1e-5 on CPUs.
+        # The error depends on the sharding, and clipping would carry it into the parameters.
         rows = torch.cat([torch.linalg.vector_norm(gradient, dim=-1).flatten() for gradient in gradients])
         (squares,) = all_sum(rows.double().square().sum().item())
         return math.sqrt(squares / self.engine.replicas) if squares >= 0 else math.nan
 
     def _update(self, gradients: list[Tensor], lr: float, norm: float, scale: float) -> None:
-        """Unscale and clip the gradient, which is known to be finite on every process, and follow it."""
+        """Unscale and clip the gradient, which is finite on every process, and take an optimizer step."""
         clip = self.train.clip
         factor = (clip / norm if clip and norm > clip else 1.0) / scale
         if factor != 1:
@@ -187,8 +187,8 @@ class Trainer:
 
 
 def local_gradients(model: nn.Module) -> list[Tensor]:
-    """This process's shard of every gradient."""
+    """Return this process's shard of every gradient."""
     parameters = list(model.parameters())
-    # The optimizer would step parameters that nobody reads, and the loss would stand still.
+    # Otherwise the optimizer would step parameters that no pass reads, and the loss would not fall.
     assert all(isinstance(parameter, DTensor) for parameter in parameters), "set_last_micro_step: no last one was run"
     return [parameter.grad.to_local() for parameter in parameters if isinstance(parameter.grad, DTensor)]

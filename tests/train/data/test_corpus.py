@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from phi1.tokenizer import MIN_VOCAB, train_bpe
-from phi1.train.data.corpus import DataError, open_corpus, sample_order
-from phi1.train.data.shards import DOCUMENT, ShardHeader, read_header
+from phi1.train.data.corpus import open_corpus
+from phi1.train.data.sampler import sample_order
+from phi1.train.data.shards import DOCUMENT, DataError, ShardHeader, read_header
 from phi1.train.prepare.writer import CorpusWriter
 
 SHARD, BLOCK = 512, 64  # small, so that documents and rows cross blocks and shards

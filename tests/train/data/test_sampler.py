@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from phi1.train.data.corpus import sample_order
+from phi1.train.data.sampler import sample_order
 
 hypothesis, st = pytest.importorskip("hypothesis"), pytest.importorskip("hypothesis.strategies")
 

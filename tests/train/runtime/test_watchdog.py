@@ -31,7 +31,7 @@ def look_on(watchdog, looks, between):
         return next(over)
 
     watchdog._over = SimpleNamespace(wait=wait)
-    watchdog._look_on()
+    watchdog._watch()
 
 
 def test_silence_beyond_the_limit_is_reported_with_rank_and_place():
