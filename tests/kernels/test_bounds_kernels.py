@@ -11,8 +11,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_checks import kernel_device
 
-from phi1 import testing
 from phi1.kernels import attention, backend, check_values, rotary, rotary_
 from phi1.kernels.attention import launch_triton
 from phi1.kernels.attention.attention import attention_reference
@@ -20,7 +20,7 @@ from phi1.kernels.attention.dispatch import Scheme
 from phi1.kernels.block import projections_triton as projections
 from phi1.kernels.pointwise.gelu_eager import gelu_new
 
-DEVICE = testing.kernel_device()
+DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 

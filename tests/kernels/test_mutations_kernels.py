@@ -10,8 +10,8 @@ import functools
 
 import pytest
 import torch
+from kernel_checks import assert_matches_reference, block_inputs, kernel_device, load_kernels, rotary_tables
 
-from phi1 import testing
 from phi1.kernels import (
     Dropout,
     add_layer_norm,
@@ -32,7 +32,7 @@ from phi1.kernels.pointwise.dropout import dropout_add_reference
 from phi1.kernels.pointwise.gelu import gelu_reference
 from phi1.kernels.pointwise.layer_norm import add_layer_norm_reference
 
-DEVICE = testing.kernel_device()
+DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
@@ -188,10 +188,10 @@ def loss_inputs(dtype=torch.float32):
 def block_case(recompute="none", **more):
     """40 rows: five groups of dqkv's, ten of dy's, three partial sums of dpre. v and fc1 end within a tile of in_proj.
     """
-    cos, sin = testing.rotary_tables(8)
+    cos, sin = rotary_tables(8)
     options = {"cos": cos, "sin": sin, "n_heads": 2, "batch": 2, **more}
     operation = functools.partial(parallel_block, recompute=recompute)
-    return operation, parallel_block_reference, testing.block_inputs((2, 20, 32, 2, 40)), options
+    return operation, parallel_block_reference, block_inputs((2, 20, 32, 2, 40)), options
 
 
 def cases(name):
@@ -240,11 +240,11 @@ def check(name):
     with backend("triton"), contextlib.ExitStack() as stack:
         for (op, kernel), tile in tiles.items():
             stack.enter_context(_tuned.forced(op, kernel, tile))
-        testing.assert_matches_reference(operation, reference, tensors, roundings=8, **options)
+        assert_matches_reference(operation, reference, tensors, roundings=8, **options)
 
 
 def test_without_a_mutation_every_check_passes(tmp_path, monkeypatch):
-    testing.load_kernels(FILES, SMALL, monkeypatch, tmp_path)
+    load_kernels(FILES, SMALL, monkeypatch, tmp_path)
     for name in sorted({mutation[-1] for mutation in MUTATIONS.values()}):
         check(name)
 
@@ -252,6 +252,6 @@ def test_without_a_mutation_every_check_passes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_mutation_is_noticed(tmp_path, monkeypatch, mutation):
     *change, name = MUTATIONS[mutation]
-    testing.load_kernels(FILES, SMALL, monkeypatch, tmp_path, *change)
+    load_kernels(FILES, SMALL, monkeypatch, tmp_path, *change)
     with pytest.raises(AssertionError, match=r"max\|out - exact\|"):
         check(name)

@@ -5,9 +5,10 @@ Attention's and the block's: test_attention_kernels.py, test_block.py.
 
 import pytest
 import torch
+from kernel_checks import outputs_and_gradients
 from torch.utils.checkpoint import checkpoint
 
-from phi1 import kernels, testing
+from phi1 import kernels
 from phi1.kernels import Dropout
 
 ROWS, WIDTH, INNER, VOCAB = 6, 16, 24, 40
@@ -36,8 +37,8 @@ def test_a_checkpointed_operation_has_the_same_bits(name):
         calls.append(name)
         return operation(**arguments)
 
-    expected = testing.outputs_and_gradients(operation, tensors, **options)
-    found = testing.outputs_and_gradients(lambda **arguments: checkpoint(counted, use_reentrant=False, **arguments),
+    expected = outputs_and_gradients(operation, tensors, **options)
+    found = outputs_and_gradients(lambda **arguments: checkpoint(counted, use_reentrant=False, **arguments),
                                           tensors, **options)
     assert len(calls) == 2
     for output, value in expected.items():

@@ -11,16 +11,17 @@ import weakref
 
 import pytest
 import torch
+from kernel_checks import DTYPES, block_inputs, kept_bytes, kernel_device, rotary_tables
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from phi1 import kernels, testing
+from phi1 import kernels
 from phi1.kernels import Dropout, backend
 from phi1.kernels.block import bias_grad_triton
 from phi1.kernels.core import tiles
 
-DEVICE = testing.kernel_device()
+DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
@@ -104,7 +105,7 @@ def measure(operation, tensors, constants=CONSTANTS, **options):
     given = [*tensors.values(), *constants.values(), MASK.rng, MASK.sample_ids]
     gc.freeze()  # the collections below leave aside what is there already: a tenth of a second each time
     with backend("triton"):
-        with testing.kept_bytes(given) as kept, Allocations(given) as forward:
+        with kept_bytes(given) as kept, Allocations(given) as forward:
             outputs = operation(**tensors, **options)
         in_forward = forward.workspace
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -135,8 +136,8 @@ def test_parallel_block_keeps_to_its_workspace(monkeypatch, rate, recompute):
     n_rows, width, inner, partials = 192, 32, 128, 3
     monkeypatch.setattr(bias_grad_triton, "MAX_PARTIALS", partials)
     tensors = {name: x.requires_grad_() for name, x in
-               testing.block_inputs((2, n_rows // 2, width, H, inner), torch.float16).items()}
-    rotary = {**dict(zip(("cos", "sin"), testing.rotary_tables(8), strict=True)),
+               block_inputs((2, n_rows // 2, width, H, inner), torch.float16).items()}
+    rotary = {**dict(zip(("cos", "sin"), rotary_tables(8), strict=True)),
               "positions": torch.arange(n_rows // 2, device=DEVICE).repeat(2)}
     dropouts = tuple(Dropout(rate, MASK.rng, MASK.sample_ids, kind=kind) if rate else None for kind in range(3))
     tile = TILE | {"block_m": 64}
@@ -174,7 +175,7 @@ def test_linear_cross_entropy_keeps_to_its_workspace(reduction):
         assert backward <= workspace + gradients + rows
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_cross_entropy_keeps_the_gradients_alone(dtype):
     """Float16's in float32."""
     tensors = draw({"x": (N, D), "weight": (V, D), "bias": (V,)}, dtype)

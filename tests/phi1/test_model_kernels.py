@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from kernel_checks import kernel_device
 
-from phi1 import testing
 from phi1.config import preset
 from phi1.kernels import backend
 from phi1.model import Cache, Phi1
 
-DEVICE = testing.kernel_device()
+DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kernel_checks import kernel_device
 
-from phi1 import testing
 from phi1.bench.cases import norm
 from phi1.bench.cases.registry import all_cases
 from phi1.bench.harness import check
@@ -19,7 +19,7 @@ from phi1.kernels import backend, layer_norm
 from phi1.kernels.core import tiles
 from phi1.kernels.core.backend import reference_forced
 
-DEVICE = testing.kernel_device()
+DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 

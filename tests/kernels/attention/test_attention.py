@@ -4,9 +4,15 @@ import math
 
 import pytest
 import torch
+from kernel_checks import (
+    DTYPES,
+    assert_compiles_whole,
+    assert_matches_reference,
+    assert_operator_is_sound,
+    outputs_and_gradients,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from phi1 import testing
 from phi1.kernels import Dropout, attention, backend, check_values
 from phi1.kernels.attention import eager as tiles
 from phi1.kernels.attention.attention import attention_reference
@@ -35,27 +41,27 @@ def make(shape, dtype=torch.float32, seed=0):
 
 def check(tensors, **options):
     # The scale and log2(e) are folded into q: one more rounding of every score.
-    testing.assert_matches_reference(attention, attention_reference, tensors, roundings=4, **options)
+    assert_matches_reference(attention, attention_reference, tensors, roundings=4, **options)
 
 
 def starts(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_matches_reference(shape, causal, dtype):
     check(make(shape, dtype), causal=causal)
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES[1:5], ids=str)
 def test_attention_with_dropout_matches_reference(shape, dtype):
     check(make(shape, dtype), dropout=Dropout(0.3, RNG, layer=2))
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("shape", SHAPES[1:2] + SHAPES[3:5], ids=str)
 def test_left_padded_attention_matches_reference(shape, causal, dtype):
@@ -63,7 +69,7 @@ def test_left_padded_attention_matches_reference(shape, causal, dtype):
     check(make(shape, dtype), causal=causal, seq_starts=starts(3, shape[2]))  # a row of padding alone
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 def test_packed_attention_matches_reference(causal, dtype):
     cu_seqlens = starts(0, 3, 3, 20, 140, 150)  # an empty document, one of two tiles
@@ -80,7 +86,7 @@ def test_the_tile_is_not_seen(monkeypatch, tile):
         check(make((3, 21, 26, 3, 16)), **options)
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", [1, 3, 9])
 def test_the_tile_of_one_query_is_not_seen(monkeypatch, heads, dtype):
     """A head, a sample, or all at once; the gradients take lse from where it was put."""
@@ -102,7 +108,7 @@ class FlashCalls(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_query_is_computed_in_float32_a_tile_at_a_time(monkeypatch, dtype):
     monkeypatch.setattr(tiles, "CPU_TILE_BYTES", -(-3 * 4 * 26 * (1 + 2 * 16) // torch.get_num_threads()))
     q, k, v = make((3, 1, 26, 3, 16), dtype).values()
@@ -120,7 +126,7 @@ def test_one_query_with_elements_apart(strided):
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_default_dtype_is_not_seen(dtype, default):
     tensors = make((2, 1, 9, 2, 16), dtype), make((2, 7, 9, 2, 16), dtype)
     expected = [attention(**each, seq_starts=starts(0, 3)) for each in tensors]
@@ -191,10 +197,10 @@ def test_packed_documents_equal_separate_calls():
     assert out[0, 1:31].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_scores_stay_finite(dtype):
     tensors = {name: x.clamp(-1, 1) * 300 for name, x in make((1, 40, 40, 2, 64), dtype).items()}
-    got = testing.outputs_and_gradients(attention, tensors)
+    got = outputs_and_gradients(attention, tensors)
     assert all(x.isfinite().all() for x in got.values())
 
 
@@ -328,12 +334,12 @@ def test_operator_is_sound():
     dropped = (False, 0.25, 0.5, RNG, torch.tensor([3, 4]), 1, 0)
     cases = (((None, None), plain), ((starts(0, 7, 18), None), plain), ((None, starts(0, 2)), dropped))
     for packing, constants in cases:
-        testing.assert_operator_is_sound("attention", (q, k, v, *packing, *constants))
+        assert_operator_is_sound("attention", (q, k, v, *packing, *constants))
         out, lse = torch.ops.phi1.attention(q, k, v, *packing, *constants)
         saved = (torch.randn_like(out), q, k, v, out, lse)
-        testing.assert_operator_is_sound("attention_backward", (*(x.detach() for x in saved), *packing, *constants))
+        assert_operator_is_sound("attention_backward", (*(x.detach() for x in saved), *packing, *constants))
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout": Dropout(0.3, RNG)}, {"seq_starts": starts(0, 3)}], ids=str)
 def test_compiles_whole(options):
-    testing.assert_compiles_whole(attention, make((2, 9, 9, 2, 16)), **options)
+    assert_compiles_whole(attention, make((2, 9, 9, 2, 16)), **options)

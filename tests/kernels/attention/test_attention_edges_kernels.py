@@ -7,16 +7,26 @@ import math
 
 import pytest
 import torch
+from kernel_checks import (
+    assert_compiles_whole,
+    assert_matches_reference,
+    assert_operator_is_sound,
+    assert_within_bound,
+    attention_inputs,
+    empty_is_nan,
+    kernel_device,
+    outputs_and_gradients,
+    qkv_inputs,
+    rotary_tables,
+)
 
-from phi1 import testing
 from phi1.kernels import Dropout, attention, attention_qkv, backend, check_values
 from phi1.kernels.attention import launch_triton
 from phi1.kernels.attention.attention import attention_reference
 from phi1.kernels.attention.attention_qkv import attention_qkv_reference
 from phi1.kernels.core.tiles import table
-from phi1.testing import attention_inputs, qkv_inputs, rotary_tables
 
-DEVICE = testing.kernel_device()
+DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
@@ -50,7 +60,7 @@ def test_nan_in_another_document_or_in_padding_stays_there():
     for x in tensors.values():
         x[:, 21:40] = math.nan
     with backend("triton"):
-        got = testing.outputs_and_gradients(attention, tensors, cu_seqlens=ints(0, 21, 40, 60))
+        got = outputs_and_gradients(attention, tensors, cu_seqlens=ints(0, 21, 40, 60))
     for name, x in got.items():
         assert x[:, :21].isfinite().all(), name
         assert x[:, 40:].isfinite().all(), name
@@ -59,7 +69,7 @@ def test_nan_in_another_document_or_in_padding_stays_there():
     for name in ("k", "v"):
         tensors[name][1, :35] = math.nan
     with backend("triton"):
-        got = testing.outputs_and_gradients(attention, tensors, seq_starts=ints(0, 35))
+        got = outputs_and_gradients(attention, tensors, seq_starts=ints(0, 35))
     assert all(x.isfinite().all() for x in got.values())
 
 
@@ -67,16 +77,16 @@ def test_large_scores_stay_finite():
     tensors = attention_inputs((1, 70, 70, 2, 64), torch.float16)
     tensors = {name: x * (300 if name != "v" else 1) for name, x in tensors.items()}
     with backend("triton"):
-        got = testing.outputs_and_gradients(attention, tensors, causal=False)
+        got = outputs_and_gradients(attention, tensors, causal=False)
     assert all(x.isfinite().all() for x in got.values())
     exact = attention_reference(**{name: x.double() for name, x in tensors.items()}, causal=False)
-    testing.assert_within_bound(got["out0"], attention_reference(**tensors, causal=False), exact, roundings=4)
+    assert_within_bound(got["out0"], attention_reference(**tensors, causal=False), exact, roundings=4)
 
 
 def test_rows_of_no_document_are_nan():
     tensors = attention_inputs((1, 80, 80, 2, 16))
-    with backend("triton"), check_values(False), testing.empty_is_nan():
-        got = testing.outputs_and_gradients(attention, tensors, cu_seqlens=ints(5, 36, 60))
+    with backend("triton"), check_values(False), empty_is_nan():
+        got = outputs_and_gradients(attention, tensors, cu_seqlens=ints(5, 36, 60))
     with backend("reference"):
         alone = {name: x[:, 5:36] for name, x in tensors.items()}
         expected = attention(**alone)
@@ -93,7 +103,7 @@ def test_wild_cu_seqlens_stay_inside(cuts):
     guarded = {name: torch.nn.functional.pad(x, (0, 0, 0, 0, 9, 9), value=math.nan)[:, 9:-9]
                for name, x in tensors.items()}
     with backend("triton"), check_values(False):
-        got = testing.outputs_and_gradients(attention, guarded, cu_seqlens=ints(*cuts))
+        got = outputs_and_gradients(attention, guarded, cu_seqlens=ints(*cuts))
     assert got["out0"].shape == (1, 70, 1, 16)
     seen = max(0, min(70, max(cuts)) - max(0, cuts[0]))
     assert got["out0"][0, :, 0, 0].isfinite().sum() == seen
@@ -111,7 +121,7 @@ def test_wild_positions_give_nan():
 def test_a_token_alone_attends_to_itself():
     tensors = attention_inputs((2, 1, 1, 2, 64))
     with backend("triton"):
-        found = testing.outputs_and_gradients(attention, tensors)
+        found = outputs_and_gradients(attention, tensors)
     assert torch.equal(found["out0"], tensors["v"])
     # P is 1 whatever q and k are; what is left of dP - delta is a rounding of sums of 64 products.
     assert all(found[name].abs().max() < 64 * torch.finfo(torch.float32).eps * 10 for name in ("dq", "dk"))
@@ -119,7 +129,7 @@ def test_a_token_alone_attends_to_itself():
 
 
 def test_empty_input():
-    check = testing.assert_matches_reference
+    check = assert_matches_reference
     with backend("triton"):
         for shape in ((0, 3, 3, 2, 16), (2, 0, 0, 2, 16), (2, 0, 5, 2, 16)):
             check(attention, attention_reference, attention_inputs(shape))
@@ -130,7 +140,7 @@ def test_empty_input():
 def test_backward_is_bitwise_repeatable():
     tensors, options = attention_inputs((1, 70, 70, 2, 16), torch.float16), {"dropout": Dropout(0.2, RNG)}
     with backend("triton"):
-        first, second = (testing.outputs_and_gradients(attention, tensors, **options) for _ in range(2))
+        first, second = (outputs_and_gradients(attention, tensors, **options) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
@@ -145,8 +155,8 @@ def test_the_kernels_ran_and_not_pytorch(monkeypatch):
             launch_triton, name, lambda *a, launch=launch, name=name: launched.append(name) or launch(*a)
         )
     with backend("triton"):
-        testing.outputs_and_gradients(attention, attention_inputs((1, 4, 4, 1, 16)))
-        testing.outputs_and_gradients(attention_qkv, qkv_inputs(4))
+        outputs_and_gradients(attention, attention_inputs((1, 4, 4, 1, 16)))
+        outputs_and_gradients(attention_qkv, qkv_inputs(4))
     assert launched == ["launch_forward", "launch_backward"] * 2
 
 
@@ -161,12 +171,12 @@ def test_operators_are_sound_and_compile_whole():
     qkv = qkv_inputs(12)["qkv"].requires_grad_()
     positions = torch.arange(12, device=DEVICE)
     with backend("triton"):
-        testing.assert_operator_is_sound("attention", (q, k, v, None, ints(0, 2), True, 0.25, 0.5, RNG, None, 1, 0))
-        testing.assert_operator_is_sound(
+        assert_operator_is_sound("attention", (q, k, v, None, ints(0, 2), True, 0.25, 0.5, RNG, None, 1, 0))
+        assert_operator_is_sound(
             "attention_qkv",
             (qkv, *rotary_tables(8), positions, ints(0, 5, 12), None, 1, True, 0.25, True, 0.5, RNG, None, 1, 0),
         )
-        testing.assert_compiles_whole(attention_qkv, qkv_inputs(12), batch=2, rotary=rotary_tables(8))
+        assert_compiles_whole(attention_qkv, qkv_inputs(12), batch=2, rotary=rotary_tables(8))
 
 
 def test_activation_checkpointing_gives_the_same_gradients():
@@ -174,8 +184,8 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
     options = {"batch": 2, "rotary": rotary_tables(8), "dropout": Dropout(0.2, RNG)}
     with backend("triton"):
-        plain = testing.outputs_and_gradients(attention_qkv, qkv_inputs(34), **options)
-        again = testing.outputs_and_gradients(
+        plain = outputs_and_gradients(attention_qkv, qkv_inputs(34), **options)
+        again = outputs_and_gradients(
             lambda qkv: checkpoint(attention_qkv, qkv, use_reentrant=False, **options), qkv_inputs(34))
     assert all(torch.equal(x, again[name]) for name, x in plain.items())
 

@@ -9,20 +9,19 @@ import math
 
 import pytest
 import torch
+from kernel_checks import DTYPES, assert_matches_reference, attention_inputs, kernel_device, qkv_inputs, rotary_tables
 
-from phi1 import testing
 from phi1.kernels import Dropout, attention, attention_qkv, backend
 from phi1.kernels.attention import launch_triton
 from phi1.kernels.attention.attention import attention_reference
 from phi1.kernels.attention.attention_qkv import attention_qkv_reference
 from phi1.kernels.core.philox import attention_keep
-from phi1.testing import attention_inputs, qkv_inputs, rotary_tables
 
-DEVICE = testing.kernel_device()
+DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
-DTYPES = testing.DTYPES if DEVICE == "cuda" else testing.DTYPES[:2]
+DTYPES = DTYPES if DEVICE == "cuda" else DTYPES[:2]
 SHAPES = [  # B, Tq, Tk, H, K
     (1, 3, 3, 1, 16),  # the smallest whose gradients are not differences of equal numbers
     (2, 17, 17, 2, 32),
@@ -67,13 +66,13 @@ def roundings(tensors):
 
 def check(tensors, **options):
     with backend("triton"):
-        testing.assert_matches_reference(attention, attention_reference, tensors, roundings=roundings(tensors),
+        assert_matches_reference(attention, attention_reference, tensors, roundings=roundings(tensors),
                                          **options)
 
 
 def check_qkv(tensors, **options):
     with backend("triton"):
-        testing.assert_matches_reference(attention_qkv, attention_qkv_reference, tensors,
+        assert_matches_reference(attention_qkv, attention_qkv_reference, tensors,
                                          roundings=roundings(tensors), **options)
 
 
@@ -91,7 +90,7 @@ def test_full_attention_matches_reference(shape, dtype):
 
 if DEVICE == "cuda":  # the interpreter needs minutes for tiles of this size
 
-    @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("head_size", [16, 64, 80, 128])
     @pytest.mark.parametrize("p", [0.0, 0.2])
     def test_the_tables_tiles_match_reference(monkeypatch, head_size, dtype, p):

@@ -5,13 +5,13 @@ A mutant is a file of kernels with one text replaced; it and all that build on i
 
 import pytest
 import torch
+from kernel_checks import assert_matches_reference, kernel_device, load_kernels
 
-from phi1 import testing
 from phi1.kernels import Dropout, attention, attention_qkv, backend
 from phi1.kernels.attention.attention import attention_reference
 from phi1.kernels.attention.attention_qkv import attention_qkv_reference
 
-DEVICE = testing.kernel_device()
+DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
@@ -103,11 +103,11 @@ def check(name):
     else:
         tensors, options = cases[name]
     with backend("triton"):
-        testing.assert_matches_reference(operation, reference, tensors, roundings=8, **options)
+        assert_matches_reference(operation, reference, tensors, roundings=8, **options)
 
 
 def test_without_a_mutation_every_check_passes(tmp_path, monkeypatch):
-    testing.load_kernels(FILES, SMALL, monkeypatch, tmp_path)
+    load_kernels(FILES, SMALL, monkeypatch, tmp_path)
     for name in sorted({mutation[-1] for mutation in MUTATIONS.values()}):
         check(name)
 
@@ -115,6 +115,6 @@ def test_without_a_mutation_every_check_passes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_mutation_is_noticed(tmp_path, monkeypatch, mutation):
     *change, name = MUTATIONS[mutation]
-    testing.load_kernels(FILES, SMALL, monkeypatch, tmp_path, *change)
+    load_kernels(FILES, SMALL, monkeypatch, tmp_path, *change)
     with pytest.raises(AssertionError, match=r"max\|out - exact\|"):
         check(name)

@@ -7,14 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import assert_matches_reference, kernel_device, qkv_inputs
 
-from phi1 import testing
 from phi1.kernels import attention_qkv, backend
 from phi1.kernels.attention import launch_triton
 from phi1.kernels.attention.attention_qkv import attention_qkv_reference
-from phi1.testing import qkv_inputs
 
-DEVICE = testing.kernel_device()
+DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
@@ -37,7 +36,7 @@ def test_any_documents_match_reference(lengths, causal, tile):
     with pytest.MonkeyPatch.context() as patch, backend("triton"):
         patch.setattr(launch_triton, "tile", lambda *_, **__: small)
         # 8 roundings, as in test_attention_kernels.py, which says why.
-        testing.assert_matches_reference(attention_qkv, attention_qkv_reference, qkv_inputs(sum(lengths), 1),
+        assert_matches_reference(attention_qkv, attention_qkv_reference, qkv_inputs(sum(lengths), 1),
                                          roundings=8, cu_seqlens=packed(lengths), causal=causal)
 
 

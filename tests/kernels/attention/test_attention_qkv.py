@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from kernel_checks import DTYPES, assert_compiles_whole, assert_matches_reference, assert_operator_is_sound
 
-from phi1 import testing
 from phi1.kernels import Dropout, attention, attention_qkv, backend, rotary
 from phi1.kernels.attention.attention_qkv import attention_qkv_reference
 from phi1.kernels.core.philox import attention_keep
@@ -29,21 +29,21 @@ def make(shape, dtype=torch.float32):
 
 
 def check(tensors, **options):
-    testing.assert_matches_reference(attention_qkv, attention_qkv_reference, tensors, roundings=4, **options)
+    assert_matches_reference(attention_qkv, attention_qkv_reference, tensors, roundings=4, **options)
 
 
 def ints(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rotated", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_qkv_matches_reference(shape, rotated, dtype):
     check(make(shape, dtype), batch=shape[0], rotary=tables(shape[-1]) if rotated else None)
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("packing", [
     {"cu_seqlens": ints(0, 1, 1, 20, 51)},
     {"batch": 3, "seq_starts": ints(0, 5, 16)},
@@ -77,7 +77,7 @@ def test_it_is_rotary_and_attention():
                                composed(qkv, 1, restarted, cos_sin, cu_seqlens=cuts))
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rotary_applied_rotates_the_gradient_alone(dtype):
     shape, cos_sin = (3, 17, 2, 16, 8), tables(8)
     check(make(shape, dtype), batch=3, rotary=cos_sin, rotary_applied=True)
@@ -179,11 +179,11 @@ def test_operator_is_sound():
         (*tables(8), positions, None, ints(0, 2), 2, True, 0.25, True, 0.5, RNG, torch.tensor([3, 4]), 1, 0),
     )
     for constants in cases:
-        testing.assert_operator_is_sound("attention_qkv", (qkv, *constants))
+        assert_operator_is_sound("attention_qkv", (qkv, *constants))
         out, lse = torch.ops.phi1.attention_qkv(qkv, *constants)
         saved = (torch.randn_like(out), qkv.detach(), out.detach(), lse.detach())
-        testing.assert_operator_is_sound("attention_qkv_backward", (*saved, *constants))
+        assert_operator_is_sound("attention_qkv_backward", (*saved, *constants))
 
 
 def test_compiles_whole():
-    testing.assert_compiles_whole(attention_qkv, make((2, 6, 2, 16, 8)), batch=2, rotary=tables(8))
+    assert_compiles_whole(attention_qkv, make((2, 6, 2, 16, 8)), batch=2, rotary=tables(8))

@@ -5,8 +5,19 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from kernel_checks import (
+    DTYPES,
+    assert_compiles_whole,
+    assert_matches_reference,
+    assert_operator_is_sound,
+    assert_within_bound,
+    block_inputs,
+    empty_is_nan,
+    kept_bytes,
+    outputs_and_gradients,
+    rotary_tables,
+)
 
-from phi1 import testing
 from phi1.kernels import (
     Dropout,
     attention_qkv,
@@ -30,11 +41,11 @@ RNG = torch.tensor([5, 7])
 
 
 def tables(rotary_size, n_positions=150):
-    return dict(zip(("cos", "sin"), testing.rotary_tables(rotary_size, n_positions, "cpu"), strict=True))
+    return dict(zip(("cos", "sin"), rotary_tables(rotary_size, n_positions, "cpu"), strict=True))
 
 
 def make(shape, dtype=torch.float32):
-    return testing.block_inputs(shape, dtype, "cpu")
+    return block_inputs(shape, dtype, "cpu")
 
 
 def ints(*values):
@@ -47,17 +58,17 @@ def drops(attention, dense, fc2, sample_ids=None):
 
 
 def check(shape, dtype=torch.float32, **options):
-    testing.assert_matches_reference(parallel_block, parallel_block_reference, make(shape, dtype), roundings=8,
+    assert_matches_reference(parallel_block, parallel_block_reference, make(shape, dtype), roundings=8,
                                      n_heads=shape[3], **tables(shape[-1]), **options)
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_parallel_block_matches_reference(shape, dtype):
     check(shape, dtype, batch=shape[0])
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("packing", [
     {"cu_seqlens": ints(0, 1, 1, 20, 34)},
     {"batch": 2, "seq_starts": ints(0, 5)},
@@ -74,7 +85,7 @@ def test_each_dropout_matches_reference(rates):
     check(SHAPES[1], batch=2, dropouts=drops(*rates, sample_ids=torch.tensor([40, 3])))
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropout_of_packed_documents_matches_reference(dtype):
     check(SHAPES[1], dtype, cu_seqlens=ints(0, 20, 34), dropouts=drops(0.1, 0.2, 0.3, torch.tensor([40, 3])))
 
@@ -92,8 +103,8 @@ def composed(x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias
 @pytest.mark.parametrize("rates", [(0, 0, 0), (0.1, 0.2, 0.3)], ids=str)
 def test_it_is_the_other_operations_together(rates):
     tensors, rotary, dropouts = make(SHAPES[1]), tables(8), drops(*rates, torch.tensor([40, 3]))
-    together = testing.outputs_and_gradients(parallel_block, tensors, n_heads=2, batch=2, **rotary, dropouts=dropouts)
-    apart = testing.outputs_and_gradients(composed, tensors, rotary=tuple(rotary.values()), n_heads=2, batch=2,
+    together = outputs_and_gradients(parallel_block, tensors, n_heads=2, batch=2, **rotary, dropouts=dropouts)
+    apart = outputs_and_gradients(composed, tensors, rotary=tuple(rotary.values()), n_heads=2, batch=2,
                                           dropouts=dropouts)
     for name, out in together.items():
         torch.testing.assert_close(out, apart[name], rtol=1e-4, atol=1e-5)
@@ -135,7 +146,7 @@ def test_what_is_kept_for_the_backward(rates, recompute):
     tensors = {name: x.requires_grad_() for name, x in make(shape, torch.bfloat16).items()}
     rotary = tables(shape[-1])
     constants = [x for name, x in tensors.items() if name != "x"] + [*rotary.values(), RNG]
-    with testing.kept_bytes(constants) as kept:
+    with kept_bytes(constants) as kept:
         parallel_block(**tensors, **rotary, n_heads=shape[3], dropouts=drops(*rates), recompute=recompute)
     n_rows, width, n_heads, inner = shape[1:5]
     activations = {"none": 2 * (4 * width + inner) + 4 * n_heads, "mlp": 2 * 4 * width + 4 * n_heads, "block": 0}
@@ -143,7 +154,7 @@ def test_what_is_kept_for_the_backward(rates, recompute):
     assert wanted <= sum(kept.values()) <= 9 / 8 * wanted  # a CPU's kept memory comes in steps of an eighth
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("packing", [
     {"batch": 2}, {"cu_seqlens": ints(0, 1, 1, 20, 34)}, {"batch": 2, "seq_starts": ints(0, 5)},
 ], ids=["batch", "packed", "left-padded"])
@@ -151,8 +162,8 @@ def test_what_is_kept_for_the_backward(rates, recompute):
 def test_what_is_computed_again_has_the_same_bits(rates, packing, dtype):
     sample_ids = torch.arange(3, 7 if "cu_seqlens" in packing else 5)
     options = {**tables(8), "n_heads": 2, "dropouts": drops(*rates, sample_ids), **packing}
-    with testing.empty_is_nan():
-        none, mlp, block = (testing.outputs_and_gradients(parallel_block, make(SHAPES[1], dtype), **options,
+    with empty_is_nan():
+        none, mlp, block = (outputs_and_gradients(parallel_block, make(SHAPES[1], dtype), **options,
                                                           recompute=recompute) for recompute in RECOMPUTE)
     for name, value in none.items():
         assert torch.equal(mlp[name], value), name
@@ -176,7 +187,7 @@ def test_a_forward_alone_returns_nothing_to_keep(monkeypatch, without):
 PROMPTS = [{"batch": 2}, {"batch": 2, "seq_starts": ints(0, 5)}, {"batch": 2, "positions": torch.arange(34).flip(0)}]
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("packing", PROMPTS, ids=["batch", "left-padded", "positions"])
 @pytest.mark.parametrize("shape", SHAPES[1::2], ids=str)
 def test_prefill_is_the_block_with_its_keys_and_values(shape, packing, dtype):
@@ -188,7 +199,7 @@ def test_prefill_is_the_block_with_its_keys_and_values(shape, packing, dtype):
         eager = parallel_block_prefill(**tensors, **options)
         exact = parallel_block_prefill(**{name: x.double() for name, x in tensors.items()}, **options)
     for i, got in enumerate((out, keys, values)):
-        testing.assert_within_bound(got, eager[i], exact[i], ("out", "keys", "values")[i], roundings=8)
+        assert_within_bound(got, eager[i], exact[i], ("out", "keys", "values")[i], roundings=8)
 
 
 def test_prefill_has_no_backward():
@@ -203,7 +214,7 @@ def test_prefill_has_no_backward():
 def test_non_contiguous_inputs():
     tensors = {name: x.t().contiguous().t() if x.dim() == 2 else x.repeat_interleave(2)[::2]
                for name, x in make(SHAPES[1], torch.bfloat16).items()}
-    testing.assert_matches_reference(parallel_block, parallel_block_reference, tensors, roundings=8, n_heads=2, batch=2,
+    assert_matches_reference(parallel_block, parallel_block_reference, tensors, roundings=8, n_heads=2, batch=2,
                                      **tables(8))
 
 
@@ -218,7 +229,7 @@ def test_output_is_contiguous_whatever_x_is():
 def test_empty_input():
     tensors = make(SHAPES[1])
     tensors["x"] = tensors["x"][:0]
-    testing.assert_matches_reference(parallel_block, parallel_block_reference, tensors, n_heads=2, **tables(8))
+    assert_matches_reference(parallel_block, parallel_block_reference, tensors, n_heads=2, **tables(8))
 
 
 def bad(**changes):
@@ -284,23 +295,23 @@ def test_operator_is_sound(recompute):
          (2, 1, (0.1, 0.2, 0.3), (4,) * 3, (0, 1, 2), 1e-5, recompute)),
     )
     for packing, constants in cases:
-        testing.assert_operator_is_sound("parallel_block", (*parameters, *cos_sin, positions, *packing, *constants))
+        assert_operator_is_sound("parallel_block", (*parameters, *cos_sin, positions, *packing, *constants))
         y, *saved = torch.ops.phi1.parallel_block(*parameters, *cos_sin, positions, *packing, *constants)
         arguments = (x.detach() for x in (y, *parameters[:-1], *saved))
-        testing.assert_operator_is_sound("parallel_block_backward",
+        assert_operator_is_sound("parallel_block_backward",
                                          (*arguments, *cos_sin, positions, *packing, *constants))
 
 
 def test_operator_is_sound_in_prefill():
     packing, constants = (None, ints(0, 3), None, None), (2, 2, (0.0,) * 3, (0,) * 3, (0,) * 3, 1e-5, "prefill")
-    testing.assert_operator_is_sound("parallel_block", (*make((2, 6, 32, 2, 48, 8)).values(), *tables(8).values(),
+    assert_operator_is_sound("parallel_block", (*make((2, 6, 32, 2, 48, 8)).values(), *tables(8).values(),
                                                         torch.arange(6).repeat(2), *packing, *constants))
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("rates", [(0, 0, 0), (0.1, 0.2, 0.3)], ids=str)
 def test_compiles_whole(rates, recompute):
-    testing.assert_compiles_whole(parallel_block, make(SHAPES[1]), n_heads=2, batch=2, **tables(8),
+    assert_compiles_whole(parallel_block, make(SHAPES[1]), n_heads=2, batch=2, **tables(8),
                                   dropouts=drops(*rates), recompute=recompute)
 
 
@@ -310,6 +321,6 @@ def test_activation_checkpointing_changes_nothing():
     def recomputed(**arguments):
         return torch.utils.checkpoint.checkpoint(parallel_block, use_reentrant=False, **arguments)
 
-    plain = testing.outputs_and_gradients(parallel_block, tensors, **options)
-    again = testing.outputs_and_gradients(recomputed, tensors, **options)
+    plain = outputs_and_gradients(parallel_block, tensors, **options)
+    again = outputs_and_gradients(recomputed, tensors, **options)
     assert all(torch.equal(out, again[name]) for name, out in plain.items())

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from kernel_checks import DTYPES, assert_operator_is_sound, assert_within_bound, block_inputs, rotary_tables
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from phi1 import testing
 from phi1.kernels import backend, parallel_block, parallel_block_decode, parallel_block_prefill
 
 SHAPES = [  # B, T new tokens, D, H, F, S tokens with those before, R
@@ -22,8 +22,8 @@ def make(shape, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     cache = torch.randn(2, batch, length + 3, n_heads, width // n_heads, generator=generator).to(dtype)
     cache[:, :, length - tokens :] = torch.nan
-    cos, sin = testing.rotary_tables(rotary_size, device="cpu")
-    tensors = testing.block_inputs((batch, tokens, width, n_heads, inner), dtype, "cpu")
+    cos, sin = rotary_tables(rotary_size, device="cpu")
+    tensors = block_inputs((batch, tokens, width, n_heads, inner), dtype, "cpu")
     return tensors | {"cos": cos, "sin": sin, "kv": cache[:, :, :length]}
 
 
@@ -38,7 +38,7 @@ def starts(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_it_matches_the_reference(shape, padded, dtype):
@@ -47,15 +47,15 @@ def test_it_matches_the_reference(shape, padded, dtype):
     with backend("reference"):
         eager, exact = run(tensors, **options), run(tensors, exact=True, **options)
     for i, name in enumerate(("out", "kv")):
-        testing.assert_within_bound(got[i], eager[i], exact[i], name, roundings=8)
+        assert_within_bound(got[i], eager[i], exact[i], name, roundings=8)
     before = shape[5] - shape[1]
     assert torch.equal(got[1][:, :, :before], tensors["kv"][:, :, :before])
 
 
 def test_it_goes_on_where_the_prompt_ended():
     batch, tokens, width, n_heads, inner, rotary_size = 2, 12, 32, 2, 48, 8
-    tensors = testing.block_inputs((batch, tokens, width, n_heads, inner), device="cpu")
-    cos, sin = testing.rotary_tables(rotary_size, device="cpu")
+    tensors = block_inputs((batch, tokens, width, n_heads, inner), device="cpu")
+    cos, sin = rotary_tables(rotary_size, device="cpu")
     x, options = tensors.pop("x"), {"cos": cos, "sin": sin, "seq_starts": starts(0, 4)}
     whole = parallel_block(x, **tensors, **options, n_heads=n_heads, batch=batch).unflatten(0, (batch, -1))
     rows = x.unflatten(0, (batch, -1))
@@ -77,7 +77,7 @@ def test_positions_turn_the_keys():
     assert not torch.allclose(usual[0, :, -1], other[0, :, -1])
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_past_checks_and_dispatcher_it_is_the_operator(dtype):
     tensors, own = make(SHAPES[2], dtype), []
     positions, seq_starts = torch.arange(35, 40).repeat(2), starts(0, 7)
@@ -93,7 +93,7 @@ def test_past_checks_and_dispatcher_it_is_the_operator(dtype):
 
 def test_the_operator_is_sound():
     tensors = make(SHAPES[1]) | {"kv": make(SHAPES[1])["kv"].nan_to_num()}
-    testing.assert_operator_is_sound("parallel_block_decode", [*tensors.values(), torch.full((3,), 19), None, 1e-5])
+    assert_operator_is_sound("parallel_block_decode", [*tensors.values(), torch.full((3,), 19), None, 1e-5])
 
 
 def test_compiled_whole_it_has_the_same_bits():

@@ -5,15 +5,15 @@ The interpreter multiplies bfloat16 wrongly, so that bfloat16 is tested on a GPU
 
 import pytest
 import torch
+from kernel_checks import DTYPES, assert_within_bound, block_inputs, empty_is_nan, kernel_device, rotary_tables
 
-from phi1 import testing
 from phi1.kernels import backend, parallel_block_decode
 
-DEVICE = testing.kernel_device()
+DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
-DTYPES = testing.DTYPES if DEVICE == "cuda" else testing.DTYPES[:2]
+DTYPES = DTYPES if DEVICE == "cuda" else DTYPES[:2]
 SHAPES = [  # B, T new tokens, D, H, F, S tokens with those before, R
     (1, 1, 16, 1, 5, 1, 2),
     (3, 1, 64, 1, 200, 40, 32),
@@ -26,8 +26,8 @@ SHAPES = [  # B, T new tokens, D, H, F, S tokens with those before, R
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_it_matches_the_reference(shape, padded, dtype):
     batch, tokens, width, n_heads, inner, length, rotary_size = shape
-    cos, sin = testing.rotary_tables(rotary_size)
-    tensors = testing.block_inputs((batch, tokens, width, n_heads, inner), dtype) | {"cos": cos, "sin": sin}
+    cos, sin = rotary_tables(rotary_size)
+    tensors = block_inputs((batch, tokens, width, n_heads, inner), dtype) | {"cos": cos, "sin": sin}
     cache = torch.randn(2, batch, length + 3, n_heads, width // n_heads,
                         generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     seq_starts = torch.tensor([0, 7, 3][:batch], dtype=torch.int32, device=DEVICE) if padded else None
@@ -37,11 +37,11 @@ def test_it_matches_the_reference(shape, padded, dtype):
         wide = {name: x.double() if exact and name not in ("cos", "sin") else x for name, x in tensors.items()}
         return parallel_block_decode(**wide, kv=own[:, :, :length], seq_starts=seq_starts), own
 
-    with backend("triton"), testing.empty_is_nan():
+    with backend("triton"), empty_is_nan():
         got = run()
     with backend("reference"):
         eager, exact = run(), run(exact=True)
     for i, name in enumerate(("out", "cache")):
-        testing.assert_within_bound(got[i], eager[i], exact[i], name, roundings=8)
+        assert_within_bound(got[i], eager[i], exact[i], name, roundings=8)
     assert torch.equal(got[1][:, :, : length - tokens], cache[:, :, : length - tokens])
     assert torch.equal(got[1][:, :, length:], cache[:, :, length:])

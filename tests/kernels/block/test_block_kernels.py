@@ -5,8 +5,18 @@ The interpreter multiplies bfloat16 wrongly, so that bfloat16 is tested on a GPU
 
 import pytest
 import torch
+from kernel_checks import (
+    DTYPES,
+    assert_matches_reference,
+    assert_within_bound,
+    block_inputs,
+    empty_is_nan,
+    kept_bytes,
+    kernel_device,
+    outputs_and_gradients,
+    rotary_tables,
+)
 
-from phi1 import testing
 from phi1.kernels import Dropout, backend, parallel_block, parallel_block_prefill
 from phi1.kernels.block import projections_triton as projections
 from phi1.kernels.block.bias_grad_triton import launch_branch_gradients
@@ -14,11 +24,11 @@ from phi1.kernels.block.parallel_block import RECOMPUTE, parallel_block_referenc
 from phi1.kernels.gemm import linear_triton as linear_kernels
 from phi1.kernels.pointwise.dropout_eager import dropped
 
-DEVICE = testing.kernel_device()
+DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
-DTYPES = testing.DTYPES if DEVICE == "cuda" else testing.DTYPES[:2]
+DTYPES = DTYPES if DEVICE == "cuda" else DTYPES[:2]
 SHAPES = [  # B, T, D, H, F, R
     (1, 3, 16, 1, 5, 2),  # less than a tile in every direction
     (2, 17, 32, 2, 48, 8),
@@ -30,11 +40,11 @@ RNG = torch.tensor([5, 7], device=DEVICE)
 
 
 def tables(rotary_size, n_positions=150):
-    return dict(zip(("cos", "sin"), testing.rotary_tables(rotary_size, n_positions, DEVICE), strict=True))
+    return dict(zip(("cos", "sin"), rotary_tables(rotary_size, n_positions, DEVICE), strict=True))
 
 
 def make(shape, dtype=torch.float32):
-    return testing.block_inputs(shape, dtype, DEVICE)
+    return block_inputs(shape, dtype, DEVICE)
 
 
 def ints(*values):
@@ -48,7 +58,7 @@ def drops(attention, dense, fc2, sample_ids=None):
 
 def check(shape, dtype=torch.float32, **options):
     with backend("triton"):
-        testing.assert_matches_reference(parallel_block, parallel_block_reference, make(shape, dtype), roundings=8,
+        assert_matches_reference(parallel_block, parallel_block_reference, make(shape, dtype), roundings=8,
                                          n_heads=shape[3], **tables(shape[-1]), **options)
 
 
@@ -119,7 +129,7 @@ def test_branch_gradients_are_the_references_bit_for_bit(bounds, width):
     for branches, cu_seqlens in (((dense, fc2), ints(*bounds)), ((None, fc2), ints(*bounds)), ((dense, None), None)):
         if cu_seqlens is None and len(ids) != 37:
             continue  # rows that its samples do not divide
-        with testing.empty_is_nan():
+        with empty_is_nan():
             gradients, sums = launch_branch_gradients(dy, *branches, cu_seqlens)
         for gradient, partial, branch in zip(gradients, sums, branches, strict=True):
             wanted = dropped(dy, branch, cu_seqlens)
@@ -131,7 +141,7 @@ def test_branch_gradients_are_the_references_bit_for_bit(bounds, width):
 def test_backward_is_bitwise_repeatable(rates):
     tensors, options = make(PACKED, torch.float16), {**tables(8), "n_heads": 2, "batch": 2, "dropouts": drops(*rates)}
     with backend("triton"):
-        first, second = (testing.outputs_and_gradients(parallel_block, tensors, **options) for _ in range(2))
+        first, second = (outputs_and_gradients(parallel_block, tensors, **options) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
@@ -155,7 +165,7 @@ def test_what_is_kept_for_the_backward(rates, recompute):
     tensors = {name: x.requires_grad_() for name, x in make(PACKED, torch.float16).items()}
     rotary = tables(rotary_size)
     constants = [x for name, x in tensors.items() if name != "x"] + [*rotary.values(), RNG]
-    with backend("triton"), testing.kept_bytes(constants) as kept:
+    with backend("triton"), kept_bytes(constants) as kept:
         parallel_block(**tensors, **rotary, n_heads=n_heads, batch=batch, dropouts=drops(*rates), recompute=recompute)
     activations = {"none": 2 * (4 * width + inner) + 4 * n_heads, "mlp": 2 * 4 * width + 4 * n_heads, "block": 0}
     assert sum(kept.values()) == batch * tokens * (2 * width + 8 + activations[recompute])
@@ -174,16 +184,16 @@ def test_the_kernels_ran_and_not_pytorch(monkeypatch):
                             lambda *a, launch=launch, name=name, **b: launched.append(name) or launch(*a, **b))
     tensors, options = make(PACKED), {**tables(8), "n_heads": 2, "batch": 2}
     with backend("triton"):
-        testing.outputs_and_gradients(parallel_block, tensors, **options)
+        outputs_and_gradients(parallel_block, tensors, **options)
         assert launched == [*forward, "launch_out_proj", *backward]
         launched.clear()
-        testing.outputs_and_gradients(parallel_block, tensors, **options, dropouts=drops(0, 0, 0.1))
+        outputs_and_gradients(parallel_block, tensors, **options, dropouts=drops(0, 0, 0.1))
         assert launched == [*forward, "launch_linear", "launch_linear", "launch_branch_gradients", *backward]
         launched.clear()
-        testing.outputs_and_gradients(parallel_block, tensors, **options, recompute="mlp")
+        outputs_and_gradients(parallel_block, tensors, **options, recompute="mlp")
         assert launched == [*forward, "launch_out_proj", "launch_in_proj", *backward]
         launched.clear()
-        testing.outputs_and_gradients(parallel_block, tensors, **options, recompute="block")
+        outputs_and_gradients(parallel_block, tensors, **options, recompute="block")
         assert launched == [*forward, "launch_out_proj", *forward, *backward]
 
 
@@ -219,14 +229,14 @@ def test_prefill_is_the_block_with_its_keys_and_values(monkeypatch, kernel, shap
         use_tile(monkeypatch, "in_proj", cublas=1)
     tensors, options = make(shape, torch.float16), {**tables(shape[-1]), "n_heads": shape[3], "batch": shape[0],
                                                     "seq_starts": ints(*range(0, 3 * shape[0], 3))}
-    with backend("triton"), testing.empty_is_nan():
+    with backend("triton"), empty_is_nan():
         got = parallel_block_prefill(**tensors, **options)
         assert torch.equal(got[0], parallel_block(**tensors, **options))
     with backend("reference"):
         eager = parallel_block_prefill(**tensors, **options)
         exact = parallel_block_prefill(**{name: x.double() for name, x in tensors.items()}, **options)
     for i, name in enumerate(("out", "keys", "values")):
-        testing.assert_within_bound(got[i], eager[i], exact[i], name, roundings=8)
+        assert_within_bound(got[i], eager[i], exact[i], name, roundings=8)
 
 
 @pytest.mark.parametrize(("kernel", "packing"), [
@@ -237,8 +247,8 @@ def test_what_is_computed_again_has_the_same_bits(monkeypatch, kernel, packing):
         use_tile(monkeypatch, "in_proj", cublas=1)
     dropouts = drops(0.1, 0.2, 0.3, torch.tensor([40, 3], device=DEVICE))
     tensors, options = make(PACKED, torch.float16), {**tables(8), "n_heads": 2, "dropouts": dropouts, **packing}
-    with backend("triton"), testing.empty_is_nan():
-        none, mlp, block = (testing.outputs_and_gradients(parallel_block, tensors, **options, recompute=recompute)
+    with backend("triton"), empty_is_nan():
+        none, mlp, block = (outputs_and_gradients(parallel_block, tensors, **options, recompute=recompute)
                             for recompute in RECOMPUTE)
     for name, value in none.items():
         assert torch.equal(mlp[name], value), name
@@ -251,7 +261,7 @@ def test_non_contiguous_and_empty_inputs():
     with backend("triton"):
         cos, sin = tables(8).values()
         apart = torch.stack((cos, sin), dim=-1)
-        testing.assert_matches_reference(parallel_block, parallel_block_reference, tensors, roundings=8, n_heads=2,
+        assert_matches_reference(parallel_block, parallel_block_reference, tensors, roundings=8, n_heads=2,
                                          batch=2, cos=apart[..., 0], sin=apart[..., 1])
         empty = {**make(PACKED), "x": make(PACKED)["x"][:0]}
-        testing.assert_matches_reference(parallel_block, parallel_block_reference, empty, n_heads=2, **tables(8))
+        assert_matches_reference(parallel_block, parallel_block_reference, empty, n_heads=2, **tables(8))

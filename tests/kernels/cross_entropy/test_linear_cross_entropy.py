@@ -4,10 +4,18 @@ import math
 
 import pytest
 import torch
+from kernel_checks import (
+    DTYPES,
+    assert_compiles_whole,
+    assert_operator_is_sound,
+    assert_within_bound,
+    empty_is_nan,
+    outputs_and_gradients,
+    to_float64,
+)
 from torch.nn.functional import cross_entropy
 
 import phi1.kernels.cross_entropy.eager as chunks
-from phi1 import testing
 from phi1.kernels import backend, check_values, linear_cross_entropy
 from phi1.kernels.cross_entropy.linear_cross_entropy import linear_cross_entropy_reference
 
@@ -44,17 +52,17 @@ def check(tensors, **options):
     """The tolerance rule; logits of 16 bits are rounded on both sides, which the float32 loss inherits."""
     if options.get("ignore_index") == 1:
         tensors = {**tensors, "targets": tensors["targets"].where(tensors["targets"] != IGNORED, 1)}
-    with testing.empty_is_nan():
-        got = testing.outputs_and_gradients(linear_cross_entropy, tensors, **options)
+    with empty_is_nan():
+        got = outputs_and_gradients(linear_cross_entropy, tensors, **options)
     options.pop("workspace_mb", None)
-    eager = testing.outputs_and_gradients(linear_cross_entropy_reference, tensors, **options)
-    exact = testing.outputs_and_gradients(
-        linear_cross_entropy_reference, {name: testing.to_float64(x) for name, x in tensors.items()}, **options)
+    eager = outputs_and_gradients(linear_cross_entropy_reference, tensors, **options)
+    exact = outputs_and_gradients(
+        linear_cross_entropy_reference, {name: to_float64(x) for name, x in tensors.items()}, **options)
     dtype = tensors["x"].dtype
     for name, out in got.items():
         # Sums over thousands of columns, in another order for each number of threads.
         roundings = 8 * torch.finfo(dtype).eps / torch.finfo(out.dtype).eps if name.startswith("out") else 8
-        testing.assert_within_bound(out, eager[name], exact[name], name, roundings=roundings)
+        assert_within_bound(out, eager[name], exact[name], name, roundings=roundings)
 
 
 @pytest.fixture
@@ -64,20 +72,20 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(chunks, "VOCABULARY_SLICE", 1000)
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_cross_entropy_matches_reference(shape, variant, dtype):
     check(make(shape, dtype), **VARIANTS[variant])
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_chunks_match_reference(small_chunks, variant, dtype):
     check(make((50, 16, 2500), dtype), **VARIANTS[variant])
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_without_bias_and_with_a_smaller_vocabulary(reduction, dtype):
     tensors = make((17, 33, 65), dtype, bias=False)
@@ -104,7 +112,7 @@ def test_z_loss_is_the_mean_square_of_lse():
     torch.testing.assert_close(with_z - plain, 0.5 * lse[targets != IGNORED].square().mean())
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_uniform_logits_lose_log_v(dtype):
     x, targets = torch.randn(9, 8).to(dtype), torch.randint(300, (9,))
     weight, bias = torch.zeros(512, 8, dtype=dtype), torch.zeros(512, dtype=dtype)
@@ -113,18 +121,18 @@ def test_uniform_logits_lose_log_v(dtype):
     assert loss.item() == pytest.approx(math.log(300), rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_logits_stay_finite(dtype):
     tensors = make((17, 32, 65), dtype)
     tensors["x"] *= 500
-    got = testing.outputs_and_gradients(linear_cross_entropy, tensors)
+    got = outputs_and_gradients(linear_cross_entropy, tensors)
     assert all(out.isfinite().all() for out in got.values())
 
 
 def test_ignored_rows_and_columns_get_no_gradient():
     tensors = make((17, 33, 65))
     tensors["targets"].clamp_(max=39)
-    got = testing.outputs_and_gradients(linear_cross_entropy, tensors, valid_vocab=40)
+    got = outputs_and_gradients(linear_cross_entropy, tensors, valid_vocab=40)
     assert not got["dx"][1].any()
     assert not got["dweight"][40:].any()
     assert not got["dbias"][40:].any()
@@ -183,7 +191,7 @@ def test_float16_gradients_of_frequent_targets_do_not_overflow():
     torch.testing.assert_close(weight.grad[0], torch.full((8,), 1 / 50 - 1, dtype=torch.float16))
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n_rows", "workspace"), [(1000, 1), (1000, 4), (1000, 256), (16384, 64), (16384, 256)])
 def test_workspace_holds_the_logits(n_rows, workspace, dtype):
     vocab = 51200
@@ -326,15 +334,15 @@ def test_operator_is_sound(dtype):
     needs = (True, True, True)
     for reduction in ("mean", "none"):
         arguments = (x, weight, bias, targets, reduction, *numbers, *(need and reduction == "mean" for need in needs))
-        testing.assert_operator_is_sound("linear_cross_entropy", arguments)
+        assert_operator_is_sound("linear_cross_entropy", arguments)
     detached = [t.detach() for t in (x, weight, bias)]
     _, _, *gradients = torch.ops.phi1.linear_cross_entropy(*detached, targets, "mean", *numbers, *needs)
-    testing.assert_operator_is_sound("linear_cross_entropy_backward",
+    assert_operator_is_sound("linear_cross_entropy_backward",
                                      (torch.ones(()), *gradients, targets, "mean", IGNORED, x.detach()[:0, 0]))
-    testing.assert_operator_is_sound("linear_cross_entropy_rows_backward",
+    assert_operator_is_sound("linear_cross_entropy_rows_backward",
                                      (torch.ones(6), *detached, targets, *numbers, *needs))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiles_whole(reduction):
-    testing.assert_compiles_whole(linear_cross_entropy, make((6, 8, 30)), reduction=reduction)
+    assert_compiles_whole(linear_cross_entropy, make((6, 8, 30)), reduction=reduction)

@@ -8,16 +8,16 @@ import weakref
 
 import pytest
 import torch
+from kernel_checks import DTYPES, assert_within_bound, empty_is_nan, kernel_device, outputs_and_gradients, to_float64
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from phi1 import testing
 from phi1.kernels import backend, check_values, linear_cross_entropy
 from phi1.kernels.cross_entropy import loss_triton as kernels
 from phi1.kernels.cross_entropy.eager import LossRule, Needs
 from phi1.kernels.cross_entropy.linear_cross_entropy import linear_cross_entropy_reference
 
-DEVICE = testing.kernel_device()
+DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
@@ -58,15 +58,15 @@ def check(tensors, **options):
     if "ignore_index" in options:
         targets = tensors["targets"]
         tensors = {**tensors, "targets": targets.where(targets != IGNORED, options["ignore_index"])}
-    with backend("triton"), testing.empty_is_nan():
-        got = testing.outputs_and_gradients(linear_cross_entropy, tensors, **options)
-    eager = testing.outputs_and_gradients(linear_cross_entropy_reference, tensors, **options)
-    exact = testing.outputs_and_gradients(
-        linear_cross_entropy_reference, {name: testing.to_float64(x) for name, x in tensors.items()}, **options)
+    with backend("triton"), empty_is_nan():
+        got = outputs_and_gradients(linear_cross_entropy, tensors, **options)
+    eager = outputs_and_gradients(linear_cross_entropy_reference, tensors, **options)
+    exact = outputs_and_gradients(
+        linear_cross_entropy_reference, {name: to_float64(x) for name, x in tensors.items()}, **options)
     dtype = tensors["x"].dtype
     for name, out in got.items():
         roundings = 8 * torch.finfo(dtype).eps / torch.finfo(out.dtype).eps if name.startswith("out") else 8
-        testing.assert_within_bound(out, eager[name], exact[name], name, roundings=roundings)
+        assert_within_bound(out, eager[name], exact[name], name, roundings=roundings)
     return got
 
 
@@ -75,19 +75,19 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(kernels, "chunk_rows", lambda *_: 7)
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernels_match_reference(shape, dtype):
     check(make(shape, dtype))
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_option_matches_reference(variant, dtype):
     check(make((17, 33, 129), dtype), **VARIANTS[variant])
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", ["mean", "everything"])
 def test_chunks_match_reference(small_chunks, variant, dtype):
     check(make((17, 33, 129), dtype), **VARIANTS[variant])
@@ -99,7 +99,7 @@ def test_without_bias_and_with_a_smaller_vocabulary(valid_vocab):
     assert not got["dweight"][valid_vocab:].any()
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_uniform_logits_lose_log_v(dtype):
     x, targets = torch.randn(4, 8, device=DEVICE).to(dtype), torch.randint(300, (4,), device=DEVICE)
     weight, bias = torch.zeros(512, 8, dtype=dtype, device=DEVICE), torch.zeros(512, dtype=dtype, device=DEVICE)
@@ -109,12 +109,12 @@ def test_uniform_logits_lose_log_v(dtype):
             assert loss.item() == pytest.approx(math.log(vocab), rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_logits_stay_finite(dtype):
     tensors = make((17, 33, 129), dtype)
     tensors["x"] *= 500
     with backend("triton"):
-        got = testing.outputs_and_gradients(linear_cross_entropy, tensors)
+        got = outputs_and_gradients(linear_cross_entropy, tensors)
     assert all(out.isfinite().all() for out in got.values())
 
 
@@ -122,8 +122,8 @@ def test_all_ignored():
     tensors = make((9, 8, 30))
     tensors["targets"].fill_(IGNORED)
     with backend("triton"):
-        total = testing.outputs_and_gradients(linear_cross_entropy, tensors, reduction="sum")
-        mean = testing.outputs_and_gradients(linear_cross_entropy, tensors)
+        total = outputs_and_gradients(linear_cross_entropy, tensors, reduction="sum")
+        mean = outputs_and_gradients(linear_cross_entropy, tensors)
     assert total["out0"].item() == 0
     assert mean["out0"].isnan()  # a mean over nothing, as PyTorch's
     assert not any(got[name].any() for got in (total, mean) for name in ("dx", "dweight", "dbias"))
@@ -174,11 +174,11 @@ def test_the_kernels_ran_and_only_what_is_wanted(monkeypatch):
     assert launched[0] == ("launch_loss_rows", True)
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_are_bitwise_repeatable(small_chunks, dtype):
     tensors = make((17, 33, 129), dtype)
     with backend("triton"):
-        first, second = (testing.outputs_and_gradients(linear_cross_entropy, tensors) for _ in range(2))
+        first, second = (outputs_and_gradients(linear_cross_entropy, tensors) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
@@ -251,7 +251,7 @@ def test_workspace_counts_all_but_inputs_and_gradients():
     assert returned + logits <= allocations.most <= returned + (1 << 20)
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_kept_for_the_backward(dtype):
     """Of a mean, the gradients alone, float16's in float32; of losses, the inputs."""
     n_rows, width, vocab = 17, 33, 129

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
+from kernel_checks import DTYPES, assert_compiles_whole, assert_matches_reference, assert_operator_is_sound
 
-from phi1 import testing
 from phi1.kernels import Dropout, backend, linear
 from phi1.kernels.core.philox import residual_keep
 from phi1.kernels.gemm.linear import linear_reference
@@ -30,12 +30,12 @@ def make(shape, dtype=torch.float32, bias=True, residual=False):
     return {name: x if x is None else x.to(dtype) for name, x in tensors.items()}
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("bias", "activation", "dropout", "residual"),
                          [*itertools.product([True, False], ["gelu_new", None], [True, False], [True, False])])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_matches_reference(shape, bias, activation, dropout, residual, dtype):
-    testing.assert_matches_reference(linear, linear_reference, make(shape, dtype, bias, residual),
+    assert_matches_reference(linear, linear_reference, make(shape, dtype, bias, residual),
                                      activation=activation,
                                      dropout=Dropout(0.3, RNG, layer=4, kind=1) if dropout else None)
 
@@ -64,7 +64,7 @@ def test_non_contiguous_inputs():
     tensors = {"x": wide[:12, 20:60], "weight": wide[20:, :50].t(), "bias": wide[0, :50],
                "residual": wide[:50, :12].t()}
     for activation in ("gelu_new", None):
-        testing.assert_matches_reference(linear, linear_reference, tensors, activation=activation)
+        assert_matches_reference(linear, linear_reference, tensors, activation=activation)
 
 
 def test_an_expanded_gradient():
@@ -79,7 +79,7 @@ def test_an_expanded_gradient():
 
 
 def test_empty_input():
-    testing.assert_matches_reference(linear, linear_reference, make((0, 4, 3), residual=True), activation="gelu_new")
+    assert_matches_reference(linear, linear_reference, make((0, 4, 3), residual=True), activation="gelu_new")
 
 
 def bad(**changes):
@@ -116,13 +116,13 @@ def test_reference_backend():
 def test_operator_is_sound(gelu):
     x, weight, bias, residual = (t.requires_grad_() for t in make((4, 8, 6), residual=True).values())
     dropout = (0.3, RNG, torch.tensor([1, 2]), 4, 1)
-    testing.assert_operator_is_sound("linear", (x, weight, bias, residual, gelu, *dropout))
-    testing.assert_operator_is_sound("linear", (x, weight, None, None, gelu, 0.0, None, None, 0, 0))
+    assert_operator_is_sound("linear", (x, weight, bias, residual, gelu, *dropout))
+    assert_operator_is_sound("linear", (x, weight, None, None, gelu, 0.0, None, None, 0, 0))
     out, pre = torch.ops.phi1.linear(x, weight, bias, residual, gelu, *dropout)
     saved = (out.detach(), x.detach(), weight.detach(), pre.detach())
-    testing.assert_operator_is_sound("linear_backward", (*saved, True, gelu, *dropout))
+    assert_operator_is_sound("linear_backward", (*saved, True, gelu, *dropout))
 
 
 def test_compiles_whole():
-    testing.assert_compiles_whole(linear, make((4, 8, 6), residual=True), activation="gelu_new",
+    assert_compiles_whole(linear, make((4, 8, 6), residual=True), activation="gelu_new",
                                   dropout=Dropout(0.3, RNG))

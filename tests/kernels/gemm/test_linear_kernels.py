@@ -5,18 +5,18 @@ bfloat16 products are tested on a GPU only: the interpreter multiplies their raw
 
 import pytest
 import torch
+from kernel_checks import DTYPES, assert_matches_reference, empty_is_nan, kernel_device, outputs_and_gradients
 
-from phi1 import testing
 from phi1.kernels import Dropout, backend, linear
 from phi1.kernels.core import tiles
 from phi1.kernels.core.philox import residual_keep
 from phi1.kernels.gemm.linear import linear_reference
 
-DEVICE = testing.kernel_device()
+DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
-DTYPES = testing.DTYPES if DEVICE == "cuda" else testing.DTYPES[:2]
+DTYPES = DTYPES if DEVICE == "cuda" else DTYPES[:2]
 # Small tiles, so that a few rows are several groups of tiles. The columns whole, in halves, by TMA, in quarters.
 TILES = [{"block_m": 16, "block_n": n, "block_k": 16, "group_m": 2, "parts": parts, "tma": tma, "num_warps": 4,
           "num_stages": 2} for n, parts, tma in ((64, 1, 0), (128, 2, 0), (128, 2, 1), (256, 4, 0))]
@@ -50,7 +50,7 @@ def make(shape, dtype=torch.float32, bias=True, residual=False):
 
 def assert_matches(tensors, tile, **options):
     with backend("triton"), tiles.forced("linear", "forward", tile):
-        testing.assert_matches_reference(linear, linear_reference, tensors, **options)
+        assert_matches_reference(linear, linear_reference, tensors, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,7 +75,7 @@ def test_other_tiles_match_reference(tile, epilogue, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_tables_own_tile(dtype):
     with backend("triton"):
-        testing.assert_matches_reference(linear, linear_reference, make((130, 70, 260), dtype, residual=True),
+        assert_matches_reference(linear, linear_reference, make((130, 70, 260), dtype, residual=True),
                                          activation="gelu_new", dropout=Dropout(0.3, RNG))
 
 
@@ -98,7 +98,7 @@ def test_persistent_programs_give_the_same_bits(monkeypatch, tile):
         monkeypatch.setattr(matmul_triton, "multiprocessors", lambda device, n=programs: n)
         t = tile if programs is None else tile | {"persistent": 1}
         grids.append(matmul_triton.n_programs(t, 40, 300, x.device))
-        with backend("triton"), tiles.forced("linear", "forward", t), testing.empty_is_nan():
+        with backend("triton"), tiles.forced("linear", "forward", t), empty_is_nan():
             found.append(torch.ops.phi1.linear(x, weight, bias, residual, True, 0.3, RNG, None, 4, 1))
     assert grids == [9, 1, 4, 9]
     for out, pre in found[1:]:
@@ -164,6 +164,6 @@ def test_what_is_never_written_is_never_read():
 def test_gradients_are_bitwise_repeatable():
     tensors = make((300, 20, 30), torch.float16, residual=True)
     with backend("triton"):
-        first, second = (testing.outputs_and_gradients(linear, tensors, activation="gelu_new") for _ in range(2))
+        first, second = (outputs_and_gradients(linear, tensors, activation="gelu_new") for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name

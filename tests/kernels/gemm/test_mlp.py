@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from kernel_checks import DTYPES, assert_compiles_whole, assert_matches_reference, assert_operator_is_sound
 
-from phi1 import testing
 from phi1.kernels import backend, linear, mlp
 from phi1.kernels.gemm.mlp import mlp_reference
 
@@ -27,10 +27,10 @@ def make(shape, dtype=torch.float32):
     return {name: x.to(dtype) for name, x in tensors.items()}
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_mlp_matches_reference(shape, dtype):
-    testing.assert_matches_reference(mlp, mlp_reference, make(shape, dtype))
+    assert_matches_reference(mlp, mlp_reference, make(shape, dtype))
 
 
 def test_mlp_is_linear_twice():
@@ -49,11 +49,11 @@ def test_rows_do_not_meet():
 def test_non_contiguous_inputs():
     tensors = {name: x.t().contiguous().t() if x.dim() == 2 else x.repeat_interleave(2)[::2]
                for name, x in make((7, 33, 65), torch.bfloat16).items()}
-    testing.assert_matches_reference(mlp, mlp_reference, tensors)
+    assert_matches_reference(mlp, mlp_reference, tensors)
 
 
 def test_empty_input():
-    testing.assert_matches_reference(mlp, mlp_reference, make((0, 5, 8)))
+    assert_matches_reference(mlp, mlp_reference, make((0, 5, 8)))
 
 
 def bad(**changes):
@@ -85,11 +85,11 @@ def test_reference_backend():
 
 def test_operator_is_sound():
     tensors = [x.requires_grad_() for x in make((4, 8, 12)).values()]
-    testing.assert_operator_is_sound("mlp", tensors)
+    assert_operator_is_sound("mlp", tensors)
     out, pre = torch.ops.phi1.mlp(*tensors)
     x, w1, _, w2, _ = (x.detach() for x in tensors)
-    testing.assert_operator_is_sound("mlp_backward", (out.detach(), x, w1, w2, pre.detach()))
+    assert_operator_is_sound("mlp_backward", (out.detach(), x, w1, w2, pre.detach()))
 
 
 def test_compiles_whole():
-    testing.assert_compiles_whole(mlp, make((4, 8, 12)))
+    assert_compiles_whole(mlp, make((4, 8, 12)))

@@ -5,17 +5,17 @@ bfloat16 products are tested on a GPU only: the interpreter multiplies their raw
 
 import pytest
 import torch
+from kernel_checks import DTYPES, assert_matches_reference, empty_is_nan, kernel_device, outputs_and_gradients
 
-from phi1 import testing
 from phi1.kernels import backend, mlp
 from phi1.kernels.core import tiles
 from phi1.kernels.gemm.mlp import mlp_reference
 
-DEVICE = testing.kernel_device()
+DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
-DTYPES = testing.DTYPES if DEVICE == "cuda" else testing.DTYPES[:2]
+DTYPES = DTYPES if DEVICE == "cuda" else DTYPES[:2]
 # Small tiles, so that a few rows are several partial sums.
 TILES = [{"block_m": 16, "block_n": 64, "block_k": 16, "group_m": 2, "tma": tma, "num_warps": 4, "num_stages": 2}
          for tma in (0, 1)] + [{"cublas": 1}]
@@ -44,7 +44,7 @@ def make(shape, dtype=torch.float32):
 @pytest.mark.parametrize("tile", TILES, ids=["kernel", "tma", "cublas"])
 def test_mlp_kernels_match_reference(tile, shape, dtype):
     with backend("triton"), tiles.forced("mlp", "dgelu", tile):
-        testing.assert_matches_reference(mlp, mlp_reference, make(shape, dtype))
+        assert_matches_reference(mlp, mlp_reference, make(shape, dtype))
 
 
 @pytest.mark.parametrize(("tile", "programs"), [(TILES[0], 1), (TILES[0], 50), (TILES[1], 5)], ids=str)
@@ -53,8 +53,8 @@ def test_persistent_programs_give_the_same_bits(monkeypatch, tile, programs):  #
     tensors = make(SHAPES[-1], torch.float16)
     found = []
     for t in (tile, tile | {"persistent": 1}):
-        with backend("triton"), tiles.forced("mlp", "dgelu", t), testing.empty_is_nan():
-            found.append(testing.outputs_and_gradients(mlp, tensors))
+        with backend("triton"), tiles.forced("mlp", "dgelu", t), empty_is_nan():
+            found.append(outputs_and_gradients(mlp, tensors))
     for name, plain in found[0].items():
         assert torch.equal(found[1][name], plain), name
 
@@ -62,7 +62,7 @@ def test_persistent_programs_give_the_same_bits(monkeypatch, tile, programs):  #
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_tables_own_tiles(dtype):  # two by three of them
     with backend("triton"):
-        testing.assert_matches_reference(mlp, mlp_reference, make((130, 64, 260), dtype))
+        assert_matches_reference(mlp, mlp_reference, make((130, 64, 260), dtype))
 
 
 def test_the_kernels_ran_and_not_pytorch(monkeypatch):
@@ -79,7 +79,7 @@ def test_the_kernels_ran_and_not_pytorch(monkeypatch):
 
         monkeypatch.setattr(module, name, Counted())
     with backend("triton"), tiles.forced("mlp", "dgelu", TILES[0]):
-        testing.outputs_and_gradients(mlp, make((17, 33, 65), torch.float16))
+        outputs_and_gradients(mlp, make((17, 33, 65), torch.float16))
     assert launched == ["linear_forward_kernel", "linear_forward_kernel", "dgelu_kernel"]
 
 
@@ -88,7 +88,7 @@ def test_non_contiguous_inputs(tile):
     tensors = {name: x.t().contiguous().t() if x.dim() == 2 else x.repeat_interleave(2)[::2]
                for name, x in make((18, 33, 65), torch.float16).items()}
     with backend("triton"), tiles.forced("mlp", "dgelu", tile):
-        testing.assert_matches_reference(mlp, mlp_reference, tensors)
+        assert_matches_reference(mlp, mlp_reference, tensors)
         leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
         expanded = torch.autograd.grad(mlp(**leaves).sum(), [*leaves.values()])
         whole = torch.autograd.grad(mlp(**leaves), [*leaves.values()], torch.ones_like(leaves["x"]))
@@ -98,12 +98,12 @@ def test_non_contiguous_inputs(tile):
 @pytest.mark.parametrize("shape", [(0, 5, 8), (5, 0, 8), (5, 8, 0)], ids=str)
 def test_empty_inputs(shape):
     with backend("triton"), tiles.forced("mlp", "dgelu", TILES[0]):
-        testing.assert_matches_reference(mlp, mlp_reference, make(shape))
+        assert_matches_reference(mlp, mlp_reference, make(shape))
 
 
 def test_gradients_are_bitwise_repeatable():
     tensors = make((63, 48, 130), torch.float16)
     with backend("triton"), tiles.forced("mlp", "dgelu", TILES[0]):
-        first, second = (testing.outputs_and_gradients(mlp, tensors) for _ in range(2))
+        first, second = (outputs_and_gradients(mlp, tensors) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name

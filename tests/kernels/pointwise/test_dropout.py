@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from kernel_checks import DTYPES, assert_compiles_whole, assert_matches_reference, assert_operator_is_sound
 
-from phi1 import testing
 from phi1.kernels import Dropout, backend, dropout_add
 from phi1.kernels.core.philox import dropout_scale, residual_keep
 from phi1.kernels.pointwise.dropout import dropout_add_reference
@@ -19,25 +19,25 @@ def make(shape, dtype=torch.float32):
     return {name: torch.randn(shape, generator=generator).to(dtype) for name in ("x", "residual")}
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout", [None, Dropout(0.0, RNG), Dropout(0.1, RNG, layer=5, kind=2)],
                          ids=["none", "0", "0.1"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dropout_add_matches_reference(shape, dropout, dtype):
-    testing.assert_matches_reference(dropout_add, dropout_add_reference, make(shape, dtype), dropout=dropout)
+    assert_matches_reference(dropout_add, dropout_add_reference, make(shape, dtype), dropout=dropout)
 
 
 def test_samples_are_named_by_their_ids():
     tensors = make((12, 40))
     dropout = Dropout(0.4, RNG, torch.tensor([30, 10, 20]))
-    testing.assert_matches_reference(dropout_add, dropout_add_reference, tensors, dropout=dropout)
+    assert_matches_reference(dropout_add, dropout_add_reference, tensors, dropout=dropout)
     out = dropout_add(**tensors, dropout=dropout)
     other_order = Dropout(0.4, RNG, torch.tensor([10, 20]))
     rest = dropout_add(tensors["x"][4:], tensors["residual"][4:], other_order)
     assert torch.equal(out[4:], rest)
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masks_and_scale_are_those_of_the_specification(dtype):
     dropout = Dropout(0.25, RNG, torch.tensor([3, 1]), layer=2, kind=1)
     x = torch.full((10, 70), 3.0, dtype=dtype, requires_grad=True)
@@ -70,12 +70,12 @@ def test_another_step_another_mask():
 def test_non_contiguous_inputs():
     wide = torch.randn(80, 90).bfloat16()
     tensors = {"x": wide[:20, 10:60].t(), "residual": wide[::4][:, ::2][:, :20].repeat(3, 1)[:50]}
-    testing.assert_matches_reference(dropout_add, dropout_add_reference, tensors, dropout=Dropout(0.2, RNG))
+    assert_matches_reference(dropout_add, dropout_add_reference, tensors, dropout=Dropout(0.2, RNG))
     assert dropout_add(tensors["x"], tensors["x"], None).is_contiguous()
 
 
 def test_empty_input():
-    testing.assert_matches_reference(dropout_add, dropout_add_reference, make((0, 8)), dropout=Dropout(0.2, RNG))
+    assert_matches_reference(dropout_add, dropout_add_reference, make((0, 8)), dropout=Dropout(0.2, RNG))
 
 
 @pytest.mark.parametrize(("arguments", "error", "match"), [
@@ -105,9 +105,9 @@ def test_reference_backend():
                          ids=["0.3", "none"])
 def test_operator_is_sound(fields):
     x, residual = (t.requires_grad_() for t in make((4, 8)).values())
-    testing.assert_operator_is_sound("dropout_add", (x, residual, *fields))
-    testing.assert_operator_is_sound("dropout_add_backward", (x.detach(), *fields))
+    assert_operator_is_sound("dropout_add", (x, residual, *fields))
+    assert_operator_is_sound("dropout_add_backward", (x.detach(), *fields))
 
 
 def test_compiles_whole():
-    testing.assert_compiles_whole(dropout_add, make((4, 8)), dropout=Dropout(0.3, RNG))
+    assert_compiles_whole(dropout_add, make((4, 8)), dropout=Dropout(0.3, RNG))

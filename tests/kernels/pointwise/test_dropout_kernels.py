@@ -5,14 +5,14 @@ bfloat16 is tested in the interpreter too, since these kernels cast up before an
 
 import pytest
 import torch
+from kernel_checks import DTYPES, assert_matches_reference, kernel_device
 
-from phi1 import testing
 from phi1.kernels import Dropout, backend, dropout_add
 from phi1.kernels.core import tiles
 from phi1.kernels.core.philox import dropout_scale, residual_keep
 from phi1.kernels.pointwise.dropout import dropout_add_reference
 
-DEVICE = testing.kernel_device()
+DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
@@ -32,13 +32,13 @@ def make(shape, dtype=torch.float32):
     return {name: torch.randn(shape, generator=generator).to(DEVICE, dtype) for name in ("x", "residual")}
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("p", [None, 0.1])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dropout_add_kernels_match_reference(shape, p, dtype):
     dropout = None if p is None else Dropout(p, RNG, layer=5, kind=2)
     with backend("triton"):
-        testing.assert_matches_reference(dropout_add, dropout_add_reference, make(shape, dtype), dropout=dropout)
+        assert_matches_reference(dropout_add, dropout_add_reference, make(shape, dtype), dropout=dropout)
 
 
 @pytest.mark.parametrize("sample_ids", [None, [3], [3, 2**40 + 1], [9, 1, 1, 4, 0, 2**32 - 1]], ids=str)
@@ -67,6 +67,6 @@ def test_strided_rows_and_columns():
     wide = torch.randn(80, 90, device=DEVICE)
     tensors = {"x": wide[:20, 10:60].t(), "residual": wide[::4][:, ::2][:, :20].repeat(3, 1)[:50]}
     with backend("triton"):
-        testing.assert_matches_reference(dropout_add, dropout_add_reference, tensors, dropout=Dropout(0.2, RNG))
+        assert_matches_reference(dropout_add, dropout_add_reference, tensors, dropout=Dropout(0.2, RNG))
         shifted = {"x": wide[:, 3:], "residual": wide[:, :-3]}
-        testing.assert_matches_reference(dropout_add, dropout_add_reference, shifted, dropout=Dropout(0.2, RNG))
+        assert_matches_reference(dropout_add, dropout_add_reference, shifted, dropout=Dropout(0.2, RNG))

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from kernel_checks import DTYPES, assert_compiles_whole, assert_matches_reference, assert_operator_is_sound
 
-from phi1 import testing
 from phi1.kernels import backend, gelu
 from phi1.kernels.pointwise.gelu import gelu_reference
 from phi1.kernels.pointwise.gelu_eager import _constant
@@ -21,10 +21,10 @@ def make(shape, dtype=torch.float32):
     return {"x": (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)}
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gelu_matches_reference(shape, dtype):
-    testing.assert_matches_reference(gelu, gelu_reference, make(shape, dtype))
+    assert_matches_reference(gelu, gelu_reference, make(shape, dtype))
 
 
 def test_reference_is_pytorchs_tanh_gelu():
@@ -32,7 +32,7 @@ def test_reference_is_pytorchs_tanh_gelu():
     torch.testing.assert_close(gelu_reference(x), torch.nn.functional.gelu(x, approximate="tanh"))
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ends_of_the_number_line(dtype):
     x = torch.tensor([[-60000.0, -300.0, -20.0, 0.0, 20.0, 300.0, 60000.0]]).to(dtype).requires_grad_()
     y = gelu(x)
@@ -51,20 +51,20 @@ def test_the_default_dtype_does_not_matter():
     _constant.cache_clear()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        testing.assert_matches_reference(gelu, gelu_reference, x)
+        assert_matches_reference(gelu, gelu_reference, x)
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 def test_non_contiguous_input():
     x = torch.randn(300, 400).bfloat16()
-    testing.assert_matches_reference(gelu, gelu_reference, {"x": x[:, 100:333]})
-    testing.assert_matches_reference(gelu, gelu_reference, {"x": x.t()[::2]})
+    assert_matches_reference(gelu, gelu_reference, {"x": x[:, 100:333]})
+    assert_matches_reference(gelu, gelu_reference, {"x": x.t()[::2]})
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0), ()], ids=str)
 def test_empty_and_scalar_input(shape):
-    testing.assert_matches_reference(gelu, gelu_reference, make(shape))
+    assert_matches_reference(gelu, gelu_reference, make(shape))
 
 
 def test_errors():
@@ -84,9 +84,9 @@ def test_reference_backend():
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 4)], ids=str)
 def test_operator_is_sound(shape):
     x = make(shape)["x"].requires_grad_()
-    testing.assert_operator_is_sound("gelu", (x,))
-    testing.assert_operator_is_sound("gelu_backward", (torch.randn(shape), x.detach()))
+    assert_operator_is_sound("gelu", (x,))
+    assert_operator_is_sound("gelu_backward", (torch.randn(shape), x.detach()))
 
 
 def test_compiles_whole():
-    testing.assert_compiles_whole(gelu, make((5, 6)))
+    assert_compiles_whole(gelu, make((5, 6)))

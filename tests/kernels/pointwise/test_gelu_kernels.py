@@ -5,13 +5,13 @@ bfloat16 is tested in the interpreter too, since these kernels cast up before an
 
 import pytest
 import torch
+from kernel_checks import DTYPES, assert_matches_reference, kernel_device, outputs_and_gradients
 
-from phi1 import testing
 from phi1.kernels import backend, gelu
 from phi1.kernels.pointwise.gelu import gelu_reference
 from phi1.kernels.pointwise.gelu_eager import gelu_backward, gelu_forward
 
-DEVICE = testing.kernel_device()
+DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
@@ -29,11 +29,11 @@ def make(shape, dtype=torch.float32):
     return {"x": (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3).to(DEVICE, dtype)}
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gelu_kernels_match_reference(shape, dtype):
     with backend("triton"):
-        testing.assert_matches_reference(gelu, gelu_reference, make(shape, dtype))
+        assert_matches_reference(gelu, gelu_reference, make(shape, dtype))
 
 
 def test_the_kernels_ran_and_not_pytorch(monkeypatch):
@@ -47,11 +47,11 @@ def test_the_kernels_ran_and_not_pytorch(monkeypatch):
             lambda *a, launch=launch, name=name, **k: launched.append(name) or launch(*a, **k),
         )
     with backend("triton"):
-        testing.outputs_and_gradients(gelu, make((4, 32)))
+        outputs_and_gradients(gelu, make((4, 32)))
     assert launched == ["launch_forward", "launch_backward"]
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ends_of_the_number_line(dtype):
     x = torch.tensor([[-60000.0, -300.0, -20.0, 0.0, 20.0, 300.0, 60000.0, torch.nan]], device=DEVICE).to(dtype)
     with backend("triton"):
@@ -70,7 +70,7 @@ def test_strided_rows_in_and_out():
     with backend("triton"):
         gelu_forward(x, y)
         gelu_backward(dy, x, dx, y_again)
-        testing.assert_matches_reference(gelu, gelu_reference, {"x": wide.t()[::2]})
+        assert_matches_reference(gelu, gelu_reference, {"x": wide.t()[::2]})
     leaf = x.detach().clone().requires_grad_()
     expected = gelu_reference(leaf)
     expected.backward(dy)

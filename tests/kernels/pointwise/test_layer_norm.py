@@ -4,8 +4,15 @@ import math
 
 import pytest
 import torch
+from kernel_checks import (
+    DTYPES,
+    assert_compiles_whole,
+    assert_matches_reference,
+    assert_operator_is_sound,
+    kernel_device,
+    outputs_and_gradients,
+)
 
-from phi1 import testing
 from phi1.kernels import add_layer_norm, backend, layer_norm
 from phi1.kernels.pointwise.layer_norm import add_layer_norm_reference, layer_norm_reference
 
@@ -37,18 +44,18 @@ def roundings(shape):
     return max(2, math.prod(shape[:-1]) ** 0.5 / 2)
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_layer_norm_matches_reference(shape, dtype):
-    testing.assert_matches_reference(
+    assert_matches_reference(
         layer_norm, layer_norm_reference, make(shape, dtype), roundings=roundings(shape)
     )
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_add_layer_norm_matches_reference(shape, dtype):
-    testing.assert_matches_reference(
+    assert_matches_reference(
         add_layer_norm, add_layer_norm_reference, make(shape, dtype, residual=True), roundings=roundings(shape)
     )
 
@@ -56,8 +63,8 @@ def test_add_layer_norm_matches_reference(shape, dtype):
 def test_parameter_gradients_do_not_lose_digits_over_many_rows():
     # PyTorch's own bfloat16 layer_norm on a CPU is 7 % wrong here: it sums over rows in bfloat16.
     tensors = make((4096, 64), torch.bfloat16)
-    got = testing.outputs_and_gradients(layer_norm, tensors)
-    exact = testing.outputs_and_gradients(layer_norm_reference, {name: x.double() for name, x in tensors.items()})
+    got = outputs_and_gradients(layer_norm, tensors)
+    exact = outputs_and_gradients(layer_norm_reference, {name: x.double() for name, x in tensors.items()})
     for name in ("dweight", "dbias"):
         assert (got[name] - exact[name]).abs().max() <= exact[name].abs().max() / 256, name
 
@@ -71,11 +78,11 @@ def test_reference_is_pytorchs_layer_norm():
 
 def test_eps_is_used():
     tensors = make((4, 32), torch.float32)
-    testing.assert_matches_reference(layer_norm, layer_norm_reference, tensors, eps=0.5)
+    assert_matches_reference(layer_norm, layer_norm_reference, tensors, eps=0.5)
     assert not torch.allclose(layer_norm(**tensors), layer_norm(**tensors, eps=0.5))
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_output_has_mean_0_and_variance_1(dtype):
     torch.manual_seed(0)
     x = torch.randn(50, 512).mul(30).add(100).to(dtype)
@@ -96,24 +103,24 @@ def test_non_contiguous_inputs():
     x = torch.randn(64, 3, 40)[::2].transpose(0, 1)
     tensors = {"x": x, "residual": torch.randn(40, 32, 3).permute(2, 1, 0),
                "weight": torch.randn(80)[::2], "bias": torch.randn(1).expand(40)}
-    testing.assert_matches_reference(add_layer_norm, add_layer_norm_reference, tensors)
+    assert_matches_reference(add_layer_norm, add_layer_norm_reference, tensors)
     del tensors["residual"]
-    testing.assert_matches_reference(layer_norm, layer_norm_reference, tensors)
+    assert_matches_reference(layer_norm, layer_norm_reference, tensors)
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)], ids=str)
 def test_empty_input_gives_empty_output_and_zero_parameter_gradients(shape):
-    got = testing.outputs_and_gradients(layer_norm, make(shape, torch.float32))
+    got = outputs_and_gradients(layer_norm, make(shape, torch.float32))
     assert got["out0"].shape == got["dx"].shape == shape
     assert not got["dweight"].any()
     assert not got["dbias"].any()
-    testing.assert_matches_reference(
+    assert_matches_reference(
         add_layer_norm, add_layer_norm_reference, make(shape, torch.float32, residual=True)
     )
 
 
 def test_width_1_gives_the_bias_and_no_gradient_to_x():
-    got = testing.outputs_and_gradients(layer_norm, make((4, 1), torch.float32))
+    got = outputs_and_gradients(layer_norm, make((4, 1), torch.float32))
     bias = make((4, 1), torch.float32)["bias"]
     torch.testing.assert_close(got["out0"], bias.expand(4, 1))
     assert got["dx"].abs().max() < 1e-3  # 1 / sqrt(eps) = 316 multiplies a difference of equal numbers
@@ -122,7 +129,7 @@ def test_width_1_gives_the_bias_and_no_gradient_to_x():
 def test_add_layer_norm_gives_gradients_where_one_output_is_unused():
     tensors = make((6, 32), torch.float32, residual=True)
     for used in (0, 1):
-        testing.assert_matches_reference(
+        assert_matches_reference(
             lambda used=used, **t: add_layer_norm(**t)[used] + 0 * t["weight"].sum() + 0 * t["bias"].sum(),
             lambda used=used, **t: add_layer_norm_reference(**t)[used] + 0 * t["weight"].sum() + 0 * t["bias"].sum(),
             tensors,
@@ -140,18 +147,18 @@ def test_backend_reference_calls_the_reference():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_operators_are_sound(dtype):
     x, residual, weight, bias = (t.requires_grad_() for t in make((3, 5, 32), dtype, residual=True).values())
-    testing.assert_operator_is_sound("layer_norm", (x, weight, bias, 1e-5))
-    testing.assert_operator_is_sound("layer_norm", (x.transpose(0, 1), weight, bias, 1e-5))
-    testing.assert_operator_is_sound("add_layer_norm", (x, residual, weight, bias, 1e-5))
+    assert_operator_is_sound("layer_norm", (x, weight, bias, 1e-5))
+    assert_operator_is_sound("layer_norm", (x.transpose(0, 1), weight, bias, 1e-5))
+    assert_operator_is_sound("add_layer_norm", (x, residual, weight, bias, 1e-5))
     with torch.no_grad():
         _, mean, rstd = torch.ops.phi1.layer_norm(x, weight, bias, 1e-5)
-        testing.assert_operator_is_sound("layer_norm_backward", (x, x, weight, mean, rstd, None))
-        testing.assert_operator_is_sound("layer_norm_backward", (x, x, weight, mean, rstd, residual))
+        assert_operator_is_sound("layer_norm_backward", (x, x, weight, mean, rstd, None))
+        assert_operator_is_sound("layer_norm_backward", (x, x, weight, mean, rstd, residual))
 
 
 def test_compiles_without_a_graph_break():
-    testing.assert_compiles_whole(layer_norm, make((3, 5, 32), torch.float32))
-    testing.assert_compiles_whole(add_layer_norm, make((3, 5, 32), torch.float32, residual=True))
+    assert_compiles_whole(layer_norm, make((3, 5, 32), torch.float32))
+    assert_compiles_whole(add_layer_norm, make((3, 5, 32), torch.float32, residual=True))
 
 
 def changed(**changes):
@@ -192,7 +199,7 @@ def test_errors(change, error, message):
 
 
 def test_triton_backend_says_what_it_needs():
-    if testing.kernel_device() is not None:
+    if kernel_device() is not None:
         pytest.skip("Triton kernels run here")
     with pytest.raises(RuntimeError, match="needs a CUDA device, or TRITON_INTERPRET=1"), backend("triton"):
         pass

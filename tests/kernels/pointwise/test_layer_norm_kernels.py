@@ -7,14 +7,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from kernel_checks import DTYPES, assert_matches_reference, kernel_device, outputs_and_gradients
 
-from phi1 import testing
 from phi1.kernels import add_layer_norm, backend, layer_norm
 from phi1.kernels.core.tiles import table
 from phi1.kernels.pointwise.layer_norm import add_layer_norm_reference, layer_norm_reference
 from phi1.kernels.pointwise.layer_norm_eager import MAX_WIDTH
 
-DEVICE = testing.kernel_device()
+DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
@@ -36,18 +36,18 @@ def make(shape, dtype, residual=False):
     return {name: (torch.randn(s, generator=generator) * 2 + 0.5).to(DEVICE, dtype) for name, s in shapes.items()}
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_layer_norm_kernels_match_reference(shape, dtype):
     with backend("triton"):
-        testing.assert_matches_reference(layer_norm, layer_norm_reference, make(shape, dtype))
+        assert_matches_reference(layer_norm, layer_norm_reference, make(shape, dtype))
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_add_layer_norm_kernels_match_reference(shape, dtype):
     with backend("triton"):
-        testing.assert_matches_reference(
+        assert_matches_reference(
             add_layer_norm, add_layer_norm_reference, make(shape, dtype, residual=True)
         )
 
@@ -62,7 +62,7 @@ def test_neither_scale_nor_shift_of_x_matters():
 
 def test_the_widest_row():
     with backend("triton"):
-        testing.assert_matches_reference(layer_norm, layer_norm_reference, make((2, MAX_WIDTH), torch.float32))
+        assert_matches_reference(layer_norm, layer_norm_reference, make((2, MAX_WIDTH), torch.float32))
 
 
 def test_the_kernels_ran_and_not_pytorch(monkeypatch):
@@ -75,7 +75,7 @@ def test_the_kernels_ran_and_not_pytorch(monkeypatch):
             layer_norm_triton, name, lambda *a, launch=launch, name=name: launched.append(name) or launch(*a)
         )
     with backend("triton"):
-        testing.outputs_and_gradients(layer_norm, make((4, 32), torch.float32))
+        outputs_and_gradients(layer_norm, make((4, 32), torch.float32))
     assert launched == ["launch_forward", "launch_backward"]
 
 
@@ -84,8 +84,8 @@ def test_non_contiguous_and_empty_inputs():
     strided = tensors | {"x": tensors["x"].transpose(0, 1), "residual": tensors["residual"].transpose(0, 1)}
     strided["weight"] = torch.stack([tensors["weight"], tensors["bias"]], dim=1)[:, 0]
     with backend("triton"):
-        testing.assert_matches_reference(add_layer_norm, add_layer_norm_reference, strided)
-        got = testing.outputs_and_gradients(layer_norm, make((0, 32), torch.float32))
+        assert_matches_reference(add_layer_norm, add_layer_norm_reference, strided)
+        got = outputs_and_gradients(layer_norm, make((0, 32), torch.float32))
     assert got["out0"].shape == (0, 32)
     assert not got["dweight"].any()
     assert not got["dbias"].any()
@@ -95,19 +95,19 @@ def test_non_contiguous_and_empty_inputs():
 def test_partial_sums_take_several_groups_of_rows(monkeypatch, rows):
     monkeypatch.setattr("phi1.kernels.pointwise.layer_norm_triton.MAX_PARTIALS", 3)
     with backend("triton"):
-        testing.assert_matches_reference(layer_norm, layer_norm_reference, make((rows, 24), torch.float32))
+        assert_matches_reference(layer_norm, layer_norm_reference, make((rows, 24), torch.float32))
 
 
 def test_more_partial_sums_than_one_block_of_them_are_added():
     with backend("triton"):
-        testing.assert_matches_reference(layer_norm, layer_norm_reference, make((600, 24), torch.float32))
+        assert_matches_reference(layer_norm, layer_norm_reference, make((600, 24), torch.float32))
 
 
 def test_backward_is_bitwise_repeatable(monkeypatch):
     monkeypatch.setattr("phi1.kernels.pointwise.layer_norm_triton.MAX_PARTIALS", 3)
     tensors = make((40, 24), torch.float32)
     with backend("triton"):
-        first, second = (testing.outputs_and_gradients(layer_norm, tensors) for _ in range(2))
+        first, second = (outputs_and_gradients(layer_norm, tensors) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from kernel_checks import DTYPES, assert_compiles_whole, assert_matches_reference, assert_operator_is_sound
 
-from phi1 import testing
 from phi1.kernels import backend, check_values, rotary, rotary_
 from phi1.kernels.pointwise.rotary import rotary_reference
 
@@ -31,12 +31,12 @@ def make(shape, dtype=torch.float32):
     return x, {"cos": cos, "sin": sin, "positions": torch.randint(128, (n_rows,), generator=generator)}
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rotary_matches_reference(shape, inverse, dtype):
     x, options = make(shape, dtype)
-    testing.assert_matches_reference(rotary, rotary_reference, {"x": x}, inverse=inverse, **options)
+    assert_matches_reference(rotary, rotary_reference, {"x": x}, inverse=inverse, **options)
 
 
 def test_reference_is_a_complex_product():
@@ -73,10 +73,10 @@ def test_scores_depend_on_the_distance_alone():
 def test_non_contiguous_inputs():
     _, options = make((20, 3, 4, 16, 8))
     x = torch.randn(20, 300)[:, 50:242].unflatten(1, (3, 4, 16))
-    testing.assert_matches_reference(rotary, rotary_reference, {"x": x}, **options)
+    assert_matches_reference(rotary, rotary_reference, {"x": x}, **options)
     strided = {name: table.t().contiguous().t() for name, table in options.items() if name != "positions"}
     positions = options["positions"].repeat_interleave(2)[::2].int()
-    testing.assert_matches_reference(rotary, rotary_reference, {"x": x.transpose(0, 3).contiguous().transpose(0, 3)},
+    assert_matches_reference(rotary, rotary_reference, {"x": x.transpose(0, 3).contiguous().transpose(0, 3)},
                                      **strided, positions=positions)
 
 
@@ -138,7 +138,7 @@ def test_in_place_compiles_whole():
 
 def test_empty_input():
     x, options = make((0, 3, 2, 16, 8))
-    testing.assert_matches_reference(rotary, rotary_reference, {"x": x}, **options)
+    assert_matches_reference(rotary, rotary_reference, {"x": x}, **options)
 
 
 def bad(**changes):
@@ -183,10 +183,10 @@ def test_backends():
 
 def test_operator_is_sound():
     x, options = make((5, 2, 3, 16, 8))
-    testing.assert_operator_is_sound("rotary_", (x.clone(), *options.values(), False))
-    testing.assert_operator_is_sound("rotary", (x.requires_grad_(), *options.values(), False))
+    assert_operator_is_sound("rotary_", (x.clone(), *options.values(), False))
+    assert_operator_is_sound("rotary", (x.requires_grad_(), *options.values(), False))
 
 
 def test_compiles_whole():
     x, options = make((5, 2, 3, 16, 8))
-    testing.assert_compiles_whole(rotary, {"x": x}, **options)
+    assert_compiles_whole(rotary, {"x": x}, **options)

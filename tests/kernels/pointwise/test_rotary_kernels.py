@@ -5,13 +5,13 @@ bfloat16 is tested in the interpreter too, since the kernel casts up before any 
 
 import pytest
 import torch
+from kernel_checks import DTYPES, assert_matches_reference, kernel_device, outputs_and_gradients
 
-from phi1 import testing
 from phi1.kernels import backend, rotary, rotary_
 from phi1.kernels.core import tiles
 from phi1.kernels.pointwise.rotary import rotary_reference
 
-DEVICE = testing.kernel_device()
+DEVICE = kernel_device()
 if DEVICE is None:
     pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
@@ -41,13 +41,13 @@ def make(shape, dtype=torch.float32):
     return x, {"cos": cos, "sin": sin, "positions": positions}
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rotary_kernel_matches_reference(shape, inverse, dtype):
     x, options = make(shape, dtype)
     with backend("triton"):
-        testing.assert_matches_reference(rotary, rotary_reference, {"x": x}, inverse=inverse, **options)
+        assert_matches_reference(rotary, rotary_reference, {"x": x}, inverse=inverse, **options)
         expected = rotary(x, **options, inverse=inverse)
         assert torch.equal(rotary_(x.clone(), **options, inverse=inverse), expected)
     if x.shape[1] == 3:
@@ -62,7 +62,7 @@ def test_the_kernel_ran_and_not_pytorch(monkeypatch):
     monkeypatch.setattr(rotary_triton, "launch_rotary", lambda *a: launched.append(a[1] is a[0]) or launch(*a))
     x, options = make((3, 2, 2, 16, 8))
     with backend("triton"):
-        testing.outputs_and_gradients(rotary, {"x": x}, **options)
+        outputs_and_gradients(rotary, {"x": x}, **options)
         rotary_(x, **options)
     assert launched == [False, False, True]
 
@@ -84,9 +84,9 @@ def test_strides():
     strided = {name: table.t().contiguous().t() for name, table in options.items() if name != "positions"}
     strided["positions"] = options["positions"].repeat_interleave(2)[::2].int()
     with backend("triton"):
-        testing.assert_matches_reference(rotary, rotary_reference, {"x": x}, **options)
+        assert_matches_reference(rotary, rotary_reference, {"x": x}, **options)
         columns_first = x.transpose(0, 3).contiguous().transpose(0, 3)
-        testing.assert_matches_reference(rotary, rotary_reference, {"x": columns_first}, **strided)
+        assert_matches_reference(rotary, rotary_reference, {"x": columns_first}, **strided)
         before = wide.clone()
         rotary_(x, **options)
     torch.testing.assert_close(x, rotary_reference(before[:, 50:242].unflatten(1, (3, 4, 16)), **options))

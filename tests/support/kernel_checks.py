@@ -1,5 +1,5 @@
-"""What the tests of the operations share: the tolerance rule, gradients of everything, uninitialised memory as NaN,
-kernels broken on purpose. And a tiny model for those of the weights, and a process that is killed where one wants it.
+"""Shared by the tests of operations: the tolerance rule, gradients of every input, uninitialised memory as NaN, random
+inputs, and kernels broken on purpose.
 
 The bound is that of flash-attention's tests: an implementation may be twice as far from the exact result as the plain
 PyTorch reference in the same dtype is, plus a few roundings. Exact is the reference in float64.
@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phi1 import Phi1, Phi1Config, kernels
+from phi1 import kernels
 
 if TYPE_CHECKING:
     import pytest
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, torch.Tensor | None]
 Operation = Callable[..., Any]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-TINY = Phi1Config(vocab_size=96, hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
-                  rotary_dim=4, max_position_embeddings=64, layer_norm_eps=1e-5)
 
 
 def assert_within_bound(
@@ -249,35 +246,3 @@ def load_kernels(
         for (where, constant), value in constants.items():
             if where == name:
                 setattr(module, constant, value)
-
-
-def tiny_model(seed: int = 0) -> Phi1:
-    """A model of TINY. Every parameter is random, biases and norms too: zeros and ones would hide a wrong place."""
-    model = Phi1(TINY)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.1, generator=generator)
-    return model.eval()
-
-
-def assert_same(model: Phi1, other: Phi1) -> None:
-    """Assert that two models have the same parameters and tables, bit for bit."""
-    ours, theirs = model.state_dict(), other.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
-    assert torch.equal(model.rotary_tables, other.rotary_tables)
-
-
-def ends_early(act: Callable[[], Any]) -> bool:
-    """Do it in a forked process, in which something is to call os._exit(0); whether that was called."""
-    child = os.fork()
-    if child == 0:
-        try:
-            act()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
