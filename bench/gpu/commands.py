@@ -76,18 +76,17 @@ def commands(stage: str, out: Path, rehearse: bool) -> list[Command]:
 
 
 def _check(sanitize: str) -> list[Command]:
-    tests = sorted((ROOT / "tests").rglob("test_*.py"))
-    kernels = [str(path) for path in tests if path.name.endswith("_kernels.py")]
+    tests = str(ROOT / "tests")
     # The interpreter's tests say nothing here, nor do those of packaging; the rest is what users run.
-    rest = [str(path) for path in tests if str(path) not in kernels
-            and path.name not in ("test_interpreter.py", "test_packaging.py", *OF_STAGES)]
+    left_out = [word for name in ("test_interpreter.py", "test_packaging.py", *OF_STAGES)
+                for word in ("--ignore-glob", f"*/{name}")]
     return [
-        Command("kernels", (*PYTEST, *_side_by_side(6), *kernels), 240),
+        Command("kernels", (*PYTEST, *_side_by_side(6), "-m", "triton", tests), 240),
         Command("sanitizer", ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable,
                               sanitize), 120, program="compute-sanitizer",
                 # PyTorch's allocator cuts tensors out of large blocks, within which memcheck sees no bounds.
                 environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
-        Command("suite", (*PYTEST, *_side_by_side(6), *rest), 250),
+        Command("suite", (*PYTEST, *_side_by_side(6), "-m", "not triton", *left_out, tests), 250),
     ]
 
 

@@ -1,6 +1,6 @@
 """Whether what is timed is right: every result and every gradient against the reference in float64.
 
-The rule is that of the tests (`tests/support/kernel_checks.py`): as far from exact as twice plain PyTorch in the tested dtype, and two
+The rule is that of the tests (`kernel_checks`): as far from exact as twice plain PyTorch in the tested dtype, and two
 roundings. Plain PyTorch is the reference, or PyTorch's own operation where that is further off (its float32 sums over
 rows are). Peers may be ten times as far: some round tables or statistics that we keep in float32, which their error in
 the table shows. Errors are the largest difference over the largest exact value. Integers must be equal.

@@ -20,9 +20,8 @@ from phi1.kernels.attention.dispatch import Scheme
 from phi1.kernels.block import projections_triton as projections
 from phi1.kernels.pointwise.gelu_eager import gelu_new
 
+pytestmark = pytest.mark.triton
 DEVICE = kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
 SMALL = {"block_m": 64, "block_n": 64, "rotate_on_load": 1, "num_warps": 4, "num_stages": 2, "tma": 0,
          "warp_specialize": 0}

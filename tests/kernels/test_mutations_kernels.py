@@ -32,9 +32,8 @@ from phi1.kernels.pointwise.dropout import dropout_add_reference
 from phi1.kernels.pointwise.gelu import gelu_reference
 from phi1.kernels.pointwise.layer_norm import add_layer_norm_reference
 
+pytestmark = pytest.mark.triton
 DEVICE = kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
 # In the order of their imports.
 FILES = ("gelu", "dropout", "matmul", "tma", "epilogue", "linear", "mlp", "layer_norm", "loss", "bias_grad",

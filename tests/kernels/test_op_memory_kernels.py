@@ -21,9 +21,8 @@ from phi1.kernels import Dropout, backend
 from phi1.kernels.block import bias_grad_triton
 from phi1.kernels.core import tiles
 
+pytestmark = pytest.mark.triton
 DEVICE = kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
 N, D, F, M, H, K, V, E = 40, 64, 96, 48, 2, 32, 300, 2
 MASK = Dropout(0.3, torch.tensor([5, 7], device=DEVICE), torch.tensor([1, 2], device=DEVICE))

@@ -8,9 +8,8 @@ from phi1.config import preset
 from phi1.kernels import backend
 from phi1.model import Cache, Phi1
 
+pytestmark = pytest.mark.triton
 DEVICE = kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
 STEPS, BATCH, TOKENS, VOCAB = 5, 2, 10, 130
 

@@ -26,9 +26,8 @@ from phi1.kernels.attention.attention import attention_reference
 from phi1.kernels.attention.attention_qkv import attention_qkv_reference
 from phi1.kernels.core.tiles import table
 
+pytestmark = pytest.mark.triton
 DEVICE = kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
 TILE = {"block_m": 32, "block_n": 64, "rotate_on_load": 0, "num_warps": 4, "num_stages": 2, "tma": 0,
         "warp_specialize": 0}

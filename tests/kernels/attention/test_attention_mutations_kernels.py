@@ -11,9 +11,8 @@ from phi1.kernels import Dropout, attention, attention_qkv, backend
 from phi1.kernels.attention.attention import attention_reference
 from phi1.kernels.attention.attention_qkv import attention_qkv_reference
 
+pytestmark = pytest.mark.triton
 DEVICE = kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
 FILES = ("device", "forward", "backward", "attention/launch")  # in the order of their imports
 TILE = {"block_m": 32, "block_n": 32, "rotate_on_load": 0, "num_warps": 4, "num_stages": 2, "tma": 1,

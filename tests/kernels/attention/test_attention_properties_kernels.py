@@ -13,9 +13,8 @@ from phi1.kernels import attention_qkv, backend
 from phi1.kernels.attention import launch_triton
 from phi1.kernels.attention.attention_qkv import attention_qkv_reference
 
+pytestmark = pytest.mark.triton
 DEVICE = kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=5)
 # The same draws each time: what fails once fails again.

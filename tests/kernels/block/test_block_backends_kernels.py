@@ -18,9 +18,8 @@ from phi1.kernels.block.parallel_block import PREFILL, RECOMPUTE, parallel_block
 from phi1.kernels.core import backend
 from phi1.model import Phi1
 
+pytestmark = pytest.mark.triton
 DEVICE = kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
 DIRECTIONS = [("triton", "default"), ("default", "triton"), ("triton", "reference")]
 SHAPE = (2, 17, 32, 2, 48, 8)  # B, T, D, H, F, R

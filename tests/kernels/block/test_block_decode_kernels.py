@@ -9,9 +9,8 @@ from kernel_checks import DTYPES, assert_within_bound, block_inputs, empty_is_na
 
 from phi1.kernels import backend, parallel_block_decode
 
+pytestmark = pytest.mark.triton
 DEVICE = kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
 DTYPES = DTYPES if DEVICE == "cuda" else DTYPES[:2]
 SHAPES = [  # B, T new tokens, D, H, F, S tokens with those before, R

@@ -24,9 +24,8 @@ from phi1.kernels.block.parallel_block import RECOMPUTE, parallel_block_referenc
 from phi1.kernels.gemm import linear_triton as linear_kernels
 from phi1.kernels.pointwise.dropout_eager import dropped
 
+pytestmark = pytest.mark.triton
 DEVICE = kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
 DTYPES = DTYPES if DEVICE == "cuda" else DTYPES[:2]
 SHAPES = [  # B, T, D, H, F, R

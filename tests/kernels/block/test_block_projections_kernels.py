@@ -12,9 +12,8 @@ from phi1.kernels.core.tiles import ARCHITECTURES, tile_for
 from phi1.kernels.pointwise.gelu_eager import gelu_new
 from phi1.kernels.pointwise.rotary_eager import rotate_reference
 
+pytestmark = pytest.mark.triton
 DEVICE = kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
 SMALL = {"block_m": 32, "block_n": 64, "block_k": 32, "group_m": 2, "tma": 0, "num_warps": 4, "num_stages": 2}
 

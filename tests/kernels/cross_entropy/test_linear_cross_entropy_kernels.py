@@ -17,9 +17,8 @@ from phi1.kernels.cross_entropy import loss_triton as kernels
 from phi1.kernels.cross_entropy.eager import LossRule, Needs
 from phi1.kernels.cross_entropy.linear_cross_entropy import linear_cross_entropy_reference
 
+pytestmark = pytest.mark.triton
 DEVICE = kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
 SHAPES = [  # N, D, V
     (1, 1, 2),  # the smallest with a gradient

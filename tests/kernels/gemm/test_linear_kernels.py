@@ -12,9 +12,8 @@ from phi1.kernels.core import tiles
 from phi1.kernels.core.philox import residual_keep
 from phi1.kernels.gemm.linear import linear_reference
 
+pytestmark = pytest.mark.triton
 DEVICE = kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
 DTYPES = DTYPES if DEVICE == "cuda" else DTYPES[:2]
 # Small tiles, so that a few rows are several groups of tiles. The columns whole, in halves, by TMA, in quarters.

@@ -11,9 +11,8 @@ from phi1.kernels import backend, mlp
 from phi1.kernels.core import tiles
 from phi1.kernels.gemm.mlp import mlp_reference
 
+pytestmark = pytest.mark.triton
 DEVICE = kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
 DTYPES = DTYPES if DEVICE == "cuda" else DTYPES[:2]
 # Small tiles, so that a few rows are several partial sums.

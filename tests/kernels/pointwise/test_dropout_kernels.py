@@ -12,9 +12,8 @@ from phi1.kernels.core import tiles
 from phi1.kernels.core.philox import dropout_scale, residual_keep
 from phi1.kernels.pointwise.dropout import dropout_add_reference
 
+pytestmark = pytest.mark.triton
 DEVICE = kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
 SHAPES = [
     (1, 1),  # the smallest

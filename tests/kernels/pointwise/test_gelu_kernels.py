@@ -11,9 +11,8 @@ from phi1.kernels import backend, gelu
 from phi1.kernels.pointwise.gelu import gelu_reference
 from phi1.kernels.pointwise.gelu_eager import gelu_backward, gelu_forward
 
+pytestmark = pytest.mark.triton
 DEVICE = kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
 SHAPES = [
     (1,),  # the smallest

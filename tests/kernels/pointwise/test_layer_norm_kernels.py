@@ -14,9 +14,8 @@ from phi1.kernels.core.tiles import table
 from phi1.kernels.pointwise.layer_norm import add_layer_norm_reference, layer_norm_reference
 from phi1.kernels.pointwise.layer_norm_eager import MAX_WIDTH
 
+pytestmark = pytest.mark.triton
 DEVICE = kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
 SHAPES = [
     (1, 1),  # the smallest

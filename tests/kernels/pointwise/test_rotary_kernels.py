@@ -11,9 +11,8 @@ from phi1.kernels import backend, rotary, rotary_
 from phi1.kernels.core import tiles
 from phi1.kernels.pointwise.rotary import rotary_reference
 
+pytestmark = pytest.mark.triton
 DEVICE = kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
 
 SHAPES = [  # N, S, H, K, R
     (1, 1, 1, 2, 2),  # the smallest
