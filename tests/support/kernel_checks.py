@@ -170,6 +170,27 @@ def kernel_device() -> str | None:
     return "cuda" if torch.cuda.is_available() else None
 
 
+@contextmanager
+def launches() -> Iterator[list[str]]:
+    """The names of the Triton kernels launched inside the block, in order."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    kind = InterpretedFunction if kernel_device() == "cpu" else JITFunction
+    names: list[str] = []
+    run = kind.run
+
+    def noted(self: Any, *args: Any, **options: Any) -> Any:
+        names.append(self.fn.__name__)
+        return run(self, *args, **options)
+
+    kind.run = noted  # type: ignore[method-assign]
+    try:
+        yield names
+    finally:
+        kind.run = run  # type: ignore[method-assign]
+
+
 def attention_inputs(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Random q, k and v where kernels run; shape: samples, queries, keys, heads, head size."""
     batch, n_queries, n_keys, n_heads, head_size = shape
