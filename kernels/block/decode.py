@@ -19,10 +19,9 @@ from phi1.kernels.block.eager import branches_decode
 from phi1.kernels.block.rules import check_decode
 from phi1.kernels.core.backend import operator, reference_forced
 from phi1.kernels.core.checks import check_flag
-from phi1.kernels.pointwise.gelu_eager import gelu_new
-from phi1.kernels.pointwise.layer_norm import layer_norm_reference
-from phi1.kernels.pointwise.layer_norm_eager import layer_norm_forward
-from phi1.kernels.pointwise.rotary_eager import rotate_reference
+from phi1.kernels.pointwise.gelu import gelu_new
+from phi1.kernels.pointwise.layer_norm import layer_norm_forward, layer_norm_reference
+from phi1.kernels.pointwise.rotary import rotate_reference
 
 
 def _decode(

@@ -10,15 +10,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from phi1.kernels.attention.dispatch import Scheme, attention_backward, attention_forward
+from phi1.kernels.attention.dispatch import attention_backward, attention_forward
+from phi1.kernels.attention.spec import AttentionSpec
 from phi1.kernels.core.backend import use_triton
 from phi1.kernels.core.cpu_matmul import addmm, mm
 from phi1.kernels.core.cpu_memory import empty
 from phi1.kernels.core.philox import Dropout, dropout_from_fields
-from phi1.kernels.gemm.linear_eager import linear_forward
-from phi1.kernels.pointwise.dropout_eager import dropped
-from phi1.kernels.pointwise.gelu_eager import gelu_backward, gelu_forward
-from phi1.kernels.pointwise.rotary_eager import rotate_, rotate_rows_, rows_of_tables
+from phi1.kernels.gemm.linear import linear_forward
+from phi1.kernels.pointwise.dropout import dropped
+from phi1.kernels.pointwise.gelu import gelu_backward, gelu_forward
+from phi1.kernels.pointwise.rotary import rotate_, rotate_rows_, rows_of_tables
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Layout:
     n_heads: int
     batch: int
     cu_seqlens: torch.Tensor | None
-    scheme: Scheme
+    scheme: AttentionSpec
     dense_dropout: Dropout | None
     fc2_dropout: Dropout | None
 
@@ -37,7 +38,7 @@ class Layout:
         """Whether a branch drops anything."""
         return self.dense_dropout is not None or self.fc2_dropout is not None
 
-    def scheme_of(self, qkv: torch.Tensor) -> Scheme:
+    def scheme_of(self, qkv: torch.Tensor) -> AttentionSpec:
         """How attention takes qkv, whose axes say which forward saved it: [N, 3D], or [N, 3, D] with q and k rotated.
         """
         return replace(self.scheme, rotary_applied=qkv.dim() == 3)
@@ -61,7 +62,7 @@ def layout_of(
         dropout_from_fields(p, rng if p else None, sample_ids, layer, kind)
         for p, layer, kind in zip(ps, layers, kinds, strict=True)
     )
-    scheme = Scheme(True, (x.shape[1] // n_heads) ** -0.5, seq_starts, (cos, sin, positions), attention)
+    scheme = AttentionSpec(True, (x.shape[1] // n_heads) ** -0.5, seq_starts, (cos, sin, positions), attention)
     return Layout(n_heads, batch, cu_seqlens, scheme, dense, fc2)
 
 
@@ -81,9 +82,9 @@ def branches_forward(
     backend it runs on. pre is empty unless it is kept.
     """
     if use_triton(h):
-        from phi1.kernels.block.launch_triton import launch_forward
+        from phi1.kernels.block.launch_triton import launch_block_forward
 
-        return launch_forward(h, x, in_weight, in_bias, out_weight, out_bias, layout, keeps_pre)
+        return launch_block_forward(h, x, in_weight, in_bias, out_weight, out_bias, layout, keeps_pre)
     qkv, att, lse = _attended(h, in_weight, in_bias, layout)
     pre = _pre(h, in_weight, in_bias)
     y = _output(att, pre, x, out_weight, out_bias, layout)
@@ -102,9 +103,9 @@ def branches_again(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(qkv, pre, att, lse) for the backward, with the forward's bits: pre is computed again, in "block" all four."""
     if use_triton(h):
-        from phi1.kernels.block.launch_triton import launch_again
+        from phi1.kernels.block.launch_triton import launch_block_again
 
-        return launch_again(h, in_weight, in_bias, qkv, att, lse, layout, recompute)
+        return launch_block_again(h, in_weight, in_bias, qkv, att, lse, layout, recompute)
     if recompute == "block":
         qkv, att, lse = _attended(h, in_weight, in_bias, layout)
     return qkv, _pre(h, in_weight, in_bias), att, lse
@@ -125,7 +126,7 @@ def branches_decode(
     keys, values = kv.unbind(0)
     keys[:, length - k.shape[1] :].copy_(k)
     values[:, length - v.shape[1] :].copy_(v)
-    att = attention_forward(q, keys, values, Scheme(True, head_size**-0.5, seq_starts))[0]
+    att = attention_forward(q, keys, values, AttentionSpec(True, head_size**-0.5, seq_starts))[0]
     joined = _room_for_both(att.view(x.shape), pre)
     gelu_forward(pre, out=joined[:, width:])
     return linear_forward(joined, out_weight, out_bias[0] + out_bias[1], x, False, None)[0]
@@ -186,9 +187,9 @@ def branches_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of h, in_weight, in_bias, out_weight and out_bias; the residual's is dy."""
     if use_triton(h):
-        from phi1.kernels.block.launch_triton import launch_backward
+        from phi1.kernels.block.launch_triton import launch_block_backward
 
-        return launch_backward(dy, h, in_weight, out_weight, qkv, pre, att, lse, layout)
+        return launch_block_backward(dy, h, in_weight, out_weight, qkv, pre, att, lse, layout)
     n_qkv = 3 * h.shape[1]
     dproj = empty((h.shape[0], in_weight.shape[0]), dtype=h.dtype, device=h.device)
     datt, dw_out, db_out = _output_backward(dy, att, pre, out_weight, layout, dproj[:, n_qkv:])

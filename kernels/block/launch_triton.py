@@ -14,24 +14,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from phi1.kernels.attention.launch_triton import launch_backward as launch_attention_backward
-from phi1.kernels.attention.launch_triton import launch_forward as launch_attention
+from phi1.kernels.attention.launch_triton import launch_attention_backward, launch_attention_forward
 from phi1.kernels.block.bias_grad_triton import (
     launch_bias_partials,
     launch_bias_sums,
     launch_branch_gradients,
 )
 from phi1.kernels.block.projections_triton import in_proj_tile, launch_in_proj, launch_out_proj
-from phi1.kernels.gemm.linear_triton import launch_forward as launch_linear
+from phi1.kernels.gemm.linear_triton import launch_linear_forward
 from phi1.kernels.gemm.mlp_triton import launch_dgelu_partial
-from phi1.kernels.pointwise.epilogue_triton import launch_forward as launch_epilogue
+from phi1.kernels.pointwise.epilogue_triton import launch_epilogue_forward
 from phi1.kernels.pointwise.rotary_triton import launch_rotary
 
 if TYPE_CHECKING:
     from phi1.kernels.block.eager import Layout
 
 
-def launch_forward(
+def launch_block_forward(
     h: torch.Tensor, x: torch.Tensor, in_weight: torch.Tensor, in_bias: torch.Tensor, out_weight: torch.Tensor,
     out_bias: torch.Tensor, layout: Layout, keeps_pre: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -40,14 +39,16 @@ def launch_forward(
     att, lse = _attend(qkv, layout)
     if layout.drops:
         width = h.shape[1]
-        y = launch_linear(att, out_weight[:, :width], out_bias[0], x, False, layout.dense_dropout, layout.cu_seqlens)[0]
-        y = launch_linear(act, out_weight[:, width:], out_bias[1], y, False, layout.fc2_dropout, layout.cu_seqlens)[0]
+        y, _ = launch_linear_forward(att, out_weight[:, :width], out_bias[0], x, False, layout.dense_dropout,
+                                     layout.cu_seqlens)
+        y, _ = launch_linear_forward(act, out_weight[:, width:], out_bias[1], y, False, layout.fc2_dropout,
+                                     layout.cu_seqlens)
     else:
         y = launch_out_proj(att, act, x, out_weight, out_bias)
     return y, qkv, pre, att, lse
 
 
-def launch_again(
+def launch_block_again(
     h: torch.Tensor, in_weight: torch.Tensor, in_bias: torch.Tensor, qkv: torch.Tensor, att: torch.Tensor,
     lse: torch.Tensor, layout: Layout, recompute: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -58,7 +59,7 @@ def launch_again(
     return qkv, pre, *_attend(qkv, layout)
 
 
-def launch_backward(
+def launch_block_backward(
     dy: torch.Tensor, h: torch.Tensor, in_weight: torch.Tensor, out_weight: torch.Tensor, qkv: torch.Tensor,
     pre: torch.Tensor, att: torch.Tensor, lse: torch.Tensor, layout: Layout,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -109,7 +110,7 @@ def _project(
     before = torch.addmm(bias[n_qkv:], h, weight[n_qkv:].t())
     if not act:
         return q_k_v, before, none
-    after = launch_epilogue(before, None, True, None, out=None if pre else before)
+    after = launch_epilogue_forward(before, None, True, None, out=None if pre else before)
     return q_k_v, before if pre else none, after
 
 
@@ -124,5 +125,5 @@ def _rotated_by_cublas(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 
 def _attend(qkv: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
     """(att [N, D], lse [H, N])."""
-    att, lse = launch_attention(*layout.by_sample(qkv), layout.scheme_of(qkv), layout.cu_seqlens)
+    att, lse = launch_attention_forward(*layout.by_sample(qkv), layout.scheme_of(qkv), layout.cu_seqlens)
     return att.view(qkv.shape[0], qkv.shape[2]), lse

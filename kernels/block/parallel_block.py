@@ -36,10 +36,10 @@ from phi1.kernels.block.rules import check_block, check_without_gradients, wants
 from phi1.kernels.core.backend import operator, reference_forced, use_triton
 from phi1.kernels.core.checks import require
 from phi1.kernels.core.philox import Dropout, is_active
-from phi1.kernels.pointwise.dropout_eager import dropped
-from phi1.kernels.pointwise.gelu_eager import gelu_new
+from phi1.kernels.pointwise.dropout import dropped
+from phi1.kernels.pointwise.gelu import gelu_new
 from phi1.kernels.pointwise.layer_norm import layer_norm_backward, layer_norm_forward, layer_norm_reference
-from phi1.kernels.pointwise.rotary_eager import rotate_reference
+from phi1.kernels.pointwise.rotary import rotate_reference
 
 NO_DROPOUT: tuple[None, None, None] = (None, None, None)
 RECOMPUTE = ("none", "mlp", "block")

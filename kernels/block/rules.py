@@ -17,7 +17,7 @@ from phi1.kernels.core.checks import (
     check_writable,
     require,
 )
-from phi1.kernels.pointwise.rotary_eager import check_positions, check_tables, default_positions
+from phi1.kernels.pointwise.rotary import check_positions, check_tables, default_positions
 
 
 def check_block(op, x, parameters, cos, sin, n_heads, batch, cu_seqlens, seq_starts, positions, eps, dropouts

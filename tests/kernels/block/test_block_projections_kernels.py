@@ -9,8 +9,8 @@ from kernel_checks import empty_is_nan, kernel_device, rotary_tables
 from phi1.kernels import backend, gelu
 from phi1.kernels.block import projections_triton as projections
 from phi1.kernels.core.tiles import ARCHITECTURES, tile_for
-from phi1.kernels.pointwise.gelu_eager import gelu_new
-from phi1.kernels.pointwise.rotary_eager import rotate_reference
+from phi1.kernels.pointwise.gelu import gelu_new
+from phi1.kernels.pointwise.rotary import rotate_reference
 
 pytestmark = pytest.mark.triton
 DEVICE = kernel_device()
