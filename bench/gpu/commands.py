@@ -96,7 +96,7 @@ def _side_by_side(workers: int) -> tuple[str, ...]:
 
 def _rehearsed_check(sanitize: str) -> list[Command]:
     tests = ROOT / "tests"
-    norms = str(tests / "kernels" / "pointwise" / "test_layer_norm_kernels.py")
+    norms = str(tests / "kernels" / "pointwise" / "test_layer_norm.py")
     return [
         Command("kernels", (*PYTEST, norms, "-k", "widest or empty"), 100,
                 environment={"TRITON_INTERPRET": "1"}),
