@@ -34,7 +34,7 @@ def test_any_documents_match_reference(lengths, causal, tile):
              "warp_specialize": 0}
     with pytest.MonkeyPatch.context() as patch, backend("triton"):
         patch.setattr(launch_triton, "tile", lambda *_, **__: small)
-        # 8 roundings, as in test_attention_kernels.py, which says why.
+        # 8 roundings, as in test_attention.py, which says why.
         assert_matches_reference(attention_qkv, attention_qkv_reference, qkv_inputs(sum(lengths), 1),
                                          roundings=8, cu_seqlens=packed(lengths), causal=causal)
 
