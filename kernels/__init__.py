@@ -15,7 +15,8 @@ are above the others. `_backend.py` decides which implementation runs, `_checks.
 from phi1.kernels.attention.attention import attention
 from phi1.kernels.attention.attention_qkv import attention_qkv
 from phi1.kernels.block.decode import parallel_block_decode
-from phi1.kernels.block.parallel_block import parallel_block, parallel_block_prefill
+from phi1.kernels.block.parallel_block import parallel_block
+from phi1.kernels.block.prefill import parallel_block_prefill
 from phi1.kernels.core.backend import backend, built_for_gpus, load_kernels
 from phi1.kernels.core.checks import check_values
 from phi1.kernels.core.cpu_memory import empty

@@ -1,5 +1,5 @@
-"""The parallel block's two projections, launched alone: on a GPU, or in Triton's interpreter (run by
-test_interpreter.py). What they do past the end of a weight and past 2^31: test_bounds_kernels.py.
+"""The parallel block's two projections, launched alone. What they do past the end of a weight and past 2^31:
+test_bounds.py.
 """
 
 import pytest
