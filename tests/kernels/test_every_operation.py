@@ -1,4 +1,4 @@
-"""What holds for every operation: memory layouts, empty input, refusals, torch.compile, checkpointing, autocast, and
+"""Properties of every operation: memory layouts, empty input, refusals, torch.compile, checkpointing, autocast, and
 gradients that are absent, expanded or wanted twice."""
 
 from contextlib import nullcontext
@@ -9,6 +9,7 @@ from kernel_checks import (
     assert_compiles_whole,
     assert_matches_reference,
     launches,
+    only,
     outputs_and_gradients,
 )
 from operation_cases import CASES, case
@@ -51,7 +52,7 @@ def laid_out(layout, options):
             tuple(map(layout, x)) if name == "rotary" else x for name, x in options.items()}
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.eager), torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [*only("eager", torch.float32), torch.float16], ids=str)
 @pytest.mark.parametrize("layout", [columns_first, elements_apart, rows_of_a_wider_one, expanded])
 @pytest.mark.parametrize("name", CASES)
 def test_any_layout_matches_reference_and_is_not_written_to(device, name, layout, dtype):

@@ -40,7 +40,7 @@ def check(path, done):
 
 @pytest.fixture(scope="module")
 def interpreted(request):
-    """What `interpret` returns for a file, which may have begun before it is asked for."""
+    """`interpret`, for files that may have begun before they are asked for."""
     if hasattr(request.config, "workerinput"):  # of pytest-xdist
         yield interpret
         return

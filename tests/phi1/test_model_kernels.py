@@ -1,4 +1,4 @@
-"""The whole model on the Triton kernels, in training and in evaluation (run by test_interpreter.py without a GPU)."""
+"""The whole model on the Triton kernels, in training and in evaluation."""
 
 import pytest
 import torch

@@ -27,6 +27,11 @@ DTYPES_OF_PRODUCTS = (*DTYPES[:2], pytest.param(torch.bfloat16, marks=pytest.mar
 """Triton's interpreter multiplies bfloat16 wrongly, and cuts off where it should round."""
 
 
+def only(backend: str, *rows: Any) -> list[Any]:
+    """Rows of parameters that run on one backend alone, "eager" or "triton"."""
+    return [pytest.param(row, marks=getattr(pytest.mark, backend)) for row in rows]
+
+
 def assert_within_bound(
     out: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, name: str = "out", *, roundings: float = 2
 ) -> None:
@@ -115,7 +120,7 @@ def to_float64(x: torch.Tensor | None) -> torch.Tensor | None:
 
 @contextmanager
 def kept_bytes(constants: Sequence[torch.Tensor] = ()) -> Iterator[dict[int, int]]:
-    """What autograd keeps of the operations inside the block: the bytes of each storage, by its address.
+    """Note what autograd keeps of the operations inside the block: the bytes of each storage, by its address.
 
     Args:
         constants: tensors whose storages do not count, such as parameters.
@@ -164,7 +169,7 @@ def assert_compiles_whole(operation: Operation, tensors: Tensors, **options: Any
 
 
 def kernel_device() -> str | None:
-    """Where Triton kernels can run in this process: "cpu" in the interpreter, "cuda" on a GPU, else None."""
+    """The device on which Triton kernels run in this process: "cuda" on a GPU, "cpu" in the interpreter, or None."""
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         return "cpu"
     return "cuda" if torch.cuda.is_available() else None

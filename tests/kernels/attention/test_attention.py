@@ -12,6 +12,7 @@ from kernel_checks import (
     assert_within_bound,
     attention_inputs,
     empty_is_nan,
+    only,
     outputs_and_gradients,
 )
 
@@ -20,28 +21,27 @@ from phi1.kernels.attention.attention import attention_reference
 from phi1.kernels.core.backend import use_triton
 from phi1.kernels.core.philox import attention_keep, packed_attention_keep
 
-EAGER, TRITON = pytest.mark.eager, pytest.mark.triton
-SMALLEST = (1, 3, 3, 1, 16)  # the smallest whose gradients are not differences of equal numbers
 SEVERAL, DECODING, CACHED = (2, 17, 17, 2, 32), (2, 1, 33, 2, 64), (2, 5, 40, 2, 80)  # 5 tokens after a cache; phi-2
-SHAPES = [  # B, Tq, Tk, H, K
-    SMALLEST, SEVERAL, DECODING, CACHED,
-    *(pytest.param(shape, marks=EAGER) for shape in (
-        (1, 129, 129, 2, 64),  # one query past a tile, phi-1's head
-        (1, 130, 259, 2, 16),  # two tiles after a cache
-        (2, 130, 130, 2, 96),  # a scale that is no power of two, and two tiles
-    )),
-    *(pytest.param(shape, marks=TRITON) for shape in (
-        (1, 31, 31, 1, 64),  # one row less than a block
-        (1, 33, 33, 2, 64),  # one more
-        (1, 100, 100, 1, 16),  # several blocks of both sizes
-        (1, 20, 21, 1, 96),
-        (1, 34, 40, 1, 128),
-        (2, 9, 9, 1, 24),  # no power of two
-    )),
+ON_BOTH = [
+    (1, 3, 3, 1, 16),  # the smallest whose gradients are not differences of equal numbers
+    SEVERAL, DECODING, CACHED,
 ]
-FULL = [shape if shape == SEVERAL else pytest.param(*getattr(shape, "values", [shape]), marks=EAGER)
-        for shape in SHAPES[:7]]
-FULL += [*SHAPES[7:10], pytest.param((1, 40, 20, 1, 16), marks=TRITON)]  # more queries than keys
+ON_CPUS = [
+    (1, 129, 129, 2, 64),  # one query past a tile, phi-1's head
+    (1, 130, 259, 2, 16),  # two tiles after a cache
+    (2, 130, 130, 2, 96),  # a scale that is no power of two, and two tiles
+]
+ON_KERNELS = [
+    (1, 31, 31, 1, 64),  # one row less than a block
+    (1, 33, 33, 2, 64),  # one more
+    (1, 100, 100, 1, 16),  # several blocks of both sizes
+    (1, 20, 21, 1, 96),
+    (1, 34, 40, 1, 128),
+    (2, 9, 9, 1, 24),  # no power of two
+]
+SHAPES = [*ON_BOTH, *only("eager", *ON_CPUS), *only("triton", *ON_KERNELS)]  # B, Tq, Tk, H, K
+FULL = [*ON_BOTH[1:2], *only("eager", *ON_BOTH[:1], *ON_BOTH[2:], *ON_CPUS),
+        *only("triton", *ON_KERNELS[:3], (1, 40, 20, 1, 16))]  # the last has more queries than keys
 
 
 def rng(device):
@@ -76,7 +76,7 @@ def test_full_attention_matches_reference(device, shape, dtype):
     check(attention_inputs(shape, dtype, device), causal=False, scale=0.3)
 
 
-@EAGER
+@pytest.mark.eager
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [SEVERAL, (1, 129, 129, 2, 64), DECODING, CACHED], ids=str)
 def test_attention_with_dropout_matches_reference(device, shape, dtype):
@@ -85,8 +85,8 @@ def test_attention_with_dropout_matches_reference(device, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES_OF_PRODUCTS, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("shape", [SEVERAL, DECODING, pytest.param(CACHED, marks=EAGER),
-                                   pytest.param((2, 40, 70, 1, 16), marks=TRITON)], ids=str)
+@pytest.mark.parametrize("shape", [SEVERAL, DECODING, *only("eager", CACHED),
+                                   *only("triton", (2, 40, 70, 1, 16))], ids=str)
 def test_left_padding_matches_reference(device, shape, causal, dtype):
     tensors = attention_inputs(shape, dtype, device)
     check(tensors, causal=causal, seq_starts=ints(device, 0, 12))
@@ -97,8 +97,8 @@ def test_left_padding_matches_reference(device, shape, causal, dtype):
 @pytest.mark.parametrize("dtype", DTYPES_OF_PRODUCTS, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("cuts", [
-    pytest.param((0, 1, 1, 20, 53, 54, 75), marks=TRITON),  # documents of 1 and of no rows
-    pytest.param((0, 3, 3, 20, 140, 150), marks=EAGER),  # an empty document, one of two tiles
+    *only("triton", (0, 1, 1, 20, 53, 54, 75)),  # documents of 1 and of no rows
+    *only("eager", (0, 3, 3, 20, 140, 150)),  # an empty document, one of two tiles
 ], ids=str)
 def test_packed_documents_match_reference(device, cuts, causal, dtype):
     cu_seqlens, ids = ints(device, *cuts), torch.arange(9, 9 - len(cuts) + 1, -1, device=device)
@@ -207,8 +207,7 @@ def one_hot(n_samples, n_tokens, n_heads, device):
     return torch.zeros_like(v), torch.zeros_like(v), v
 
 
-@pytest.mark.parametrize("tile", [None, *(pytest.param(tile, marks=TRITON) for tile in (
-    (16, 32), (32, 32), (64, 32), (32, 128)))], ids=str)
+@pytest.mark.parametrize("tile", [None, *only("triton", (16, 32), (32, 32), (64, 32), (32, 128))], ids=str)
 def test_dropout_is_the_mask_of_the_specification(device, use_tile, tile):
     if tile is not None:
         use_tile(*tile)
@@ -264,7 +263,7 @@ def test_empty_input_matches_reference(device, shape):
         check(attention_inputs(shape, device=device), cu_seqlens=ints(device, 0))
 
 
-@pytest.mark.parametrize("cuts", [(0, 36, 60), pytest.param((5, 36, 60), marks=TRITON)], ids=str)
+@pytest.mark.parametrize("cuts", [(0, 36, 60), *only("triton", (5, 36, 60))], ids=str)
 def test_rows_of_no_document_are_nan_where_values_are_not_checked(device, cuts):
     first, end, last = cuts
     tensors = attention_inputs((1, 80, 80, 2, 16), device=device)

@@ -1,7 +1,4 @@
-"""Properties of the Triton kernels of attention over drawn documents and tiles.
-
-On a GPU or in Triton's interpreter (run by test_interpreter.py).
-"""
+"""Properties of the Triton kernels of attention over drawn documents and tiles."""
 
 import pytest
 import torch
@@ -42,7 +39,7 @@ def test_any_documents_match_reference(lengths, causal, tile):
 @DRAWN
 @given(LENGTHS, st.data())
 def test_documents_do_not_see_one_another(lengths, data):
-    """What one holds may be anything, infinite too: the rows of the others keep their bits."""
+    """One document may hold anything, infinities too; the rows of the others keep their bits."""
     changed = data.draw(st.integers(0, len(lengths) - 1))
     cuts = packed(lengths)
     qkv = qkv_inputs(sum(lengths), 1)["qkv"].detach()

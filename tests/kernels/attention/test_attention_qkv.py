@@ -7,6 +7,7 @@ from kernel_checks import (
     DTYPES_OF_PRODUCTS,
     assert_matches_reference,
     assert_operator_is_sound,
+    only,
     qkv_inputs,
     rotary_tables,
 )
@@ -16,7 +17,6 @@ from phi1.kernels.attention.attention_qkv import attention_qkv_reference
 from phi1.kernels.core.backend import use_triton
 from phi1.kernels.core.philox import attention_keep
 
-EAGER, TRITON = pytest.mark.eager, pytest.mark.triton
 SHAPES = [  # B, T, H, K, R
     (1, 3, 1, 8, 4),  # the smallest whose gradients are not differences of equal numbers
     (3, 17, 2, 16, 16),  # the whole head rotated
@@ -36,7 +36,7 @@ def check(tensors, **options):
     assert_matches_reference(attention_qkv, attention_qkv_reference, tensors, roundings=roundings, **options)
 
 
-@EAGER
+@pytest.mark.eager
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rotated", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -62,8 +62,8 @@ PACKINGS = {  # of 51 rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES_OF_PRODUCTS, ids=str)
-@pytest.mark.parametrize("packing", [*list(PACKINGS)[:-1], pytest.param("packed, dropout", marks=EAGER)])
-@pytest.mark.parametrize("mode", ["none", "inside", pytest.param("on load", marks=TRITON), "applied"])
+@pytest.mark.parametrize("packing", [*list(PACKINGS)[:-1], *only("eager", "packed, dropout")])
+@pytest.mark.parametrize("mode", ["none", "inside", "applied", *only("triton", "on load")])
 def test_rotary_modes_match_reference(device, use_tile, mode, packing, dtype):
     if mode == "on load":
         use_tile(rotate_on_load=1)

@@ -92,7 +92,7 @@ def test_rotary_sizes_and_positions_match_reference(rotary_size):
 
 @pytest.fixture(params=["tma", "warp-specialised"])
 def described(request, monkeypatch, use_tile):
-    """Whether the tile is warp-specialised, and which of the two kinds of loop each launch takes."""
+    """A tile that reads by TMA: (is it warp-specialised, the kind of loop that each launch takes)."""
     from phi1.kernels.attention import launch_triton
 
     use_tile(tma=1, warp_specialize=int(request.param == "warp-specialised"))

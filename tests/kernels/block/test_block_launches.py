@@ -1,4 +1,4 @@
-"""What the parallel block launches on Triton kernels, with any of its products by cuBLAS, and what it writes."""
+"""The parallel block's launches on Triton kernels, with any of its products by cuBLAS, and the tensors they write."""
 
 import pytest
 import torch

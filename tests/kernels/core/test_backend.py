@@ -1,4 +1,4 @@
-"""Where operations run: on their arguments' GPU, with kernels that are compiled once for any number of documents."""
+"""Operations run on their arguments' GPU, and their kernels are compiled once for any number of documents."""
 
 from contextlib import contextmanager
 

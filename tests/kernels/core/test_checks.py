@@ -1,4 +1,4 @@
-"""What all operations share: the choice of a backend, when values are checked, the messages, the table of tiles."""
+"""Rules that all operations share: the backend, when values are checked, the messages, the table of tiles."""
 
 import sys
 from decimal import Decimal

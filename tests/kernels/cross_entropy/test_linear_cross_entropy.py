@@ -9,6 +9,7 @@ from kernel_checks import (
     assert_within_bound,
     empty_is_nan,
     launches,
+    only,
     outputs_and_gradients,
     to_float64,
 )
@@ -20,11 +21,11 @@ from phi1.kernels.cross_entropy.linear_cross_entropy import linear_cross_entropy
 from phi1.kernels.cross_entropy.spec import LossRule
 
 SHAPES = [  # N, D, V
-    pytest.param((3, 4, 2), marks=pytest.mark.eager),  # the smallest with no gradient that should be 0
-    pytest.param((1, 1, 2), marks=pytest.mark.triton),  # the smallest with a gradient
+    *only("eager", (3, 4, 2)),  # the smallest with no gradient that should be 0
+    *only("triton", (1, 1, 2)),  # the smallest with a gradient
     (17, 33, 129),  # an odd vocabulary, one over a multiple of the stride's
     (5, 16, 5000),  # two blocks of a row, two slices of the vocabulary
-    pytest.param((130, 8, 100), marks=pytest.mark.triton),  # more rows than a block of column_sums has
+    *only("triton", (130, 8, 100)),  # more rows than a block of column_sums has
 ]
 VARIANTS = {
     "mean": {},
@@ -87,22 +88,20 @@ def test_linear_cross_entropy_matches_reference(device, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shape", [(17, 33, 129), pytest.param((50, 16, 5000), marks=pytest.mark.eager)], ids=str)
+@pytest.mark.parametrize("shape", [(17, 33, 129), *only("eager", (50, 16, 5000))], ids=str)
 def test_every_option_matches_reference(device, shape, variant, dtype):
     check(make(shape, dtype, device), **VARIANTS[variant])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", ["mean", "everything", *(pytest.param(name, marks=pytest.mark.eager)
-                                                             for name in ("sum", "none", "smoothed", "z-loss"))])
+@pytest.mark.parametrize("variant", ["mean", "everything", *only("eager", "sum", "none", "smoothed", "z-loss")])
 def test_chunks_match_reference(small_chunks, device, variant, dtype):
     check(make((17, 33, 129), dtype, device), **VARIANTS[variant])
 
 
-@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.eager)])
+@pytest.mark.parametrize("reduction", ["mean", *only("eager", "none")])
 @pytest.mark.parametrize("valid_vocab", [129, 128, 78])
-@pytest.mark.parametrize("dtype", [torch.float16, *(pytest.param(dtype, marks=pytest.mark.eager)
-                                                    for dtype in (torch.float32, torch.bfloat16))], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, *only("eager", torch.float32, torch.bfloat16)], ids=str)
 def test_without_bias_and_with_a_smaller_vocabulary(device, reduction, valid_vocab, dtype):
     options = {"valid_vocab": valid_vocab, "reduction": reduction}
     got = check(make((17, 33, 129), dtype, device, bias=False), **options)
@@ -245,7 +244,7 @@ def test_unchecked_targets_out_of_range_give_nan_rows(device):
     assert torch.equal(x.grad.isnan().all(1), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.eager)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, *only("eager", torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_strided_inputs_match_reference(device, reduction, dtype):
     tensors = make((17, 33, 65), dtype, device)

@@ -1,13 +1,11 @@
 """linear_cross_entropy's workspace, what it keeps for the backward, what it leaves out, and what it refuses."""
 
 import math
-import weakref
 
 import pytest
 import torch
+from allocations import Allocations
 from kernel_checks import DTYPES, assert_operator_is_sound, kept_bytes, outputs_and_gradients
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from phi1.kernels import linear_cross_entropy
 from phi1.kernels.cross_entropy import eager
@@ -68,40 +66,13 @@ def test_workspace_changes_no_more_than_roundings():
                                    atol=16 * torch.finfo(torch.float32).eps * whole[name].abs().max().item())
 
 
-class Allocations(TorchDispatchMode):
-    """The most bytes that tensors made inside held at once, those handed in left out."""
-
-    def __init__(self, *given):
-        super().__init__()
-        self.seen = {x.untyped_storage().data_ptr() for x in given}
-        self.held = self.most = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.seen:
-                self._hold(x.untyped_storage())
-        return out
-
-    def _hold(self, storage):
-        pointer, n_bytes = storage.data_ptr(), storage.nbytes()
-        self.seen.add(pointer)
-        self.held += n_bytes
-        self.most = max(self.most, self.held)
-        weakref.finalize(storage, self._release, pointer, n_bytes)
-
-    def _release(self, pointer, n_bytes):
-        self.seen.discard(pointer)
-        self.held -= n_bytes
-
-
 @pytest.mark.triton
 def test_workspace_counts_all_but_inputs_and_gradients(device):
     from phi1.kernels.cross_entropy.loss_triton import launch_losses_and_gradients
 
     tensors = make((200, 8, 4000), device=device)
     rule = LossRule(IGNORED, 0.0, 0.0, 4000, 1 << 20)
-    with Allocations(*tensors.values()) as allocations:
+    with Allocations(tensors.values()) as allocations:
         outputs = launch_losses_and_gradients(*tensors.values(), rule, Needs(True, True, True), None)
     returned = sum(x.nbytes for x in outputs)
     logits = 4 * 4096 * 64  # 64 rows fit; a stride is a multiple of 128 columns

@@ -10,6 +10,7 @@ from kernel_checks import (
     assert_matches_reference,
     assert_operator_is_sound,
     empty_is_nan,
+    only,
 )
 
 from phi1.kernels import Dropout, linear
@@ -103,8 +104,7 @@ def test_empty_inputs_match_reference(device, shape):
     check(device, shape, torch.float32, True, "gelu_new", True, False)
 
 
-@pytest.mark.parametrize("tile", [WHOLE, *(pytest.param(tile, marks=pytest.mark.triton)
-                                           for tile in (HALVES, TMA, QUARTERS))], ids=str)
+@pytest.mark.parametrize("tile", [WHOLE, *only("triton", HALVES, TMA, QUARTERS)], ids=str)
 def test_dropout_is_the_mask_of_the_specification(device, tile):
     dropout = Dropout(0.3, rng(device), torch.tensor([6, 2**33 + 1], device=device), layer=40000, kind=2)
     with tiles.forced("linear", "forward", tile):
@@ -118,8 +118,8 @@ def test_dropout_spares_the_residual(device):
     assert (out == tensors["residual"]).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.eager)], ids=str)
-@pytest.mark.parametrize("tile", [WHOLE, pytest.param(CUBLAS, marks=pytest.mark.triton)], ids=["own", "cublas"])
+@pytest.mark.parametrize("dtype", [torch.float32, *only("eager", torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("tile", [WHOLE, *only("triton", CUBLAS)], ids=["own", "cublas"])
 def test_strided_inputs_match_reference(device, tile, dtype):
     wide = torch.randn(60, 80).to(device, dtype)
     tensors = {"x": wide[:12, 20:60], "weight": wide[20:, :20].t(), "bias": wide[:20, 7],

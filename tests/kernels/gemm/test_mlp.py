@@ -8,6 +8,7 @@ from kernel_checks import (
     assert_operator_is_sound,
     empty_is_nan,
     launches,
+    only,
     outputs_and_gradients,
 )
 
@@ -19,7 +20,7 @@ SHAPES = [  # N, D, F
     (1, 1, 1),  # the smallest
     (17, 33, 65),  # one over the blocks of rows, twice the width, the columns
     (63, 48, 130),
-    pytest.param((200, 32, 1024), marks=pytest.mark.eager),  # two strips of the CPU's gelu
+    *only("eager", (200, 32, 1024)),  # two strips of the CPU's gelu
 ]
 # Small tiles, so that a few rows are several partial sums.
 KERNEL, TMA = ({"block_m": 16, "block_n": 64, "block_k": 16, "group_m": 2, "tma": tma, "num_warps": 4,
@@ -62,7 +63,7 @@ def test_empty_inputs_match_reference(device, shape):
         assert_matches_reference(mlp, mlp_reference, make(shape, device=device))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.eager)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, *only("eager", torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("tile", TILES)
 def test_strided_inputs_match_reference(device, tile, dtype):
     tensors = {name: x.t().contiguous().t() if x.dim() == 2 else x.repeat_interleave(2)[::2]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_checks import DTYPES, DTYPES_OF_PRODUCTS, assert_matches_reference, assert_operator_is_sound
+from kernel_checks import DTYPES, DTYPES_OF_PRODUCTS, assert_matches_reference, assert_operator_is_sound, only
 
 from phi1.kernels import Dropout, dropout_add
 from phi1.kernels.core import tiles
@@ -16,9 +16,8 @@ SHAPES = [
     (6, 63),  # either side of a block of 64 columns
     (8, 65),
     (0, 8),
-    pytest.param((4, 2048), marks=pytest.mark.eager),  # phi-1's width
-    pytest.param((3, 513), marks=pytest.mark.triton),  # either side of a tile: 4 rows, 512 columns
-    pytest.param((5, 512), marks=pytest.mark.triton),
+    *only("eager", (4, 2048)),  # phi-1's width
+    *only("triton", (3, 513), (5, 512)),  # either side of a tile: 4 rows, 512 columns
 ]
 SEED = 0xDEADBEEF
 
@@ -33,7 +32,7 @@ def make(shape, dtype=torch.float32, device="cpu"):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("p", [None, pytest.param(0.0, marks=pytest.mark.eager), 0.1])
+@pytest.mark.parametrize("p", [None, *only("eager", 0.0), 0.1])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dropout_add_matches_reference(device, shape, p, dtype):
     dropout = None if p is None else Dropout(p, rng(device), layer=5, kind=2)
@@ -49,8 +48,8 @@ def test_samples_are_named_by_their_ids(device):
     assert torch.equal(out[4:], rest)
 
 
-TILES = [pytest.param({}, marks=pytest.mark.eager), *(pytest.param(tile, marks=pytest.mark.triton) for tile in (
-    {"rows": 1, "cols": 64, "num_warps": 4}, {"rows": 8, "cols": 256, "num_warps": 4}))]
+TILES = [*only("eager", {}), *only("triton", {"rows": 1, "cols": 64, "num_warps": 4},
+                                   {"rows": 8, "cols": 256, "num_warps": 4})]
 
 
 @pytest.mark.parametrize("dtype", DTYPES_OF_PRODUCTS, ids=str)

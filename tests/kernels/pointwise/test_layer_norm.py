@@ -10,6 +10,7 @@ from kernel_checks import (
     assert_matches_reference,
     assert_operator_is_sound,
     kernel_device,
+    only,
     outputs_and_gradients,
 )
 
@@ -24,10 +25,11 @@ SHAPES = [
     (5, 2048),  # phi-1's width
     (3, 2560),  # phi-2's width, no power of two
     (2, 0, 64),  # no rows
-    pytest.param((1, 1), marks=pytest.mark.triton),  # the smallest
-    pytest.param((1, 3), marks=pytest.mark.eager),  # the smallest whose dx is not a difference of equal numbers
-    pytest.param((600, 40), marks=pytest.mark.eager),  # many rows, where sums over them lose digits
-    pytest.param((17,), marks=pytest.mark.eager),  # one row without a leading axis
+    *only("triton", (1, 1)),  # the smallest
+    *only("eager",
+          (1, 3),  # the smallest whose dx is not a difference of equal numbers
+          (600, 40),  # many rows, where sums over them lose digits
+          (17,)),  # one row without a leading axis
 ]
 
 

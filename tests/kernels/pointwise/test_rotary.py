@@ -4,24 +4,25 @@ import math
 
 import pytest
 import torch
-from kernel_checks import DTYPES, assert_matches_reference, assert_operator_is_sound, rotary_tables
+from kernel_checks import DTYPES, assert_matches_reference, assert_operator_is_sound, only, rotary_tables
 
 from phi1.kernels import backend, check_values, rotary, rotary_
 from phi1.kernels.core import tiles
 from phi1.kernels.pointwise.rotary import rotary_reference
 
-TRITON, EAGER = pytest.mark.triton, pytest.mark.eager
 SHAPES = [  # N, S, H, K, R
     (1, 1, 1, 2, 2),  # the smallest
     (5, 2, 3, 16, 6),  # neither half nor rest is a power of two
     (9, 2, 2, 32, 32),  # the whole head rotated
     (0, 3, 2, 16, 8),
-    pytest.param((67, 3, 4, 64, 32), marks=EAGER),  # phi-1's head, rows by a prime
-    pytest.param((33, 3, 2, 80, 32), marks=EAGER),  # phi-2's
-    pytest.param((7, 3, 40, 64, 32), marks=TRITON),  # phi-1's; more heads than a program takes, rows that do not divide
-    pytest.param((3, 3, 2, 80, 32), marks=TRITON),  # phi-2's
-    pytest.param((3, 1, 5, 64, 48), marks=TRITON),  # the other tiles
-    pytest.param((2, 1, 5, 256, 200), marks=TRITON),
+    *only("eager",
+          (67, 3, 4, 64, 32),  # phi-1's head, rows by a prime
+          (33, 3, 2, 80, 32)),  # phi-2's
+    *only("triton",
+          (7, 3, 40, 64, 32),  # phi-1's; more heads than a program takes, rows that do not divide
+          (3, 3, 2, 80, 32),  # phi-2's
+          (3, 1, 5, 64, 48),  # the other tiles
+          (2, 1, 5, 256, 200)),
 ]
 
 

@@ -1,5 +1,5 @@
-"""What attention's, rotary's and the block's kernels do with offsets past 2^31, past the end of a weight, and with
-values that nobody has checked.
+"""Attention's, rotary's and the block's kernels at offsets past 2^31, past the end of a weight, and on values that
+nobody has checked.
 
 In the interpreter every address of a load or a store is held against the tensors that the launch was given.
 """

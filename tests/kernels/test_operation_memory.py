@@ -1,5 +1,4 @@
-"""What each operation keeps for its backward and takes as workspace, in bytes, against formulas (run by
-test_interpreter.py without a GPU).
+"""Bytes that each operation keeps for its backward and takes as workspace, against formulas.
 
 Kept is what autograd holds that no argument holds; an output may be among it. Workspace is the most that was held at
 once on the way beyond what is held in the end. N rows, D width, F MLP width, M outputs, H heads, K head size,
@@ -7,14 +6,11 @@ V vocabulary, e bytes of an element.
 """
 
 import gc
-import weakref
 
 import pytest
 import torch
+from allocations import Allocations
 from kernel_checks import DTYPES, block_inputs, kept_bytes, kernel_device, rotary_tables
-from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from phi1 import kernels
 from phi1.kernels import Dropout, backend
@@ -52,45 +48,6 @@ OPERATIONS = {  # operation, shapes, options, then bytes: kept, workspace of the
     "linear, dropout, residual": ("linear", LINEAR | {"residual": (N, M)}, {"dropout": MASK}, 0, 0, N * M * E),
     "mlp": ("mlp", MLP, {}, N * F * E, N * F * E, 2 * N * F * E),
 }
-
-
-class Allocations(TorchDispatchMode):
-    """The most bytes that tensors made inside held at once, and those that they hold now; `given` are left out."""
-
-    def __init__(self, given):
-        super().__init__()
-        self.seen = {x.untyped_storage().data_ptr() for x in given}
-        self.held = self.most = 0
-
-    @property
-    def workspace(self):
-        gc.collect()
-        return self.most - self.held
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "phi1":  # what is made inside of it counts
-            with self:
-                return OPDEFS[f"phi1::{func._opname}"]._init_fn(*args, **(kwargs or {}))
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.seen:
-                self._hold(x.untyped_storage())
-        return out
-
-    def _hold(self, storage):
-        pointer, n_bytes = storage.data_ptr(), storage.nbytes()
-        if not n_bytes:
-            return
-        self.seen.add(pointer)
-        self.held += n_bytes
-        weakref.finalize(storage, self._release, pointer, n_bytes)
-        if self.held > self.most:
-            gc.collect()  # the interpreter's frames hold their arguments in cycles
-            self.most = max(self.most, self.held)
-
-    def _release(self, pointer, n_bytes):
-        self.seen.discard(pointer)
-        self.held -= n_bytes
 
 
 def draw(shapes, dtype=torch.float16):
