@@ -177,9 +177,9 @@ def _touched(model: Any) -> Any:
 
 def _bits(state: dict[str, torch.Tensor], config: Phi1Config) -> tuple[torch.Tensor, ...]:
     """Every parameter of a model in float16, as integers, which must be equal; ours are cut as published ones are."""
-    from phi1.weights.layouts import LAYOUTS, WRITTEN, places
+    from phi1.weights.layouts import LAYOUTS, WRITTEN, parameter_slices
 
-    found = places(LAYOUTS[WRITTEN], config)
+    found = parameter_slices(LAYOUTS[WRITTEN], config)
     whole = [state[place.parameter][place.index] if place.parameter in state else state[name]
              for name, place in found.items()]
     assert all(x.dtype == torch.float16 for x in whole), "not every parameter is float16"

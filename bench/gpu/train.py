@@ -32,10 +32,10 @@ from phi1.bench.gpu.step_memory import StepMemory
 from phi1.bench.harness import files
 from phi1.bench.harness.environment import environment
 from phi1.gpus import gpu_named
-from phi1.train.data.batch_plan import Layout
+from phi1.train.data.batch_plan import BatchPlan
 from phi1.train.recipe.recipe import Train
 from phi1.train.runtime import engine
-from phi1.train.runtime.launch import Place, connect, leave
+from phi1.train.runtime.launch import Rank, connect, leave
 from phi1.train.step.trainer import Trainer
 
 SEARCHED, RUN, RESULT = "micro_batches.jsonl", "steps.jsonl", "train.json"
@@ -75,17 +75,17 @@ class Training:
     """
 
     def __init__(self, size: Size) -> None:
-        place = Place()
+        rank = Rank()
         self.size = size
-        self.machine = engine.start(place, size.device, "fp16", 0)
-        engine.connect_processes(self.machine, place, connect(place))
+        self.machine = engine.start(rank, size.device, "fp16", 0)
+        engine.connect_processes(self.machine, rank, connect(rank))
         corpus: Any = read_code(size.source, size.tokenizer, TEXT_BYTES)
         print(f"{corpus.tokens.size:,} tokens of {corpus.folder}", flush=True)
         self.model: Phi1 = engine.build_model(size.config, self.machine, seed=1)
         # A batch is far smaller than phi-1's 1024 sequences, and so is the rate.
         train = replace(Train(), batch_size=1, lr=3e-4, warmup_steps=size.steps // 3, steps=size.steps,
                         loss_scale_window=200)
-        self.trainer = Trainer(self.model, train, size.tokens, corpus, Layout.of(1, 1, 0, 1), self.machine)
+        self.trainer = Trainer(self.model, train, size.tokens, corpus, BatchPlan.of(1, 1, 0, 1), self.machine)
         self.micro_batch = 1
         self.memory = StepMemory(self.model) if self.machine.device.type == "cuda" else None
 

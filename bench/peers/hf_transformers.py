@@ -68,7 +68,7 @@ def causal_model(model: torch.nn.Module, config: Phi1Config, dropout: float = 0.
     """PhiForCausalLM with the weights of one of ours, on its device and in its dtype."""
     from transformers import PhiForCausalLM
 
-    from phi1.weights.layouts import LAYOUTS, WRITTEN, places
+    from phi1.weights.layouts import LAYOUTS, WRITTEN, parameter_slices
 
     state = model.state_dict()
     with torch.device("meta"):
@@ -79,6 +79,6 @@ def causal_model(model: torch.nn.Module, config: Phi1Config, dropout: float = 0.
     rotary = theirs.model.rotary_emb
     half = torch.arange(config.rotary_dim // 2, device=device, dtype=torch.float32)
     rotary.inv_freq = config.rope_theta ** (-2 * half / config.rotary_dim)
-    places_of = places(LAYOUTS[WRITTEN], config)
+    places_of = parameter_slices(LAYOUTS[WRITTEN], config)
     theirs.load_state_dict({name: state[place.parameter][place.index] for name, place in places_of.items()})
     return theirs

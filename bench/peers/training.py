@@ -113,20 +113,20 @@ class Phi1Step(Step):
     """The trainer's own step."""
 
     def __init__(self, plan: Plan) -> None:
-        from phi1.train.data.batch_plan import Layout
+        from phi1.train.data.batch_plan import BatchPlan
         from phi1.train.runtime import engine
-        from phi1.train.runtime.launch import Place, connect
+        from phi1.train.runtime.launch import Rank, connect
         from phi1.train.step.trainer import Trainer
 
         super().__init__(plan)
-        place = Place()
-        machine = engine.start(place, plan.device, plan.precision, torch.get_num_threads())
+        rank = Rank()
+        machine = engine.start(rank, plan.device, plan.precision, torch.get_num_threads())
         if not torch.distributed.is_initialized():
-            engine.connect_processes(machine, place, connect(place))
+            engine.connect_processes(machine, rank, connect(rank))
         model = engine.build_model(plan.config, machine, SEED)
         corpus: Any = RandomCorpus(plan.config.vocab_size)
-        self.trainer = Trainer(model, plan.recipe, plan.tokens, corpus, Layout.of(plan.batch, plan.micro_batch, 0, 1),
-                               machine)
+        self.trainer = Trainer(model, plan.recipe, plan.tokens, corpus,
+                               BatchPlan.of(plan.batch, plan.micro_batch, 0, 1), machine)
 
     @torch.no_grad()
     def restart(self) -> None:

@@ -1,4 +1,4 @@
-"""Triton kernels of the parallel block's two merged projections, and their launchers; formulas in `block.py`.
+"""Triton kernels of the parallel block's two merged projections, and their launchers; formulas in `parallel_block.py`.
 
     in_proj    [q | k | v | pre] = h W_in^T + b_in; q and k are rotated, act = gelu_new(pre)
     out_proj   y = x + [att | act] W_out^T + b_dense + b_fc2, both operands into one accumulator

@@ -11,7 +11,7 @@ loads behind the epilogue before it, for up to 41 registers a thread more. Nobod
 takes it: without it the GPU balances tiles over its multiprocessors by itself. Warp specialisation, which would hide
 all of the epilogue, does not compile under Triton 3.9 with descriptors made on the host.
 
-Where the tuned table says "cublas", the product is cuBLAS's and what follows it is `_epilogue_triton.py`'s one pass.
+Where the tuned table says "cublas", the product is cuBLAS's and what follows it is `epilogue_triton.py`'s one pass.
 
 N rows, K inputs, M outputs, B samples.
 """

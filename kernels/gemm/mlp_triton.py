@@ -6,7 +6,7 @@ dact stays in the float32 accumulator and is never written. act, which the gradi
 that reads pre anyway; db1 leaves as one partial row for each row of tiles, and a second kernel adds these in order:
 deterministic. The epilogue works on one quarter of the columns after the other. Tiles may be persistent, as linear's.
 
-Where the tuned table says "cublas", the product is cuBLAS's and the rest is `_epilogue_triton.py`'s one pass.
+Where the tuned table says "cublas", the product is cuBLAS's and the rest is `epilogue_triton.py`'s one pass.
 
 N rows, D width, F MLP width, P rows of tiles.
 """

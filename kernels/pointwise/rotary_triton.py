@@ -1,4 +1,4 @@
-"""Triton kernel of rotary and its in-place variant, and the launcher; formulas in `_rotary.py`.
+"""Triton kernel of rotary and its in-place variant, and the launcher; formulas in `rotary.py`.
 
 The two halves of a head's rotary dimensions are loaded as blocks of their own, so that a pair meets in one thread, and
 the rest of the head and v are copied past. Loaded and stored in x's dtype, rotated in float32, rounded once. A row

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from phi1.config import preset
 from phi1.train.checkpoint.checkpoint import Saver, gather_weights
-from phi1.train.data.batch_plan import Layout
+from phi1.train.data.batch_plan import BatchPlan
 from phi1.train.data.corpus import Corpus
 from phi1.train.metrics.ledger import read_ledger
 from phi1.train.recipe.recipe import Train
 from phi1.train.runtime.engine import Engine, build_model
-from phi1.train.runtime.launch import Place as Rank
+from phi1.train.runtime.launch import Rank
 from phi1.train.step.trainer import Trainer
 
 SCRIPT = Path(__file__).parents[2] / "train" / "pretrain.py"
@@ -269,7 +269,7 @@ def make_trainer(corpus: Corpus, engines: dict[str, Engine], precision: str = "f
     """A trainer of two layers with dropout in this process alone; `changes` are keys of Train."""
     train = Train(**({"steps": 20, "warmup_steps": 2, "batch_size": 4, "micro_batch_size": 2, "lr": 1e-2} | changes))
     model = build_model(SMALL, engines[precision], seed=1)
-    return Trainer(model, train, 32, corpus, Layout.of(4, 2, 0, 1), engines[precision])
+    return Trainer(model, train, 32, corpus, BatchPlan.of(4, 2, 0, 1), engines[precision])
 
 
 def save_checkpoint(trainer: Trainer, folder: Path, facts: dict[str, Any], keep: int) -> Path:

@@ -16,7 +16,7 @@ from phi1 import Phi1
 from phi1.train.checkpoint import checkpoint as checkpoint_module
 from phi1.train.checkpoint.checkpoint import Saver, gather_weights, load_checkpoint
 from phi1.train.checkpoint.files import checkpoints, choose, find_damage, prune, remove_after
-from phi1.train.data.batch_plan import Layout
+from phi1.train.data.batch_plan import BatchPlan
 from phi1.train.data.corpus import open_corpus
 from phi1.train.evaluate.samples import whole_model
 from phi1.train.recipe.recipe import Train
@@ -217,7 +217,7 @@ def two_processes(rank, store, data):
     engine = start(rank, "cpu", "fp32", 1)
     connect_processes(engine, rank, store)
     return Trainer(build_model(SMALL, engine, seed=1), Train(batch_size=4), 32, open_corpus(data, verify=False),
-                   Layout.of(4, 2, rank.rank, 2), engine)
+                   BatchPlan.of(4, 2, rank.rank, 2), engine)
 
 
 def gathers_for_which_one_process_lacks_memory(rank, store, data):

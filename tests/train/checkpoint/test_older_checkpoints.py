@@ -13,7 +13,8 @@ from phi1.train.checkpoint.checkpoint import load_checkpoint
 from phi1.train.checkpoint.convert import read_weights
 from phi1.train.checkpoint.files import Notes, describe, find_damage, write_manifest
 from phi1.train.recipe.file import read_recipe
-from phi1.train.run.folder import RunFolder, check_bitwise, check_continues, defining, notes
+from phi1.train.run.folder import RunFolder
+from phi1.train.run.resume import check_bitwise, check_continues, defining, notes
 from phi1.train.runtime.launch import RunError
 
 RECIPE = read_recipe(None, {})

@@ -17,7 +17,7 @@ from phi1.train.metrics.ledger import read_ledger
 from phi1.train.recipe.file import read_recipe
 from phi1.train.run.preflight import check_recipe
 from phi1.train.runtime.all_ranks import Failed
-from phi1.train.runtime.launch import Place, RunError
+from phi1.train.runtime.launch import Rank, RunError
 
 
 def test_completions_are_written_and_change_no_bit(place, undisturbed):
@@ -101,7 +101,7 @@ def test_the_best_step_is_that_of_the_rule():
 ])
 def test_what_humaneval_needs_is_refused_in_one_line(changes, message):
     with pytest.raises(RunError, match=message) as refused:
-        check_recipe(read_recipe(None, changes), Place())
+        check_recipe(read_recipe(None, changes), Rank())
     assert "\n" not in str(refused.value)
 
 

@@ -26,14 +26,14 @@ import json, os, torch, torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from phi1 import preset
 from phi1.train.runtime import engine
-from phi1.train.runtime.launch import Place, connect, leave
+from phi1.train.runtime.launch import Rank, connect, leave
 from phi1.train.recipe.recipe import Train
 from phi1.train.step.trainer import make_optimizer
 
 engine.Engine.is_alone = False  # FSDP at one process too, as on a GPU
-place = Place.from_environment()
-machine = engine.start(place, "cpu", "bf16", 1)
-engine.connect_processes(machine, place, connect(place))
+rank = Rank.from_environment()
+machine = engine.start(rank, "cpu", "bf16", 1)
+engine.connect_processes(machine, rank, connect(rank))
 model = engine.build_model(preset("nano"), machine, seed=1)
 optimizer = make_optimizer(model, Train())
 ids = torch.randint(4096, (2, 33))
@@ -54,7 +54,7 @@ for last in (False, True):
 held["parameters"] = bytes_of(p.to_local() for p in model.parameters())
 held["gradients"] = bytes_of(p.grad.to_local() for p in model.parameters())
 held["moments"] = bytes_of(s[k].to_local() for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq"))
-if place.rank == 0:
+if rank.rank == 0:
     print(json.dumps(held))
 dist.destroy_process_group()
 leave(0)

@@ -15,10 +15,11 @@ import pytest
 from training_runs import folder_content, write_files
 
 from phi1.tokenizer import EOS, MIN_VOCAB, load_tokenizer, train_bpe
+from phi1.train.commands.prepare import main
 from phi1.train.data.corpus import open_corpus
 from phi1.train.data.shards import DataError
 from phi1.train.prepare import prepare as prepare_module
-from phi1.train.prepare.prepare import main, prepare
+from phi1.train.prepare.prepare import prepare
 from phi1.train.prepare.selection import Selection
 from phi1.train.prepare.sources import content_hash, find_source, gather
 

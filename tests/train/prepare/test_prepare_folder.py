@@ -20,14 +20,16 @@ import pytest
 from training_runs import alive, folder_content, injected, wait_for, wait_until, write_files
 
 from phi1.tokenizer import MIN_VOCAB, train_bpe
+from phi1.train.commands import prepare as prepare_command
+from phi1.train.commands.prepare import main
 from phi1.train.data.corpus import open_corpus
 from phi1.train.data.shards import DataError
 from phi1.train.prepare import prepare as prepare_module
-from phi1.train.prepare.prepare import main, prepare
+from phi1.train.prepare.prepare import prepare
 
 BYTES = train_bpe([], MIN_VOCAB)
 """The smallest tokenizer, which loads at once, for tests in which any will do."""
-COMMAND = [sys.executable, "-P", prepare_module.__file__]
+COMMAND = [sys.executable, "-P", prepare_command.__file__]
 
 
 def run(*arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
@@ -277,7 +279,7 @@ def test_a_disk_that_is_really_full(kilobytes, found, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     script = (f"mount -t tmpfs -o size={kilobytes}k none {disk} || exit 77; "
-              f"'{sys.executable}' -P '{prepare_module.__file__}' --source {tmp_path}/han.jsonl --out {disk}/out; "
+              f"'{sys.executable}' -P '{prepare_command.__file__}' --source {tmp_path}/han.jsonl --out {disk}/out; "
               f"echo $? $(ls -A {disk})")
     done = subprocess.run(["unshare", "-Urm", "sh", "-c", script], capture_output=True, text=True)
     if done.returncode or "unshare" in done.stderr:

@@ -11,10 +11,11 @@ import pytest
 from training_runs import folder_content
 
 from phi1.tokenizer import MIN_VOCAB, train_bpe
+from phi1.train.commands.prepare import main
 from phi1.train.data.corpus import open_corpus
 from phi1.train.data.shards import DataError
 from phi1.train.prepare import prepare as prepare_module
-from phi1.train.prepare.prepare import main, prepare
+from phi1.train.prepare.prepare import prepare
 
 BYTES = train_bpe([], MIN_VOCAB)
 """The smallest tokenizer, which loads at once."""

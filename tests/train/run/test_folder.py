@@ -45,7 +45,7 @@ def assert_has(folder):
     """A third process would be refused, and the run can begin."""
     with pytest.raises(RunError, match=rf"is in use by process {os.getpid()}: wait"):
         RunFolder(folder.path).lock()
-    folder.store(Recipe())
+    folder.store(Recipe().to_toml())
     assert folder.config.exists()
 
 

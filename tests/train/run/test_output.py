@@ -13,12 +13,12 @@ from training_runs import command
 from phi1.train.metrics.ledger import Ledger
 from phi1.train.metrics.progress import Progress
 from phi1.train.recipe.file import read_recipe, show_help
+from phi1.train.run.corpus import prepare_data
 from phi1.train.run.folder import RunFolder
-from phi1.train.run.preflight import prepare_data
 from phi1.train.run.report import Reached, show_complete, show_summary
 from phi1.train.run.run import weights_of_best
 from phi1.train.runtime import launch
-from phi1.train.runtime.launch import Place, RunError, leave, say, stop_with
+from phi1.train.runtime.launch import Rank, RunError, leave, say, stop_with
 from phi1.train.runtime.watchdog import HUNG
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -65,7 +65,7 @@ def test_a_refusal_that_cannot_be_said_is_one_all_the_same(tmp_path, monkeypatch
     with full(monkeypatch):
         say("a line")
         with pytest.raises(Ended, match=r"^2$"):
-            stop_with("no such key", Place())
+            stop_with("no such key", Rank())
     assert "pretrain: error: no such key" in (tmp_path / "error.json").read_text()
 
 
@@ -113,7 +113,7 @@ def test_what_a_finished_run_says_may_be_lost(tmp_path, monkeypatch):
     reached = Reached(60, 2.5, 1.25, 1.5, 4000, 15_360, 900.0, 17.0, 0)
     with full(monkeypatch):
         show_summary(reached, RunFolder(tmp_path), ["def f():"])
-        show_complete(vars(reached), RunFolder(tmp_path), Place())
+        show_complete(vars(reached), RunFolder(tmp_path), Rank())
 
 
 def test_a_warning_that_is_lost_is_no_ledger_that_cannot_be_written(tmp_path, monkeypatch):

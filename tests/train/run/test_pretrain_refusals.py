@@ -8,9 +8,9 @@ import sys
 import pytest
 from training_runs import FUNCTION, error_line, run, steps, train, weights
 
-from phi1.train.data.batch_plan import Layout
+from phi1.train.data.batch_plan import BatchPlan
 from phi1.train.prepare.prepare import prepare
-from phi1.train.runtime.launch import Place, RunError
+from phi1.train.runtime.launch import Rank, RunError
 
 BEFORE_ANYTHING = {  # refused for what the command line says; no run folder appears
     "unknown key": ({"train.step": 3}, "'train.step' is not a key; the nearest is train.steps"),
@@ -88,22 +88,22 @@ def test_other_data_are_refused(place, undisturbed):
 
 @pytest.mark.parametrize(("batch", "micro", "world"), [(8, 0, 1), (8, 2, 1), (8, 2, 2), (8, 1, 4), (8, 2, 4)])
 def test_the_rows_of_all_processes_are_the_batch_once(batch, micro, world):
-    layouts = [Layout.of(batch, micro, rank, world) for rank in range(world)]
-    rows = [row for layout in layouts for m in range(layout.micro_steps) for row in range(batch)[layout.rows(m)]]
+    plans = [BatchPlan.of(batch, micro, rank, world) for rank in range(world)]
+    rows = [row for plan in plans for m in range(plan.micro_steps) for row in range(batch)[plan.rows(m)]]
     assert sorted(rows) == list(range(batch))
 
 
 def test_a_world_that_does_not_divide_the_batch_is_told_what_would():
     with pytest.raises(RunError, match="must be a multiple of the number of processes, 4; got 2; 4 would do, or 1 or 2 "
                                        "processes"):
-        Layout.of(2, 0, 0, 4)
+        BatchPlan.of(2, 0, 0, 4)
 
 
 def test_a_place_names_the_command_that_started_it(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train/pretrain.py"])
-    assert Place().command("--x 1") == "python train/pretrain.py --x 1"
-    nodes = Place(world_size=4, local_world_size=2, launcher=1)
+    assert Rank().command("--x 1") == "python train/pretrain.py --x 1"
+    nodes = Rank(world_size=4, local_world_size=2, launcher=1)
     assert nodes.command("--x 1") == ("torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:PORT "
                                       "--nproc-per-node 2 train/pretrain.py --x 1")
-    four = Place(world_size=4, local_world_size=4, launcher=1)
+    four = Rank(world_size=4, local_world_size=4, launcher=1)
     assert four.command("--x 1") == "torchrun --standalone --nproc-per-node 4 train/pretrain.py --x 1"

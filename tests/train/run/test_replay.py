@@ -8,7 +8,7 @@ import pytest
 from training_runs import error_line, run, start, steps
 
 from phi1.train.checkpoint.files import describe, write_manifest
-from phi1.train.pretrain import parse
+from phi1.train.recipe.command_line import parse
 from phi1.train.runtime.launch import RunError
 
 

@@ -20,7 +20,7 @@ from phi1.train.run.report import (
     show_summary,
     write_summary,
 )
-from phi1.train.runtime.launch import Place, RunError
+from phi1.train.runtime.launch import Rank, RunError
 
 SOURCE = Path(os.__file__).read_bytes() + Path(json.__file__).read_bytes()
 
@@ -62,7 +62,7 @@ def test_a_run_without_xz_is_complete(folder, capsys):
     folder.export.mkdir()
     write_summary(REACHED, folder)
     show_summary(REACHED, folder, [])
-    show_complete(folder.completed(60), folder, Place())
+    show_complete(folder.completed(60), folder, Rank())
     summed_up, again = capsys.readouterr().out.split(f"{folder.path} is complete: ")
     assert "1.2500 on 4,000 held-out bytes; xz -9 on the same bytes not known, for want of memory\n" in summed_up
     assert again.startswith("60 steps, validation loss 2.5000, 1.2500 bits per byte (xz -9 not known, for want of mem")

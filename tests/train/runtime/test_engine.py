@@ -12,11 +12,11 @@ from training_runs import in_processes, save_checkpoint
 
 from phi1.config import preset
 from phi1.train.checkpoint.checkpoint import gather_weights, load_checkpoint
-from phi1.train.data.batch_plan import Layout
+from phi1.train.data.batch_plan import BatchPlan
 from phi1.train.data.corpus import open_corpus
 from phi1.train.recipe.recipe import Train
 from phi1.train.runtime import engine as engine_module
-from phi1.train.runtime.launch import Place, RunError
+from phi1.train.runtime.launch import Rank, RunError
 from phi1.train.step import trainer as step_module
 from phi1.train.step.trainer import Trainer
 
@@ -31,9 +31,9 @@ def make_trainer(rank, store, data, micro_batch, precision="fp32", **sharding):
     engine = engine_module.start(rank, "cpu", precision, 1, **sharding)
     if not dist.is_initialized():
         engine_module.connect_processes(engine, rank, store)
-    layout = Layout.of(TRAIN.batch_size, micro_batch, rank.rank, rank.world_size)
+    batch_plan = BatchPlan.of(TRAIN.batch_size, micro_batch, rank.rank, rank.world_size)
     model = engine_module.build_model(CONFIG, engine, seed=1)
-    return Trainer(model, TRAIN, 32, open_corpus(data, verify=False), layout, engine)
+    return Trainer(model, TRAIN, 32, open_corpus(data, verify=False), batch_plan, engine)
 
 
 class Collectives(TorchDispatchMode):
@@ -189,12 +189,12 @@ def test_an_overflow_on_one_process_skips_the_step_on_all(place, tmp_path, shard
 
 
 def test_a_group_that_does_not_divide_is_refused():
-    assert Place(0, 8, 0, 4).shard_group(0) == 4
-    assert Place(0, 8, 0, 4).shard_group(2) == 2
+    assert Rank(0, 8, 0, 4).shard_group(0) == 4
+    assert Rank(0, 8, 0, 4).shard_group(2) == 2
     with pytest.raises(RunError, match=r"divide the number of processes, 6; got 4, the processes of this machine"):
-        Place(0, 6, 0, 4).shard_group(0)
+        Rank(0, 6, 0, 4).shard_group(0)
     with pytest.raises(RunError, match=r"run\.shard_group must divide the number of processes, 8; got 3$"):
-        Place(0, 8, 0, 4).shard_group(3)
+        Rank(0, 8, 0, 4).shard_group(3)
 
 
 def test_the_order_of_sums_is_part_of_what_equal_bits_need():

@@ -15,7 +15,7 @@ from training_runs import in_processes
 
 from phi1.config import preset
 from phi1.train.checkpoint.checkpoint import gather_weights
-from phi1.train.data.batch_plan import Layout, samples_of_step
+from phi1.train.data.batch_plan import BatchPlan, samples_of_step
 from phi1.train.data.corpus import open_corpus
 from phi1.train.prepare.prepare import prepare
 from phi1.train.recipe.recipe import Train
@@ -50,9 +50,9 @@ def losses(rank, store, data, config, train, seq_len, cases):
                     for step in range(train.steps))
             found.append(plain(weights, rows, config, train))
             continue
-        layout = Layout.of(train.batch_size, micro_batch, 0, 1)
+        batch_plan = BatchPlan.of(train.batch_size, micro_batch, 0, 1)
         machine = replace(engine, precision=precision)
-        trainer = Trainer(build_model(config, machine, 1), train, seq_len, corpus, layout, machine)
+        trainer = Trainer(build_model(config, machine, 1), train, seq_len, corpus, batch_plan, machine)
         outcomes = [trainer.run_step() for _ in range(train.steps)]
         assert not any(outcome.skipped for outcome in outcomes)
         found.append([outcome.loss for outcome in outcomes])

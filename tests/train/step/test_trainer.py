@@ -9,7 +9,7 @@ import torch
 from training_runs import make_trainer, save_checkpoint, weights_of
 
 from phi1.train.checkpoint.checkpoint import load_checkpoint
-from phi1.train.data.batch_plan import Layout
+from phi1.train.data.batch_plan import BatchPlan
 from phi1.train.recipe.recipe import Train
 from phi1.train.step.schedule import learning_rate
 
@@ -28,7 +28,7 @@ def test_accumulation_changes_nothing_but_rounding(small_corpus, engines):
     losses = {}
     for micro in (1, 2, 4):
         trainer = make_trainer(small_corpus, engines, micro_batch_size=micro)
-        trainer.layout = Layout.of(4, micro, 0, 1)
+        trainer.batch_plan = BatchPlan.of(4, micro, 0, 1)
         losses[micro] = torch.tensor([trainer.run_step().loss for _ in range(8)])
     assert ((losses[1] / losses[4]) - 1).abs().max() < 1e-5
     assert ((losses[2] / losses[4]) - 1).abs().max() < 1e-5
