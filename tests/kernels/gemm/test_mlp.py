@@ -94,12 +94,11 @@ def test_rows_do_not_meet(device):
 def test_persistent_programs_give_the_same_bits(monkeypatch, device, tile, programs):  # for 4 x 3 tiles
     monkeypatch.setattr("phi1.kernels.gemm.matmul_triton.multiprocessors", lambda device: programs)
     tensors, found = make(SHAPES[2], torch.float16, device), []
-    for t in (tile, tile, tile | {"persistent": 1}):
+    for t in (tile, tile | {"persistent": 1}):
         with tiles.forced("mlp", "dgelu", t), empty_is_nan():
             found.append(outputs_and_gradients(mlp, tensors))
     for name, plain in found[0].items():
         assert torch.equal(found[1][name], plain), name
-        assert torch.equal(found[2][name], plain), name
 
 
 @pytest.mark.triton
