@@ -1,4 +1,4 @@
-"""Code to prepare, a prepared corpus and an undisturbed run of it, made once for all tests."""
+"""Code to prepare, a prepared corpus and an uninterrupted run of it, made once for all tests."""
 
 import contextlib
 import os
@@ -58,7 +58,7 @@ def code(tmp_path_factory):
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
     """A working directory with a prepared corpus in data/."""
-    from training_runs import make_corpus  # only here: tests of kernels do without what it needs
+    from training_runs import make_corpus  # imported here, because tests of kernels need none of its packages
 
     folder = tmp_path_factory.mktemp("runs")
     make_corpus(folder)
@@ -66,16 +66,16 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def undisturbed(place):
-    """A whole run in one process, in whole/, and what it printed."""
+def uninterrupted(place):
+    """The output of a whole run in one process; its folder is whole/."""
     from training_runs import train
 
     return train(place, "whole")
 
 
 @pytest.fixture(scope="session")
-def undisturbed_pair(place):
-    """The same run in two processes, in pair/, and what it printed."""
+def uninterrupted_pair(place):
+    """The output of the same run in two processes; its folder is pair/."""
     from training_runs import train
 
     return train(place, "pair", 2)
@@ -99,7 +99,7 @@ def small_corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engines():
-    """precision -> engine, in a group of one process."""
+    """Engines by precision, in a group of one process."""
     from torch.distributed import HashStore
 
     from phi1.train.runtime.engine import connect_processes, start

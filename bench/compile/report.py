@@ -18,7 +18,6 @@ from pathlib import Path
 
 import triton
 
-from phi1.bench.cli import MakeParser, plain_parser
 from phi1.bench.compile.again import COMPILE_SECONDS, compile_again
 from phi1.bench.compile.case import Case
 from phi1.bench.compile.cases import cases as cases_of
@@ -27,6 +26,7 @@ from phi1.bench.compile.measured import not_compiled
 from phi1.bench.compile.pool import compile_all
 from phi1.bench.compile.roof import print_roofs
 from phi1.bench.compile.table import VERSIONS, Rows, left_over, load, report_of, row_of, save, stale
+from phi1.bench.harness.parser import MakeParser, plain_parser
 
 Chosen = list[tuple[str, Case]]
 SHOWN_STALE = 5

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("kernels", "phi1", "train", "bench", "tests", "examples", "conftest.py")
+SOURCES = ("kernels", "phi1", "train", "bench", "tests", "examples", "conftest.py", "setup.py")
+PENDING = ("kernels", "phi1", "train", "bench", "tests")
 OPENINGS = {"Of", "As", "What", "Whether", "Where", "That", "Those", "Who", "If"}  # they begin a clause, not a sentence
 
 
@@ -22,15 +23,15 @@ def wrong_openings(source):
                 yield node.lineno, word
 
 
-def files():
-    for name in SOURCES:
-        path = ROOT / name
-        yield from [path] if path.is_file() else sorted(path.rglob("*.py"))
+def files(name):
+    path = ROOT / name
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
 
 
-@pytest.mark.xfail(reason="some rooms are not done")
-def test_no_docstring_begins_with_a_clause():
-    found = [f"{path.relative_to(ROOT)}:{line}: {word}" for path in files()
+@pytest.mark.parametrize("source", [
+    pytest.param(name, marks=pytest.mark.xfail(reason="not done")) if name in PENDING else name for name in SOURCES])
+def test_no_docstring_begins_with_a_clause(source):
+    found = [f"{path.relative_to(ROOT)}:{line}: {word}" for path in files(source)
              for line, word in wrong_openings(path.read_text(encoding="utf-8"))]
     assert not found, f"{len(found)} docstrings begin with one of {', '.join(sorted(OPENINGS))}:\n" + "\n".join(found)
 
@@ -45,4 +46,4 @@ def test_a_clause_is_found_at_any_docstring(source):
 
 def test_a_subject_and_other_strings_pass():
     assert not list(wrong_openings('"""Asynchronous reads."""\nword = "What"\ndef f(x="If"):\n    """Return x."""\n'))
-    assert len(list(files())) > 100
+    assert all(files(name) for name in SOURCES)

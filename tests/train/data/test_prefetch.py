@@ -1,4 +1,4 @@
-"""The next step's batch: read while this one runs, the same as without, and one line where it cannot be read."""
+"""Prefetching: the next batch is read during a step, is the same as without, and a failure is one line."""
 
 import errno
 import os

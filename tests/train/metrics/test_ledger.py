@@ -1,4 +1,4 @@
-"""A run's ledger: how it is cut back, what it notes, and where it is drawn."""
+"""A run's ledger: cutting back, its lines, TensorBoard and W&B."""
 
 import importlib.util
 import itertools
@@ -29,7 +29,7 @@ def test_the_ledger_is_cut_back_to_a_step(tmp_path):
     assert not (tmp_path / "absent.jsonl").exists()
 
 
-def test_a_ledger_that_is_cut_back_says_what_it_did_or_what_it_is_to_say_whenever_that_is_killed(tmp_path):
+def test_a_killed_cut_leaves_the_old_ledger_or_the_new_one(tmp_path):
     path = tmp_path / "ledger.jsonl"
     lines = [{"start": {"finished": 0}}, {"step": 1}, {"step": 2}, {"saved": 1}]
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3'
@@ -45,13 +45,13 @@ def test_a_ledger_that_is_cut_back_says_what_it_did_or_what_it_is_to_say_wheneve
             return
 
 
-def test_what_is_done_again_after_a_stop_is_noted_once(tmp_path):
+def test_lines_that_a_resumed_run_repeats_are_noted_once(tmp_path):
     path = tmp_path / "ledger.jsonl"
     ledger = Ledger(path, 0)
     ledger.step(outcome(1), {})
     ledger.evaluation(1, {"loss": 3.0})
     ledger.step(outcome(2), {})
-    ledger.saved(1, {"bytes": 10})  # it was written meanwhile
+    ledger.saved(1, {"bytes": 10})  # the write ended during step 2
     ledger.step(outcome(3), {})
     ledger.close()
     left = read_ledger(path)
@@ -127,7 +127,7 @@ def test_a_start_that_is_killed_as_it_notes_the_id_of_wandb_does_not_spoil_the_n
         with pytest.raises(RunError, match=r"^run\.wandb: No space left on device$"):
             loggers(tmp_path, wandb=True)
     assert os.listdir(tmp_path / "wandb") == []
-    known.write_text("")  # as it was left where it was written in place
+    known.write_text("")  # as left by an older version that wrote it in place
     for _ in range(2):
         loggers(tmp_path, wandb=True)
     first, again = [json.loads(line)["id"] for line in (tmp_path / "logged.jsonl").read_text().splitlines()]
@@ -183,7 +183,7 @@ def test_tensorboard_is_written_where_it_is_installed(tmp_path, monkeypatch):
     assert b"train/loss" in events.read_bytes()
 
 
-def test_a_damaged_line_is_said_and_costs_what_follows_it(tmp_path, capsys):
+def test_a_damaged_line_is_reported_and_costs_the_lines_after_it(tmp_path, capsys):
     path = tmp_path / "ledger.jsonl"
     lines = [json.dumps({"start": {"finished": 0}})] + [json.dumps({"step": step}) for step in range(1, 9)]
     path.write_text("\n".join([*lines[:5], lines[5].replace(":", ";"), *lines[6:]]) + "\n")

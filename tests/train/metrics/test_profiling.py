@@ -1,4 +1,4 @@
-"""Traces of steps, and what a run leaves behind where memory was not enough."""
+"""Traces of steps, and the report of a run that is out of memory."""
 
 import gzip
 import json
@@ -27,7 +27,7 @@ def test_steps_to_profile_are_read():
             profiled_steps(text, 9)
 
 
-def test_a_trace_of_some_steps_is_written_and_summed_up(place, undisturbed):
+def test_a_trace_of_some_steps_is_written_and_summarised(place, uninterrupted):
     words = [*command("traced", 2, train__steps=4, train__schedule_steps=60, checkpoint__every=0), "--profile", "2-3"]
     done = subprocess.run(words, cwd=place, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr

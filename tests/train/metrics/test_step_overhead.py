@@ -1,4 +1,4 @@
-"""What the ledger, the watchdog and the heartbeat cost of a step."""
+"""The time that the ledger, the watchdog and the heartbeat add to a step."""
 
 import statistics
 import time

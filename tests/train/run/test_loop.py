@@ -1,4 +1,4 @@
-"""What a run goes through after a step: a stop in between, and a checkpoint that cannot be written."""
+"""Evaluations and checkpoints after a step: a stop between them, and a checkpoint that cannot be written."""
 
 from dataclasses import replace
 from types import SimpleNamespace

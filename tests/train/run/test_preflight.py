@@ -1,4 +1,4 @@
-"""What is refused before a run starts, and in which words; no process is started."""
+"""Refusals before a run starts, and the checkpoint that a run resumes from; no process is started."""
 
 import dataclasses
 import json
@@ -98,7 +98,7 @@ def test_a_ledger_is_read_without_the_line_that_a_kill_cut_short(tmp_path):
 
 @pytest.fixture
 def admitted(tmp_path, monkeypatch):
-    """What an attempt of a launch goes on from, among checkpoints of which there are step-10 to step-40 at first."""
+    """A function that starts one attempt of a launch, with the checkpoints step-10 to step-40 at first."""
     checkpoints = tmp_path / "run" / "checkpoints"
     for step in (10, 20, 30, 40):
         path = write_files(checkpoints / f"step-{step}", {"trainer.json": json.dumps({"step": step, "data": "0"})})
@@ -119,7 +119,7 @@ def admitted(tmp_path, monkeypatch):
     return attempt
 
 
-def test_an_older_checkpoint_is_gone_on_from_once(admitted, capsys):
+def test_an_older_checkpoint_is_resumed_once(admitted, capsys):
     assert admitted(0) == Start("0", ("step-20",))
     assert [path.name for path in sorted(admitted.checkpoints.iterdir())] == ["step-10", "step-20"]
     shutil.copytree(admitted.checkpoints / "step-20", admitted.checkpoints / "step-30")  # the run goes on
@@ -187,12 +187,20 @@ def test_a_source_is_the_same_by_any_name_of_its_folder(here):
             f"data.folder data was made from src, not from data.source {source}; give another --data.folder for it")
 
 
+@pytest.fixture(scope="module")
+def other_corpus(place, tmp_path_factory):
+    source = write_files(tmp_path_factory.mktemp("source"), {
+        f"z{i}.py": "".join(FUNCTION.format(i=i, j=j) for j in range(40)) for i in range(9)})
+    out = tmp_path_factory.mktemp("other") / "data"
+    prepare(str(source), out, tokenizer=str(place / "data" / "tokenizer"), val_fraction=0.2, workers=1)
+    return out
+
+
 @pytest.fixture
-def two_corpora(place, here):
-    """A corpus in data/, and how another one takes its place."""
+def two_corpora(place, here, other_corpus):
+    """The recipe of a run on data/, and a function that replaces that corpus with another."""
     shutil.copytree(place / "data", "data")
-    write_files(here / "source", {f"z{i}.py": "".join(FUNCTION.format(i=i, j=j) for j in range(40)) for i in range(9)})
-    prepare("source", "other", tokenizer="data/tokenizer", val_fraction=0.2, workers=1)
+    shutil.copytree(other_corpus, "other")
 
     def swap():
         os.rename("data", "old")
@@ -270,16 +278,16 @@ def test_a_data_folder_that_holds_no_corpus_is_named_once_with_the_command_that_
         f"the corpus with: {AGAIN}")
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "{", '"text"', '{"format": "phi1-corpus", "version": 1}'])
-def test_a_damaged_manifest_is_one_line_with_the_command_that_fits(here, content):
+def test_a_damaged_manifest_is_one_line_with_the_command_that_fits(here):
     prepare("src", "data", tokenizer="train", vocab_size=300, workers=1)
-    (here / "data" / "manifest.json").write_text(content)
-    assert refusal(prepare_data, recipe(source="src")) == (
-        "data.folder: data/manifest.json: damaged: it is no corpus' manifest any more; restore it or prepare the "
-        f"corpus again with: {AGAIN}")
+    for content in ("{}", "[]", "{", '"text"', '{"format": "phi1-corpus", "version": 1}'):
+        (here / "data" / "manifest.json").write_text(content)
+        assert refusal(prepare_data, recipe(source="src")) == (
+            "data.folder: data/manifest.json: damaged: it is no corpus' manifest any more; restore it or prepare the "
+            f"corpus again with: {AGAIN}"), content
 
 
-def test_a_place_that_cannot_be_written_is_not_called_full(here):
+def test_a_folder_that_cannot_be_written_is_not_called_full(here):
     (here / "file").write_text("")
     for out, reason in (("/proc/x", "No such file or directory"), ("file/x", "File exists")):
         folder = here / out

@@ -1,4 +1,4 @@
-"""What a process does whose torchrun has been killed, at each point at which it can notice."""
+"""Starting under torchrun: the rank, the store, and a process whose torchrun has been killed."""
 
 import os
 import socket
@@ -16,7 +16,7 @@ from phi1.train.runtime.stop_signals import StopSignals
 
 @pytest.fixture
 def started(monkeypatch):
-    """The place of the first of two processes that torchrun has started, and how torchrun ends."""
+    """The rank of the first of two processes under torchrun, and a function that ends torchrun."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]

@@ -49,7 +49,7 @@ def test_the_time_limit_counts_from_the_launch(alone):
     assert over.signal_name == "run.time_limit"
 
 
-def test_a_run_at_its_time_limit_saves_and_the_same_command_goes_on(place, undisturbed):
+def test_a_run_at_its_time_limit_saves_and_the_same_command_goes_on(place, uninterrupted):
     process = start(place, "limited", run__time_limit=0.0001)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err

@@ -1,4 +1,4 @@
-"""The heartbeat, and the end of what hangs; the run's provenance and its MFU."""
+"""The heartbeat file, and the end of a process that hangs."""
 
 import json
 import os
@@ -6,32 +6,24 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from training_runs import wait_until
 
-import phi1.kernels
-from phi1.train.metrics.mfu import Mfu
 from phi1.train.recipe.file import read_recipe
 from phi1.train.run import build as build_module
 from phi1.train.run import run as run_module
 from phi1.train.run.folder import RunFolder
 from phi1.train.run.start import Start
-from phi1.train.runtime import provenance
 from phi1.train.runtime import watchdog as watch_module
-from phi1.train.runtime.engine import Engine
 from phi1.train.runtime.launch import Rank, RunError
-from phi1.train.runtime.provenance import changed, commit, versions
 from phi1.train.runtime.watchdog import HUNG, Watchdog
-
-BASE = read_recipe(Path(__file__).parents[3] / "train" / "configs" / "phi1-base.toml", {})
 
 
 def look_on(watchdog, looks, between):
-    """What the watchdog's thread does, with something that is done between its looks in place of pauses."""
+    """Run the loop of the watchdog's thread for some looks, and call `between` in place of each pause."""
     over = iter([False] * (looks - 1) + [True])
 
     def wait(pause):
@@ -125,66 +117,3 @@ def test_a_process_that_hangs_before_the_first_step_is_found(tmp_path, monkeypat
     assert said
     assert said[0].startswith("rank 0 has been in the start for 0 s, where run.watchdog allows 0.2: it hangs")
     assert json.loads(folder.heartbeat.read_text())["doing"] == "ended by enough"
-
-
-def test_what_changed_between_two_starts():
-    before = {"train": {"lr": 1e-3, "steps": 10}, "run": {"folder": "a"}}
-    now = {"train": {"lr": 1e-3, "steps": 20, "clip": 1.0}}
-    assert changed(before, now) == {"run.folder": ["a", None], "train.clip": [None, 1.0], "train.steps": [10, 20]}
-    assert changed(now, now) == {}
-
-
-def test_versions_and_commit_are_those_of_this_process():
-    assert versions()["torch"] == torch.__version__
-    head = commit()
-    assert head is None or len(head.removesuffix("+changes")) >= 7
-
-
-@pytest.mark.parametrize("name", ["new.py", "tuned/op.json", "tuned/gpus/one.json"])
-def test_a_change_of_the_code_is_another_environment(tmp_path, monkeypatch, name):
-    def now():
-        provenance.sources.cache_clear()
-        return Engine(torch.device("cpu"), "fp32", 1, 1).environment()["phi1"]
-
-    monkeypatch.setattr(phi1.kernels, "__path__", [str(tmp_path)])
-    found = [now(), now()]
-    path = tmp_path / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for text in ("1", "2"):
-        path.write_text(text)
-        found.append(now())
-    path.rename(path.with_stem("renamed"))
-    found.append(now())
-    provenance.sources.cache_clear()
-    assert found[0] == found[1]
-    assert len(set(found)) == 4
-
-
-def test_the_cpu_is_more_than_its_architecture():
-    assert torch.backends.cpu.get_cpu_capability() in provenance.cpu()
-    assert provenance.cpu().split()[0] not in ("", torch.backends.cpu.get_cpu_capability())
-
-
-def test_a_repository_around_an_installation_is_not_its_commit(tmp_path, monkeypatch):
-    inside = tmp_path / "venv" / "provenance.py"
-    inside.parent.mkdir()
-    inside.write_text("")
-    commands = "init -q", "-c user.name=a -c user.email=a@b commit -q --allow-empty -m a"
-    for words in map(str.split, commands):
-        subprocess.run(["git", "-C", tmp_path, *words], check=True)
-    monkeypatch.setattr(provenance, "__file__", str(inside))
-    assert commit() is None
-    subprocess.run(["git", "-C", tmp_path, "add", inside], check=True)
-    assert commit()
-
-
-@pytest.mark.parametrize(("precision", "expected"), [("fp16", 0.505), ("fp32", 0.505 * 312 / 19.5)])
-def test_mfu_of_a_known_gpu_and_of_none(monkeypatch, precision, expected):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
-    engine = Engine(torch.device("cuda", 0), precision, 1, 8)
-    found = Mfu.of_run(BASE.phi1_config(), BASE.data.seq_len, engine).of(8 * 0.505 * 312e12 / 9.0884e9)
-    assert found["mfu"] == pytest.approx(expected, rel=1e-3)
-    assert found["mfu_causal"] == pytest.approx(expected * 8.484 / 9.088, rel=1e-3)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    assert Mfu.of_run(BASE.phi1_config(), BASE.data.seq_len, engine).of(1e5) == {}
-    assert Mfu.of_run(BASE.phi1_config(), BASE.data.seq_len, Engine(torch.device("cpu"), "fp32", 2, 1)).of(1e5) == {}
