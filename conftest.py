@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["kernel_backends"]  # of tests/support
+
 # transformers probes for a package called `kernels`; with the checkout on sys.path it would find ours.
 ROOT = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]

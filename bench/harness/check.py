@@ -1,6 +1,6 @@
 """Correctness before a time counts: every result and every gradient against the reference in float64.
 
-The rule is that of the tests (`phi1.testing`). The error may be twice that of plain PyTorch in the tested dtype, and
+The rule is that of the tests (`kernel_checks`). The error may be twice that of plain PyTorch in the tested dtype, and
 two roundings more. Plain PyTorch is the reference, or PyTorch's own operation if that is further off, as its float32
 sums over rows are. Peers may be ten times as far off, since some round tables or statistics that phi1 keeps in float32;
 the table shows their error. An error is the largest difference over the largest exact value. Integers must be equal.

@@ -1,7 +1,8 @@
-"""Runs every test_*_kernels.py in Triton's interpreter: a process of its own, for TRITON_INTERPRET acts on import.
+"""Runs the tests of the Triton kernels in Triton's interpreter, each file in a process of its own.
 
-Each uses one core. Under `pytest -n` the workers take them one by one, as other tests; else as many as there are cores
-run at once.
+TRITON_INTERPRET acts on import, hence the processes. There the plugin kernel_backends leaves out every test that needs
+no kernel. Each process uses one core. Under `pytest -n` the workers take the files one by one, as other tests;
+otherwise as many run at once as there are cores.
 """
 
 import os
@@ -13,15 +14,19 @@ from pathlib import Path
 
 import pytest
 
-# Those that take longest first, as far as their sizes tell.
-KERNEL_TESTS = sorted(Path(__file__).parents[1].rglob("test_*_kernels.py"),
-                      key=lambda path: (-path.stat().st_size, path))
+TESTS = Path(__file__).parents[1]
+ON_KERNELS = re.compile(r"mark\.triton|def test_\w+\([^)]*\bdevice\b")
+# The files that take longest first, as far as their sizes tell.
+KERNEL_TESTS = sorted((path for path in TESTS.rglob("test_*.py") if ON_KERNELS.search(path.read_text())
+                       and path != Path(__file__)), key=lambda path: (-path.stat().st_size, path))
 
 
 def interpret(path):
-    """pytest on one file."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", str(path)]
+    """Run pytest on one file."""
+    search = os.pathsep.join(filter(None, (str(TESTS / "support"), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": search}
+    command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider",
+               "-p", "kernel_backends", str(path)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=path.parent, timeout=600)
 
 
@@ -35,7 +40,7 @@ def check(path, done):
 
 @pytest.fixture(scope="module")
 def interpreted(request):
-    """What `interpret` returns for a file, which may have begun before it is asked for."""
+    """`interpret`, for files that may have begun before they are asked for."""
     if hasattr(request.config, "workerinput"):  # of pytest-xdist
         yield interpret
         return
@@ -52,8 +57,15 @@ def test_kernels_in_the_interpreter(path, interpreted):
     check(path, interpreted(path))
 
 
-def test_there_are_kernel_tests():
-    assert KERNEL_TESTS
+def test_there_are_kernel_tests(request):
+    """Every test with a backend lies in a file that the interpreter runs."""
+    assert len(KERNEL_TESTS) > 15
+    found = {item.path for item in request.session.items
+             if getattr(item, "callspec", None) and item.callspec.params.get("device") in ("eager", "triton")}
+    assert found <= set(KERNEL_TESTS)
+
+
+ON_TRITON = "import pytest\npytestmark = pytest.mark.triton\n"
 
 
 @pytest.mark.parametrize(
@@ -61,20 +73,38 @@ def test_there_are_kernel_tests():
     [
         ("def test_a(): pass\ndef test_b(): assert False, 'broken kernel'", "broken kernel"),
         ("x = 1", "no tests ran"),
-        ("import pytest\ndef test_a(): pass\n@pytest.mark.skip\ndef test_b(): pass", "skipped"),
+        ("def test_a(): pass\n@pytest.mark.skip\ndef test_b(): pass", "skipped"),
         ("import no_such_module\ndef test_a(): pass", "no_such_module"),
+        ("@pytest.mark.eager\ndef test_a(): pass", "1 deselected"),
     ],
-    ids=["fails", "empty", "skips", "does not import"],
+    ids=["fails", "empty", "skips", "does not import", "runs on no kernel"],
 )
 def test_a_bad_kernel_test_file_is_noticed(tmp_path, body, complaint):
-    path = tmp_path / "test_bad_kernels.py"
-    path.write_text(body)
+    path = tmp_path / "test_bad.py"
+    path.write_text(ON_TRITON + body)
     done = interpret(path)
     with pytest.raises(AssertionError, match=complaint):
         check(path, done)
 
 
-def test_the_interpreter_is_on_inside(tmp_path):
-    path = tmp_path / "test_env_kernels.py"
-    path.write_text("from phi1.testing import kernel_device\ndef test_a(): assert kernel_device() == 'cpu'")
-    check(path, interpret(path))
+PARTS = """
+import pytest
+from kernel_checks import kernel_device
+from phi1.kernels.core import backend
+
+def test_needs_no_kernel(): assert False
+@pytest.mark.eager
+def test_eager(device): assert False
+@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.not_interpreted), pytest.param(2)])
+def test_everywhere(device, n): assert (device, n, backend._forced) == ("cpu", 2, "triton")
+@pytest.mark.triton
+def test_kernel(): assert kernel_device() == "cpu"
+"""
+
+
+def test_the_interpreter_is_on_inside_and_runs_the_tests_of_kernels_alone(tmp_path):
+    path = tmp_path / "test_parts.py"
+    path.write_text(PARTS)
+    done = interpret(path)
+    check(path, done)
+    assert "2 passed, 3 deselected" in done.stdout

@@ -6,25 +6,12 @@ the host are refused too, for they wait as well. The operators' own code runs up
 
 import pytest
 import torch
+from operation_cases import CASES, case
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from phi1.config import preset
-from phi1.kernels import (
-    Dropout,
-    add_layer_norm,
-    attention,
-    attention_qkv,
-    backend,
-    dropout_add,
-    gelu,
-    layer_norm,
-    linear,
-    linear_cross_entropy,
-    mlp,
-    rotary,
-    rotary_,
-)
+from phi1.kernels import backend, rotary_
 from phi1.kernels.core import backend as _backend
 from phi1.kernels.core import tiles
 from phi1.model import Cache, Phi1
@@ -63,56 +50,27 @@ def gpu(request, monkeypatch):
         yield launched
 
 
-def tensor(*shape, dtype=torch.float16, grad=True):
-    return torch.empty(shape, dtype=dtype, device="meta").requires_grad_(grad)
+def ints(*shape):
+    return torch.empty(shape, dtype=torch.int64, device="meta")
 
 
-def ints(*shape, dtype=torch.int64):
-    return torch.empty(shape, dtype=dtype, device="meta")
+MADE = {name: case(name, "meta", torch.float16, rows=24) for name in CASES}  # here, for copies are refused in a test
 
 
-def mask(kind=0):
-    return Dropout(0.1, ints(2), ints(2), kind=kind)
-
-
-def heads(*shape):
-    return [tensor(*shape) for _ in range(3)]
-
-
-def tables():
-    return tensor(64, 16, dtype=torch.float32, grad=False), tensor(64, 16, dtype=torch.float32, grad=False)
-
-
-CALLS = {
-    "layer_norm": lambda: layer_norm(tensor(24, 128), tensor(128), tensor(128)),
-    "add_layer_norm": lambda: add_layer_norm(tensor(24, 128), tensor(24, 128), tensor(128), tensor(128))[1],
-    "gelu": lambda: gelu(tensor(24, 128)),
-    "linear": lambda: linear(tensor(24, 128), tensor(256, 128), tensor(256), activation="gelu_new"),
-    "linear, dropped": lambda: linear(tensor(24, 128), tensor(128, 128), tensor(128), residual=tensor(24, 128),
-                                      dropout=mask()),
-    "mlp": lambda: mlp(tensor(24, 128), tensor(256, 128), tensor(256), tensor(128, 256), tensor(128)),
-    "dropout_add": lambda: dropout_add(tensor(24, 128), tensor(24, 128), mask()),
-    "rotary": lambda: rotary(tensor(24, 3, 2, 64), *tables(), ints(24)),
-    "attention": lambda: attention(*heads(2, 24, 2, 64)),
-    "attention, documents": lambda: attention(*heads(1, 24, 2, 64), cu_seqlens=ints(4, dtype=torch.int32)),
-    "attention, dropped": lambda: attention(*heads(2, 24, 2, 64), dropout=mask()),
-    "attention_qkv": lambda: attention_qkv(tensor(48, 3, 2, 64), batch=2, rotary=tables()),
-    "attention_qkv, documents": lambda: attention_qkv(tensor(48, 3, 2, 64), rotary=tables(),
-                                                      cu_seqlens=ints(4, dtype=torch.int32)),
-    "linear_cross_entropy": lambda: linear_cross_entropy(tensor(24, 128), tensor(512, 128), tensor(512), ints(24)),
-}
-
-
-@pytest.mark.parametrize("call", CALLS)
-def test_an_operation_and_its_backward_do_not_wait(gpu, call):
-    out = CALLS[call]()
+@pytest.mark.parametrize("name", CASES)
+def test_an_operation_and_its_backward_do_not_wait(gpu, name):
+    of = MADE[name]
+    leaves = {argument: x.detach().requires_grad_() for argument, x in of.tensors.items()}
+    out = of.operation(**leaves, **of.options)
+    out = out if isinstance(out, torch.Tensor) else out[1]
     forward = len(gpu)
     out.backward(torch.empty_like(out))
-    assert 0 < forward < len(gpu) or call == "linear_cross_entropy"  # whose forward has computed the gradients
+    assert 0 < forward < len(gpu) or name == "linear_cross_entropy"  # whose forward has computed the gradients
 
 
 def test_rotating_in_place_does_not_wait(gpu):
-    rotary_(tensor(24, 3, 2, 64, grad=False), *tables(), ints(24))
+    of = MADE["rotary"]
+    rotary_(of.tensors["x"], **of.options)
     assert gpu
 
 
@@ -146,4 +104,4 @@ def test_a_training_step_does_not_wait(gpu, recompute, dropout):
 ], ids=["item", "cpu", "mask", "to"])
 def test_what_waits_is_noticed(gpu, waits):
     with pytest.raises((RuntimeError, AssertionError)):
-        waits(tensor(3))
+        waits(torch.empty(3, device="meta"))

@@ -8,10 +8,10 @@ import threading
 from pathlib import Path
 
 import pytest
+from crashes import ends_early
 
 from phi1 import atomic
 from phi1.atomic import NEW, publish, sweep, workspace, write_file
-from phi1.testing import ends_early
 
 
 def make(path, text, check=lambda old: None):

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from kernel_checks import DTYPES, assert_compiles_whole, assert_operator_is_sound
 
-from phi1 import Phi1, preset, testing
+from phi1 import Phi1, preset
 from phi1.embedding import embed
 
 VOCAB, WIDTH, ROWS = 1000, 24, 3000
@@ -16,7 +17,7 @@ def make(dtype):
     return torch.randn(VOCAB, WIDTH, generator=generator).to(dtype), ids
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_and_gradient(dtype):
     weight, ids = make(dtype)
     dout = torch.rand(ROWS, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -28,7 +29,7 @@ def test_rows_and_gradient(dtype):
     assert ((weight.grad.double() - exact).abs() <= allowed * exact).all()
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_gradient_has_the_same_bits_on_any_number_of_threads(dtype):
     weight, ids = make(dtype)
     dout = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -65,6 +66,6 @@ def test_operators_are_sound_also_without_tokens():
     (gradient,) = torch.autograd.grad(embed(weight.requires_grad_(), ids[:0]).sum(), weight)
     assert not gradient.any()
     weight = weight.detach()
-    testing.assert_operator_is_sound("embedding", (weight[:9].requires_grad_(), ids[:5] % 9))
-    testing.assert_operator_is_sound("embedding_backward", (weight[:5], ids[:5] % 9, 9))
-    testing.assert_compiles_whole(embed, {"weight": weight, "ids": ids})
+    assert_operator_is_sound("embedding", (weight[:9].requires_grad_(), ids[:5] % 9))
+    assert_operator_is_sound("embedding_backward", (weight[:5], ids[:5] % 9, 9))
+    assert_compiles_whole(embed, {"weight": weight, "ids": ids})

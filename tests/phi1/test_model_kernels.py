@@ -1,16 +1,15 @@
-"""The whole model on the Triton kernels, in training and in evaluation (run by test_interpreter.py without a GPU)."""
+"""The whole model on the Triton kernels, in training and in evaluation."""
 
 import pytest
 import torch
+from kernel_checks import kernel_device
 
-from phi1 import testing
 from phi1.config import preset
 from phi1.kernels import backend
 from phi1.model import Cache, Phi1
 
-DEVICE = testing.kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
+pytestmark = pytest.mark.triton
+DEVICE = kernel_device()
 
 STEPS, BATCH, TOKENS, VOCAB = 5, 2, 10, 130
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
+from kernel_checks import kept_bytes
 from torch.distributed.tensor import DTensor
 from training_runs import in_processes
 
-from phi1 import testing
 from phi1.config import preset
 from phi1.kernels import backend
 from phi1.kernels.block.parallel_block import RECOMPUTE
@@ -88,7 +88,7 @@ def test_the_storages_that_autograd_keeps_are_the_planned_ones(recompute, mode, 
     model.recompute = recompute
     ids = torch.randint(model.config.vocab_size, (1, TOKENS))
     constants = [*model.parameters(), model.rotary_tables, RNG, SAMPLES]
-    with testing.kept_bytes(constants) as kept:
+    with kept_bytes(constants) as kept:
         out = model._blocks(ids, None, None, None, rng=RNG, sample_ids=SAMPLES[:1])
     d = model.config.hidden_size
     planned = activations(model.config, TOKENS, 2, mode) - TOKENS * 2 * 2 * d  # the final norm's

@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from phi1 import testing
+from kernel_checks import kernel_device
 
 if sys.platform != "linux" or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("Triton compiles on Linux, and not in its interpreter", allow_module_level=True)
@@ -276,4 +275,4 @@ def test_bad_usage_exits_with_2_and_a_line(arguments, interpret, message):
 
 
 def test_kernel_device_is_not_the_interpreter_here():
-    assert testing.kernel_device() in (None, "cuda")
+    assert kernel_device() in (None, "cuda")

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kernel_checks import kernel_device
 
-from phi1 import testing
 from phi1.bench.cases import norm
 from phi1.bench.cases.registry import all_cases
 from phi1.bench.harness import check
@@ -19,9 +19,8 @@ from phi1.kernels import backend, layer_norm
 from phi1.kernels.core import tiles
 from phi1.kernels.core.backend import reference_forced
 
-DEVICE = testing.kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
+pytestmark = pytest.mark.triton
+DEVICE = kernel_device()
 
 OWN = {"rows": 8, "num_warps": 1}  # the table's, at width 256
 FAST, WRONG, SLOW = {"rows": 2, "num_warps": 4}, {"rows": 4, "num_warps": 8}, {"rows": 16, "num_warps": 2}

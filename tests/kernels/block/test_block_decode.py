@@ -2,28 +2,40 @@
 
 import pytest
 import torch
+from kernel_checks import (
+    DTYPES,
+    DTYPES_OF_PRODUCTS,
+    assert_operator_is_sound,
+    assert_within_bound,
+    block_inputs,
+    empty_is_nan,
+    only,
+    rotary_tables,
+)
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from phi1 import testing
 from phi1.kernels import backend, parallel_block, parallel_block_decode, parallel_block_prefill
 
+ONE, SEVERAL = (3, 1, 32, 2, 48, 20, 8), (2, 5, 128, 2, 512, 40, 32)
 SHAPES = [  # B, T new tokens, D, H, F, S tokens with those before, R
-    (1, 1, 4, 1, 1, 1, 2),  # the smallest, and an empty cache
-    (3, 1, 32, 2, 48, 20, 8),
-    (2, 5, 128, 2, 512, 40, 32),  # several tokens; phi-1's head size and proportions
-    (1, 1, 160, 2, 640, 33, 32),  # phi-2's head size
+    *only("eager",
+          (1, 1, 4, 1, 1, 1, 2),  # the smallest, and an empty cache
+          ONE,
+          SEVERAL,  # phi-1's head size and proportions
+          (1, 1, 160, 2, 640, 33, 32)),  # phi-2's head size
+    *only("triton", (1, 1, 16, 1, 5, 1, 2), (3, 1, 64, 1, 200, 40, 32), (2, 5, 32, 2, 48, 20, 8)),
 ]
 
 
-def make(shape, dtype=torch.float32):
+def make(shape, dtype=torch.float32, device="cpu"):
     """Arguments; the cache is a view of a longer one, as the model's is, and NaN where it is to be written."""
     batch, tokens, width, n_heads, inner, length, rotary_size = shape
     generator = torch.Generator().manual_seed(1)
-    cache = torch.randn(2, batch, length + 3, n_heads, width // n_heads, generator=generator).to(dtype)
+    cache = torch.randn(2, batch, length + 3, n_heads, width // n_heads, generator=generator).to(device, dtype)
     cache[:, :, length - tokens :] = torch.nan
-    cos, sin = testing.rotary_tables(rotary_size, device="cpu")
-    tensors = testing.block_inputs((batch, tokens, width, n_heads, inner), dtype, "cpu")
+    cos, sin = rotary_tables(rotary_size, device=device)
+    tensors = block_inputs((batch, tokens, width, n_heads, inner), dtype, device)
     return tensors | {"cos": cos, "sin": sin, "kv": cache[:, :, :length]}
 
 
@@ -34,28 +46,40 @@ def run(tensors, exact=False, **options):
     return parallel_block_decode(**wide, **options), wide["kv"]
 
 
-def starts(*values):
-    return torch.tensor(values, dtype=torch.int32)
+def starts(*values, device="cpu"):
+    return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES_OF_PRODUCTS, ids=str)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_it_matches_the_reference(shape, padded, dtype):
-    tensors, options = make(shape, dtype), {"seq_starts": starts(0, 7, 3)[: shape[0]]} if padded else {}
-    got = run(tensors, **options)
+def test_it_matches_the_reference_and_writes_new_tokens_alone(device, shape, padded, dtype):
+    tensors = make(shape, dtype, device)
+    options = {"seq_starts": starts(*(0, 7, 3)[: shape[0]], device=device)} if padded else {}
+    with empty_is_nan():
+        got = run(tensors, **options)
     with backend("reference"):
         eager, exact = run(tensors, **options), run(tensors, exact=True, **options)
     for i, name in enumerate(("out", "kv")):
-        testing.assert_within_bound(got[i], eager[i], exact[i], name, roundings=8)
+        assert_within_bound(got[i], eager[i], exact[i], name, roundings=8)
     before = shape[5] - shape[1]
     assert torch.equal(got[1][:, :, :before], tensors["kv"][:, :, :before])
 
 
+def test_nothing_behind_the_new_tokens_is_written(device):
+    tensors = make(ONE, device=device)
+    longer = torch.randn(2, 3, 23, 2, 16, device=device)
+    before = longer.clone()
+    parallel_block_decode(**tensors | {"kv": longer[:, :, :20]})
+    assert torch.equal(longer[:, :, :19], before[:, :, :19])
+    assert not torch.equal(longer[:, :, 19], before[:, :, 19])
+    assert torch.equal(longer[:, :, 20:], before[:, :, 20:])
+
+
 def test_it_goes_on_where_the_prompt_ended():
     batch, tokens, width, n_heads, inner, rotary_size = 2, 12, 32, 2, 48, 8
-    tensors = testing.block_inputs((batch, tokens, width, n_heads, inner), device="cpu")
-    cos, sin = testing.rotary_tables(rotary_size, device="cpu")
+    tensors = block_inputs((batch, tokens, width, n_heads, inner), device="cpu")
+    cos, sin = rotary_tables(rotary_size, device="cpu")
     x, options = tensors.pop("x"), {"cos": cos, "sin": sin, "seq_starts": starts(0, 4)}
     whole = parallel_block(x, **tensors, **options, n_heads=n_heads, batch=batch).unflatten(0, (batch, -1))
     rows = x.unflatten(0, (batch, -1))
@@ -74,7 +98,7 @@ def grouped(tensors, positions):
 
 
 def test_positions_turn_the_keys():
-    tensors = make(SHAPES[1])
+    tensors = make(ONE)
     _, usual = run(tensors)
     _, same = run(tensors, positions=torch.full((3,), 19))
     _, other = run(tensors, positions=torch.full((3,), 5))
@@ -83,9 +107,9 @@ def test_positions_turn_the_keys():
     assert not torch.allclose(usual[0, :, -1], other[0, :, -1])
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_past_checks_and_dispatcher_it_is_the_operator(dtype):
-    tensors, own = make(SHAPES[2], dtype), []
+    tensors, own = make(SEVERAL, dtype), []
     positions, seq_starts = torch.arange(35, 40).repeat(2), starts(0, 7)
     for check in (True, False):
         own.append(run(tensors, positions=positions, seq_starts=seq_starts, check=check))
@@ -97,13 +121,13 @@ def test_past_checks_and_dispatcher_it_is_the_operator(dtype):
 
 
 def test_the_operator_is_sound():
-    tensors = make(SHAPES[1]) | {"kv": make(SHAPES[1])["kv"].nan_to_num()}
+    tensors = make(ONE) | {"kv": make(ONE)["kv"].nan_to_num()}
     arguments = *grouped(tensors, torch.full((3,), 19)), tensors["kv"], None, 1e-5
-    testing.assert_operator_is_sound("parallel_block_decode", arguments)
+    assert_operator_is_sound("parallel_block_decode", arguments)
 
 
 def test_compiled_whole_it_has_the_same_bits():
-    tensors = make(SHAPES[2])
+    tensors = make(SEVERAL)
     torch._dynamo.reset()
     with torch.no_grad():
         got = torch.compile(run, fullgraph=True, backend="aot_eager")(tensors, seq_starts=starts(0, 7))
@@ -113,7 +137,7 @@ def test_compiled_whole_it_has_the_same_bits():
 
 def test_what_looks_on_sees_the_operator():
     """A mode of dispatch, and fake tensors, whose shapes are all that is right about them."""
-    tensors, options = make(SHAPES[2]), {"positions": torch.arange(35, 40).repeat(2), "check": False}
+    tensors, options = make(SEVERAL), {"positions": torch.arange(35, 40).repeat(2), "check": False}
     seen = []
 
     class Seen(TorchDispatchMode):
@@ -134,7 +158,7 @@ def test_what_looks_on_sees_the_operator():
 
 
 def test_autocast_does_not_reach_it():
-    tensors = make(SHAPES[2])
+    tensors = make(SEVERAL)
     plain, kv = run(tensors)
     with torch.autocast("cpu", torch.bfloat16):
         out, again = run(tensors)
@@ -143,7 +167,7 @@ def test_autocast_does_not_reach_it():
 
 
 def bad(**changes):
-    return make(SHAPES[1]) | changes
+    return make(ONE) | changes
 
 
 KV = torch.zeros(2, 3, 20, 2, 16)

@@ -1,4 +1,4 @@
-"""What all operations share: the choice of a backend, when values are checked, the messages, the table of tiles."""
+"""Rules that all operations share: the backend, when values are checked, the messages, the table of tiles."""
 
 import sys
 from decimal import Decimal
@@ -7,8 +7,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from kernel_checks import assert_matches_reference, assert_within_bound, empty_is_nan
 
-from phi1 import testing
 from phi1.kernels import Dropout, backend, check_values
 from phi1.kernels.core import tiles
 from phi1.kernels.core.backend import reference_forced, use_triton
@@ -175,7 +175,7 @@ def test_what_was_measured_goes_first_then_the_first_row_that_fits(monkeypatch):
 
 
 def test_uninitialised_memory_is_nan_inside_the_context():
-    with testing.empty_is_nan():
+    with empty_is_nan():
         assert torch.empty(100).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -192,16 +192,16 @@ def test_uninitialised_memory_is_nan_inside_the_context():
 def test_the_tolerance_rule_refuses(out, message):
     eager = torch.tensor([1.0, 2.0])
     with pytest.raises(AssertionError, match=message):
-        testing.assert_within_bound(out, eager, eager.double(), "x")
-    testing.assert_within_bound(eager, eager, eager.double(), "x")
+        assert_within_bound(out, eager, eager.double(), "x")
+    assert_within_bound(eager, eager, eager.double(), "x")
     # Twice eager's own error is allowed.
-    testing.assert_within_bound(torch.tensor([1.0, 2.1]), torch.tensor([1.0, 2.06]), eager.double(), "x")
+    assert_within_bound(torch.tensor([1.0, 2.1]), torch.tensor([1.0, 2.06]), eager.double(), "x")
 
 
 def test_a_wrong_gradient_is_noticed():
     x = {"x": torch.randn(5, generator=torch.Generator().manual_seed(0))}
-    testing.assert_matches_reference(lambda x: x * 2, lambda x: x + x, x)
+    assert_matches_reference(lambda x: x * 2, lambda x: x + x, x)
     with pytest.raises(AssertionError, match=r"dx \[5\]"):
-        testing.assert_matches_reference(lambda x: x * 2 + (x - x.detach()) * 0.01, lambda x: x * 2, x)
+        assert_matches_reference(lambda x: x * 2 + (x - x.detach()) * 0.01, lambda x: x * 2, x)
     with pytest.raises(AssertionError, match="y gets no gradient"):
-        testing.assert_matches_reference(lambda x, y: x * 2, lambda x, y: x * 2, x | {"y": x["x"]})
+        assert_matches_reference(lambda x, y: x * 2, lambda x, y: x * 2, x | {"y": x["x"]})

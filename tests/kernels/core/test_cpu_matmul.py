@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_checks import DTYPES, block_inputs, rotary_tables
 
-from phi1 import testing
 from phi1.kernels import linear, linear_cross_entropy, mlp, parallel_block
 from phi1.kernels.core import cpu_matmul, cpu_memory
 from phi1.kernels.core.cpu_matmul import WIDE, addmm, mm
@@ -56,7 +56,7 @@ def test_its_range_is_float16s_at_the_end_alone(without_float16):
 
 @pytest.mark.parametrize(("rows", "columns", "multiplies", "dtype"), [
     (WIDE - 1, 200, False, torch.float16), (200, WIDE - 1, False, torch.float16), (200, 200, True, torch.float16),
-    *((200, 200, False, dtype) for dtype in testing.DTYPES if dtype != torch.float16),
+    *((200, 200, False, dtype) for dtype in DTYPES if dtype != torch.float16),
 ])
 def test_all_else_is_pytorchs(monkeypatch, rows, columns, multiplies, dtype):
     monkeypatch.setattr(cpu_matmul, "_multiplies_float16", lambda: multiplies)
@@ -84,12 +84,12 @@ def test_a_large_weight_is_never_wide_as_a_whole(without_float16):
 
 W, B = draw(96, 64, seed=4), draw(96, seed=5)
 ZEROS = torch.zeros(64, dtype=torch.float16)
-TABLES = dict(zip(("cos", "sin"), testing.rotary_tables(8, device="cpu"), strict=True))
+TABLES = dict(zip(("cos", "sin"), rotary_tables(8, device="cpu"), strict=True))
 OPERATIONS = {
     "linear": lambda x: linear(x, W, B),
     "mlp": lambda x: mlp(x, W, B, W.t().contiguous(), ZEROS),
     "linear_cross_entropy": lambda x: linear_cross_entropy(x, W, B, torch.zeros(WIDE, dtype=torch.int64)),
-    "parallel_block": lambda x: parallel_block(x, **{name: value for name, value in testing.block_inputs(
+    "parallel_block": lambda x: parallel_block(x, **{name: value for name, value in block_inputs(
         (1, WIDE, 64, 2, 96), torch.float16, "cpu").items() if name != "x"}, **TABLES, n_heads=2),
 }
 

@@ -90,7 +90,7 @@ def test_blocks_lie_in_huge_pages_and_a_chunk_goes_with_its_last_block(monkeypat
 
 
 def flags_of_mapping(address):
-    """What the system notes of the mapping that holds an address; "hg" is the advice to use huge pages."""
+    """The system's flags of the mapping that holds an address; "hg" is the advice to use huge pages."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first = line.split()[0]

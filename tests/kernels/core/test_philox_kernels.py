@@ -2,20 +2,16 @@
 
 import pytest
 import torch
-
-from phi1 import testing
-from phi1.kernels import Dropout
-from phi1.kernels.core.philox import attention_keep, residual_keep, threshold
-
-if testing.kernel_device() is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
-
 import triton
 import triton.language as tl
+from kernel_checks import kernel_device
 
+from phi1.kernels import Dropout
+from phi1.kernels.core.philox import attention_keep, residual_keep, threshold
 from phi1.kernels.core.philox_triton import keep_mask, keep_mask_transposed, philox, philox_key
 
-DEVICE = testing.kernel_device()
+pytestmark = pytest.mark.triton
+DEVICE = kernel_device()
 FULL = 0xFFFFFFFF
 
 

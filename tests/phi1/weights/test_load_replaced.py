@@ -7,10 +7,10 @@ import weakref
 
 import pytest
 import torch
+from tiny_models import assert_same, tiny_model
 
 import phi1.weights.huggingface
 from phi1 import atomic
-from phi1.testing import assert_same, tiny_model
 from phi1.weights.files import stream
 from phi1.weights.huggingface import load, save
 

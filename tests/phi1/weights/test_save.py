@@ -6,12 +6,13 @@ import resource
 
 import pytest
 import torch
+from crashes import ends_early
 from safetensors import safe_open
+from tiny_models import TINY, assert_same, tiny_model
 
 import phi1.weights.huggingface
 from phi1 import Phi1Config
 from phi1.model import Phi1
-from phi1.testing import TINY, assert_same, ends_early, tiny_model
 from phi1.weights.huggingface import load, save, save_state_dict
 
 

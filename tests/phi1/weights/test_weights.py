@@ -6,8 +6,8 @@ import subprocess
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import TINY, assert_same, tiny_model
 
-from phi1.testing import TINY, assert_same, tiny_model
 from phi1.weights.huggingface import load, save, save_state_dict
 
 

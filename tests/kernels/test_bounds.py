@@ -1,5 +1,5 @@
-"""What attention's, rotary's and the block's kernels do with offsets past 2^31, past the end of a weight, and with
-values that nobody has checked.
+"""Attention's, rotary's and the block's kernels at offsets past 2^31, past the end of a weight, and on values that
+nobody has checked.
 
 In the interpreter every address of a load or a store is held against the tensors that the launch was given.
 """
@@ -11,8 +11,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_checks import kernel_device
 
-from phi1 import testing
 from phi1.kernels import attention, backend, check_values, rotary, rotary_
 from phi1.kernels.attention import launch_triton
 from phi1.kernels.attention.attention import attention_reference
@@ -20,9 +20,8 @@ from phi1.kernels.attention.spec import AttentionSpec
 from phi1.kernels.block import projections_triton as projections
 from phi1.kernels.pointwise.gelu import gelu_new
 
-DEVICE = testing.kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
+pytestmark = pytest.mark.triton
+DEVICE = kernel_device()
 
 SMALL = {"block_m": 64, "block_n": 64, "rotate_on_load": 1, "num_warps": 4, "num_stages": 2, "tma": 0,
          "warp_specialize": 0}

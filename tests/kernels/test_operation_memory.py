@@ -1,5 +1,4 @@
-"""What each operation keeps for its backward and takes as workspace, in bytes, against formulas (run by
-test_interpreter.py without a GPU).
+"""Bytes that each operation keeps for its backward and takes as workspace, against formulas.
 
 Kept is what autograd holds that no argument holds; an output may be among it. Workspace is the most that was held at
 once on the way beyond what is held in the end. N rows, D width, F MLP width, M outputs, H heads, K head size,
@@ -7,22 +6,19 @@ V vocabulary, e bytes of an element.
 """
 
 import gc
-import weakref
 
 import pytest
 import torch
-from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from allocations import Allocations
+from kernel_checks import DTYPES, block_inputs, kept_bytes, kernel_device, rotary_tables
 
-from phi1 import kernels, testing
+from phi1 import kernels
 from phi1.kernels import Dropout, backend
 from phi1.kernels.block import bias_grad_triton
 from phi1.kernels.core import tiles
 
-DEVICE = testing.kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
+pytestmark = pytest.mark.triton
+DEVICE = kernel_device()
 
 N, D, F, M, H, K, V, E = 40, 64, 96, 48, 2, 32, 300, 2
 MASK = Dropout(0.3, torch.tensor([5, 7], device=DEVICE), torch.tensor([1, 2], device=DEVICE))
@@ -54,45 +50,6 @@ OPERATIONS = {  # operation, shapes, options, then bytes: kept, workspace of the
 }
 
 
-class Allocations(TorchDispatchMode):
-    """The most bytes that tensors made inside held at once, and those that they hold now; `given` are left out."""
-
-    def __init__(self, given):
-        super().__init__()
-        self.seen = {x.untyped_storage().data_ptr() for x in given}
-        self.held = self.most = 0
-
-    @property
-    def workspace(self):
-        gc.collect()
-        return self.most - self.held
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "phi1":  # what is made inside of it counts
-            with self:
-                return OPDEFS[f"phi1::{func._opname}"]._init_fn(*args, **(kwargs or {}))
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.seen:
-                self._hold(x.untyped_storage())
-        return out
-
-    def _hold(self, storage):
-        pointer, n_bytes = storage.data_ptr(), storage.nbytes()
-        if not n_bytes:
-            return
-        self.seen.add(pointer)
-        self.held += n_bytes
-        weakref.finalize(storage, self._release, pointer, n_bytes)
-        if self.held > self.most:
-            gc.collect()  # the interpreter's frames hold their arguments in cycles
-            self.most = max(self.most, self.held)
-
-    def _release(self, pointer, n_bytes):
-        self.seen.discard(pointer)
-        self.held -= n_bytes
-
-
 def draw(shapes, dtype=torch.float16):
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_()
@@ -104,7 +61,7 @@ def measure(operation, tensors, constants=CONSTANTS, **options):
     given = [*tensors.values(), *constants.values(), MASK.rng, MASK.sample_ids]
     gc.freeze()  # the collections below leave aside what is there already: a tenth of a second each time
     with backend("triton"):
-        with testing.kept_bytes(given) as kept, Allocations(given) as forward:
+        with kept_bytes(given) as kept, Allocations(given) as forward:
             outputs = operation(**tensors, **options)
         in_forward = forward.workspace
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -135,8 +92,8 @@ def test_parallel_block_keeps_to_its_workspace(monkeypatch, rate, recompute):
     n_rows, width, inner, partials = 192, 32, 128, 3
     monkeypatch.setattr(bias_grad_triton, "MAX_PARTIALS", partials)
     tensors = {name: x.requires_grad_() for name, x in
-               testing.block_inputs((2, n_rows // 2, width, H, inner), torch.float16).items()}
-    rotary = {**dict(zip(("cos", "sin"), testing.rotary_tables(8), strict=True)),
+               block_inputs((2, n_rows // 2, width, H, inner), torch.float16).items()}
+    rotary = {**dict(zip(("cos", "sin"), rotary_tables(8), strict=True)),
               "positions": torch.arange(n_rows // 2, device=DEVICE).repeat(2)}
     dropouts = tuple(Dropout(rate, MASK.rng, MASK.sample_ids, kind=kind) if rate else None for kind in range(3))
     tile = TILE | {"block_m": 64}
@@ -174,7 +131,7 @@ def test_linear_cross_entropy_keeps_to_its_workspace(reduction):
         assert backward <= workspace + gradients + rows
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_cross_entropy_keeps_the_gradients_alone(dtype):
     """Float16's in float32."""
     tensors = draw({"x": (N, D), "weight": (V, D), "bias": (V,)}, dtype)

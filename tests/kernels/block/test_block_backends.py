@@ -1,4 +1,4 @@
-"""The parallel block's backward on another backend than its forward (run by test_interpreter.py without a GPU).
+"""The parallel block's backward on another backend than its forward.
 
 No backend forced, "default", is PyTorch's code without a GPU and the Triton kernels with one.
 """
@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from kernel_checks import assert_matches_reference, block_inputs, kernel_device, rotary_tables
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from phi1 import testing
 from phi1.config import preset
 from phi1.kernels import Dropout, parallel_block
 from phi1.kernels.block import projections_triton as projections
@@ -19,9 +19,8 @@ from phi1.kernels.block.parallel_block import RECOMPUTE, parallel_block_referenc
 from phi1.kernels.core import backend
 from phi1.model import Phi1
 
-DEVICE = testing.kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
+pytestmark = pytest.mark.triton
+DEVICE = kernel_device()
 
 DIRECTIONS = [("triton", "default"), ("default", "triton"), ("triton", "reference")]
 SHAPE = (2, 17, 32, 2, 48, 8)  # B, T, D, H, F, R
@@ -38,7 +37,7 @@ def on(name):
 
 
 def options_of(shape, **more):
-    cos, sin = testing.rotary_tables(shape[-1])
+    cos, sin = rotary_tables(shape[-1])
     return {"cos": cos, "sin": sin, "n_heads": shape[3], "batch": shape[0], **more}
 
 
@@ -48,7 +47,7 @@ def check(forward, backward, recompute, shape=SHAPE, dtype=torch.float32, **more
             return parallel_block(**arguments, recompute=recompute)
 
     with on(backward):
-        testing.assert_matches_reference(operation, parallel_block_reference, testing.block_inputs(shape, dtype),
+        assert_matches_reference(operation, parallel_block_reference, block_inputs(shape, dtype),
                                          roundings=8, **options_of(shape, **more))
 
 
@@ -97,7 +96,7 @@ def test_also_in_a_model(forward, backward):
 def test_a_checkpoint_computed_again_on_another_backend_is_refused(forward, backward):
     """PyTorch puts what is saved the second time in place of the first one's; without rotation, that differs in shape.
     """
-    tensors = {name: x.requires_grad_() for name, x in testing.block_inputs(SHAPE).items()}
+    tensors = {name: x.requires_grad_() for name, x in block_inputs(SHAPE).items()}
     with on(forward):
         y = checkpoint(parallel_block, use_reentrant=False, **tensors, **options_of(SHAPE))
     with on(backward), pytest.raises(CheckpointError, match="different metadata"):
@@ -116,8 +115,8 @@ OPERATORS = {  # operator, its arguments behind x, the parameters and the rotati
 def test_the_fake_operator_has_the_shapes_of_either_backend(name, case):
     operator, others = OPERATORS[case]
     run = getattr(torch.ops.phi1, operator)
-    x, *parameters = testing.block_inputs(SHAPE).values()
-    rotary = (*testing.rotary_tables(SHAPE[-1]), torch.arange(34, device=DEVICE))
+    x, *parameters = block_inputs(SHAPE).values()
+    rotary = (*rotary_tables(SHAPE[-1]), torch.arange(34, device=DEVICE))
     with on(name):
         real = run(x, parameters, rotary, *others)
         with FakeTensorMode() as mode:

@@ -1,5 +1,5 @@
-"""What the tests of the operations share: the tolerance rule, gradients of everything, uninitialised memory as NaN,
-kernels broken on purpose. And a tiny model for those of the weights, and a process that is killed where one wants it.
+"""Shared by the tests of operations: the tolerance rule, gradients of every input, uninitialised memory as NaN, random
+inputs, and kernels broken on purpose.
 
 The bound is that of flash-attention's tests: an implementation may be twice as far from the exact result as the plain
 PyTorch reference in the same dtype is, plus a few roundings. Exact is the reference in float64.
@@ -10,24 +10,26 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytest
 import torch
 
-from phi1 import Phi1, Phi1Config, kernels
-
-if TYPE_CHECKING:
-    import pytest
+from phi1 import kernels
 
 Tensors = Mapping[str, torch.Tensor | None]
 Operation = Callable[..., Any]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-TINY = Phi1Config(vocab_size=96, hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
-                  rotary_dim=4, max_position_embeddings=64, layer_norm_eps=1e-5)
+DTYPES_OF_PRODUCTS = (*DTYPES[:2], pytest.param(torch.bfloat16, marks=pytest.mark.not_interpreted))
+"""Triton's interpreter multiplies bfloat16 wrongly, and cuts off where it should round."""
+
+
+def only(backend: str, *rows: Any) -> list[Any]:
+    """Rows of parameters that run on one backend alone, "eager" or "triton"."""
+    return [pytest.param(row, marks=getattr(pytest.mark, backend)) for row in rows]
 
 
 def assert_within_bound(
@@ -118,7 +120,7 @@ def to_float64(x: torch.Tensor | None) -> torch.Tensor | None:
 
 @contextmanager
 def kept_bytes(constants: Sequence[torch.Tensor] = ()) -> Iterator[dict[int, int]]:
-    """What autograd keeps of the operations inside the block: the bytes of each storage, by its address.
+    """Note what autograd keeps of the operations inside the block: the bytes of each storage, by its address.
 
     Args:
         constants: tensors whose storages do not count, such as parameters.
@@ -167,26 +169,51 @@ def assert_compiles_whole(operation: Operation, tensors: Tensors, **options: Any
 
 
 def kernel_device() -> str | None:
-    """Where Triton kernels can run in this process: "cpu" in the interpreter, "cuda" on a GPU, else None."""
+    """The device on which Triton kernels run in this process: "cuda" on a GPU, "cpu" in the interpreter, or None."""
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         return "cpu"
     return "cuda" if torch.cuda.is_available() else None
 
 
-def attention_inputs(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Random q, k and v where kernels run; shape: samples, queries, keys, heads, head size."""
+@contextmanager
+def launches() -> Iterator[list[str]]:
+    """The names of the Triton kernels launched inside the block, in order."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    kind = InterpretedFunction if kernel_device() == "cpu" else JITFunction
+    names: list[str] = []
+    run = kind.run
+
+    def noted(self: Any, *args: Any, **options: Any) -> Any:
+        names.append(self.fn.__name__)
+        return run(self, *args, **options)
+
+    kind.run = noted  # type: ignore[method-assign]
+    try:
+        yield names
+    finally:
+        kind.run = run  # type: ignore[method-assign]
+
+
+def attention_inputs(
+    shape: Sequence[int], dtype: torch.dtype = torch.float32, device: str | None = None
+) -> dict[str, torch.Tensor]:
+    """Random q, k and v, where kernels run or on `device`; shape: samples, queries, keys, heads, head size."""
     batch, n_queries, n_keys, n_heads, head_size = shape
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(batch, tokens, n_heads, head_size, generator=generator).to(kernel_device(), dtype)
+    device = device or kernel_device()
+    return {name: torch.randn(batch, tokens, n_heads, head_size, generator=generator).to(device, dtype)
             for name, tokens in (("q", n_queries), ("k", n_keys), ("v", n_keys))}
 
 
 def qkv_inputs(
-    n_rows: int, n_heads: int = 2, head_size: int = 16, dtype: torch.dtype = torch.float32
+    n_rows: int, n_heads: int = 2, head_size: int = 16, dtype: torch.dtype = torch.float32, device: str | None = None
 ) -> dict[str, torch.Tensor]:
-    """A random [n_rows, 3, n_heads, head_size] where kernels run."""
+    """A random [n_rows, 3, n_heads, head_size], where kernels run or on `device`."""
     generator = torch.Generator().manual_seed(0)
-    return {"qkv": torch.randn(n_rows, 3, n_heads, head_size, generator=generator).to(kernel_device(), dtype)}
+    x = torch.randn(n_rows, 3, n_heads, head_size, generator=generator)
+    return {"qkv": x.to(device or kernel_device(), dtype)}
 
 
 def rotary_tables(
@@ -249,35 +276,3 @@ def load_kernels(
         for (where, constant), value in constants.items():
             if where == name:
                 setattr(module, constant, value)
-
-
-def tiny_model(seed: int = 0) -> Phi1:
-    """A model of TINY. Every parameter is random, biases and norms too: zeros and ones would hide a wrong place."""
-    model = Phi1(TINY)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.1, generator=generator)
-    return model.eval()
-
-
-def assert_same(model: Phi1, other: Phi1) -> None:
-    """Assert that two models have the same parameters and tables, bit for bit."""
-    ours, theirs = model.state_dict(), other.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
-    assert torch.equal(model.rotary_tables, other.rotary_tables)
-
-
-def ends_early(act: Callable[[], Any]) -> bool:
-    """Do it in a forked process, in which something is to call os._exit(0); whether that was called."""
-    child = os.fork()
-    if child == 0:
-        try:
-            act()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

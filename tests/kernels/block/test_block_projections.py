@@ -1,26 +1,25 @@
-"""The parallel block's two projections, launched alone: on a GPU, or in Triton's interpreter (run by
-test_interpreter.py). What they do past the end of a weight and past 2^31: test_bounds_kernels.py.
+"""The parallel block's two projections, launched alone. What they do past the end of a weight and past 2^31:
+test_bounds.py.
 """
 
 import pytest
 import torch
+from kernel_checks import empty_is_nan, kernel_device, rotary_tables
 
-from phi1 import testing
 from phi1.kernels import backend, gelu
 from phi1.kernels.block import projections_triton as projections
 from phi1.kernels.core.tiles import ARCHITECTURES, tile_for
 from phi1.kernels.pointwise.gelu import gelu_new
 from phi1.kernels.pointwise.rotary import rotate_reference
 
-DEVICE = testing.kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
+pytestmark = pytest.mark.triton
+DEVICE = kernel_device()
 
 SMALL = {"block_m": 32, "block_n": 64, "block_k": 32, "group_m": 2, "tma": 0, "num_warps": 4, "num_stages": 2}
 
 
 def tables(rotary_size, n_positions=150):
-    return dict(zip(("cos", "sin"), testing.rotary_tables(rotary_size, n_positions, DEVICE), strict=True))
+    return dict(zip(("cos", "sin"), rotary_tables(rotary_size, n_positions, DEVICE), strict=True))
 
 
 @pytest.mark.parametrize("tma", [0, 1])
@@ -36,7 +35,7 @@ def test_in_proj_matches_reference(width, n_heads, inner, half, parts, tma):
                        for shape in ((n_rows, width), (3 * width + inner, width), (3 * width + inner,)))
     positions = torch.randint(150, (n_rows,), generator=generator).to(DEVICE)
     rotary = tables(2 * half)["cos"], tables(2 * half)["sin"], positions
-    with testing.empty_is_nan():
+    with empty_is_nan():
         got = projections.launch_in_proj(h, weight, bias, rotary, n_heads, SMALL | {"parts": parts, "tma": tma})
     exact = h.double() @ weight.double().t() + bias.double()
     rotated = rotate_reference(exact[:, : 2 * width].reshape(n_rows, 2, n_heads, -1), *rotary).reshape(n_rows, -1)
@@ -74,7 +73,7 @@ def test_out_proj_matches_reference(monkeypatch, width, inner, parts, tma):
     generator = torch.Generator().manual_seed(0)
     shapes = (41, width), (41, inner), (41, width), (width, width + inner), (2, width)
     att, act, x, weight, bias = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in shapes)
-    with testing.empty_is_nan():
+    with empty_is_nan():
         y = projections.launch_out_proj(att, act, x, weight, bias)
     exact = x.double() + torch.cat((att, act), 1).double() @ weight.double().t() + bias.double().sum(0)
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
@@ -83,7 +82,7 @@ def test_out_proj_matches_reference(monkeypatch, width, inner, parts, tma):
 @pytest.mark.parametrize("kernel", ["in_proj", "out_proj"])
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "any"])
 def test_the_table_has_candidates(kernel, arch):
-    """What the table picks is what a tuner tries, but for the widest GPUs' own tiles and those of any GPU."""
+    """A tuner tries every tile that the table picks, except those of GPUs without a row of their own."""
     t = tile_for("block", kernel, arch, dtype="float16", rows=16384, width=2048, inner=8192)
     assert t.keys() in ({"cublas"}, {*SMALL, "parts"})
     if arch in ("sm_80", "sm_90", "sm_100"):

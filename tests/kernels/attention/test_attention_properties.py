@@ -1,22 +1,17 @@
-"""Properties of the Triton kernels of attention over drawn documents and tiles.
-
-On a GPU or in Triton's interpreter (run by test_interpreter.py).
-"""
+"""Properties of the Triton kernels of attention over drawn documents and tiles."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import assert_matches_reference, kernel_device, qkv_inputs
 
-from phi1 import testing
 from phi1.kernels import attention_qkv, backend
 from phi1.kernels.attention import launch_triton
 from phi1.kernels.attention.attention_qkv import attention_qkv_reference
-from phi1.testing import qkv_inputs
 
-DEVICE = testing.kernel_device()
-if DEVICE is None:
-    pytest.skip("no GPU: test_interpreter.py runs these", allow_module_level=True)
+pytestmark = pytest.mark.triton
+DEVICE = kernel_device()
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=5)
 # The same draws each time: what fails once fails again.
@@ -36,15 +31,15 @@ def test_any_documents_match_reference(lengths, causal, tile):
              "warp_specialize": 0}
     with pytest.MonkeyPatch.context() as patch, backend("triton"):
         patch.setattr(launch_triton, "tile", lambda *_, **__: small)
-        # 8 roundings, as in test_attention_kernels.py, which says why.
-        testing.assert_matches_reference(attention_qkv, attention_qkv_reference, qkv_inputs(sum(lengths), 1),
+        # 8 roundings, as in test_attention.py, which says why.
+        assert_matches_reference(attention_qkv, attention_qkv_reference, qkv_inputs(sum(lengths), 1),
                                          roundings=8, cu_seqlens=packed(lengths), causal=causal)
 
 
 @DRAWN
 @given(LENGTHS, st.data())
 def test_documents_do_not_see_one_another(lengths, data):
-    """What one holds may be anything, infinite too: the rows of the others keep their bits."""
+    """One document may hold anything, infinities too; the rows of the others keep their bits."""
     changed = data.draw(st.integers(0, len(lengths) - 1))
     cuts = packed(lengths)
     qkv = qkv_inputs(sum(lengths), 1)["qkv"].detach()
