@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
 from forked_scripts import PRELOADED, run_script
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from phi1.train.data.corpus import Corpus
 from phi1.train.metrics.ledger import read_ledger
 from phi1.train.recipe.recipe import Train
 from phi1.train.runtime.engine import Engine, build_model
-from phi1.train.runtime.launch import Rank
+from phi1.train.runtime.launch import Rank, RunError
 from phi1.train.step.trainer import Trainer
 
 SCRIPT = Path(__file__).parents[2] / "train" / "pretrain.py"
@@ -285,3 +286,11 @@ def save_checkpoint(trainer: Trainer, folder: Path, facts: dict[str, Any], keep:
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:
     """Return a copy of the parameters."""
     return {name: tensor.clone() for name, tensor in gather_weights(trainer.model).items()}
+
+
+def refusal(action: Callable[..., Any], *args: Any) -> str:
+    """The one line with which an action refuses its arguments."""
+    with pytest.raises(RunError) as error:
+        action(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
