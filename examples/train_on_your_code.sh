@@ -4,10 +4,14 @@
 #   examples/train_on_your_code.sh path/to/code OUT [--section.key value ...]
 #
 # OUT gets two folders: OUT/data, the tokenised corpus, and OUT/run, the run with its export.
-# Further words change the recipe; `train/pretrain.py --help` lists every key. A second call resumes the run.
+# Further words change the recipe; `train/pretrain.py --help` lists every key. A second call resumes the run and
+# keeps the corpus: remove OUT/data to make it again from other sources.
 set -euo pipefail
-source=${1:?give a folder of .py files}
-out=${2:?give a folder for the corpus and the run}
+if [ $# -lt 2 ]; then
+    echo "usage: $0 path/to/code OUT [--section.key value ...]" >&2
+    exit 2
+fi
+source=$1 out=$2
 shift 2
 pretrain=$(cd "$(dirname "$0")/.." && pwd)/train/pretrain.py
 
@@ -15,7 +19,7 @@ pretrain=$(cd "$(dirname "$0")/.." && pwd)/train/pretrain.py
 #    one in fifty, is too little text in a small code base.
 [ -d "$out/data" ] || phi1 prepare --source "$source" --tokenizer train --val-fraction 0.1 --out "$out/data"
 
-# 2. Train. --nproc-per-node N uses N processes, or N GPUs, and gives the same losses.
+# 2. Train. --nproc-per-node N uses N processes, or N GPUs, with the same batches.
 torchrun --standalone "$pretrain" --data.folder "$out/data" --run.folder "$out/run" "$@"
 
 # 3. Look at the run and use the model.
