@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-import phi1.kernels
 from phi1.bench.cases.registry import select
 from phi1.bench.harness import check
 from phi1.bench.harness.case import DIRECTIONS, Case, Inputs
-from phi1.bench.harness.on_paper import run_on_paper
+from phi1.bench.harness.counting import run_on_paper
 from phi1.bench.harness.runner import bind
 from phi1.bench.harness.timing import Call
 from phi1.bench.tune.store import Tile
@@ -51,22 +47,9 @@ def lookups_on_paper(case: Case, arch: str) -> Lookups:
     return found.forward, found.backward
 
 
-def all_candidates() -> dict[str, dict[str, list[Tile]]]:
-    """Module -> kernel -> tiles: the CANDIDATES of every file of kernels."""
-    found = pkgutil.walk_packages(phi1.kernels.__path__, "phi1.kernels.")
-    names = [module.name for module in found if module.name.endswith("_triton")]
-    modules = {name.removeprefix("phi1.kernels."): importlib.import_module(name) for name in names}
-    return {name: module.CANDIDATES for name, module in modules.items() if hasattr(module, "CANDIDATES")}
-
-
 def candidates_of(lookup: Lookup) -> list[Tile]:
-    """The tiles to try for a kernel: those of the file that has a kernel of this name, and where several have, of the
-    file whose name has most in common with the operation's and the kernel's."""
-    words = set(f"{lookup.op}_{lookup.kernel}".split("_"))
-    found = [(len(words & set(re.split("[._]", name))), tiles[lookup.kernel])
-             for name, tiles in all_candidates().items() if lookup.kernel in tiles]
-    shared, tiles = max(found, key=lambda item: item[0], default=(0, []))
-    return tiles if shared or len(found) == 1 else []
+    """The tiles to try for a kernel; its file, which looks them up, has made them known."""
+    return [*_tuned.TILES.get((lookup.op, lookup.kernel), [])]
 
 
 @dataclass(frozen=True)

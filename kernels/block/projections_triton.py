@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from phi1.kernels.core.tiles import tile
+from phi1.kernels.core.tiles import TILES, tile
 from phi1.kernels.gemm.matmul_triton import add_product, column_halves, grouped_tile, wrapped
 from phi1.kernels.gemm.tma_triton import add_described_product, describable, operand
 from phi1.kernels.pointwise.gelu_triton import gelu_new
@@ -27,15 +27,16 @@ from phi1.kernels.pointwise.gelu_triton import gelu_new
 FP_FUSION = True  # said at every launch, since the default changes with Triton 3.10, and bits with it
 
 _TILES = ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4))
-CANDIDATES: dict[str, list[dict[str, int]]] = {
-    kernel: [{"cublas": 1}, *({"block_m": m, "block_n": n, "block_k": k, "group_m": 8, "parts": parts if n > 128 else 1,
-                               "tma": tma, "num_warps": warps, "num_stages": stages}
-                              for m, n, k, warps, stages in _TILES for tma in (0, 1))]
+TILES |= {
+    ("block", kernel): [{"cublas": 1}, *({"block_m": m, "block_n": n, "block_k": k, "group_m": 8,
+                                          "parts": parts if n > 128 else 1, "tma": tma, "num_warps": warps,
+                                          "num_stages": stages}
+                                         for m, n, k, warps, stages in _TILES for tma in (0, 1))]
     for kernel, parts in (("in_proj", 2), ("out_proj", 4))
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_positions"])
 def in_proj_kernel(
     h_ptr,  # [N, D], or its descriptor where TMA
     weight_ptr,  # [3D + F, D] rows q, k, v, fc1, or its descriptor
@@ -159,7 +160,7 @@ def rotate_heads(
     return tl.reshape(turned, (BLOCK_M, HEADS * HEAD_DIM))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def out_proj_kernel(
     att_ptr,  # [N, D], or its descriptor where TMA
     act_ptr,  # [N, F], or its descriptor

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from phi1.kernels.core.tiles import tile
+from phi1.kernels.core.tiles import TILES, tile
 from phi1.kernels.cross_entropy.eager import LossRule, Needs, gradient_dtype, scale_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -28,11 +28,14 @@ COLUMN_MULTIPLE = 128
 WAVE_ROWS, TILE_ROWS = 2048, 128
 FP_FUSION = True  # said at every launch, since the default changes with Triton 3.10, and bits with it
 
-CANDIDATES = {
-    "rows": [{"block": block, "num_warps": warps}
-             for block, warps in ((2048, 8), (4096, 8), (4096, 16), (8192, 8), (8192, 16), (8192, 32), (16384, 32))],
-    "column_sums": [{"rows": rows, "num_warps": warps} for rows in (32, 64, 128) for warps in (4, 8)],
-    "scale": [{"block": block, "num_warps": warps} for block, warps in ((2048, 4), (4096, 4), (4096, 8), (8192, 8))],
+TILES |= {
+    ("linear_cross_entropy", "rows"): [
+        {"block": block, "num_warps": warps}
+        for block, warps in ((2048, 8), (4096, 8), (4096, 16), (8192, 8), (8192, 16), (8192, 32), (16384, 32))],
+    ("linear_cross_entropy", "column_sums"): [
+        {"rows": rows, "num_warps": warps} for rows in (32, 64, 128) for warps in (4, 8)],
+    ("linear_cross_entropy", "scale"): [
+        {"block": block, "num_warps": warps} for block, warps in ((2048, 4), (4096, 4), (4096, 8), (8192, 8))],
 }
 
 
@@ -119,7 +122,7 @@ def loss_rows_kernel(
             tl.store(logits_ptr + offs_v, dl.to(logits_ptr.dtype.element_ty), mask=offs_v < STRIDE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def column_sums_kernel(
     dlogits_ptr,  # [C, STRIDE]
     sums_ptr,  # [V] float32, added to

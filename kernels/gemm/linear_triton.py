@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from phi1.kernels.core.philox import Dropout, is_active
-from phi1.kernels.core.tiles import tile
+from phi1.kernels.core.tiles import TILES, tile
 from phi1.kernels.gemm.matmul_triton import (
     check_rows,
     column_parts,
@@ -37,8 +37,8 @@ from phi1.kernels.pointwise.dropout_triton import dropped_tile, mask_arguments
 from phi1.kernels.pointwise.epilogue_triton import launch_forward as launch_epilogue
 from phi1.kernels.pointwise.gelu_triton import gelu_new
 
-CANDIDATES = {
-    "forward": [
+TILES |= {
+    ("linear", "forward"): [
         {"cublas": 1},
         *({"block_m": m, "block_n": n, "block_k": k, "group_m": 8, "parts": parts, "tma": tma,
            "num_warps": warps, "num_stages": stages} | persistent
@@ -54,7 +54,7 @@ CANDIDATES = {
 }
 
 
-@triton.jit(do_not_specialize=["n_samples"])
+@triton.jit(do_not_specialize=["n_rows", "n_samples", "stream", "threshold"])
 def linear_forward_kernel(
     x_ptr,  # [N, K] input, or its descriptor where TMA
     weight_ptr,  # [M, K], or its descriptor

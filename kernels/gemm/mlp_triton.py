@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from phi1.kernels.core.tiles import tile
+from phi1.kernels.core.tiles import TILES, tile
 from phi1.kernels.gemm.matmul_triton import (
     check_rows,
     column_parts,
@@ -30,8 +30,8 @@ from phi1.kernels.gemm.tma_triton import describable, operand, tile_product
 from phi1.kernels.pointwise.epilogue_triton import column_sum, launch_backward_partial
 from phi1.kernels.pointwise.gelu_triton import gelu_new_and_slope
 
-CANDIDATES = {
-    "dgelu": [
+TILES |= {
+    ("mlp", "dgelu"): [
         {"cublas": 1},
         *({"block_m": m, "block_n": n, "block_k": k, "group_m": 8, "tma": tma, "num_warps": warps,
            "num_stages": stages} | persistent
@@ -45,7 +45,7 @@ CANDIDATES = {
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def dgelu_kernel(
     dout_ptr,  # [N, D], or its descriptor where TMA
     weight_ptr,  # [D, F], or its descriptor

@@ -20,23 +20,23 @@ import torch
 import triton
 import triton.language as tl
 
-from phi1.kernels.core.tiles import tile
+from phi1.kernels.core.tiles import TILES, tile
 
 # At phi-1's N = 16,384 the partials are 5 % of the backward's traffic. 512 programs of 4 warps and up to 128 registers
 # a thread are resident at once on 132 SMs, with no second wave.
 MAX_PARTIALS = 512
 SUM_BLOCK_P, SUM_BLOCK_D = 64, 16
-CANDIDATES = {
-    "forward": [{"rows": rows, "num_warps": warps} for rows in (1, 2, 4, 8) for warps in (4, 8)],
-    "backward": [{"rows": rows, "stages": stages, "num_warps": warps}
-                 for rows, warps in ((1, 4), (2, 4), (1, 8), (2, 8)) for stages in (1, 2, 3)],
+TILES |= {
+    ("layer_norm", "forward"): [{"rows": rows, "num_warps": warps} for rows in (1, 2, 4, 8) for warps in (4, 8)],
+    ("layer_norm", "backward"): [
+        {"rows": rows, "stages": stages, "num_warps": warps}
+        for rows, warps in ((1, 4), (2, 4), (1, 8), (2, 8)) for stages in (1, 2, 3)],
 }
-"""Tiles that `phi1 tune` tries at phi-1's width."""
 # Said at every launch, since the default changes with Triton 3.10, and bits with it.
 FP_FUSION = True
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def layer_norm_forward_kernel(
     x_ptr,  # [N, D] input
     residual_ptr,  # [N, D] added to the input, or None
@@ -78,7 +78,7 @@ def layer_norm_forward_kernel(
     tl.store(rstd_ptr + offs_n, rstd, mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_partials"])
 def layer_norm_backward_kernel(
     dy_ptr,  # [N, D]
     x_ptr,  # [N, D] what was normalised
@@ -130,7 +130,7 @@ def layer_norm_backward_kernel(
     tl.store(db_partial_ptr + offs_partial, db, mask=mask_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_partials"])
 def sum_partials_kernel(
     dw_partial_ptr,  # [P, D] float32
     db_partial_ptr,  # [P, D] float32

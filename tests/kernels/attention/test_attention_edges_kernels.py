@@ -13,7 +13,7 @@ from phi1.kernels import Dropout, attention, attention_qkv, backend, check_value
 from phi1.kernels.attention import launch_triton
 from phi1.kernels.attention.attention import attention_reference
 from phi1.kernels.attention.attention_qkv import attention_qkv_reference
-from phi1.kernels.core.tiles import table
+from phi1.kernels.core.tiles import TILES, table
 from phi1.testing import attention_inputs, qkv_inputs, rotary_tables
 
 DEVICE = testing.kernel_device()
@@ -181,11 +181,10 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
 
 def test_every_tile_of_the_table_and_of_the_tuner_can_hold_a_dropout_mask():
-    from phi1.kernels.attention.launch_triton import CANDIDATES
-
     for kernel, rows in table("attention").items():
         assert (rows[-1]["gpu"], rows[-1]["when"]) == ("any", {}), kernel
-        for tile in [row["tile"] for row in rows] + CANDIDATES[kernel]:
-            assert tile.keys() == CANDIDATES[kernel][0].keys(), (kernel, tile)
+        candidates = TILES["attention", kernel]
+        for tile in [row["tile"] for row in rows] + candidates:
+            assert tile.keys() == candidates[0].keys(), (kernel, tile)
             assert tile["block_m"] >= 16, (kernel, tile)
             assert tile["block_n"] == 32 or tile["block_n"] % 64 == 0, (kernel, tile)
