@@ -8,7 +8,7 @@ forced in a program that looks it up, and what the program then launches is reco
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -91,7 +91,7 @@ def cases(arch: str) -> tuple[Case, ...]:
         if row.arch == arch and not row.fault:
             found.add(row.name, row.launches)
     if arch in TRIED_ON:
-        for name, launches in _tried(arch):
+        for _, _, name, launches in tried(arch):
             found.add(name, launches, candidate=True)
     return tuple(found.found.values())
 
@@ -112,18 +112,23 @@ def reached(arch: str, table: str) -> list[Mapping[str, Any]]:
             for _, result in _ran(arch, table) for lookup in result.lookups]
 
 
-def _tried(arch: str) -> Iterator[tuple[str, tuple[Launch, ...]]]:
-    """(name, launch) of each candidate of the tuner, in each of a few programs that look it up."""
+@cache
+def tried(arch: str) -> tuple[tuple[str, str, str, tuple[Launch, ...]], ...]:
+    """(operation, kernel, name, launches) of each candidate of the tuner, in each of a few programs that look it up.
+    Only what differs from the launches with the tables' tiles, and of each kernel the last."""
+    found = []
     for program, result in _ran(arch, arch):
-        if program[0] in TRIED_IN:
-            as_tables = {content(launch) for launch in result.launches}
-            for op, kernel in dict.fromkeys((lookup.op, lookup.kernel) for lookup in result.lookups):
-                for tile in tiles.TILES.get((op, kernel), []):
-                    with tiles.forced(op, kernel, tile):
-                        launches = recorded(program, arch).launches
-                    changed = {launch.name: launch for launch in launches if content(launch) not in as_tables}
-                    what = " ".join(f"{name}={value}" for name, value in tile.items() if value)
-                    yield f"{program[0]} {what}", tuple(changed.values())
+        if program[0] not in TRIED_IN:
+            continue
+        as_tables = {content(launch) for launch in result.launches}
+        for op, kernel in dict.fromkeys((lookup.op, lookup.kernel) for lookup in result.lookups):
+            for tile in tiles.TILES[op, kernel]:
+                with tiles.forced(op, kernel, tile):
+                    launches = recorded(program, arch).launches
+                changed = {launch.name: launch for launch in launches if content(launch) not in as_tables}
+                what = " ".join(f"{name}={value}" for name, value in tile.items() if value)
+                found.append((op, kernel, f"{program[0]} {what}", tuple(changed.values())))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,9 @@ ROWS, WIDTH, INNER = BATCH * TOKENS, 2048, 8192
 
 
 def units() -> Iterator[Program]:
-    """phi-1's training step in every mode, its evaluation, a prefill and a decode step. Its layers launch alike, so two
-    stand for all."""
-    phi1 = replace(preset("phi1"), num_hidden_layers=2)
+    """phi-1's training step in every mode, its evaluation, a prefill and a decode step. Its layers launch alike, so one
+    stands for all."""
+    phi1 = replace(preset("phi1"), num_hidden_layers=1)
     for dtype in DTYPES:
         for mode in ("none", "mlp", "block"):
             for dropout in (False, True):
@@ -207,8 +207,9 @@ OTHER_ATTENTIONS = (
 
 
 def _elementwise(dtype: str) -> None:
-    x = meta(ROWS, WIDTH, dtype=dtype, grad=True)
+    x, weight, bias = (meta(*shape, dtype=dtype, grad=True) for shape in ((ROWS, WIDTH), (INNER, WIDTH), (INNER,)))
     _backward(gelu(x))
+    _backward(linear(x, weight, bias, activation="gelu_new"))
     for dropout in (False, True):
         _backward(dropout_add(x, meta(ROWS, WIDTH, dtype=dtype, grad=True), _dropout(dropout)))
 
