@@ -1,5 +1,5 @@
-"""Root pytest configuration: keep the checkout off sys.path, register `--benchmark`, `--slow` and `--full`, and share
-the machine out where `-n` runs tests side by side."""
+"""Root pytest configuration: keep the checkout off sys.path, register `--benchmark`, `--slow` and `--full`, and divide
+the machine's cores among the workers of `-n`."""
 
 import os
 import signal
@@ -15,9 +15,9 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 MOST_WORKERS = 8  # each takes up to 1 GB
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-if WORKERS > 1:  # before anything imports torch: more threads than cores wait for each other, spinning
+if WORKERS > 1:  # before torch is imported: more threads than cores spin and wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // WORKERS)))
-# What is started with `&` in a script ignores Ctrl-C, and so would the processes that tests press it on.
+# A command started with `&` in a script ignores Ctrl-C, and so would the processes that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--benchmark", action="store_true", help="run the benchmarks in bench/ and nothing else")
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
     parser.addoption("--full", action="store_true",
-                     help="run every fault at 1, 2 and 4 processes and write the README's table (implies --slow)")
+                     help="run every fault at 1, 2 and 4 processes and write the table in docs/ (implies --slow)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    """What numbers depend on, into `--benchmark-json`: GPU, driver, torch, Triton, the peers' versions, the commit."""
+    """Write the environment into `--benchmark-json`: GPU, driver, torch, Triton, the peers' versions, the commit."""
     import torch
 
     from phi1.bench.harness.environment import environment
@@ -47,7 +47,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict) -> None:
-    """The commit without git too: from $PHI1_COMMIT."""
+    """Write the commit, which $PHI1_COMMIT names where there is no git."""
     from phi1.bench.harness.environment import commit
 
     commit_info["phi1"] = commit()
@@ -55,13 +55,13 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """What `-n auto` is."""
+    """Return the number of workers of `-n auto`."""
     return min(MOST_WORKERS, CORES)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Workers that have nothing left take tests from the others; `--dist` says otherwise."""
+    """Let idle workers take tests from the others, unless `--dist` names another way."""
     if config.option.dist != "load":
         return None
     from xdist.scheduler import WorkStealingScheduling

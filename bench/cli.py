@@ -1,4 +1,4 @@
-"""`phi1 bench`: run cases and print their tables; report, compare, trace and static are commands of their own."""
+"""`phi1 bench`: run cases and print their tables, or one of the commands report, compare, trace and static."""
 
 from __future__ import annotations
 
@@ -8,33 +8,25 @@ import importlib
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from phi1.bench.harness.parser import MakeParser, choose_device
 from phi1.bench.harness.processes import sigterm_as_ctrl_c
 
-MakeParser = Callable[[str, str], Any]
-"""Makes the command line's parser from a program's name and description."""
-
 COMMANDS = {
-    "report": ("phi1.bench.report.report", "README tables and plots from results files"),
+    "report": ("phi1.bench.report.report", "tables of docs/benchmarks.md and plots, from results files"),
     "compare": ("phi1.bench.report.compare", "what got faster or slower between two results files"),
     "trace": ("phi1.bench.report.trace", "a Chrome trace and a table of time by operation of one unit"),
     "static": ("phi1.bench.compile.report", "what the compiler makes of every kernel, without a GPU"),
 }
 LOST = 3
-"""Exit code: a provider took the GPU's context with it; with --json the same command goes on without it."""
+"""Exit code after a provider lost the GPU's context; with --json the same command continues without it."""
 DESCRIPTION = "Measure phi1's operations and units beside their peers; a time counts once its result is right."
 
 
-def plain_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """Makes the parser where a file is run and not the `phi1` command."""
-    return argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
-
-
 def main(argv: list[str], make_parser: MakeParser) -> int:
-    """Run `phi1 bench ARGV`; the exit code: 1 if phi1 itself failed or computed something wrong, LOST if the GPU is."""
+    """Run `phi1 bench ARGV`; exit code 1 if phi1 failed or computed something wrong, LOST if the GPU is lost."""
     with sigterm_as_ctrl_c():
         if argv and argv[0] in COMMANDS:
             return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:], make_parser)
@@ -94,16 +86,8 @@ def chosen_cases(args: argparse.Namespace) -> list[Any]:
     return sorted(cases, key=lambda case: case.name in done)
 
 
-def choose_device(args: argparse.Namespace) -> None:
-    import torch
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no CUDA device on this machine; cpu would do")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def list_cases(args: argparse.Namespace) -> int:
-    """Print the selection; the cases of a GPU can be listed without one."""
+    """Print the selection. A GPU's cases can be listed without a GPU."""
     args.device = args.device or "cuda"
     for case in chosen_cases(args):
         print(f"{case.unit:<6}  {case.name}  [{', '.join(p.name for p in case.providers if args.device in p.devices)}]")
@@ -147,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(cases: list[Any], runner: Any, file: Any, minutes: float | None) -> list[Any]:
-    """Run, print and write the cases, one after another; those that there was no time for are returned.
+    """Run, print and write the cases one after another; returns those for which there was no time.
 
     Raises:
         DeviceLostError: its line names the case and the provider, whose record is in the file.

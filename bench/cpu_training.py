@@ -2,11 +2,11 @@
 
     python bench/cpu_training.py [--vocab 51200 4096] [--rounds 12] [--memory] [--json FILE]
 
-Both train 4 layers of width 256 on batches of 8 x 256 tokens with fused AdamW, eager, in bf16: transformers with sdpa
-attention under autocast, its usual way; phi1 with its trainer's own step (bf16 copies of fp32 parameters). Both compute
-the same: gradients of the mean cross-entropy, global-norm clipping at 1, an optimizer step. Absolute speeds of a shared
-CPU mean little, so rounds alternate between the two and the ratio of each pair counts; each vocabulary has a process of
-its own. Peak memory is the largest resident set of a process of its own that takes 4 steps, imports included.
+Both train 4 layers of width 256 on batches of 8 x 256 tokens with fused AdamW, eager, in bf16. transformers uses sdpa
+attention under autocast, its usual way; phi1 uses its trainer's own step (bf16 copies of fp32 parameters). Both compute
+the gradients of the mean cross-entropy, clip their global norm at 1 and take an optimizer step. The speed of a shared
+CPU changes by the minute, so rounds alternate between the two and the ratio of each pair counts. Each vocabulary has a
+process of its own. Peak memory is the largest resident set of a process that takes 4 steps, imports included.
 """
 
 from __future__ import annotations
@@ -22,24 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from phi1 import preset
 from phi1.bench.harness.environment import environment
 from phi1.bench.harness.files import replace
-from phi1.bench.peers.training import Phi1Step, Plan, Step, TransformersStep
-
-BATCH, TOKENS, LAYERS, WIDTH = 8, 256, 4, 256
-PROVIDERS = ("phi1", "transformers")
-
-
-def plan(vocab_size: int) -> Plan:
-    """What is trained."""
-    return Plan(preset("nano", vocab_size=vocab_size, num_hidden_layers=LAYERS, hidden_size=WIDTH,
-                       intermediate_size=4 * WIDTH), BATCH, TOKENS)
-
+from phi1.bench.peers.training import Phi1Step, Step, TransformersStep, cpu_plan
 
 STEPS: dict[str, Callable[[int], Step]] = {
-    "phi1": lambda vocab_size: Phi1Step(plan(vocab_size)),
-    "transformers": lambda vocab_size: TransformersStep(plan(vocab_size)),
+    "phi1": lambda vocab_size: Phi1Step(cpu_plan(vocab_size)),
+    "transformers": lambda vocab_size: TransformersStep(cpu_plan(vocab_size)),
 }
 
 
@@ -48,10 +37,11 @@ def compare(vocab_size: int, rounds: int) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    steps = {name: STEPS[name](vocab_size) for name in PROVIDERS}
-    seconds: dict[str, list[float]] = {name: [] for name in PROVIDERS}
+    steps = {name: make(vocab_size) for name, make in STEPS.items()}
+    tokens = steps["phi1"].plan.batch * steps["phi1"].plan.tokens
+    seconds: dict[str, list[float]] = {name: [] for name in STEPS}
     for turn in range(rounds + 2):
-        for name in PROVIDERS if turn % 2 else reversed(PROVIDERS):
+        for name in STEPS if turn % 2 else reversed(STEPS):
             begin = time.perf_counter()
             steps[name]()
             if turn >= 2:
@@ -59,14 +49,14 @@ def compare(vocab_size: int, rounds: int) -> dict[str, Any]:
     ratios = sorted(t / p for p, t in zip(seconds["phi1"], seconds["transformers"], strict=True))
     return {
         "vocab_size": vocab_size, "rounds": rounds,
-        **{f"{name}_tokens_per_s": round(BATCH * TOKENS / statistics.median(seconds[name])) for name in PROVIDERS},
+        **{f"{name}_tokens_per_s": round(tokens / statistics.median(seconds[name])) for name in STEPS},
         "ratio_median": round(statistics.median(ratios), 3),
         "ratio_p20_p80": [round(ratios[round(q * (len(ratios) - 1))], 3) for q in (0.2, 0.8)],
     }
 
 
 def in_own_process(*arguments: str) -> str:
-    """The last line that this script prints with such arguments. What a process has done before changes its speed."""
+    """Run this script anew, since earlier work in a process changes its speed; the last line that it prints."""
     done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)  # it has said why
@@ -85,7 +75,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12, help="timed rounds for each vocabulary size")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, each in its own process")
     parser.add_argument("--json", help="write the results to this file as well")
-    parser.add_argument("--peak-of", choices=PROVIDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--peak-of", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--compare", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rounds < 1:
@@ -106,7 +96,7 @@ def main() -> None:
         print(f"V = {vocab_size}: phi1 {row['phi1_tokens_per_s']} tokens/s, transformers "
               f"{row['transformers_tokens_per_s']}: {row['ratio_median']}x (p20-p80 {row['ratio_p20_p80']})")
         if args.memory:
-            row |= {f"{name}_peak_mib": round(float(in_own_process("--peak-of", name, *own))) for name in PROVIDERS}
+            row |= {f"{name}_peak_mib": round(float(in_own_process("--peak-of", name, *own))) for name in STEPS}
             row["memory_ratio"] = round(row["phi1_peak_mib"] / row["transformers_peak_mib"], 3)
             print(f"V = {vocab_size}: peak memory phi1 {row['phi1_peak_mib']} MiB, transformers "
                   f"{row['transformers_peak_mib']} MiB: {row['memory_ratio']}x")

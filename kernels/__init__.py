@@ -1,21 +1,21 @@
 """The operations of phi-1, as Triton kernels where there is one and as PyTorch code everywhere.
 
-An operation `op` is up to three files, so that a PyTorch without GPUs never imports Triton:
+A room computes one operation or a family of them, and each room's `__init__.py` says what it may import:
 
-    op.py           the public function, its reference and its torch.library registration
-    _op.py          what runs, without checks or autograd: the PyTorch code, or the launch of the kernels
-    _op_triton.py   the Triton kernels and their launchers; imported inside the branch of _op.py that launches them, or
-                    here where PyTorch is built for GPUs, so that no operation's first call waits for it
+    core             backend, checks, constants, tiles, memory, philox: for every room, and imports none
+    pointwise, gemm  NAME.py holds the operator, the CPU path and the reference, NAME_triton.py the kernels
+    cross_entropy, attention, block
+                     spec.py < eager.py and *_triton.py < dispatch.py < the operators
 
-An operation's file imports no other's; what two of them share is in a `_*.py`. `block.py` and `block_decode.py` alone
-are above the others. `_backend.py` decides which implementation runs, `_checks.py` has the argument checks,
-`_philox.py` specifies the dropout masks, `_memory.py` keeps memory, and `_tuned.py` finds tile shapes.
+Only `*_triton.py` import Triton, so that a PyTorch without GPUs never does. They are imported inside the branch that
+launches their kernels, or below where PyTorch is built for GPUs, so that no operation's first call waits for them.
 """
 
 from phi1.kernels.attention.attention import attention
 from phi1.kernels.attention.attention_qkv import attention_qkv
 from phi1.kernels.block.decode import parallel_block_decode
-from phi1.kernels.block.parallel_block import parallel_block, parallel_block_prefill
+from phi1.kernels.block.parallel_block import parallel_block
+from phi1.kernels.block.prefill import parallel_block_prefill
 from phi1.kernels.core.backend import backend, built_for_gpus, load_kernels
 from phi1.kernels.core.checks import check_values
 from phi1.kernels.core.cpu_memory import empty

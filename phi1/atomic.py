@@ -1,10 +1,10 @@
-"""Folders and files that appear complete or not at all: they are made beside their place, and put there by a rename.
+"""Atomic writes: a folder or file is made beside its path and put there by a rename, so no reader sees it half made.
 
-`workspace(path)` makes `.NAME.TOKEN.tmp` beside `path`. Its owner holds a lock on it as long as it lives, so that
-the next workspace for the same path knows one whose owner was killed, and clears it up. In it `new` is filled;
-`publish` gives that its name, and keeps what had the name before as `old` meanwhile. If `old` and `new` are both there
-and `path` is not, the renames were cut short, and whoever clears up, the owner or the next, puts `old` back. So a
-signal or a kill at any line leaves `path` as it was, or as it was to be.
+`workspace(path)` makes the folder `.NAME.TOKEN.tmp` beside `path`. The owner fills `new` in it, and `publish` renames
+`new` to `path`; an older folder of that name waits in the workspace as `old` during the renames. The owner holds a lock
+on the workspace while it lives. The next workspace for the same path sees from the lock that an owner was killed, and
+removes what it left. If `old` and `new` both exist and `path` does not, the renames were interrupted, and the cleanup
+puts `old` back. After a signal or a kill at any line, `path` holds either the old content or the new one.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import TypeVar
 
 NEW = "new"
-"""What is filled in a workspace."""
+"""The entry of a workspace that the owner fills."""
 _OLD = "old"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY
-# A holder that stalls in its renames looks like `flock FOLDER phi1 ...`, which waits for us: both are there. To go on
-# beside the first may cost a spurious "it is taken", and no data; to wait for the second would be for ever.
+# Two processes may hold the lock for long: one that stalls in its renames, and `flock FOLDER phi1 ...`, which waits for
+# us. Going on beside the first may cost a wrong "it is taken", but no data; waiting for the second would never end.
 _LOCK_LOOKS, _LOOK_SECONDS = 100, 0.01
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
@@ -35,13 +35,13 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def workspace(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, removed at the end whatever happens.
+    """Make a temporary folder beside `path`, and remove it at the end whatever happens.
 
     Args:
-        path: of what is to be, without symbolic links; its parents are made.
+        path: the folder or file to be written, without symbolic links; its parents are made.
 
     Raises:
-        OSError: nothing can be written there.
+        OSError: the parent folder cannot be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path)
@@ -56,19 +56,20 @@ def workspace(path: Path) -> Iterator[Path]:
 
 
 def publish(work: Path, path: Path, check: Callable[[Path], None] | None = None) -> bool:
-    """Give the finished folder `new` of a workspace its name.
+    """Rename the finished folder `new` of a workspace to `path`.
 
     Args:
         work: the workspace.
-        path: whose it is.
-        check: replaces a folder that is there: called with it when it lies where nobody puts anything into it any more,
-            it raises if it must stay. None: the name must be free, or that of an empty folder.
+        path: the path that the workspace was made for.
+        check: allows an existing folder to be replaced. It is called with that folder after the folder has been moved
+            aside, where no other process adds to it, and raises if the folder must stay. With None the name must be
+            free, or belong to an empty folder.
 
     Returns:
-        False if something is there that is not to be replaced; it was left.
+        False if the name is taken by something that may not be replaced; that is left as it is.
     """
     _flush(work / NEW)
-    shutil.rmtree(work / _OLD, ignore_errors=True)  # of a call before this one, which found the name taken
+    shutil.rmtree(work / _OLD, ignore_errors=True)  # left by an earlier call that found the name taken
     with _renaming(work, path):
         if check is not None and path.is_dir():
             os.rename(path, work / _OLD)
@@ -84,10 +85,10 @@ def publish(work: Path, path: Path, check: Callable[[Path], None] | None = None)
 
 
 def write_file(path: Path, text: str) -> None:
-    """Give a file this text, in UTF-8; it is there with the old one or the new one. Its folder is made.
+    """Write a file as UTF-8; a reader finds either the old text or the new one. The file's folder is made.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     path = Path(os.path.realpath(path))
     with workspace(path) as work:
@@ -99,9 +100,9 @@ def write_file(path: Path, text: str) -> None:
 
 
 def sweep(path: Path) -> None:
-    """Clear up after processes that were killed in a workspace of `path`."""
+    """Remove the workspaces of `path` whose owners were killed."""
     for work in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):  # it is gone, or its owner lives
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):  # the workspace is gone, or its owner lives
             lock = os.open(work, _FOLDER)
             stack.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,7 +110,10 @@ def sweep(path: Path) -> None:
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    """What tells a folder or file from another of its name; None if there is none. Not asked between two renames."""
+    """Return (device, inode), which tells a folder or file from a later one of that name; None if there is none.
+
+    The answer is never taken between the two renames of `publish`.
+    """
     with _locked(Path(os.path.realpath(path)).parent, fcntl.LOCK_SH), contextlib.suppress(OSError):
         found = os.stat(path)
         return found.st_dev, found.st_ino
@@ -117,15 +121,15 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 
 def read_unreplaced(caller: str, folder: Path, read: Callable[[], T]) -> T:
-    """What `read` makes of a folder, and of that alone: if another has taken its place meanwhile, it reads once more.
+    """Return what `read` gives for a folder. If the folder is replaced meanwhile, read once more.
 
     Raises:
-        ValueError: another has taken its place again.
+        ValueError: the folder was replaced in both reads.
     """
     for _ in range(2):
         before = identity(folder)
         with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):  # as long as it is open, no other gets its number
+            with contextlib.suppress(OSError):  # while the folder is open, no other gets its inode
                 stack.callback(os.close, os.open(folder, _FOLDER))
             try:
                 result = read()
@@ -135,19 +139,19 @@ def read_unreplaced(caller: str, folder: Path, read: Callable[[], T]) -> T:
             else:
                 if identity(folder) == before:
                     return result
-                del result  # there is no memory for two models
+                del result  # memory may not hold two models
     raise ValueError(f"{caller}: {folder} was replaced while it was read, and once more while it was read again")
 
 
 def _make_locked(path: Path) -> tuple[Path, int]:
-    while True:  # until it is locked: before that, the sweep of another process can take it for abandoned
+    while True:  # until the lock is held: before that, the sweep of another process may remove the folder
         work = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         work.mkdir()
         try:
             lock = os.open(work, _FOLDER)
         except FileNotFoundError:
             continue
-        with contextlib.suppress(OSError):  # a file system without locks: nothing is swept there either
+        with contextlib.suppress(OSError):  # a file system without locks: sweeps remove nothing there either
             fcntl.flock(lock, fcntl.LOCK_EX)
         if work.exists():
             return work, lock
@@ -157,14 +161,14 @@ def _make_locked(path: Path) -> tuple[Path, int]:
 def _clear(work: Path, path: Path) -> None:
     with _renaming(work, path):
         pass
-    # `new` first: where it is gone, no later sweep takes what is left of `old` for something to put back.
+    # `new` goes first: without it, no later sweep puts back what is left of `old`.
     shutil.rmtree(work / NEW, ignore_errors=True)
     shutil.rmtree(work, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _renaming(work: Path, path: Path) -> Iterator[None]:
-    """No other process renames in the parent folder; at the end, what was moved aside for nothing is back."""
+    """Keep other processes from renaming in the parent folder; at the end, put `old` back if nothing replaced it."""
     with _locked(path.parent, fcntl.LOCK_EX):
         try:
             yield
@@ -175,9 +179,9 @@ def _renaming(work: Path, path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path, how: int) -> Iterator[None]:
-    """A lock on a folder, for the length of two renames. Who holds it for a second is somebody else, not waited for."""
+    """Lock a folder for the length of two renames. After a second of waiting, go on without the lock."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # it may not be read, or the file system has no locks
+        with contextlib.suppress(OSError):  # the folder is not readable, or the file system has no locks
             lock = os.open(folder, _FOLDER)
             stack.callback(os.close, lock)
             for _ in range(_LOCK_LOOKS):
@@ -189,7 +193,7 @@ def _locked(folder: Path, how: int) -> Iterator[None]:
 
 
 def _flush(folder: Path) -> None:
-    """A folder's names to the disk."""
+    """Write a folder's names to the disk."""
     with contextlib.ExitStack() as stack, contextlib.suppress(OSError):  # some file systems refuse
         descriptor = os.open(folder, _FOLDER)
         stack.callback(os.close, descriptor)

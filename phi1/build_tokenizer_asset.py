@@ -1,8 +1,8 @@
 """Rebuild `assets/gpt2-merges.gz` from public sources and check it against GPT-2's published hashes.
 
-The package openai-whisper (MIT) carries GPT-2's vocabulary as a list of byte strings in rank order. The merge that made
-a token is found by merging its bytes with the lower ranks only: two parts remain. The vocab.bpe and encoder.json so
-rebuilt must have the sha256 sums that OpenAI's tiktoken pins for the two files of the GPT-2 release.
+The package openai-whisper (MIT) holds GPT-2's vocabulary as byte strings in rank order. To find the merge of a token,
+its bytes are merged with lower ranks only, until two parts remain. The rebuilt vocab.bpe and encoder.json must
+have the sha256 sums that OpenAI's tiktoken pins for the two files of the GPT-2 release.
 
     python phi1/build_tokenizer_asset.py [--archive openai_whisper-20250625.tar.gz]
 """
@@ -40,7 +40,7 @@ def check(name: str, content: bytes) -> None:
 
 
 def download(folder: Path) -> Path:
-    """Fetch the source archive of openai-whisper, without installing it."""
+    """Download the source archive of openai-whisper without installing it."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:",
                "--dest", str(folder), PACKAGE]
     if subprocess.run(command).returncode != 0:
@@ -49,7 +49,7 @@ def download(folder: Path) -> Path:
 
 
 def read_ranks(archive: Path) -> bytes:
-    """The file gpt2.tiktoken of the archive."""
+    """Return the content of gpt2.tiktoken from the archive."""
     with tarfile.open(archive) as tar:
         member = next((m for m in tar.getmembers() if m.name.endswith(MEMBER)), None)
         content = tar.extractfile(member) if member is not None else None
@@ -59,7 +59,7 @@ def read_ranks(archive: Path) -> bytes:
 
 
 def split_in_two(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two parts whose merge made `token`: the lowest rank first, until two parts are left."""
+    """Return the two parts whose merge made `token`: merge the lowest rank first, until two parts are left."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
@@ -69,7 +69,7 @@ def split_in_two(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def rebuild_vocab_bpe(tiktoken_file: bytes) -> bytes:
-    """GPT-2's vocab.bpe from the token list of gpt2.tiktoken."""
+    """Return GPT-2's vocab.bpe, rebuilt from the token list of gpt2.tiktoken."""
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, tiktoken_file.splitlines())}
     chars = byte_chars()
     merges = ["#version: 0.2"]

@@ -1,4 +1,4 @@
-"""Keys and values of tokens seen before: L layers, B batch, T tokens, H heads, K head size."""
+"""The key-value cache of generation: L layers, B batch, T tokens, H heads, K head size."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Cache:
     """Keys (rotated) and values of the tokens seen so far, for `Phi1.forward(..., cache=cache)`.
 
     Args:
-        config: the model's.
-        batch: B, sequences that are decoded together.
-        max_length: tokens to make room for, at most config.max_position_embeddings.
-        device, dtype: the model's.
+        config: the model's configuration.
+        batch: B, the number of sequences that are decoded together.
+        max_length: T, the tokens that fit, at most config.max_position_embeddings.
+        device, dtype: the model's device and dtype.
     """
 
     def __init__(self, config: Phi1Config, batch: int, max_length: int, *,
@@ -30,7 +30,7 @@ class Cache:
 
     @property
     def max_length(self) -> int:
-        """Tokens that fit."""
+        """The number of tokens that fit."""
         return self.kv.shape[3]
 
     def crop(self, length: int) -> None:
@@ -40,7 +40,7 @@ class Cache:
         self.length = length
 
     def room(self, layer: int, tokens: int) -> Tensor:
-        """A layer's keys and values, a view [2, B, length + tokens, H, K] whose last places are to be filled."""
+        """Return a view [2, B, length + tokens, H, K] of a layer's cache, whose last `tokens` the caller fills."""
         return self.kv[layer, :, :, : self.length + tokens]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

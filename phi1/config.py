@@ -69,12 +69,11 @@ class Phi1Config:
         block = norm + (3 * d + f) * (d + 1) + d * (d + f) + 2 * d
         return v * d + self.num_hidden_layers * block + norm + v * (d + 1)
 
-
     def flops_per_token(self, seq_len: int, *, causal: bool = False) -> float:
-        """Floating-point operations of training on one token of sequences of `seq_len`; recomputation does not count.
+        """Floating-point operations of training on one token of a sequence of `seq_len`; recomputation does not count.
 
-        6 a parameter without the input embedding, and 12 L D T for attention, the convention of published tables
-        (PaLM, arXiv 2204.02311, appendix B). With `causal`, half of that attention: what a causal kernel computes.
+        They are 6 a parameter, without the input embedding, and 12 L D T for attention. Published tables count so
+        (PaLM, arXiv 2204.02311, appendix B). With `causal`, attention counts half, as a causal kernel computes it.
         """
         parameters = self.num_parameters - self.vocab_size * self.hidden_size
         attention = 12 * self.num_hidden_layers * self.hidden_size * seq_len
@@ -84,17 +83,17 @@ class Phi1Config:
 PRESETS: dict[str, Phi1Config] = {
     "phi1": Phi1Config(),
     "phi1-small": Phi1Config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=20, num_attention_heads=16),
-    # phi-1.5 has phi-1's shape; its data are what differs (arXiv 2309.05463).
+    # phi-1.5 has phi-1's shape and was trained on other data (arXiv 2309.05463).
     "phi1.5": Phi1Config(),
     "phi2": Phi1Config(hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32),
-    # Two CPU cores train it to Python-shaped completions in minutes.
+    # Two CPU cores train it in minutes; its completions then look like Python.
     "nano": Phi1Config(vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=4,
                        num_attention_heads=4, max_position_embeddings=512),
 }
 
 
 def preset(name: str, **changes: object) -> Phi1Config:
-    """The configuration called `name`, with some fields changed.
+    """Return the configuration called `name`, with some fields changed.
 
     Args:
         name: a key of PRESETS: "phi1", "phi1-small", "phi1.5", "phi2" or "nano".

@@ -1,12 +1,12 @@
-"""Rows of the token embedding, with a gradient that holds however often a token occurs.
+"""The token embedding, with a gradient that is accurate for a token of any frequency.
 
     out[n] = weight[ids[n]]        dweight[v] = sum of dout[n] over the n whose id is v
 
-PyTorch's gradient is deterministic and fast on CUDA: it sorts the many ids of a training step and adds up each id's
-rows in order, in float32 and without atomics. At B = 8, T = 2048, D = 2048, V = 51,200 in float16 it moves 0.35 GB, a
-tenth of a millisecond of an H100's bandwidth: a kernel of ours would gain nothing. On a CPU it is deterministic too,
-but adds up in the weight's dtype: 500 rows of 0.37 make 128 in bfloat16. Here they are added up in float32 and rounded
-once.
+On CUDA, PyTorch's gradient is deterministic and fast: it sorts the ids of a training step and sums each id's rows in
+order, in float32 and without atomics. At B = 8, T = 2048, D = 2048, V = 51,200 in float16 it moves 0.35 GB, a tenth of
+a millisecond of an H100's bandwidth, so a kernel of ours would gain nothing. On a CPU, PyTorch's gradient is
+deterministic too, but it sums in the weight's dtype: 500 rows of 0.37 sum to 128 in bfloat16. This module sums them in
+float32 and rounds once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _(weight: Tensor, ids: Tensor) -> Tensor:
 
 @torch.library.custom_op("phi1::embedding_backward", mutates_args=())
 def _embedding_backward(dout: Tensor, ids: Tensor, n_rows: int) -> Tensor:
-    used, index = ids.unique(return_inverse=True)  # so that what is float32 has a row per token of the batch, not V
+    used, index = ids.unique(return_inverse=True)  # the float32 sums have one row per token of the batch, not V
     sums = torch.ops.aten.embedding_dense_backward(dout.float(), index, used.numel(), -1, False)
     dweight = empty((n_rows, dout.shape[1]), dtype=dout.dtype, device=dout.device).zero_()
     dweight[used] = sums.to(dout.dtype)

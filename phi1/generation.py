@@ -1,7 +1,7 @@
-"""Text from a model: greedy or sampled, in batches or as a stream.
+"""Text generation: greedy or sampled, in batches or as a stream.
 
-Each prompt has its own random numbers, so what it gives does not depend on the prompts beside it. A batch is padded
-on the left; one pass takes the prompts in, then each new token is one pass over the key-value cache.
+Each prompt has its own random numbers, so its completion does not depend on the other prompts of the batch. A batch is
+padded on the left. One pass fills the key-value cache from the prompts, then each new token is one pass.
 
 B prompts in a batch, T tokens, V ids that have a token.
 """
@@ -17,23 +17,23 @@ import torch
 from torch import Tensor
 
 from phi1.model import Cache, Phi1
-from phi1.sampling import Rules, choose, prompt_seed, uniform_numbers
+from phi1.sampling import SamplingParams, prompt_seed, sample_tokens, uniform_numbers
 
 if TYPE_CHECKING:
     from phi1.tokenizer import Tokenizer
 
 
 class Completion(str):
-    """A completion: a string, the text after the prompt, that also knows how it came about."""
+    """The text after the prompt, a string, with the facts of its generation."""
 
     token_ids: list[int]
-    """The ids that were drawn, without the end of text; those of a stop string are among them."""
+    """The generated ids without the end of text; those of a stop string are included."""
     finish_reason: str
     """`eos` (end of text), `stop` (a stop string) or `length` (max_new_tokens, or the context is full)."""
     prompt_tokens: int
     """Tokens of the prompt."""
     seed: int | None
-    """That gives this completion again when its prompt is alone; None for greedy decoding."""
+    """The seed that gives this completion again for its prompt alone; None for greedy decoding."""
 
     def __new__(cls, text: str, token_ids: Sequence[int] = (), finish_reason: str = "length", prompt_tokens: int = 0,
                 seed: int | None = None) -> Completion:
@@ -50,35 +50,35 @@ def generate(model: Phi1, tokenizer: Tokenizer, prompts: str | Sequence[str | Se
 
     Args:
         model: on any device, in any dtype. Sampling is float32 arithmetic.
-        tokenizer: the model's. Ids from len(tokenizer) on are never drawn.
-        prompts: a text, or a list whose elements are texts or lists of token ids. An empty one starts a new document,
+        tokenizer: the model's tokenizer. Ids from len(tokenizer) on are never drawn.
+        prompts: a text, or a list whose elements are texts or lists of token ids. An empty prompt starts a new document
             from `<|endoftext|>`.
-        max_new_tokens: upper bound for each prompt; less where the model's context ends.
-        temperature: 0 takes the likeliest token; above 0 the logits are divided by it and a token is drawn.
+        max_new_tokens: upper bound for each prompt; fewer if the model's context ends before.
+        temperature: 0 takes the likeliest token; a value above 0 divides the logits, and a token is drawn.
         top_k: draw from the k likeliest tokens; 0 from all. Applied after the temperature.
         top_p: draw from the likeliest tokens that together have this probability; 1 from all. Applied after top_k.
-        seed: of the random numbers, 0 or more; each prompt's follow from it and from the prompt's place in the list,
-            the first one's being `seed` itself. None takes a fresh one.
-        stop: a text or several; the completion ends before the first one that is complete in it.
-        batch_size: prompts that are decoded together.
+        seed: seed of the random numbers, 0 or more. The first prompt uses `seed` itself; the seed of each other one
+            follows from `seed` and the prompt's index. None draws a seed.
+        stop: one or more texts; the completion ends before the first one that it contains.
+        batch_size: the number of prompts that are decoded together.
 
     Returns:
-        One `Completion`, a str, for each prompt, in their order.
+        One `Completion`, a str, for each prompt, in the order of the prompts.
 
     Raises:
         ValueError: an argument out of its range, a prompt that leaves no room in the context, or a token id outside
             the model's vocabulary.
         FloatingPointError: the model computed nan or inf.
     """
-    rules = Rules.check("generate", max_new_tokens, temperature, top_k, top_p, seed, stop)
+    params = SamplingParams.check("generate", max_new_tokens, temperature, top_k, top_p, seed, stop)
     if batch_size < 1:
         raise ValueError(f"generate: batch_size must be 1 or more; got {batch_size}")
     if isinstance(prompts, str):
         prompts = [prompts]
-    requests = [_request("generate", f"prompts[{i}]", model, tokenizer, prompt, rules, i)
+    requests = [_request("generate", f"prompts[{i}]", model, tokenizer, prompt, params, i)
                 for i, prompt in enumerate(prompts)]
     for batch in _batches(requests, model.config.max_position_embeddings, batch_size):
-        for tokens in _decode(model, batch, rules, len(tokenizer)):
+        for tokens in _decode(model, batch, params, len(tokenizer)):
             for request, token in zip(batch, tokens, strict=True):
                 request.take(token)
             if all(request.finish_reason for request in batch):
@@ -91,8 +91,8 @@ def stream(model: Phi1, tokenizer: Tokenizer, prompt: str | Sequence[int], *,
            seed: int | None = None, stop: str | Sequence[str] = ()) -> Generator[str, None, Completion]:
     """Complete one prompt, piece by piece as it is decoded.
 
-    A piece never ends within a character, and what may be the beginning of a stop string is held back until it is
-    known not to be one. Joined, the pieces are what `generate` gives for the same arguments.
+    A piece never ends within a character. Text that may begin a stop string is held back until the next tokens decide.
+    The joined pieces equal the result of `generate` for the same arguments.
 
     Args:
         model, tokenizer, max_new_tokens, temperature, top_k, top_p, seed, stop: as for `generate`.
@@ -105,12 +105,12 @@ def stream(model: Phi1, tokenizer: Tokenizer, prompt: str | Sequence[int], *,
         ValueError: as `generate`, before the first piece.
         FloatingPointError: the model computed nan or inf.
     """
-    rules = Rules.check("stream", max_new_tokens, temperature, top_k, top_p, seed, stop)
-    return _pieces(model, _request("stream", "prompt", model, tokenizer, prompt, rules, 0), rules, len(tokenizer))
+    params = SamplingParams.check("stream", max_new_tokens, temperature, top_k, top_p, seed, stop)
+    return _pieces(model, _request("stream", "prompt", model, tokenizer, prompt, params, 0), params, len(tokenizer))
 
 
-def _pieces(model: Phi1, request: _Request, rules: Rules, n_ids: int) -> Generator[str, None, Completion]:
-    for (token,) in _decode(model, [request], rules, n_ids):
+def _pieces(model: Phi1, request: _Request, params: SamplingParams, n_ids: int) -> Generator[str, None, Completion]:
+    for (token,) in _decode(model, [request], params, n_ids):
         piece = request.take(token)
         if piece:
             yield piece
@@ -120,7 +120,7 @@ def _pieces(model: Phi1, request: _Request, rules: Rules, n_ids: int) -> Generat
 
 
 class _Text:
-    """Text from tokens: whole characters alone, and nothing that may belong to a stop string."""
+    """Incremental decoder: tokens in, whole characters out, except text that may belong to a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
         self._tokenizer, self._stop = tokenizer, stop
@@ -129,11 +129,11 @@ class _Text:
         self.stopped = False
 
     def take(self, token: int) -> str:
-        """The text that this token makes certain."""
+        """Add a token and return the text that is now certain."""
         return self._release(self._characters.decode(self._tokenizer.decode_bytes((token,))))
 
     def rest(self) -> str:
-        """What is still held back, once no token follows; bytes of a character that was cut become U+FFFD."""
+        """Return the text still held back, after the last token. The bytes of a cut character become U+FFFD."""
         text = self._release(self._characters.decode(b"", final=True))
         return text if self.stopped else text + self._held
 
@@ -144,32 +144,32 @@ class _Text:
         found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)[1]]  # of the one that ends first, however the text falls into tokens
+            return text[: min(found)[1]]  # the stop string that ends first, for any split of the text into tokens
         keep = max(_overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Return the length of the longest suffix of `text` that is a prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 @dataclass
 class _Request:
-    """One prompt and what has been decoded for it."""
+    """One prompt and the tokens decoded for it."""
 
     ids: list[int]
-    limit: int  # tokens that it may get
+    limit: int  # the most new tokens
     seed: int | None
     eos_id: int
     text: _Text
     token_ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
-    finish_reason: str = ""  # empty while it goes on
+    finish_reason: str = ""  # empty until the request has finished
 
     def take(self, token: int) -> str:
-        """Append a token; returns the text that it makes certain."""
+        """Append a token and return the text that is now certain."""
         if self.finish_reason:
             return ""
         piece = ""
@@ -193,8 +193,8 @@ class _Request:
         return Completion("".join(self.pieces), self.token_ids, self.finish_reason, len(self.ids), self.seed)
 
 
-def _request(caller: str, what: str, model: Phi1, tokenizer: Tokenizer, prompt: str | Sequence[int], rules: Rules,
-             index: int) -> _Request:
+def _request(caller: str, what: str, model: Phi1, tokenizer: Tokenizer, prompt: str | Sequence[int],
+             params: SamplingParams, index: int) -> _Request:
     ids = _encode(caller, what, tokenizer, prompt) or [tokenizer.eos_id]
     context, vocab = model.config.max_position_embeddings, model.config.vocab_size
     outside = next((i for i in ids if not 0 <= i < vocab), None)
@@ -204,9 +204,9 @@ def _request(caller: str, what: str, model: Phi1, tokenizer: Tokenizer, prompt: 
     if len(ids) >= context:
         raise ValueError(f"{caller}: {what} has {len(ids)} tokens, which leaves no room in the model's context of "
                          f"{context}; shorten it to {context - 1} or fewer")
-    seed = None if rules.seed is None else prompt_seed(rules.seed, index)
-    return _Request(ids, min(rules.max_new_tokens, context - len(ids)), seed, tokenizer.eos_id,
-                    _Text(tokenizer, rules.stop))
+    seed = None if params.seed is None else prompt_seed(params.seed, index)
+    return _Request(ids, min(params.max_new_tokens, context - len(ids)), seed, tokenizer.eos_id,
+                    _Text(tokenizer, params.stop))
 
 
 def _encode(caller: str, what: str, tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
@@ -223,7 +223,7 @@ def _encode(caller: str, what: str, tokenizer: Tokenizer, prompt: str | Sequence
 
 
 def _batches(requests: list[_Request], context: int, size: int) -> Iterator[list[_Request]]:
-    """Requests of like length together; padding must not push any of them past the context."""
+    """Yield batches of requests of similar length; padding must not push a request past the context."""
     batch: list[_Request] = []
     for request in sorted(requests, key=lambda request: len(request.ids), reverse=True):
         longest, steps = len((batch or [request])[0].ids), max(other.limit for other in [*batch, request])
@@ -236,8 +236,8 @@ def _batches(requests: list[_Request], context: int, size: int) -> Iterator[list
 
 
 @torch.inference_mode()
-def _decode(model: Phi1, requests: list[_Request], rules: Rules, n_ids: int) -> Iterator[list[int]]:
-    """The next token of every request, again and again up to the largest limit."""
+def _decode(model: Phi1, requests: list[_Request], params: SamplingParams, n_ids: int) -> Iterator[list[int]]:
+    """Yield the next token of every request, step by step up to the largest limit."""
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
     longest, steps = max(len(request.ids) for request in requests), max(request.limit for request in requests)
     cache = Cache(model.config, len(requests), longest + steps - 1, device=device, dtype=dtype)
@@ -248,7 +248,7 @@ def _decode(model: Phi1, requests: list[_Request], rules: Rules, n_ids: int) -> 
         ids, mask = _left_padded([request.ids for request in requests], device)
         logits = model(ids, attention_mask=mask, cache=cache, logits_to_keep=1)
         for step in range(steps):
-            tokens = choose(logits[:, -1, :n_ids].float(), rules, uniform[step])
+            tokens = sample_tokens(logits[:, -1, :n_ids].float(), params, uniform[step])
             yield tokens.tolist()
             if step + 1 < steps:
                 logits = model(tokens[:, None], cache=cache, logits_to_keep=1)
@@ -257,7 +257,7 @@ def _decode(model: Phi1, requests: list[_Request], rules: Rules, n_ids: int) -> 
 
 
 def _left_padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """ids [B, T], with zeros on the left of the shorter prompts, and the mask; no mask where all are as long."""
+    """Return ids [B, T] with zeros on the left of shorter prompts, and their mask; None if all lengths are equal."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     if all(len(prompt) == longest for prompt in prompts):

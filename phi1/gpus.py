@@ -1,6 +1,6 @@
-"""What GPUs can do by their makers' data sheets: for plans, for the roofs of kernels that have not run, and for MFU.
+"""Peaks of GPUs from their makers' data sheets: for plans, for MFU and for the roofs of kernels that have not run.
 
-A roof is never reached; measured roofs judge measured times.
+No kernel reaches such a peak. Measured times are compared with measured roofs.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peaks of one GPU, dense, without sparsity; the SXM or OAM form.
+    """Peaks of one GPU in its SXM or OAM form, for dense matrices.
 
     Args:
-        name: what `--gpu` and tables call it.
-        pattern: in the name that the driver gives, lower case.
-        memory_gib: memory that a program may use, about.
+        name: its name in `--gpu` and in tables.
+        pattern: a part of the name that the driver gives, in lower case.
+        memory_gib: about the memory that a program may use.
         half_tflops: TFLOP/s of float16 and bfloat16 matrix products.
         float_tflops: TFLOP/s of float32 arithmetic.
         gb_per_s: memory bandwidth.
-        link_gb_per_s: to the other GPUs of its node, each way.
-        source: where the numbers are from.
+        link_gb_per_s: bandwidth to the other GPUs of its node, each way.
+        source: the document that the numbers are from.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Gpu:
     source: str
 
     def ms(self, n_bytes: float, n_flops: float, dtype: str = "float16") -> float:
-        """The least time for these bytes and flops: the larger of the two."""
+        """Return the least time in ms: the larger of those for the bytes and for the flops."""
         tflops = self.float_tflops if dtype == "float32" else self.half_tflops
         return max(n_bytes / self.gb_per_s / 1e6, n_flops / tflops / 1e9)
 
@@ -49,5 +49,5 @@ GPUS = {gpu.name: gpu for gpu in (
 
 
 def gpu_named(name: str) -> Gpu | None:
-    """The GPU that a driver calls `name`; None if its peaks are not known here."""
+    """Return the GPU that a driver calls `name`, or None if its peaks are not known."""
     return next((gpu for gpu in GPUS.values() if gpu.pattern in name.lower()), None)

@@ -1,4 +1,4 @@
-"""Arithmetic in 16 bits on copies of fp32 parameters, for a model on one device: neither autocast nor FSDP."""
+"""Mixed precision for a model on one device, without autocast or FSDP: 16-bit copies of the fp32 parameters."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from phi1.model import Phi1
 
 
 class WorkingCopies:
-    """`model.loss` computes with copies of the parameters in another precision; gradients add up in fp32.
+    """Make `model.loss` compute with copies of the parameters in another precision; gradients add up in fp32.
 
-    As FSDP's mixed precision with a `reduce_dtype` of float32, and with the same bits: each backward pass is in
-    `dtype`, and its gradients are then added to those of the parameters. The copies are taken anew in each call, so
-    that what changes the parameters in place is seen; a backward pass is to come before the change. A gradient has the
-    memory of the one before. The model's own `loss` is replaced, for as long as the model lives, and such a model can
-    be neither copied nor pickled.
+    The bits are those of FSDP's mixed precision with `reduce_dtype=float32`: each backward runs in `dtype`, and its
+    gradients are added to the parameters' fp32 gradients. Each call copies the parameters anew, so in-place changes
+    take effect; the backward of a call must run before such a change. Gradients reuse the memory of earlier ones. The
+    model's `loss` stays replaced while the model lives, and the model can be neither copied nor pickled.
 
-    FSDP at one process on a CPU copies each parameter twice, into memory that is often new. That takes 2 % of a step of
-    4 layers of width 256 with a vocabulary of 51,200 in a process that does nothing else, and 11 % in one that the C
-    library makes give its memory back in between; 6 % there with one of 4,096 (2 EPYC cores, torch 2.13, bfloat16).
+    FSDP in one process on a CPU copies each parameter twice, often into new memory. For 4 layers of width 256 and a
+    vocabulary of 51,200 that takes 2 % of a step, and 11 % in a process whose C library returns freed memory to the
+    system; 6 % there with a vocabulary of 4,096 (2 EPYC cores, torch 2.13, bfloat16).
 
     Args:
-        model: its parameters are float32, plain or DTensors that this process holds whole.
-        dtype: of the copies, float16, bfloat16 or float32; with float32 the parameters' own memory is used.
+        model: a model with float32 parameters, plain or DTensors that this process holds whole.
+        dtype: dtype of the copies: float16, bfloat16, or float32, which uses the parameters' own memory.
 
     Raises:
-        TypeError: a parameter, or dtype, is of another type.
+        TypeError: a parameter is not float32, or dtype is none of the three.
     """
 
     def __init__(self, model: Phi1, dtype: torch.dtype) -> None:
@@ -54,9 +53,9 @@ class WorkingCopies:
         for module, name, parameter, values, copy in self._places:
             if getattr(module, name) is not parameter:
                 raise RuntimeError(f"WorkingCopies: {name} of {type(module).__name__} was replaced; change it in place")
-            copy.requires_grad, copy.grad = parameter.requires_grad, None  # what an interrupted backward has left
+            copy.requires_grad, copy.grad = parameter.requires_grad, None  # None: an interrupted backward leaves one
             if copy.dtype != values.dtype:
-                copy.data.copy_(values)  # .data: the graph of a call before may read the copy, which had these values
+                copy.data.copy_(values)  # .data: an earlier call's graph may read the copy; the values are equal
         try:
             for module, name, *_, copy in self._places:
                 setattr(module, name, copy)
@@ -70,7 +69,7 @@ class WorkingCopies:
 
 
 def _add(parameter: nn.Parameter, gradient: Tensor, sums: Tensor, copy: Tensor) -> None:
-    """Move a copy's gradient to its parameter's: to `gradient`, in memory `sums`, unless it has another one."""
+    """Move a copy's gradient to its parameter: add to its gradient, or start one as `gradient`, in memory `sums`."""
     found, copy.grad = copy.grad, None
     assert found is not None
     if parameter.grad is None:
@@ -85,7 +84,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _like(parameter: Tensor, values: Tensor) -> Tensor:
-    """A DTensor of `values` if the parameter is one."""
+    """Return `values`, as a DTensor if the parameter is one."""
     if not isinstance(parameter, DTensor):
         return values
     return DTensor.from_local(values, parameter.device_mesh, parameter.placements, run_check=False)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from phi1.cache import Cache
 from phi1.config import Phi1Config
 from phi1.embedding import embed
+from phi1.inputs import check_ids, row_starts
 from phi1.kernels import (
     Dropout,
     attention,
@@ -34,11 +35,11 @@ from phi1.kernels import (
     rotary,
 )
 
-ATTENTION, DENSE, FC2 = 0, 1, 2  # the kinds of dropout, part of the masks' counter
+ATTENTION, DENSE, FC2 = 0, 1, 2  # the kinds of dropout; each is a part of its mask's counter
 
 
 class InProjection(nn.Module):
-    """Weight and bias of q, k, v and fc1 in one matrix, [3D + F, D]."""
+    """The weight [3D + F, D] and bias of q, k, v and fc1."""
 
     def __init__(self, config: Phi1Config, **factory) -> None:
         super().__init__()
@@ -48,7 +49,7 @@ class InProjection(nn.Module):
 
 
 class OutProjection(nn.Module):
-    """Weight and biases of dense and fc2 in one matrix, [D, D + F]; the two biases apart, [2, D]."""
+    """The weight [D, D + F] of dense and fc2, and their two biases [2, D]."""
 
     def __init__(self, config: Phi1Config, **factory) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class OutProjection(nn.Module):
 
 
 class Block(nn.Module):
-    """One parallel block: `forward` in training and evaluation; with a cache `prefill`, then `decode`."""
+    """One parallel block: `forward` in training and evaluation, `prefill` and `decode` with a cache."""
 
     def __init__(self, config: Phi1Config, layer: int, **factory) -> None:
         super().__init__()
@@ -70,7 +71,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *, batch: int, seq_starts: Tensor | None = None,
                 positions: Tensor | None = None, rng: Tensor | None = None, sample_ids: Tensor | None = None,
                 recompute: str = "none") -> Tensor:
-        """x [N, D] -> x' [N, D], causal within each of the `batch` sequences."""
+        """Return x' [N, D] for x [N, D], causal within each of the `batch` sequences."""
         return parallel_block(
             x, *self._parameters_in_order(), cos, sin, n_heads=self.config.num_attention_heads, batch=batch,
             seq_starts=seq_starts, positions=positions, eps=self.config.layer_norm_eps, recompute=recompute,
@@ -95,7 +96,7 @@ class Block(nn.Module):
                 self.out_proj.bias)
 
     def prefill(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """x [N, D] of whole prompts -> x' [N, D]; their keys and values are the first of the cache. No gradients."""
+        """Return x' [N, D] for whole prompts x [N, D]; their keys and values go into an empty cache. No gradients."""
         batch = cache.kv.shape[2]
         x, keys, values = parallel_block_prefill(
             x, *self._parameters_in_order(), cos, sin, n_heads=self.config.num_attention_heads, batch=batch,
@@ -105,15 +106,17 @@ class Block(nn.Module):
         return x
 
     def decode(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """x [N, D] of the newest N / B tokens of each sequence -> x' [N, D]; their keys and values join the cache. No
-        gradients."""
+        """Return x' [N, D] for the newest N / B tokens of each sequence, and append their keys and values to the cache.
+
+        No gradients.
+        """
         kv = cache.room(self.layer, x.shape[0] // cache.kv.shape[2])
         return parallel_block_decode(
             x, *self._parameters_in_order(), cos, sin, kv, seq_starts=cache.starts, positions=positions,
-            eps=self.config.layer_norm_eps, check=self.layer == 0)
+            eps=self.config.layer_norm_eps, check=self.layer == 0)  # the first layer's check holds for all
 
     def decode_with_gradients(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """`decode` step by step, in operations that have a backward."""
+        """Compute `decode` in separate operations, which have a backward."""
         c, batch = self.config, cache.kv.shape[2]
         d, heads, tokens = c.hidden_size, c.num_attention_heads, x.shape[0] // batch
         h = layer_norm(x, self.norm.weight, self.norm.bias, c.layer_norm_eps)
@@ -131,12 +134,12 @@ class Phi1(nn.Module):
 
     Args:
         config: shape and constants.
-        device: where the parameters lie; on "meta" they are left without values, for a loader to fill.
-        dtype: of the parameters. Rotary tables are float32 whatever it is.
+        device: the parameters' device; on "meta" they have no values until a loader fills them.
+        dtype: the parameters' dtype. The rotary tables are always float32.
 
     Attributes:
-        recompute: what the backward of each block computes again to save memory: "none", "mlp" or "block", as for
-            `parallel_block`. It may change at any time, and changes no bit.
+        recompute: the part that the backward of each block computes again to save memory: "none", "mlp" or "block",
+            as in `parallel_block`. It may change at any time, and it changes no bit.
     """
 
     rotary_tables: Tensor
@@ -147,7 +150,7 @@ class Phi1(nn.Module):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.config = config
-        # nn.Embedding(...) would draw values to discard; on "meta" its first normal_ imports 900 modules in 1.4 s.
+        # nn.Embedding(...) would draw values for nothing; on "meta" its first normal_ imports 900 modules in 1.4 s.
         self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size, device=device,
                                                               dtype=dtype), freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer, **factory) for layer in range(config.num_hidden_layers))
@@ -173,7 +176,7 @@ class Phi1(nn.Module):
         """Draw weights from N(0, initializer_range), set biases to 0 and norms to 1 and 0, fill the rotary tables.
 
         Args:
-            seed: makes the values a function of the seed alone; None takes PyTorch's global generator.
+            seed: seed of the values; None takes PyTorch's global generator.
         """
         generator = None if seed is None else torch.Generator(self.embed.weight.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -187,7 +190,7 @@ class Phi1(nn.Module):
 
     @torch.no_grad()
     def init_tables(self) -> None:
-        """Fill the rotary tables: cos and sin of position * theta^(-2i/R), computed in float64, kept in float32."""
+        """Fill the rotary tables with cos and sin of position * theta^(-2i/R), computed in float64."""
         c, device = self.config, self.rotary_tables.device
         i = torch.arange(c.rotary_dim // 2, device=device, dtype=torch.float64)
         frequency = c.rope_theta ** (-2 * i / c.rotary_dim)
@@ -196,15 +199,15 @@ class Phi1(nn.Module):
 
     def forward(self, ids: Tensor, *, attention_mask: Tensor | None = None, positions: Tensor | None = None,
                 cache: Cache | None = None, logits_to_keep: int = 0) -> Tensor:
-        """Logits of the next token after each position.
+        """Return the logits of the next token after each position.
 
         Args:
             ids: [B, T] int64 token ids.
             attention_mask: [B, T], 0 on the padding left of each prompt and 1 on its tokens. With a cache it is given
-                with the prompt alone; the cache remembers where each row starts.
+                with the prompt only; the cache remembers where each row starts.
             positions: [B, T] rotary positions; by default they count from each row's first real token.
-            cache: the tokens before these; it takes these in as well.
-            logits_to_keep: n computes the logits of the last n positions alone; 0 those of all.
+            cache: keys and values of the tokens before these; those of the new tokens are appended.
+            logits_to_keep: n computes only the logits of the last n positions; 0 computes all.
 
         Returns:
             [B, T or logits_to_keep, V] logits in the model's dtype. Rows of padding are meaningless.
@@ -213,10 +216,10 @@ class Phi1(nn.Module):
             ValueError: an id outside the vocabulary, more tokens than the context or the cache holds, or a mask that
                 is not left padding.
         """
-        batch, tokens = self._check_ids(ids, cache)
+        batch, tokens = check_ids(self.config, ids, cache)
         if logits_to_keep < 0:
             raise ValueError(f"Phi1: logits_to_keep must be at least 0; got {logits_to_keep}")
-        starts = self._starts(ids, attention_mask, cache)
+        starts = row_starts(ids, attention_mask, cache)
         x = self._blocks(ids, starts, positions, cache)
         x = x.unflatten(0, (batch, tokens))[:, -logits_to_keep:] if logits_to_keep else x.unflatten(0, (batch, tokens))
         h = layer_norm(x, self.norm.weight, self.norm.bias, self.config.layer_norm_eps)
@@ -224,33 +227,33 @@ class Phi1(nn.Module):
 
     def loss(self, ids: Tensor, targets: Tensor, *, reduction: str = "mean", ignore_index: int = -100,
              rng: Tensor | None = None, sample_ids: Tensor | None = None, valid_vocab: int | None = None) -> Tensor:
-        """Cross-entropy of the targets, without ever holding all the logits.
+        """Return the cross-entropy of the targets; the logits are never all in memory.
 
         Args:
             ids: [B, T] int64 token ids.
-            targets: [B, T] int64, the token that follows each position, or ignore_index.
+            targets: [B, T] int64, the token after each position, or ignore_index.
             reduction: "mean" over the targets that count, or "sum".
-            ignore_index: the target value that does not count.
+            ignore_index: the value of targets that do not count.
             rng: int64 [2], (seed, step), on the model's device; needed in training with dropout.
-            sample_ids: int64 [B], names each row in the dropout masks, whatever batch or rank it is in.
-            valid_vocab: ids from this one on are left out of the softmax.
+            sample_ids: int64 [B], decides each row's dropout masks, independent of batch and rank.
+            valid_vocab: the softmax leaves out ids from this one on.
 
         Returns:
             float32 scalar, nats.
         """
-        self._check_ids(ids, None)
+        check_ids(self.config, ids, None)
         if targets.shape != ids.shape:
             raise ValueError(f"Phi1.loss: targets.shape must be ids.shape {tuple(ids.shape)}; "
                              f"got {tuple(targets.shape)}")
         x = self._blocks(ids, None, None, None, rng=rng, sample_ids=sample_ids)
         h = layer_norm(x, self.norm.weight, self.norm.bias, self.config.layer_norm_eps)
-        return cast(Tensor, linear_cross_entropy(  # alone, as return_lse is not asked for
+        return cast(Tensor, linear_cross_entropy(  # one tensor, because return_lse is False
             h, self.head.weight, self.head.bias, targets.flatten(), reduction=reduction, ignore_index=ignore_index,
             valid_vocab=valid_vocab))
 
     def _blocks(self, ids: Tensor, starts: Tensor | None, positions: Tensor | None, cache: Cache | None,
                 rng: Tensor | None = None, sample_ids: Tensor | None = None) -> Tensor:
-        """[B, T] ids -> [N, D], the residual stream after the last block."""
+        """Return the residual stream [N, D] after the last block, for ids [B, T]."""
         batch, tokens = ids.shape
         cos, sin = self.rotary_tables.unbind(0)
         x = embed(self.embed.weight, ids.flatten())
@@ -259,55 +262,17 @@ class Phi1(nn.Module):
             positions = torch.arange(held, held + tokens, device=ids.device).expand(batch, tokens)
             if starts is not None:
                 positions = (positions - starts[:, None]).clamp(min=0)
-        flat = positions.flatten()  # one for all blocks, which keep it for the backward
+        flat = positions.flatten()  # one tensor, which all blocks keep for the backward
         if cache is None:
             for block in self.blocks:
                 x = block(x, cos, sin, batch=batch, seq_starts=starts, positions=flat, rng=rng, sample_ids=sample_ids,
                           recompute=self.recompute)
             return x
-        way = "decode_with_gradients" if torch.is_grad_enabled() else "decode" if cache.length else "prefill"
+        if torch.is_grad_enabled():
+            run = Block.decode_with_gradients
+        else:
+            run = Block.decode if cache.length else Block.prefill
         for block in self.blocks:
-            x = getattr(block, way)(x, cos, sin, flat, cache)
+            x = run(cast(Block, block), x, cos, sin, flat, cache)
         cache.length += tokens
         return x
-
-    def _check_ids(self, ids: Tensor, cache: Cache | None) -> tuple[int, int]:
-        if ids.dim() != 2 or ids.dtype != torch.int64:
-            raise ValueError(f"Phi1: ids must be int64 [B, T]; got {ids.dtype} {list(ids.shape)}")
-        batch, tokens = ids.shape
-        limit = self.config.max_position_embeddings
-        held = 0 if cache is None else cache.length
-        if held + tokens > limit:
-            raise ValueError(f"Phi1: at most {limit} tokens fit the model's context; got {held + tokens}")
-        if cache is not None and held + tokens > cache.max_length:
-            raise ValueError(f"Phi1: at most {cache.max_length} tokens fit the cache; got {held + tokens}")
-        if cache is not None and cache.kv.shape[2] != batch:
-            raise ValueError(f"Phi1: ids must have the cache's batch, {cache.kv.shape[2]}; got {batch}")
-        # On CUDA this check would wait for the device; there the embedding itself asserts.
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
-            low, high = (int(bound) for bound in ids.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(f"Phi1: token ids must be between 0 and {self.config.vocab_size - 1}; "
-                                 f"got {low if low < 0 else high}")
-        return batch, tokens
-
-    @staticmethod
-    def _starts(ids: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor | None:
-        """First real token of each row, int32 [B], or None where no row is padded."""
-        if cache is not None and not cache.length:
-            cache.starts = None  # of a prompt that was cropped away
-        if mask is None:
-            return None if cache is None else cache.starts
-        if mask.shape != ids.shape:
-            raise ValueError(f"Phi1: attention_mask.shape must be ids.shape {tuple(ids.shape)}; "
-                             f"got {tuple(mask.shape)}")
-        if cache is not None and cache.length:
-            raise ValueError("Phi1: attention_mask goes with the prompt, into an empty cache; "
-                             f"this cache holds {cache.length} tokens")
-        mask = mask.bool()
-        starts = (~mask).sum(1, dtype=torch.int32)
-        if not torch.compiler.is_compiling() and not bool((mask[:, 1:] >= mask[:, :-1]).all()):
-            raise ValueError("Phi1: attention_mask must be left padding, zeros then ones in each row")
-        if cache is not None:
-            cache.starts = starts
-        return starts

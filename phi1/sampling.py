@@ -1,4 +1,4 @@
-"""Which token comes next: the arguments that decide it, checked, and the choice itself.
+"""Sampling: the checked arguments of a call, and the next token of each prompt.
 
 B prompts in a batch, V ids that have a token.
 """
@@ -17,8 +17,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Rules:
-    """The checked arguments of a call."""
+class SamplingParams:
+    """The checked arguments that decide how tokens are chosen."""
 
     max_new_tokens: int
     temperature: float
@@ -29,7 +29,7 @@ class Rules:
 
     @classmethod
     def check(cls, caller: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int | None,
-              stop: str | Sequence[str]) -> Rules:
+              stop: str | Sequence[str]) -> SamplingParams:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         for name, value, holds, rule in (
             ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
@@ -49,36 +49,36 @@ class Rules:
 
 
 def prompt_seed(seed: int, index: int) -> int:
-    """Seed of the prompt at `index` of a list: `seed` for the first, numbers unrelated to it for the others."""
+    """Return the seed of the prompt at `index`: `seed` for the first, a hash of seed and index for the others."""
     if index == 0:
         return seed
     return int.from_bytes(hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=6).digest())
 
 
 def uniform_numbers(seeds: Sequence[int | None], steps: int) -> Tensor:
-    """[steps, B] float64 in [0, 1): column b from the b-th seed alone. Zeros for greedy decoding, which needs none."""
+    """Return [steps, B] float64 in [0, 1), column b from the b-th seed; zeros for greedy decoding, which needs none."""
     if None in seeds:
         return torch.zeros(steps, len(seeds))
     sources = [random.Random(seed) for seed in seeds]
     return torch.tensor([[source.random() for source in sources] for _ in range(steps)], dtype=torch.float64)
 
 
-def choose(logits: Tensor, rules: Rules, uniform: Tensor) -> Tensor:
-    """Ids [B] for float32 logits [B, V] and numbers [B] in [0, 1)."""
+def sample_tokens(logits: Tensor, params: SamplingParams, uniform: Tensor) -> Tensor:
+    """Return ids [B] for float32 logits [B, V] and uniform numbers [B] in [0, 1)."""
     if not math.isfinite(float(logits.sum())):
         raise FloatingPointError("generate: the model's logits hold nan or inf; a float16 model may need float32")
-    if rules.temperature == 0:
+    if params.temperature == 0:
         return logits.argmax(-1)
-    # The largest becomes 0 first, so that a tiny temperature cannot overflow.
-    logits = (logits - logits.amax(-1, keepdim=True)) / rules.temperature
-    if 0 < rules.top_k < logits.shape[1]:
-        logits = logits.masked_fill(logits < logits.topk(rules.top_k).values[:, -1:], -math.inf)
-    if rules.top_p < 1:
+    # The largest logit becomes 0 first, so a tiny temperature cannot overflow.
+    logits = (logits - logits.amax(-1, keepdim=True)) / params.temperature
+    if 0 < params.top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(params.top_k).values[:, -1:], -math.inf)
+    if params.top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         share = ordered.softmax(-1)
-        beyond = share.cumsum(-1) - share >= rules.top_p  # what comes before a token is enough without it
+        beyond = share.cumsum(-1) - share >= params.top_p  # the tokens before this one already hold top_p
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
-    # In the order of the ids, not of the probabilities: a rounding error that swaps two neighbours changes nothing.
+    # The sum runs in the order of the ids: in the order of probabilities, a rounding error could swap two tokens.
     upto = logits.softmax(-1).double().cumsum(-1)
     drawn = torch.searchsorted(upto, (uniform * upto[:, -1])[:, None], right=True)[:, 0]
     return drawn.clamp(max=logits.shape[1] - 1)

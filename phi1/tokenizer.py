@@ -1,8 +1,8 @@
-"""phi-1's tokenizer, exact and without a network, and small byte-level BPEs with the same rules.
+"""phi-1's tokenizer, built in so that no network is needed, and small byte-level BPEs with the same rules.
 
-phi-1 uses CodeGen's tokenizer (arXiv 2306.11644, section 2.3): GPT-2's byte-level BPE of 50,257 tokens, then 31 down to
-2 spaces (ids 50257 to 50286) and 9 down to 2 tabs (ids 50287 to 50294) as tokens of their own. Such runs are cut out of
-the raw text first, leftmost and longest, so indentation costs one token; a single space stays with the next word.
+phi-1 uses CodeGen's tokenizer (arXiv 2306.11644, section 2.3): GPT-2's byte-level BPE of 50,257 tokens, then a token
+for each run of 31 down to 2 spaces (ids 50257 to 50286) and of 9 down to 2 tabs (ids 50287 to 50294). These runs are
+split off the raw text first, leftmost and longest, so indentation costs one token. A single space joins the next word.
 
 GPT-2's merges ship compressed as `assets/gpt2-merges.gz` (`build_tokenizer_asset.py` rebuilds it). The vocabulary
 follows from them: the 256 bytes, one token a merge, and `<|endoftext|>`.
@@ -33,15 +33,15 @@ MERGES_FILE = Path(__file__).with_name("assets") / "gpt2-merges.gz"
 HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json")
 MIN_VOCAB = 256 + 1 + len(RUNS)
 
-# The greedy pattern takes exactly what the leftmost-longest search for the tokens of RUNS takes.
+# The greedy pattern matches exactly what a leftmost-longest search for the tokens of RUNS matches.
 _RUN_PATTERN = re.compile(r" {2,31}|\t{2,9}")
 
 
 class Tokenizer:
-    """A byte-level BPE: any text has ids, and the ids give the text's bytes back exactly.
+    """A byte-level BPE: any text has ids, and the ids give back the exact bytes of the text.
 
     Args:
-        backend: the `tokenizers` object that does the work: a BPE model with a byte-level decoder.
+        backend: the `tokenizers` object underneath, a BPE model with a byte-level decoder.
         eos: the token that ends a document.
         pad: the padding token; None pads with `eos`.
 
@@ -53,7 +53,7 @@ class Tokenizer:
         if not isinstance(backend.model, models.BPE) or not isinstance(backend.decoder, decoders.ByteLevel):
             raise ValueError("Tokenizer: backend must be a BPE with a ByteLevel decoder; got "
                              f"{type(backend.model).__name__} with {type(backend.decoder).__name__}")
-        # A stored tokenizer may carry the settings of its last use; here every id of a text is wanted.
+        # A stored tokenizer may hold the settings of its last use; encode must return every id of a text.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -69,32 +69,32 @@ class Tokenizer:
         return found
 
     def __len__(self) -> int:
-        """Number of tokens; the ids are 0 to len - 1. A model may have more rows than that."""
+        """Return the number of tokens. The ids are 0 to len - 1; a model may have more rows."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text; nothing is added at either end.
+        """Return the token ids of a text; nothing is added at either end.
 
         Args:
             text: any text.
-            special: whether `<|endoftext|>` written in the text is the token (as Hugging Face has it) or plain text.
+            special: if True, `<|endoftext|>` in the text is the token, as in Hugging Face; if False, it is plain text.
         """
         return self.encode_batch([text], special=special)[0]
 
     def encode_batch(self, texts: list[str], *, special: bool = True) -> list[list[int]]:
-        """Token ids of each text. Runs on all cores unless TOKENIZERS_PARALLELISM=false is in the environment."""
+        """Return the token ids of each text. TOKENIZERS_PARALLELISM=false in the environment keeps it on one core."""
         backend = self._backend if special else self._literal_backend
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     @cached_property
     def _literal_backend(self) -> tokenizers.Tokenizer:
-        # A second object, because the switch is state that concurrent callers would see change.
+        # A second object, because the switch is state that concurrent callers share.
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         backend.encode_special_tokens = True
         return backend
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of some ids; bytes that are not UTF-8 become U+FFFD.
+        """Return the text of the ids; bytes that are not UTF-8 become U+FFFD.
 
         Args:
             ids: token ids, each from 0 to len - 1.
@@ -109,10 +109,10 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Exact bytes of some ids, special tokens included.
+        """Return the exact bytes of the ids, special tokens included.
 
-        Bytes of consecutive calls concatenate, so a stream of ids can go through an incremental UTF-8 decoder
-        (`codecs.getincrementaldecoder("utf-8")`) although a character may lie across several tokens.
+        The bytes of consecutive calls concatenate, and a character may span several tokens. So decode a stream of ids
+        with an incremental UTF-8 decoder, `codecs.getincrementaldecoder("utf-8")`.
 
         Raises:
             ValueError: an id is outside the vocabulary.
@@ -140,7 +140,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256, in hex, of all that decides the ids: equal fingerprints, equal ids for every text."""
+        """The sha256, in hex, of everything that decides the ids: equal fingerprints mean equal ids for every text."""
         state = json.loads(self._backend.to_str())
         model = state["model"]
         content = {key: state[key] for key in ("added_tokens", "normalizer", "pre_tokenizer")} | {
@@ -154,7 +154,7 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, as transformers.AutoTokenizer reads them.
 
         Args:
-            folder: made if it does not exist; the two files in it are replaced, each as a whole.
+            folder: made if it does not exist. Each of the two files is replaced atomically.
         """
         write_file(Path(folder) / "tokenizer.json", self._backend.to_str())
         config: dict[str, Any] = {
@@ -192,7 +192,7 @@ class Tokenizer:
 
 
 def load_tokenizer(name_or_folder: str | Path = "microsoft/phi-1", *, revision: str | None = None) -> Tokenizer:
-    """phi-1's tokenizer, or the one in a folder or a Hub repository.
+    """Load phi-1's tokenizer, or the one in a folder or a Hub repository.
 
     Args:
         name_or_folder: "microsoft/phi-1", "microsoft/phi-1_5" and "microsoft/phi-2" give the built-in tokenizer with no
@@ -213,7 +213,7 @@ def load_tokenizer(name_or_folder: str | Path = "microsoft/phi-1", *, revision: 
 
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES))
-    except Exception as error:  # connection, authorisation, no such repository: each its own class
+    except Exception as error:  # a connection, authorisation or repository error has a class of its own
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"load_tokenizer: {name!r} is no folder, and the Hub did not give it: {reason}") from error
     return Tokenizer.from_folder(folder)
@@ -222,12 +222,12 @@ def load_tokenizer(name_or_folder: str | Path = "microsoft/phi-1", *, revision: 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE with phi-1's rules: runs of whitespace are tokens, `<|endoftext|>` ends a document.
 
-    The ids are laid out as phi-1's: bytes, merges, `<|endoftext|>`, runs. The result depends on the texts alone, not on
-    their order or the number of cores. Few texts may give fewer merges, and so fewer tokens, than were asked for.
+    The ids have phi-1's order: bytes, merges, `<|endoftext|>`, runs. The result depends on the texts alone, neither on
+    their order nor on the number of cores. Few texts may give fewer merges, and so fewer tokens than vocab_size.
 
     Args:
         texts: the documents to learn merges from.
-        vocab_size: number of tokens wanted, all kinds together, 295 or more.
+        vocab_size: the number of tokens of all kinds, 295 or more.
 
     Raises:
         ValueError: vocab_size is too small.
@@ -239,19 +239,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1 - len(RUNS), min_frequency=2, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    # Encoding never shows the merges a run, so training must not either.
+    # Encoding splits runs off before the merges apply, so training does too.
     backend.train_from_iterator((piece for text in texts for piece in _RUN_PATTERN.split(text)), trainer)
     return Tokenizer(_with_rules(backend, RUNS))
 
 
 def byte_level_vocab(merges: list[tuple[str, str]]) -> dict[str, int]:
-    """GPT-2's vocabulary for some merges: the 256 bytes, one token a merge, `<|endoftext|>`."""
+    """Return GPT-2's vocabulary for the merges: the 256 bytes, one token a merge, `<|endoftext|>`."""
     tokens = sorted(byte_chars()) + [left + right for left, right in merges] + [EOS]
     return {token: i for i, token in enumerate(tokens)}
 
 
 def read_merges(text: str) -> list[tuple[str, str]]:
-    """The pairs of a merges.txt (GPT-2's vocab.bpe), in order."""
+    """Return the pairs of a merges.txt (GPT-2's vocab.bpe), in order."""
     pairs = [tuple(line.split(" ")) for line in text.split("\n") if line and not line.startswith("#version")]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError("merges.txt must have two tokens a line")
@@ -276,7 +276,7 @@ def _from_vocab_files(folder: Path) -> tokenizers.Tokenizer:
 
 
 def _with_rules(backend: tokenizers.Tokenizer, added: Iterable[str]) -> tokenizers.Tokenizer:
-    """Byte-level splitting and decoding, `<|endoftext|>` and the added tokens."""
+    """Add byte-level splitting and decoding, `<|endoftext|>` and the tokens of `added`."""
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -286,7 +286,7 @@ def _with_rules(backend: tokenizers.Tokenizer, added: Iterable[str]) -> tokenize
 
 
 def byte_chars() -> list[str]:
-    """GPT-2's printable character for each byte: itself where printable, else one from U+0100 on."""
+    """Return GPT-2's character for each byte: the byte itself if printable, else one from U+0100 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     spare = iter(range(256, 512))
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)]

@@ -1,4 +1,4 @@
-"""Code to prepare, a prepared corpus and an undisturbed run of it, made once for all tests."""
+"""Code to prepare, a prepared corpus and an uninterrupted run of it, made once for all tests."""
 
 import contextlib
 import os
@@ -14,13 +14,13 @@ import torch
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """What a test draws without a generator is the same in every run and every order."""
+    """Seed PyTorch, so that a test draws the same numbers in every run and every order."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def sigterm():
-    """Sends this process SIGTERM: what is tested has to handle that, and to leave it as it was."""
+    """Send this process SIGTERM, which the tested code must handle; afterwards the old handler must be back."""
     def unexpected(number, frame):
         raise AssertionError("SIGTERM would have ended the process")
 
@@ -32,9 +32,7 @@ def sigterm():
 
 @pytest.fixture
 def full_disk():
-    """A disk on which no file gets longer than 4 KiB, for as long as the context that this makes; pytest's own report,
-    say, is a file outside of it.
-    """
+    """Return a context in which no file can grow beyond 4 KiB, as on a full disk."""
     @contextlib.contextmanager
     def limited():
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -60,7 +58,7 @@ def code(tmp_path_factory):
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
     """A working directory with a prepared corpus in data/."""
-    from training_runs import make_corpus  # only here: tests of kernels do without what it needs
+    from training_runs import make_corpus  # imported here, because tests of kernels need none of its packages
 
     folder = tmp_path_factory.mktemp("runs")
     make_corpus(folder)
@@ -68,16 +66,16 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def undisturbed(place):
-    """A whole run in one process, in whole/, and what it printed."""
+def uninterrupted(place):
+    """The output of a whole run in one process; its folder is whole/."""
     from training_runs import train
 
     return train(place, "whole")
 
 
 @pytest.fixture(scope="session")
-def undisturbed_pair(place):
-    """The same run in two processes, in pair/, and what it printed."""
+def uninterrupted_pair(place):
+    """The output of the same run in two processes; its folder is pair/."""
     from training_runs import train
 
     return train(place, "pair", 2)
@@ -101,15 +99,15 @@ def small_corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engines():
-    """precision -> engine, in a group of one process."""
+    """Engines by precision, in a group of one process."""
     from torch.distributed import HashStore
 
     from phi1.train.runtime.engine import connect_processes, start
-    from phi1.train.runtime.launch import Place
+    from phi1.train.runtime.launch import Rank
 
     threads = torch.get_num_threads()
-    by_precision = {precision: start(Place(), "cpu", precision, 1) for precision in ("fp32", "fp16", "bf16")}
-    connect_processes(by_precision["fp32"], Place(), HashStore())
+    by_precision = {precision: start(Rank(), "cpu", precision, 1) for precision in ("fp32", "fp16", "bf16")}
+    connect_processes(by_precision["fp32"], Rank(), HashStore())
     yield by_precision
     torch.distributed.destroy_process_group()
     torch.set_num_threads(threads)

@@ -6,15 +6,16 @@ products for the backward, whatever an implementation computes twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from phi1.bench.harness.case import Case, Function, Inputs, Provider, named, variants
-from phi1.bench.harness.inputs import Draw
+from phi1.bench.harness.case import Case, Function, Inputs, Provider, family
+from phi1.bench.harness.inputs import Draw, dropout_of, with_sample
 from phi1.bench.harness.providers import ours, part_of_reference
 from phi1.bench.peers.attention import packed_peers, peers
-from phi1.kernels import Dropout, attention, attention_qkv
+from phi1.kernels import attention, attention_qkv
 
 TOKENS = 16384
 # Read q, k, v, write out; then read them, out and dout, write dq, dk, dv. lse is float32.
@@ -24,10 +25,11 @@ PACKED_FORWARD_BYTES, PACKED_BACKWARD_BYTES = (formula.replace("B*T", "N") for f
 CHUNK_BYTES = 4 << 30  # of float64 scores that the reference may hold at once
 
 
-def costs(pairs: str, forward_bytes: str, backward_bytes: str) -> dict[str, tuple[str, str]]:
-    """For `pairs` scores a head: two products of 2 K flops each forward, five backward."""
-    return {"forward": (forward_bytes, f"4*H*K*{pairs}"), "backward": (backward_bytes, f"10*H*K*{pairs}"),
-            "forward+backward": (f"{forward_bytes} + {backward_bytes}", f"14*H*K*{pairs}")}
+def costs(pairs: str, forward_bytes: str, backward_bytes: str, alone: bool) -> dict[str, tuple[str, str]]:
+    """Costs of `pairs` scores a head: two products of 2 K flops forward, five backward. `alone`: the backward too."""
+    found = {"forward": (forward_bytes, f"4*H*K*{pairs}"), "backward": (backward_bytes, f"10*H*K*{pairs}"),
+             "forward+backward": (f"{forward_bytes} + {backward_bytes}", f"14*H*K*{pairs}")}
+    return {name: cost for name, cost in found.items() if name != "backward" or alone}
 
 
 def cases() -> list[Case]:
@@ -51,58 +53,33 @@ def _attention(batch: int, tokens: int, heads: int, size: int, *, causal: bool =
                dtype: str = "float16", device: str = "cuda", quick: bool = False) -> list[Case]:
     shape = {"B": batch, "T": tokens, "H": heads, "K": size, "causal": causal} | ({"dropout": p} if p else {})
 
-    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
-        draw = Draw(on, generator, dtype)
-        q, k, v = (draw.normal(batch, tokens, heads, size) for _ in range(3))
-        return {"q": q, "k": k, "v": v, **_rng(draw, batch, p)}
+    def inputs(draw: Draw) -> Inputs:
+        return {**{name: draw.normal(batch, tokens, heads, size) for name in "qkv"}, **draw.dropout(batch, p)}
 
     def run(inputs: Inputs) -> torch.Tensor:
-        return attention(inputs["q"], inputs["k"], inputs["v"], causal=causal, dropout=_dropout(inputs, p))
+        return attention(inputs["q"], inputs["k"], inputs["v"], causal=causal, dropout=dropout_of(inputs, p, 0))
 
-    return _directions(Case(
-        name="", op="attention", unit="kernel", direction="forward", shape=shape, dtype=dtype, devices=(device,),
-        bytes="0", flops="0", inputs=inputs, leaves=("q", "k", "v"), providers=(ours(run), *peers(causal, p)),
-        reference=_by_parts(causal, p), kernels=("attention",), quick=quick,
-    ), costs("B*T*T//2" if causal else "B*T*T", FORWARD_BYTES, BACKWARD_BYTES))
-
-
-def _directions(case: Case, costs: dict[str, tuple[str, str]]) -> list[Case]:
-    """Forward, and forward and backward; backward alone at phi-1's length."""
-    alone = case.shape.get("T") == 2048
-    return variants(case, {name: cost for name, cost in costs.items() if name != "backward" or alone})
-
-
-def _rng(draw: Draw, samples: int, p: float) -> Inputs:
-    return {"rng": draw.rng(), "sample_ids": torch.arange(samples, device=draw.device)} if p else {}
-
-
-def _dropout(inputs: Inputs, p: float) -> Dropout | None:
-    return Dropout(p, inputs["rng"], inputs["sample_ids"], layer=0, kind=0) if p else None
+    return family("attention", shape, dtype, device, inputs,
+                  costs("B*T*T//2" if causal else "B*T*T", FORWARD_BYTES, BACKWARD_BYTES, alone=tokens == 2048),
+                  leaves=("q", "k", "v"), providers=(ours(run), *peers(causal, p)), reference=_by_parts(causal, p),
+                  kernels=("attention",), quick=quick)
 
 
 def _by_parts(causal: bool, p: float) -> Function:
-    """The reference, in parts that fit: sample by sample, and head by head where the masks do not count heads."""
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rng: Inputs) -> torch.Tensor:
-        return attention(q, k, v, causal=causal, dropout=_dropout(rng, p))
-
-    part = part_of_reference(attend)
+    """The reference in parts that fit: sample by sample, and head by head if the dropout does not count heads."""
+    part = part_of_reference(lambda q, k, v, dropout: attention(q, k, v, causal=causal, dropout=dropout))
 
     def run(inputs: Inputs) -> torch.Tensor:
         batch, tokens, heads, _ = inputs["q"].shape
         at_once = heads if p else max(1, min(heads, CHUNK_BYTES // (8 * tokens * tokens)))
         rows = []
         for b in range(batch):
-            split = (inputs[name][b : b + 1].split(at_once, dim=2) for name in ("q", "k", "v"))
-            outs = [part(q, k, v, _rng_of(inputs, b, p)) for q, k, v in zip(*split, strict=True)]
-            rows.append(torch.cat(outs, dim=2))
+            split = (inputs[name][b : b + 1].split(at_once, dim=2) for name in "qkv")
+            dropout = dropout_of(with_sample(inputs, b), p, 0)
+            rows.append(torch.cat([part(q, k, v, dropout) for q, k, v in zip(*split, strict=True)], dim=2))
         return torch.cat(rows)
 
     return run
-
-
-def _rng_of(inputs: Inputs, sample: int, p: float) -> Inputs:
-    """What the dropout of one sample needs."""
-    return {"rng": inputs["rng"], "sample_ids": inputs["sample_ids"][sample : sample + 1]} if p else {}
 
 
 def _packed(batch: int, tokens: int, heads: int, size: int, *, rotary: bool, p: float = 0.0, dtype: str = "float16",
@@ -110,32 +87,29 @@ def _packed(batch: int, tokens: int, heads: int, size: int, *, rotary: bool, p: 
     n_rows = batch * tokens
     shape = {"N": n_rows, "T": tokens, "H": heads, "K": size, "rotary": rotary} | ({"dropout": p} if p else {})
 
-    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
-        draw = Draw(on, generator, dtype)
+    def inputs(draw: Draw) -> Inputs:
         return {"qkv": draw.normal(n_rows, 3, heads, size), **_tables(draw, tokens, size, rotary),
-                **_rng(draw, batch, p)}
+                **draw.dropout(batch, p)}
 
     def run(inputs: Inputs) -> torch.Tensor:
-        return attention_qkv(inputs["qkv"], batch=batch, rotary=_angles(inputs), dropout=_dropout(inputs, p))
+        return attention_qkv(inputs["qkv"], batch=batch, rotary=_angles(inputs), dropout=dropout_of(inputs, p, 0))
 
-    part = part_of_reference(lambda qkv, angles, rng: attention_qkv(qkv, rotary=angles, dropout=_dropout(rng, p)))
+    part = part_of_reference(lambda qkv, angles, dropout: attention_qkv(qkv, rotary=angles, dropout=dropout))
 
     def by_sample(inputs: Inputs) -> torch.Tensor:
-        return torch.cat([part(qkv, _angles(inputs), _rng_of(inputs, b, p))
+        return torch.cat([part(qkv, _angles(inputs), dropout_of(with_sample(inputs, b), p, 0))
                           for b, qkv in enumerate(inputs["qkv"].split(tokens))])
 
-    return _directions(_packed_case(shape, dtype, device, inputs, run, by_sample,
-                                    packed_peers(batch, rotary, p), quick),
-                       costs("N*T//2", PACKED_FORWARD_BYTES, PACKED_BACKWARD_BYTES))
+    return _qkv_family(shape, dtype, device, inputs, costs("N*T//2", PACKED_FORWARD_BYTES, PACKED_BACKWARD_BYTES,
+                                                           alone=tokens == 2048),
+                       run, by_sample, packed_peers(batch, rotary, p), quick)
 
 
-def _packed_case(shape: dict[str, Any], dtype: str, device: str, inputs: Any, run: Function, reference: Function,
-                 others: tuple[Provider, ...], quick: bool) -> Case:
-    return Case(
-        name=named("attention_qkv", shape, dtype, "forward"), op="attention_qkv", unit="kernel", direction="forward",
-        shape=shape, dtype=dtype, devices=(device,), bytes="0", flops="0", inputs=inputs, leaves=("qkv",),
-        providers=(ours(run), *others), reference=reference, kernels=("attention",), quick=quick,
-    )
+def _qkv_family(shape: dict[str, Any], dtype: str, device: str, inputs: Callable[[Draw], Inputs],
+                costs: dict[str, tuple[str, str]], run: Function, reference: Function, others: tuple[Provider, ...],
+                quick: bool) -> list[Case]:
+    return family("attention_qkv", shape, dtype, device, inputs, costs, leaves=("qkv",), providers=(ours(run), *others),
+                  reference=reference, kernels=("attention",), quick=quick)
 
 
 def _tables(draw: Draw, tokens: int, size: int, rotary: bool) -> Inputs:
@@ -148,7 +122,7 @@ def _angles(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 
 def document_lengths(rows: int) -> list[int]:
-    """Lengths of packed documents that fill `rows`: log-normal about 400 tokens, as of Python files, at most 2,048."""
+    """Lengths of packed documents that fill `rows`: log-normal about 400 tokens like Python files, at most 2,048."""
     generator = torch.Generator().manual_seed(7)
     lengths: list[int] = []
     while sum(lengths) < rows:
@@ -160,12 +134,11 @@ def document_lengths(rows: int) -> list[int]:
 def _documents(rows: int, heads: int, size: int, dtype: str, device: str) -> list[Case]:
     lengths = document_lengths(rows)
     shape = {"N": rows, "documents": len(lengths), "H": heads, "K": size, "S": sum(n * n for n in lengths)}
-    longest = max(lengths)
 
-    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
-        draw = Draw(on, generator, dtype)
-        ends = torch.tensor([0, *lengths], device=on).cumsum(0).int()
-        return {"qkv": draw.normal(rows, 3, heads, size), "cu_seqlens": ends, **_tables(draw, longest, size, True)}
+    def inputs(draw: Draw) -> Inputs:
+        return {"qkv": draw.normal(rows, 3, heads, size),
+                "cu_seqlens": torch.tensor([0, *lengths], device=draw.device).cumsum(0).int(),
+                **_tables(draw, max(lengths), size, True)}
 
     def run(inputs: Inputs) -> torch.Tensor:
         return attention_qkv(inputs["qkv"], cu_seqlens=inputs["cu_seqlens"], rotary=_angles(inputs))
@@ -175,7 +148,6 @@ def _documents(rows: int, heads: int, size: int, dtype: str, device: str) -> lis
     def by_document(inputs: Inputs) -> torch.Tensor:
         return torch.cat([document(qkv, _angles(inputs)) for qkv in inputs["qkv"].split(lengths)])
 
-    return variants(_packed_case(shape, dtype, device, inputs, run, by_document,
-                                 packed_peers(1, True, 0.0, lengths=lengths), quick=True),
-                    {name: cost for name, cost in costs("S//2", PACKED_FORWARD_BYTES, PACKED_BACKWARD_BYTES).items()
-                     if name != "backward"})
+    return _qkv_family(shape, dtype, device, inputs,
+                       costs("S//2", PACKED_FORWARD_BYTES, PACKED_BACKWARD_BYTES, alone=False), run, by_document,
+                       packed_peers(1, True, 0.0, lengths=lengths), quick=True)

@@ -1,4 +1,4 @@
-"""One parallel block, whole: phi1's operation beside transformers' layer and beside compositions of the best parts."""
+"""One whole parallel block: phi1, transformers' layer, and compositions of the best parts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from phi1.bench.cases.norm import torch_rotary
-from phi1.bench.harness.case import Case, Function, Inputs, Provider, named, variants
-from phi1.bench.harness.inputs import Draw
+from phi1.bench.harness.case import Case, Function, Inputs, Provider, family
+from phi1.bench.harness.inputs import Draw, dropout_of, with_sample
 from phi1.bench.harness.providers import ours, part_of_reference, peer, plain, reference_of
 from phi1.bench.peers.attention import BACKENDS, Attend, forced, sdpa
 from phi1.bench.peers.hf_transformers import decoder_layer
-from phi1.kernels import Dropout, parallel_block, parallel_block_decode, parallel_block_prefill
+from phi1.bench.peers.rotary import torch_rotary
+from phi1.kernels import parallel_block, parallel_block_decode, parallel_block_prefill
 
 NAMES = ("norm_weight", "norm_bias", "in_weight", "in_bias", "out_weight", "out_bias")
 # Weights of 4 D^2 + 2 D F, read; their gradients, written. Between: x in and out; saved and read again are x, qkv, att
@@ -32,8 +32,9 @@ def cases() -> list[Case]:
     found = _block(8, 2048, 2048, 8192, 32, quick=True) + _block(8, 2048, 2048, 8192, 32, p=0.1)
     found += _block(2, 8192, 2048, 8192, 32) + _block(8, 2048, 2048, 8192, 32, dtype="bfloat16")
     small = small_block()
-    return [*found, *small, _prefill(found[0], 8), _prefill(small[0], 2), _decode(1, 2048, 2048, 8192, 32, quick=True),
-            _decode(8, 512, 2048, 8192, 32), _decode(1, 128, 256, 1024, 4, dtype="float32", device="cpu", quick=True)]
+    return [*found, *small, _prefill(found[0], 8), _prefill(small[0], 2),
+            *_decode(1, 2048, 2048, 8192, 32, quick=True), *_decode(8, 512, 2048, 8192, 32),
+            *_decode(1, 128, 256, 1024, 4, dtype="float32", device="cpu", quick=True)]
 
 
 def small_block(p: float = 0.0) -> list[Case]:
@@ -42,68 +43,69 @@ def small_block(p: float = 0.0) -> list[Case]:
 
 
 def _prefill(forward: Case, batch: int) -> Case:
-    """The forward that leaves keys and values as well, which are written; its peers leave none."""
+    """The forward that also writes keys and values; its peers write none."""
     def run(inputs: Inputs) -> torch.Tensor:
-        return parallel_block_prefill(inputs["x"], *(inputs[name] for name in (*NAMES, "cos", "sin")),
-                                      n_heads=forward.shape["H"], batch=batch)[0]
+        return parallel_block_prefill(inputs["x"], *_given(inputs), n_heads=forward.shape["H"], batch=batch)[0]
 
     return replace(forward, name=forward.name.replace(forward.op, "parallel_block_prefill"),
                    op="parallel_block_prefill", bytes=f"{forward.bytes} + 2*N*D*e",
                    providers=(ours(run), *forward.providers[1:]))
 
 
+def _given(inputs: Inputs, *more: str) -> list[Any]:
+    return [inputs[name] for name in (*NAMES, "cos", "sin", *more)]
+
+
 def _block(batch: int, tokens: int, width: int, inner: int, heads: int, *, p: float = 0.0, dtype: str = "float16",
            device: str = "cuda", quick: bool = False) -> list[Case]:
     shape = {"N": batch * tokens, "T": tokens, "D": width, "F": inner, "H": heads} | ({"dropout": p} if p else {})
 
-    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
-        draw = Draw(on, generator, dtype)
-        cos, sin = draw.tables(tokens, width // heads // 2)
-        return {"x": draw.normal(batch * tokens, width), **_parameters(draw, width, inner), "cos": cos, "sin": sin,
-                **_rng(draw, batch, p)}
+    def inputs(draw: Draw) -> Inputs:
+        return {"x": draw.normal(batch * tokens, width), **_parameters(draw, tokens, width, inner, heads),
+                **draw.dropout(batch, p)}
+
+    def block(inputs: Inputs, x: torch.Tensor, batch: int) -> torch.Tensor:
+        dropouts: Any = tuple(dropout_of(inputs, p, kind) for kind in range(3))
+        return parallel_block(x, *_given(inputs), n_heads=heads, batch=batch, dropouts=dropouts)
 
     def run(inputs: Inputs) -> torch.Tensor:
-        return _ours(inputs, inputs["x"], batch, heads, _dropouts(inputs, p))
+        return block(inputs, inputs["x"], batch)
 
-    part = part_of_reference(lambda inputs, x, sample: _ours(inputs, x, 1, heads, _dropouts(inputs, p, sample)))
+    part = part_of_reference(lambda inputs, x: block(inputs, x, 1))
 
     def by_sample(inputs: Inputs) -> torch.Tensor:
-        return torch.cat([part(inputs, x, slice(sample, sample + 1))
+        return torch.cat([part(with_sample(inputs, sample), x)
                           for sample, x in enumerate(inputs["x"].split(tokens))])
 
-    return variants(Case(
-        name="", op="parallel_block", unit="block", direction="forward", shape=shape, dtype=dtype, devices=(device,),
-        bytes="0", flops="0", inputs=inputs, leaves=("x", *NAMES), providers=(ours(run), *_peers(batch, heads, p)),
-        reference=by_sample, quick=quick,
-        kernels=("layer_norm_", "sum_partials", "in_proj", "out_proj", "attention", "linear", "parallel_block"),
-    ), COSTS)
+    return family("parallel_block", shape, dtype, device, inputs, COSTS, unit="block", leaves=("x", *NAMES),
+                  providers=(ours(run), *_peers(batch, heads, p)), reference=by_sample, quick=quick,
+                  kernels=("layer_norm_", "sum_partials", "in_proj", "out_proj", "attention", "linear",
+                           "parallel_block"))
 
 
-def _parameters(draw: Draw, width: int, inner: int) -> Inputs:
+def _parameters(draw: Draw, tokens: int, width: int, inner: int, heads: int) -> Inputs:
+    cos, sin = draw.tables(tokens, width // heads // 2)
     return {"norm_weight": 1 + draw.normal(width, scale=0.1), "norm_bias": draw.normal(width, scale=0.1),
             "in_weight": draw.weight(3 * width + inner, width), "in_bias": draw.normal(3 * width + inner, scale=0.1),
-            "out_weight": draw.weight(width, width + inner), "out_bias": draw.normal(2, width, scale=0.1)}
+            "out_weight": draw.weight(width, width + inner), "out_bias": draw.normal(2, width, scale=0.1),
+            "cos": cos, "sin": sin}
 
 
 def _decode(batch: int, tokens: int, width: int, inner: int, heads: int, *, dtype: str = "float16",
-            device: str = "cuda", quick: bool = False) -> Case:
-    """One token of each sequence behind tokens - 1 others, whose keys and values are a cache; each call writes its own
-    again."""
-    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
-        draw = Draw(on, generator, dtype)
-        cos, sin = draw.tables(tokens, width // heads // 2)
-        return {"x": draw.normal(batch, width), **_parameters(draw, width, inner), "cos": cos, "sin": sin,
+            device: str = "cuda", quick: bool = False) -> list[Case]:
+    """One token of each sequence behind tokens - 1 cached ones; each call writes its own keys and values again."""
+    def inputs(draw: Draw) -> Inputs:
+        return {"x": draw.normal(batch, width), **_parameters(draw, tokens, width, inner, heads),
                 "kv": draw.normal(2, batch, tokens, heads, width // heads)}
 
     def run(inputs: Inputs) -> torch.Tensor:
-        return parallel_block_decode(inputs["x"], *(inputs[name] for name in (*NAMES, "cos", "sin", "kv")))
+        return parallel_block_decode(inputs["x"], *_given(inputs, "kv"))
 
-    op, shape = "parallel_block_decode", {"N": batch, "T": tokens, "D": width, "F": inner, "H": heads}
-    return Case(name=named(op, shape, dtype, "forward", device), op=op, unit="block", direction="forward",
-                shape=shape, dtype=dtype, devices=(device,),
-                bytes=f"2*N*D*e + {WEIGHTS} + 2*N*T*D*e", flops="2*N*(4*D*D + 2*D*F) + 4*N*T*D", inputs=inputs,
-                leaves=("x", *NAMES, "kv"), providers=(ours(run), plain("torch", _composed_decode)), quick=quick,
-                reference=reference_of(run), kernels=("layer_norm_", "linear", "rotary", "attention", "epilogue"))
+    return family("parallel_block_decode", {"N": batch, "T": tokens, "D": width, "F": inner, "H": heads}, dtype, device,
+                  inputs, {"forward": (f"2*N*D*e + {WEIGHTS} + 2*N*T*D*e", "2*N*(4*D*D + 2*D*F) + 4*N*T*D")},
+                  unit="block", leaves=("x", *NAMES, "kv"), providers=(ours(run), plain("torch", _composed_decode)),
+                  quick=quick, reference=reference_of(run),
+                  kernels=("layer_norm_", "linear", "rotary", "attention", "epilogue"))
 
 
 def _composed_decode(inputs: Inputs) -> torch.Tensor:
@@ -121,23 +123,6 @@ def _composed_decode(inputs: Inputs) -> torch.Tensor:
     att = F.scaled_dot_product_attention(q[:, :, None], keys, values).reshape(rows, width)
     act = F.gelu(merged[:, 3 * width :], approximate="tanh")
     return F.linear(torch.cat((att, act), dim=1), inputs["out_weight"], inputs["out_bias"].sum(0)) + x
-
-
-def _rng(draw: Draw, samples: int, p: float) -> Inputs:
-    return {"rng": draw.rng(), "sample_ids": torch.arange(samples, device=draw.device)} if p else {}
-
-
-def _dropouts(inputs: Inputs, p: float, samples: slice = slice(None)) -> tuple[Dropout | None, ...]:
-    if not p:
-        return None, None, None
-    sample_ids = inputs["sample_ids"][samples]
-    return tuple(Dropout(p, inputs["rng"], sample_ids, layer=0, kind=kind) for kind in range(3))
-
-
-def _ours(inputs: Inputs, x: torch.Tensor, batch: int, heads: int, dropouts: tuple[Dropout | None, ...]) -> \
-        torch.Tensor:
-    return parallel_block(x, *(inputs[name] for name in (*NAMES, "cos", "sin")), n_heads=heads, batch=batch,
-                          dropouts=dropouts)  # type: ignore[arg-type]
 
 
 def _peers(batch: int, heads: int, p: float) -> tuple[Provider, ...]:

@@ -1,4 +1,4 @@
-"""What the host does around the model: batches of a corpus, tokenisation, checkpoints. The same on every machine."""
+"""The host's work around the model, the same on every machine: batches of a corpus, tokenisation, loading, saving."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import shutil
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def _batches() -> Case:
         return {"samples": torch.randint(n_samples, (BATCH,), generator=generator, device=on).cpu()}
 
     def theirs(case: Case) -> Function:
-        """PyTorch's own loader over a memory map of the same file, in this process."""
+        """Read the same file by PyTorch's own loader over a memory map, in this process."""
         stream = _Stream(corpus())
 
         def run(inputs: Inputs) -> torch.Tensor:
@@ -128,7 +129,7 @@ def _joined(rows: list[list[int]]) -> torch.Tensor:
 
 @cache
 def _model(config: Phi1Config) -> Any:
-    """On the CPU; a model of phi-1's size takes seconds to draw."""
+    """A model on the CPU; one of phi-1's size takes seconds to draw."""
     return build(config, torch.device("cpu"), torch.float16)
 
 
@@ -170,16 +171,16 @@ def _load(devices: tuple[str, ...], name: str, config: Phi1Config, quick: bool) 
 
 
 def _touched(model: Any) -> Any:
-    """The model, an element of whose last parameter was read, so that a lazy loader has loaded it."""
+    """Read an element of the model's last parameter, so that a lazy loader has loaded it."""
     list(model.parameters())[-1].flatten()[:1].float()
     return model
 
 
 def _bits(state: dict[str, torch.Tensor], config: Phi1Config) -> tuple[torch.Tensor, ...]:
-    """Every parameter of a model in float16, as integers, which must be equal; ours are cut as published ones are."""
-    from phi1.weights.layouts import LAYOUTS, WRITTEN, places
+    """Every float16 parameter as integers, which must be equal. Ours are cut into the published tensors."""
+    from phi1.weights.layouts import LAYOUTS, WRITTEN, parameter_slices
 
-    found = places(LAYOUTS[WRITTEN], config)
+    found = parameter_slices(LAYOUTS[WRITTEN], config)
     whole = [state[place.parameter][place.index] if place.parameter in state else state[name]
              for name, place in found.items()]
     assert all(x.dtype == torch.float16 for x in whole), "not every parameter is float16"
@@ -187,7 +188,7 @@ def _bits(state: dict[str, torch.Tensor], config: Phi1Config) -> tuple[torch.Ten
 
 
 def _written(function: Function, inputs: Inputs) -> dict[str, torch.Tensor]:
-    """The parameters in what the function writes, a file of torch.save or a folder of safetensors."""
+    """The parameters that the function writes: a file of torch.save or a folder of safetensors."""
     from safetensors.torch import load_file
 
     path: Path = function(inputs)
@@ -200,37 +201,28 @@ def _written(function: Function, inputs: Inputs) -> dict[str, torch.Tensor]:
 
 def _save(devices: tuple[str, ...], name: str, config: Phi1Config, quick: bool) -> Case:
     """To a file, replaced each time."""
+    def writer(write: Callable[[Path], object], path: Path) -> Function:
+        def run(inputs: Inputs) -> Path:
+            write(path)
+            return path
+
+        return run
+
     def prepare(case: Case, on: torch.device) -> Function:
         from phi1.weights.huggingface import save
 
-        model, folder = _on(on, config), _scratch() / f"{name}-ours"
-
-        def run(inputs: Inputs) -> Path:
-            save(model, folder)
-            return folder
-
-        return run
+        model = _on(on, config)
+        return writer(lambda folder: save(model, folder), _scratch() / f"{name}-ours")
 
     def theirs(case: Case, on: torch.device) -> Function:
         from phi1.bench.peers.hf_transformers import causal_model, quiet
 
         quiet()
-        model, folder = causal_model(_model(config), config).to(on), _scratch() / f"{name}-theirs"
-
-        def run(inputs: Inputs) -> Path:
-            model.save_pretrained(folder)
-            return folder
-
-        return run
+        return writer(causal_model(_model(config), config).to(on).save_pretrained, _scratch() / f"{name}-theirs")
 
     def torch_save(case: Case, on: torch.device) -> Function:
-        model, path = _on(on, config), _scratch() / f"{name}.pt"
-
-        def run(inputs: Inputs) -> Path:
-            torch.save(model.state_dict(), path)
-            return path
-
-        return run
+        model = _on(on, config)
+        return writer(lambda path: torch.save(model.state_dict(), path), _scratch() / f"{name}.pt")
 
     return _case("save", {"model": name, "P": config.num_parameters}, "float16", devices, bytes="2*P*e", quick=quick,
                  inputs=lambda on, generator: {}, exclusive=not quick,

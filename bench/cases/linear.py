@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from phi1.bench.harness.case import Case, Function, Inputs, variants
-from phi1.bench.harness.inputs import Draw
+from phi1.bench.harness.case import Case, Function, Inputs, family
+from phi1.bench.harness.inputs import Draw, dropout_of
 from phi1.bench.harness.providers import compiled, ours, plain, reference_of
-from phi1.kernels import Dropout, dropout_add, gelu, linear, mlp
+from phi1.kernels import dropout_add, gelu, linear, mlp
 
 # x [N, K] W [M, K]. Read x, W and the residual, write y; then read dy, x and W (and the saved pre-activation), write dx
 # and dW. The letter A is 1 where there is an activation, U is 1 where there is a residual.
@@ -46,14 +47,13 @@ def _linear(rows: int, columns: int, outputs: int, dtype: str, device: str = "cu
                              "U": int(residual)}
     shape |= {"dropout": p} if p else {}
 
-    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
-        draw = Draw(on, generator, dtype)
+    def inputs(draw: Draw) -> Inputs:
         return {"x": draw.normal(rows, columns), "weight": draw.weight(outputs, columns), "bias": draw.normal(outputs),
-                "residual": draw.normal(rows, outputs) if residual else None, **_rng(draw, 8, p)}
+                "residual": draw.normal(rows, outputs) if residual else None, **draw.dropout(8, p)}
 
     def run(inputs: Inputs) -> torch.Tensor:
         return linear(inputs["x"], inputs["weight"], inputs["bias"], activation=activation,
-                      residual=inputs["residual"], dropout=_dropout(inputs, p))
+                      residual=inputs["residual"], dropout=dropout_of(inputs, p, 2))
 
     def eager(inputs: Inputs) -> torch.Tensor:
         y = F.linear(inputs["x"], inputs["weight"], inputs["bias"])
@@ -61,70 +61,46 @@ def _linear(rows: int, columns: int, outputs: int, dtype: str, device: str = "cu
         y = F.dropout(y, p) if p else y
         return y if inputs["residual"] is None else y + inputs["residual"]
 
-    return variants(_case("linear", shape, dtype, device, inputs, run, eager, ("x", "weight", "bias", "residual"), p,
-                          quick), LINEAR_COSTS if columns == 2048 else _without(LINEAR_COSTS, "backward"))
+    costs = {name: cost for name, cost in LINEAR_COSTS.items() if name != "backward" or columns == 2048}
+    return _family("linear", shape, dtype, device, inputs, costs, run, eager, ("x", "weight", "bias", "residual"), p,
+                   quick)
 
 
-def _without(costs: dict[str, tuple[str, str]], direction: str) -> dict[str, tuple[str, str]]:
-    return {name: cost for name, cost in costs.items() if name != direction}
-
-
-def _case(op: str, shape: dict[str, Any], dtype: str, device: str, inputs: Any, run: Function, eager: Function,
-          leaves: tuple[str, ...], p: float, quick: bool) -> Case:
+def _family(op: str, shape: dict[str, Any], dtype: str, device: str, inputs: Callable[[Draw], Inputs],
+            costs: dict[str, tuple[str, str]], run: Function, eager: Function, leaves: tuple[str, ...], p: float = 0.0,
+            quick: bool = True) -> list[Case]:
     same = {"comparable": not p}  # PyTorch's dropout draws its own masks
-    return Case(
-        name="", op=op, unit="kernel", direction="forward", shape=shape, dtype=dtype, devices=(device,), bytes="0",
-        flops="0", inputs=inputs, leaves=leaves, providers=(ours(run), plain("torch", eager, **same),
-                                                            *compiled(eager, **same)),
-        reference=reference_of(run), kernels=(op,), quick=quick,
-    )
-
-
-def _rng(draw: Draw, samples: int, p: float) -> Inputs:
-    return {"rng": draw.rng(), "sample_ids": torch.arange(samples, device=draw.device)} if p else {}
-
-
-def _dropout(inputs: Inputs, p: float) -> Dropout | None:
-    return Dropout(p, inputs["rng"], inputs["sample_ids"], layer=0, kind=2) if p else None
+    return family(op, shape, dtype, device, inputs, costs, leaves=leaves, reference=reference_of(run), kernels=(op,),
+                  providers=(ours(run), plain("torch", eager, **same), *compiled(eager, **same)), quick=quick)
 
 
 def _mlp(rows: int, width: int, inner: int, dtype: str, device: str) -> list[Case]:
-    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
-        draw = Draw(on, generator, dtype)
+    def inputs(draw: Draw) -> Inputs:
         return {"x": draw.normal(rows, width), "w1": draw.weight(inner, width), "b1": draw.normal(inner),
                 "w2": draw.weight(width, inner), "b2": draw.normal(width)}
-
-    def run(inputs: Inputs) -> torch.Tensor:
-        return mlp(*(inputs[name] for name in ("x", "w1", "b1", "w2", "b2")))
 
     def eager(inputs: Inputs) -> torch.Tensor:
         inside = F.gelu(F.linear(inputs["x"], inputs["w1"], inputs["b1"]), approximate="tanh")
         return F.linear(inside, inputs["w2"], inputs["b2"])
 
-    return variants(_case("mlp", {"N": rows, "D": width, "F": inner}, dtype, device, inputs, run, eager,
-                          ("x", "w1", "b1", "w2", "b2"), 0.0, True), MLP_COSTS)
+    return _family("mlp", {"N": rows, "D": width, "F": inner}, dtype, device, inputs, MLP_COSTS,
+                   lambda inputs: mlp(**inputs), eager, ("x", "w1", "b1", "w2", "b2"))
 
 
 def _gelu(rows: int, inner: int, dtype: str, device: str) -> list[Case]:
-    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
-        return {"x": Draw(on, generator, dtype).normal(rows, inner)}
-
-    return variants(_case("gelu", {"N": rows, "F": inner}, dtype, device, inputs, lambda inputs: gelu(inputs["x"]),
-                          lambda inputs: F.gelu(inputs["x"], approximate="tanh"), ("x",), 0.0, True), GELU_COSTS)
+    return _family("gelu", {"N": rows, "F": inner}, dtype, device, lambda draw: {"x": draw.normal(rows, inner)},
+                   GELU_COSTS, lambda inputs: gelu(inputs["x"]),
+                   lambda inputs: F.gelu(inputs["x"], approximate="tanh"), ("x",))
 
 
 def _dropout_add(batch: int, tokens: int, width: int, dtype: str, device: str) -> list[Case]:
     rows, p = batch * tokens, 0.1
 
-    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
-        draw = Draw(on, generator, dtype)
-        return {"x": draw.normal(rows, width), "residual": draw.normal(rows, width), **_rng(draw, batch, p)}
+    def inputs(draw: Draw) -> Inputs:
+        return {"x": draw.normal(rows, width), "residual": draw.normal(rows, width), **draw.dropout(batch, p)}
 
     def run(inputs: Inputs) -> torch.Tensor:
-        return dropout_add(inputs["x"], inputs["residual"], _dropout(inputs, p))
+        return dropout_add(inputs["x"], inputs["residual"], dropout_of(inputs, p, 2))
 
-    def eager(inputs: Inputs) -> torch.Tensor:
-        return inputs["residual"] + F.dropout(inputs["x"], p)
-
-    return variants(_case("dropout_add", {"N": rows, "D": width, "dropout": p}, dtype, device, inputs, run, eager,
-                          ("x", "residual"), p, True), DROPOUT_COSTS)
+    return _family("dropout_add", {"N": rows, "D": width, "dropout": p}, dtype, device, inputs, DROPOUT_COSTS, run,
+                   lambda inputs: inputs["residual"] + F.dropout(inputs["x"], p), ("x", "residual"), p)

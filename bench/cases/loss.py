@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from phi1.bench.harness.case import Case, Function, Inputs, variants
+from phi1.bench.harness.case import Case, Function, Inputs, family
 from phi1.bench.harness.inputs import Draw
 from phi1.bench.harness.providers import compiled, ours, part_of_reference, peer, plain
 from phi1.kernels import linear_cross_entropy
@@ -31,8 +31,7 @@ def _loss(rows: int, width: int, vocab: int, dtype: str, device: str, *, workspa
           quick: bool = False) -> list[Case]:
     shape = {"N": rows, "D": width, "V": vocab, "bias": bias, "workspace_mb": workspace}
 
-    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
-        draw = Draw(on, generator, dtype)
+    def inputs(draw: Draw) -> Inputs:
         return {"x": draw.normal(rows, width), "weight": draw.weight(vocab, width),
                 "bias": draw.normal(vocab, scale=0.1) if bias else None, "targets": draw.integers(vocab, rows)}
 
@@ -48,16 +47,14 @@ def _loss(rows: int, width: int, vocab: int, dtype: str, device: str, *, workspa
                  for x, targets in zip(inputs["x"].split(chunk), inputs["targets"].split(chunk), strict=True)]
         return torch.stack(parts).sum() / rows
 
-    # Those that know no bias are compared where there is none.
+    # These peers have no bias.
     biasless = () if bias else (peer("cce", "cut-cross-entropy", _cce), peer("quack", "quack-kernels", _quack))
-    return variants(Case(
-        name="", op="linear_cross_entropy", unit="kernel", direction="forward", shape=shape, dtype=dtype,
-        devices=(device,), bytes="0", flops="0", inputs=inputs, leaves=("x", "weight", "bias"),
+    return family(
+        "linear_cross_entropy", shape, dtype, device, inputs, COSTS, leaves=("x", "weight", "bias"), reference=by_rows,
         providers=(ours(run), plain("torch", _eager), *compiled(_eager),
                    peer("F.linear_cross_entropy", "torch", _torch_fused, ("cpu", "cuda")),
                    peer("liger", "liger-kernel", _liger), *biasless),
-        reference=by_rows, kernels=("linear_cross_entropy", "cross_entropy"), quick=quick,
-    ), COSTS)
+        kernels=("linear_cross_entropy", "cross_entropy"), quick=quick)
 
 
 def _eager(inputs: Inputs) -> torch.Tensor:

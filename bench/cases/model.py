@@ -17,7 +17,7 @@ from phi1.bench.harness.case import Case, Function, Inputs, Provider, named
 from phi1.bench.harness.inputs import Draw
 from phi1.bench.harness.providers import peer
 from phi1.bench.peers.hf_transformers import causal_model
-from phi1.bench.peers.training import Phi1Step, Plan, TransformersStep
+from phi1.bench.peers.training import Phi1Step, Plan, TransformersStep, cpu_plan
 from phi1.config import Phi1Config, preset
 from phi1.kernels import backend
 from phi1.model import Cache, Phi1
@@ -41,7 +41,7 @@ def cases() -> list[Case]:
              _micro_step(TINY, 2, 64, "float32", "cpu", quick=True),
              _step(Plan(phi1, 8, 2048, "cuda", "fp16"), quick=True), _step(Plan(dropped, 8, 2048, "cuda", "fp16")),
              _step(Plan(phi1, 64, 2048, "cuda", "fp16", micro_batch=8)),
-             *(_step(_cpu_plan(vocab), quick=vocab == 4096) for vocab in (4096, 51200))]
+             *(_step(cpu_plan(vocab), quick=vocab == 4096) for vocab in (4096, 51200))]
     found += [_prefill(phi1, 1, tokens, "float16", "cuda", quick=tokens == 512) for tokens in (512, 2016)]
     found += [_decode(phi1, batch, tokens, "float16", "cuda", quick=tokens == 512 and batch == 1)
               for batch, tokens in ((1, 512), (1, 2016), (8, 512))]
@@ -49,12 +49,6 @@ def cases() -> list[Case]:
             _decode(TINY, 1, 64, "float32", "cpu", quick=True),
             _prefill(preset("phi1-small"), 1, 256, "float16", "cpu", readme=True),
             _decode(preset("phi1-small"), 1, 64, "float16", "cpu", readme=True)]
-
-
-def _cpu_plan(vocab_size: int) -> Plan:
-    from phi1.bench.cpu_training import plan
-
-    return plan(vocab_size)
 
 
 def _shape(config: Phi1Config, batch: int, tokens: int) -> dict[str, Any]:
@@ -111,27 +105,47 @@ def _reference(config: Phi1Config, dtype: str, compute: Any) -> Function:
 
 
 def _mean_loss(model: Phi1, inputs: Inputs) -> torch.Tensor:
-    """Sample by sample: all samples' scores at once would not fit."""
+    """The loss of one sample after another, since the scores of all would not fit."""
     rows = zip(inputs["ids"].split(1), inputs["targets"].split(1), strict=True)
     with torch.no_grad():
         return torch.stack([model.loss(ids, targets).double() for ids, targets in rows]).mean()
 
 
+def _providers(config: Phi1Config, ours: Any, theirs: Any, *, training: bool = False) -> tuple[Provider, ...]:
+    """phi1, and transformers eager, compiled, and compiled at its best.
+
+    Args:
+        config: the model's shape; its dropout counts where `training`.
+        ours: (model) -> function.
+        theirs: (model, the model as it is called) -> function.
+        training: in train mode, else in eval mode.
+    """
+    def phi1(case: Case, on: torch.device) -> Function:
+        return ours(_built(case, config, on).train(training))
+
+    def transformers(mode: str | None) -> Any:
+        def prepare(case: Case, on: torch.device) -> Function:
+            model = causal_model(_built(case, config, on), config, config.residual_dropout).train(training)
+            return theirs(model, torch.compile(model, dynamic=False, mode=mode) if mode else model)
+
+        return prepare
+
+    return Provider("phi1", phi1, package="phi1"), *_transformers(transformers)
+
+
+def _transformers(prepare: Any) -> tuple[Provider, ...]:
+    """The three ways to call transformers; `prepare(mode of torch.compile)` makes each one's preparation."""
+    compiled: dict[str, Any] = {"package": "transformers", "by_default": ("cuda",)}
+    return (Provider("transformers", prepare(None), package="transformers"),
+            Provider("transformers-compiled", prepare("default"), **compiled),
+            Provider("transformers-max", prepare("max-autotune-no-cudagraphs"), slow=True, **compiled))
+
+
 def _loss(config: Phi1Config, batch: int, tokens: int, dtype: str, device: str, quick: bool = False) -> Case:
-    def prepare(case: Case, on: torch.device) -> Function:
-        model = _built(case, config, on)
-        return lambda inputs: model.loss(inputs["ids"], inputs["targets"])
-
-    def theirs(mode: str | None) -> Any:
-        def prepare_peer(case: Case, on: torch.device) -> Function:
-            forward = _compiled(causal_model(_built(case, config, on), config).eval(), mode)
-            return lambda inputs: _their_loss(forward, inputs)
-
-        return prepare_peer
-
     return _case("model-loss", config, batch, tokens, dtype, device, bytes="(P + 2*B*T*D)*e", flops=FORWARD_FLOPS,
                  inputs=_tokens(config, batch, tokens, dtype), leaves=("like",), quick=quick,
-                 providers=(Provider("phi1", prepare, package="phi1"), *_transformers(theirs)),
+                 providers=_providers(config, lambda model: lambda inputs: model.loss(inputs["ids"], inputs["targets"]),
+                                      lambda model, forward: lambda inputs: _their_loss(forward, inputs)),
                  reference=_reference(config, dtype, _mean_loss))
 
 
@@ -140,57 +154,39 @@ def _their_loss(forward: Any, inputs: Inputs) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), inputs["targets"].flatten())
 
 
-def _compiled(model: Any, mode: str | None) -> Any:
-    return torch.compile(model, dynamic=False, mode=mode) if mode else model
-
-
-def _transformers(prepare: Any, mode: str = "max-autotune-no-cudagraphs") -> tuple[Provider, ...]:
-    """transformers eager, compiled, and compiled at its best; `prepare(mode)` makes each one's preparation."""
-    compiled: dict[str, Any] = {"package": "transformers", "by_default": ("cuda",)}
-    return (Provider("transformers", prepare(None), package="transformers"),
-            Provider("transformers-compiled", prepare("default"), **compiled),
-            Provider("transformers-max", prepare(mode), slow=True, **compiled))
-
-
 def _micro_step(config: Phi1Config, batch: int, tokens: int, dtype: str, device: str, quick: bool = False) -> Case:
-    p = config.residual_dropout
-
-    def prepare(case: Case, on: torch.device) -> Function:
-        model = _built(case, config, on).train()
-        rng = torch.tensor([1, 1], device=on)
+    def ours(model: Phi1) -> Function:
+        on = model.embed.weight.device
+        rng, weight = torch.tensor([1, 1], device=on), model.get_parameter("blocks.0.norm.weight")
 
         def run(inputs: Inputs) -> tuple[torch.Tensor, ...]:
             loss = model.loss(inputs["ids"], inputs["targets"], rng=rng, sample_ids=torch.arange(batch, device=on))
-            return _gradients(model, loss, model.get_parameter("blocks.0.norm.weight"), on)
+            return _gradients(model, loss, weight)
 
         return run
 
-    def theirs(mode: str | None) -> Any:
-        def prepare_peer(case: Case, on: torch.device) -> Function:
-            model = causal_model(_built(case, config, on), config, p).train()
-            forward, weight = _compiled(model, mode), model.model.layers[0].input_layernorm.weight
-            return lambda inputs: _gradients(model, _their_loss(forward, inputs), weight, on)
-
-        return prepare_peer
+    def theirs(model: Any, forward: Any) -> Function:
+        weight = model.model.layers[0].input_layernorm.weight
+        return lambda inputs: _gradients(model, _their_loss(forward, inputs), weight)
 
     def exact(model: Phi1, inputs: Inputs) -> tuple[torch.Tensor, ...]:
         with torch.enable_grad():
             loss = model.loss(inputs["ids"], inputs["targets"])
-            return _gradients(model, loss, model.get_parameter("blocks.0.norm.weight"), torch.device(device))
+            return _gradients(model, loss, model.get_parameter("blocks.0.norm.weight"))
 
-    reference = None if p else _reference(config, dtype, _mean_loss if device == "cuda" else exact)
+    reference = _reference(config, dtype, _mean_loss if device == "cuda" else exact)
     return _case("micro-step", config, batch, tokens, dtype, device, direction="call", bytes="3*P*e",
                  flops=TRAIN_FLOPS, inputs=_tokens(config, batch, tokens, dtype), leaves=("like",), quick=quick,
-                 providers=(Provider("phi1", prepare, package="phi1"), *_transformers(theirs)), reference=reference)
+                 providers=_providers(config, ours, theirs, training=True),
+                 reference=None if config.residual_dropout else reference)
 
 
-def _gradients(model: torch.nn.Module, loss: torch.Tensor, weight: torch.Tensor, device: torch.device) -> \
-        tuple[torch.Tensor, ...]:
-    """Backward; the loss, and on a CPU the gradient that has come the longest way."""
+def _gradients(model: torch.nn.Module, loss: torch.Tensor, weight: torch.nn.Parameter) -> tuple[torch.Tensor, ...]:
+    """Backward; the loss, and on a CPU the gradient that has passed through every layer."""
     model.zero_grad(set_to_none=True)
     (loss * LOSS_SCALE).backward()
     assert weight.grad is not None
-    return (loss.detach(),) if device.type == "cuda" else (loss.detach(), weight.grad.float() / LOSS_SCALE)
+    return (loss.detach(),) if loss.device.type == "cuda" else (loss.detach(), weight.grad.float() / LOSS_SCALE)
 
 
 def _step(plan: Plan, quick: bool = False) -> Case:
@@ -221,32 +217,25 @@ def _judged(step: Any, inputs: Inputs) -> tuple[torch.Tensor, ...]:
 
 def _prefill(config: Phi1Config, batch: int, tokens: int, dtype: str, device: str, quick: bool = False,
              readme: bool = False) -> Case:
-    def prepare(case: Case, on: torch.device) -> Function:
-        model = _built(case, config, on)
-
+    def ours(model: Phi1) -> Function:
         def run(inputs: Inputs) -> torch.Tensor:
-            cache = Cache(config, batch, tokens, device=on, dtype=getattr(torch, dtype))
+            cache = Cache(config, batch, tokens, device=inputs["ids"].device, dtype=model.embed.weight.dtype)
             return model(inputs["ids"], cache=cache, logits_to_keep=1)
 
         return run
 
-    def theirs(mode: str | None) -> Any:
-        def prepare_peer(case: Case, on: torch.device) -> Function:
-            forward = _compiled(causal_model(_built(case, config, on), config).eval(), mode)
-            return lambda inputs: forward(input_ids=inputs["ids"], use_cache=True, logits_to_keep=1).logits
-
-        return prepare_peer
+    def theirs(model: Any, forward: Any) -> Function:
+        return lambda inputs: forward(input_ids=inputs["ids"], use_cache=True, logits_to_keep=1).logits
 
     return _case("prefill", config, batch, tokens, dtype, device, bytes="(P + 2*L*B*T*D)*e",
                  flops="2*B*T*(P - V*D + L*T*D) + 2*B*V*D", inputs=_tokens(config, batch, tokens, dtype),
-                 leaves=("like",), quick=quick, readme=readme,
-                 providers=(Provider("phi1", prepare, package="phi1"), *_transformers(theirs)),
+                 leaves=("like",), quick=quick, readme=readme, providers=_providers(config, ours, theirs),
                  reference=_reference(config, dtype, lambda model, inputs: model(inputs["ids"], logits_to_keep=1)))
 
 
 def _decode(config: Phi1Config, batch: int, tokens: int, dtype: str, device: str, quick: bool = False,
             readme: bool = False) -> Case:
-    """NEW tokens that are given, one at a time, after a prompt; one call takes all of them and forgets them again."""
+    """NEW given tokens, one at a time, behind a prompt. One call takes all of them and then forgets them."""
     from phi1.bench.peers.decoding import dynamic_cache, phi1_cache, static_cache
 
     return _case("decode", config, batch, tokens, dtype, device, direction="forward",

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from phi1.bench.harness.case import Case, Function, Inputs, Provider, variants
+from phi1.bench.harness.case import Case, Function, Inputs, Provider, family
 from phi1.bench.harness.inputs import Draw
 from phi1.bench.harness.providers import compiled, ours, peer, plain, reference_of
+from phi1.bench.peers.rotary import liger_rope, torch_rotary
 from phi1.kernels import add_layer_norm, layer_norm, rotary, rotary_
 
 # Read x, write y; weight and bias. Then read x, dy and the statistics, write dx, dw and db.
@@ -29,7 +30,7 @@ ROTARY_COSTS = {
     "forward": ("6*N*H*K*e + 4*N*R + 8*N", "6*N*H*R"),
     "forward+backward": ("12*N*H*K*e + 8*N*R + 16*N", "12*N*H*R"),
 }
-# Only what is rotated of q and k is read and written.
+# Only the rotated part of q and k is read and written.
 IN_PLACE_COSTS = {"forward": ("4*N*H*R*e + 4*N*R + 8*N", "6*N*H*R")}
 
 
@@ -40,33 +41,25 @@ def cases() -> list[Case]:
     found = [case for shape in norm for case in _layer_norm(*shape)]
     found += [case for shape in (norm[0], norm[1], norm[-1]) for case in _add_layer_norm(*shape)]
     for shape in ((16384, 32, 64, 32, "float16", "cuda"), (256, 4, 64, 32, "float32", "cpu")):
-        found += _rotary(*shape) + _rotary_in_place(*shape)
+        found += _rotary(*shape)
     return found
 
 
 def _layer_norm(rows: int, width: int, dtype: str, device: str) -> list[Case]:
-    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
-        draw = Draw(on, generator, dtype)
+    def inputs(draw: Draw) -> Inputs:
         return {"x": draw.normal(rows, width), "weight": 1 + draw.normal(width, scale=0.1), "bias": draw.normal(width)}
 
-    ours_function = _from("x", "weight", "bias", layer_norm)
-    return variants(Case(
-        name="", op="layer_norm", unit="kernel", direction="forward", shape={"N": rows, "D": width}, dtype=dtype,
-        devices=(device,), bytes="0", flops="0", inputs=inputs, leaves=("x", "weight", "bias"),
-        providers=(ours(ours_function), plain("torch", _torch_norm), *compiled(_torch_norm),
-                   peer("liger", "liger-kernel", _liger_norm), peer("quack", "quack-kernels", _quack_norm)),
-        reference=reference_of(ours_function), kernels=("layer_norm_", "sum_partials"),
-        quick=dtype != "bfloat16" and rows in (16384, 512) and width != 2560,
-    ), NORM_COSTS)
+    def run(inputs: Inputs) -> torch.Tensor:
+        return layer_norm(inputs["x"], inputs["weight"], inputs["bias"])
 
+    def eager(inputs: Inputs) -> torch.Tensor:
+        return F.layer_norm(inputs["x"], (width,), inputs["weight"], inputs["bias"])
 
-def _from(*names_and_op: Any) -> Function:
-    *names, op = names_and_op
-    return lambda inputs: op(*(inputs[name] for name in names))
-
-
-def _torch_norm(inputs: Inputs) -> torch.Tensor:
-    return F.layer_norm(inputs["x"], inputs["weight"].shape, inputs["weight"], inputs["bias"])
+    return family("layer_norm", {"N": rows, "D": width}, dtype, device, inputs, NORM_COSTS,
+                  leaves=("x", "weight", "bias"), reference=reference_of(run), kernels=("layer_norm_", "sum_partials"),
+                  providers=(ours(run), plain("torch", eager), *compiled(eager),
+                             peer("liger", "liger-kernel", _liger_norm), peer("quack", "quack-kernels", _quack_norm)),
+                  quick=dtype != "bfloat16" and rows in (16384, 512) and width != 2560)
 
 
 def _liger_norm(case: Case) -> Function:
@@ -76,7 +69,7 @@ def _liger_norm(case: Case) -> Function:
 
 
 def _quack_norm(case: Case) -> Function:
-    """Its two kernels behind one autograd function; it takes float32 parameters, which are cast outside the timing."""
+    """quack's two kernels behind one autograd function. Their float32 parameters are cast outside of the timing."""
     from quack.rmsnorm import layernorm_bwd, layernorm_fwd
 
     class QuackNorm(torch.autograd.Function):
@@ -104,100 +97,68 @@ def _quack_norm(case: Case) -> Function:
 
 
 def _add_layer_norm(rows: int, width: int, dtype: str, device: str) -> list[Case]:
-    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
-        draw = Draw(on, generator, dtype)
+    def inputs(draw: Draw) -> Inputs:
         return {"x": draw.normal(rows, width), "residual": draw.normal(rows, width),
                 "weight": 1 + draw.normal(width, scale=0.1), "bias": draw.normal(width)}
 
-    ours_function = _from("x", "residual", "weight", "bias", add_layer_norm)
-    return variants(Case(
-        name="", op="add_layer_norm", unit="kernel", direction="forward", shape={"N": rows, "D": width}, dtype=dtype,
-        devices=(device,), bytes="0", flops="0", inputs=inputs, leaves=("x", "residual", "weight", "bias"),
-        providers=(ours(ours_function), plain("torch", _torch_add_norm), *compiled(_torch_add_norm)),
-        reference=reference_of(ours_function), kernels=("layer_norm_", "sum_partials"), quick=dtype != "bfloat16",
-    ), ADD_NORM_COSTS)
+    def run(inputs: Inputs) -> Any:
+        return add_layer_norm(inputs["x"], inputs["residual"], inputs["weight"], inputs["bias"])
 
+    def eager(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        h = inputs["x"] + inputs["residual"]
+        return h, F.layer_norm(h, (width,), inputs["weight"], inputs["bias"])
 
-def _torch_add_norm(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    h = inputs["x"] + inputs["residual"]
-    return h, F.layer_norm(h, inputs["weight"].shape, inputs["weight"], inputs["bias"])
+    return family("add_layer_norm", {"N": rows, "D": width}, dtype, device, inputs, ADD_NORM_COSTS,
+                  leaves=("x", "residual", "weight", "bias"), reference=reference_of(run),
+                  providers=(ours(run), plain("torch", eager), *compiled(eager)),
+                  kernels=("layer_norm_", "sum_partials"), quick=dtype != "bfloat16")
 
 
 def _rotary(rows: int, heads: int, size: int, rotary_dim: int, dtype: str, device: str) -> list[Case]:
-    ours_function = _from("x", "cos", "sin", "positions", rotary)
-    liger: tuple[Provider, ...] = (peer("liger", "liger-kernel", _liger_rope),)
-    return variants(Case(
-        name="", op="rotary", unit="kernel", direction="forward",
-        shape={"N": rows, "H": heads, "K": size, "R": rotary_dim}, dtype=dtype, devices=(device,), bytes="0", flops="0",
-        inputs=_rotary_inputs(rows, heads, size, rotary_dim, dtype), leaves=("x",),
-        providers=(ours(ours_function), plain("torch", torch_rotary), *compiled(torch_rotary), *liger),
-        reference=reference_of(ours_function), kernels=("rotary",), quick=True,
-    ), ROTARY_COSTS)
-
-
-def _rotary_inputs(rows: int, heads: int, size: int, rotary_dim: int, dtype: str) -> Any:
-    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
-        draw = Draw(on, generator, dtype)
+    """rotary, and rotary_, which works in place."""
+    def inputs(draw: Draw) -> Inputs:
         tokens = min(rows, 2048)
         cos, sin = draw.tables(tokens, rotary_dim)
-        positions = torch.arange(rows, device=on) % tokens
+        positions = torch.arange(rows, device=draw.device) % tokens
         return {"x": draw.normal(rows, 3, heads, size), "cos": cos, "sin": sin, "positions": positions}
 
-    return inputs
+    def run(inputs: Inputs) -> torch.Tensor:
+        return rotary(inputs["x"], inputs["cos"], inputs["sin"], inputs["positions"])
 
+    def run_in_place(inputs: Inputs) -> torch.Tensor:
+        return rotary_(inputs["x"], inputs["cos"], inputs["sin"], inputs["positions"])
 
-def _rotary_in_place(rows: int, heads: int, size: int, rotary_dim: int, dtype: str, device: str) -> list[Case]:
-    def theirs(inputs: Inputs) -> torch.Tensor:
-        x, half = inputs["x"], inputs["cos"].shape[1]
-        x[:, :2, :, : 2 * half] = torch_rotary({**inputs, "x": x[:, :2, :, : 2 * half]})
+    def eager_in_place(inputs: Inputs) -> torch.Tensor:
+        x = inputs["x"]
+        x[:, :2, :, :rotary_dim] = torch_rotary({**inputs, "x": x[:, :2, :, :rotary_dim]})
         return x
 
-    in_place = (_on_a_copy(_from("x", "cos", "sin", "positions", rotary_)), _on_a_copy(theirs))
-    return variants(Case(
-        name="", op="rotary_", unit="kernel", direction="forward",
-        shape={"N": rows, "H": heads, "K": size, "R": rotary_dim}, dtype=dtype, devices=(device,), bytes="0", flops="0",
-        inputs=_rotary_inputs(rows, heads, size, rotary_dim, dtype), leaves=("x",),
-        providers=(Provider("phi1", in_place[0], package="phi1"), Provider("torch", in_place[1])),
-        reference=reference_of(_from("x", "cos", "sin", "positions", rotary)), kernels=("rotary",), quick=True,
-        asked=lambda function, inputs: function({**inputs, "x": inputs["x"].clone()}),
-    ), IN_PLACE_COSTS)
+    def family_of(op: str, costs: Any, **fields: Any) -> list[Case]:
+        return family(op, {"N": rows, "H": heads, "K": size, "R": rotary_dim}, dtype, device, inputs, costs,
+                      leaves=("x",), kernels=("rotary",), quick=True, **fields)
+
+    return [
+        *family_of("rotary", ROTARY_COSTS, reference=reference_of(run),
+                   providers=(ours(run), plain("torch", torch_rotary), *compiled(torch_rotary),
+                              peer("liger", "liger-kernel", liger_rope))),
+        *family_of("rotary_", IN_PLACE_COSTS, reference=reference_of(run),
+                   providers=(Provider("phi1", _on_a_copy(run_in_place), package="phi1"),
+                              Provider("torch", _on_a_copy(eager_in_place))),
+                   asked=lambda function, inputs: function({**inputs, "x": inputs["x"].clone()})),
+    ]
 
 
 def _on_a_copy(function: Function) -> Any:
-    """Writes into a copy of x that the provider keeps for each x: rotated once at first, then further."""
+    """A preparation whose function writes into a copy of x, kept for each x: rotated at first, then further."""
     def prepare(case: Case, device: torch.device) -> Function:
         own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def run(inputs: Inputs) -> torch.Tensor:
             x = inputs["x"]
             if x.data_ptr() not in own:
-                own[x.data_ptr()] = x, x.clone()  # x too, or another one might come to lie where it lay
+                own[x.data_ptr()] = x, x.clone()  # x too, or another tensor could get its address
             return function({**inputs, "x": own[x.data_ptr()][1]})
 
         return run
 
     return prepare
-
-
-def torch_rotary(inputs: Inputs) -> torch.Tensor:
-    """As transformers does it, in float32: q and k [N, 2, H, K] rotated in halves, v as it is."""
-    x, positions = inputs["x"], inputs["positions"]
-    half = inputs["cos"].shape[1]
-    cos, sin = (inputs[name][positions][:, None, None] for name in ("cos", "sin"))
-    a, b = x[:, :2, :, :half].float(), x[:, :2, :, half : 2 * half].float()
-    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-    return torch.cat((torch.cat((turned, x[:, :2, :, 2 * half :]), dim=-1), x[:, 2:]), dim=1)
-
-
-def _liger_rope(case: Case) -> Function:
-    """It rotates as many leading dimensions of a head as cos and sin are wide."""
-    from liger_kernel.ops.rope import LigerRopeFunction
-
-    def run(inputs: Inputs) -> torch.Tensor:
-        x, positions = inputs["x"], inputs["positions"]
-        cos, sin = (torch.cat((table, table), dim=-1)[positions][None] for table in (inputs["cos"], inputs["sin"]))
-        q, k = (x[None, :, i].transpose(1, 2) for i in (0, 1))  # [1, H, N, K]
-        q, k = (y.transpose(1, 2)[0] for y in LigerRopeFunction.apply(q, k, cos, sin))
-        return torch.stack((q, k, x[:, 2]), dim=1)
-
-    return run

@@ -1,7 +1,7 @@
-"""The registry: everything that is benchmarked, compiled for the report, tuned or run by the GPU script.
+"""The registry: all that is benchmarked, compiled by the gate, tuned or run by the GPU script.
 
-An operation becomes known by its `cases_<family>.py`, whose `cases()` returns its rows; see `case.py` for what a row
-is. A family is listed here and nowhere else.
+Each module of FAMILIES returns its cases from `cases()`; `harness/case.py` says what a case is. A family is listed here
+and nowhere else.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import triton
 
-from phi1.bench.cli import MakeParser, plain_parser
 from phi1.bench.compile.again import COMPILE_SECONDS, compile_again
 from phi1.bench.compile.allowed import FILE, allowed, complaints, dumps, needed, unneeded
 from phi1.bench.compile.arch import ARCHS, WIDE, Report, narrow
@@ -38,6 +37,7 @@ from phi1.bench.compile.table import (
     stale,
 )
 from phi1.bench.harness.files import replace
+from phi1.bench.harness.parser import MakeParser, plain_parser
 
 SHOWN_STALE = 5
 UPDATE = "`phi1 bench static --update` under each Triton version mends it"

@@ -1,6 +1,6 @@
-"""Run every operation on small inputs, in float32 and in float16, whose kernels differ: what compute-sanitizer watches.
+"""Run every operation on small inputs in float32 and in float16, which have different kernels, for compute-sanitizer.
 
-The inputs are those of the registry's CPU cases, so that a sanitizer that slows a kernel a hundredfold is done soon.
+The inputs are those of the registry's CPU cases, since a sanitizer slows kernels a hundredfold.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ALWAYS_FLOAT32 = ("cos", "sin")
 
 
 def chosen(dtype: torch.dtype) -> list[Case]:
-    """Every operation with its backward, if it has one; in float16 also forward alone, which launches other kernels."""
+    """Every operation with its backward if it has one; in float16 also forward alone, which launches other kernels."""
     cases = [case for case in (*select("cpu", units=("kernel", "block")), *small_block(p=0.1))
              if case.direction != "backward"]
     trained = {case.op for case in cases if case.direction == "forward+backward"}
@@ -27,7 +27,7 @@ def chosen(dtype: torch.dtype) -> list[Case]:
 
 
 def inputs_of(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
-    """The case's inputs, in another precision where an operation takes them in several."""
+    """The case's inputs in another precision, except those that are always float32."""
     given = case.inputs(device, torch.Generator("cpu" if device.type == "meta" else device).manual_seed(1))
     return {name: value.to(dtype) if isinstance(value, torch.Tensor) and value.dtype is torch.float32
             and name not in ALWAYS_FLOAT32 else value for name, value in given.items()}
@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="on the CPU")
     options = parser.parse_args()
     if not options.rehearse and not torch.cuda.is_available():
-        print("gpu_sanitize: error: there is no CUDA device; --rehearse takes the CPU", file=sys.stderr)
+        print("sanitize: error: there is no CUDA device; --rehearse takes the CPU", file=sys.stderr)
         return 2
     device = torch.device("cpu" if options.rehearse else "cuda")
     n_cases = 0

@@ -1,19 +1,8 @@
-"""What a benchmark case is: an operation or a whole unit at one shape, everyone who can compute it, and what it costs.
+"""A benchmark case: an operation or a whole unit of work at one shape, everyone who computes it, and its costs.
 
-`cases.py` assembles the registry from the `cases_*.py`; nothing else says what is benchmarked. The runner, the
-pytest benchmarks, the static report, the tuner and the GPU script all go over `cases.all_cases()`:
-
-    for case in all_cases():
-        case.name                               unique, for people and results files
-        case.op, case.unit, case.direction      "attention", "kernel", "forward"
-        case.shape, case.dtype, case.devices    {"B": 8, "T": 2048, ...}, "float16", ("cuda",)
-        case.inputs(device, generator)          fresh random arguments, a dict
-        case.providers                          who computes it; the first one, "phi1", is us
-        case.reference                          the specification: float64 inputs in, exact results out
-        case.n_bytes, case.n_flops              `bytes` and `flops` are their formulas, over the letters of `shape`
-        case.kernels                            beginnings of its static cases' names, for the report and the tuner
-
-Nothing here needs a GPU or makes a tensor before `inputs` or `prepare` is called.
+`cases/registry.py` collects the cases of `cases/*.py`; nothing else says what is benchmarked. The runner, the pytest
+benchmarks, the compile gate, the tuner and the GPU script all go over `all_cases()`. No case makes a tensor before
+`inputs` or a provider's `prepare` is called, and none needs a GPU to be listed.
 
 Letters: B batch, T tokens, N rows, D width, H heads, K head size, F MLP width, V vocabulary, R rotary dimension, M rows
 of a weight, S sum of the squared lengths of packed documents, L layers, P parameters; e is bytes an element.
@@ -22,15 +11,16 @@ of a weight, S sum of the squared lengths of packed documents, L layers, P param
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
+
+from phi1.bench.harness.inputs import Draw
 
 Inputs = dict[str, Any]
 Function = Callable[[Inputs], Any]
-"""Arguments in, a tensor or a tuple of tensors out: the same ones, in the same layout, whoever computes them."""
+"""Takes the inputs and returns a tensor or a tuple of tensors, in the same layout for every provider."""
 
 UNITS = ("kernel", "block", "model", "host")
 DIRECTIONS = ("forward", "backward", "forward+backward", "call")
@@ -40,17 +30,17 @@ BOTH = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class Provider:
-    """Someone who can compute a case: we or a peer.
+    """One implementation of a case: phi1 or a peer.
 
     Args:
-        name: what tables and `--peers` call it.
-        prepare: (case, device) -> the function to time. Whatever is no part of the work (compiling, building masks,
-            making a model) happens here or at the first call. Imports its package inside.
-        package: the distribution whose version goes with the numbers; a key of `providers.VERSIONS` or "torch".
+        name: its name in tables and in `--peers`.
+        prepare: (case, device) -> the function to time. Compiling, building masks and making a model are no part of
+            the work: they happen here or at the first call. The package is imported here.
+        package: the distribution whose version goes with the numbers; a key of `providers.VERSIONS`, "torch" or "phi1".
         devices: kinds of device that it can run on.
-        by_default: kinds on which it runs without being asked for.
-        slow: takes minutes to prepare, so the short selection leaves it out unless it is asked for.
-        comparable: False where it draws random numbers of its own, so that its results cannot equal the reference's.
+        by_default: kinds of device on which it runs without being named.
+        slow: preparing takes minutes, so the short selection leaves it out unless it is named.
+        comparable: False if it draws random numbers of its own, so that its results cannot equal the reference's.
     """
 
     name: str
@@ -70,23 +60,23 @@ class Case:
         name: unique; see `named`.
         op: a public operation of `phi1.kernels`, or the name of a unit ("train-step").
         unit: one of UNITS.
-        direction: "forward" runs without gradients; "backward" times the gradients of `leaves` alone, from a graph made
-            outside; "forward+backward" both; "call" times the function as it is.
-        shape: sizes by letter, and whatever else distinguishes the case.
-        dtype: of the floating-point inputs, a key of ELEMENT_BYTES.
-        devices: kinds of device that the case is for. A shape for a GPU has a small one for the CPU beside it.
-        bytes: what must move to and from memory, a formula over the sizes in `shape` and e.
-        flops: additions and multiplications, likewise; causal attention counts the half that is needed.
+        direction: "forward" runs without gradients; "backward" times only the gradients of `leaves`, from a graph made
+            outside; "forward+backward" times both; "call" times the function as it is.
+        shape: sizes by letter, and all else that distinguishes the case.
+        dtype: type of the floating-point inputs, a key of ELEMENT_BYTES.
+        devices: kinds of device that the case is for. Each shape for a GPU has a small one for the CPU beside it.
+        bytes: formula of the bytes that must move to and from memory, over the sizes in `shape` and e.
+        flops: formula of the additions and multiplications; causal attention counts the half that is needed.
         inputs: (device, generator) -> arguments. The same generator state gives the same values.
-        leaves: the inputs that get gradients; their number widens to float64 for the reference.
-        providers: us first. Everyone gets the same inputs.
-        reference: the specification, at any precision of the inputs; None where there is nothing to compare.
-        asked: (function, inputs) -> what is compared with the reference's results, where a call's own say too little:
-            a file that it has written, the weights after some steps.
-        kernels: beginnings of names of static cases (`static_cases.py`) of the kernels that it launches.
+        leaves: the inputs that get gradients, and that the reference gets in float64.
+        providers: phi1 first. All get the same inputs.
+        reference: the specification, in the precision of its inputs; None if there is nothing to compare.
+        asked: (function, inputs) -> the tensors to compare, if the function's results say too little: the file that it
+            wrote, or the weights after some steps.
+        kernels: beginnings of the names of the kernels that it launches, for the compile gate and the tuner.
         quick: part of the short selection (`--quick`), which covers every operation once.
-        readme: a row of the README's tables, as every quick case of a GPU is; most of a CPU's shapes are too small.
-        exclusive: its providers are too large to be held at the same time.
+        readme: a row of the table in docs/benchmarks.md, as every quick case of a GPU is.
+        exclusive: its providers are too large to be in memory at the same time.
     """
 
     name: str
@@ -115,17 +105,17 @@ class Case:
 
     @property
     def in_readme(self) -> bool:
-        """Whether a README table has it."""
+        """True for a row of the table in docs/benchmarks.md."""
         return self.readme or (self.quick and "cuda" in self.devices)
 
     @property
     def n_bytes(self) -> int:
-        """Bytes that must be read and written, by the formula."""
+        """Bytes that must be read and written."""
         return self._count(self.bytes)
 
     @property
     def n_flops(self) -> int:
-        """Floating-point operations, by the formula."""
+        """Floating-point operations."""
         return self._count(self.flops)
 
     def _count(self, formula: str) -> int:
@@ -139,11 +129,20 @@ def named(op: str, shape: Mapping[str, Any], dtype: str, direction: str, device:
     return " ".join([op, *sizes, dtype, direction, *([device] if device == "cpu" else [])])
 
 
-def variants(case: Case, costs: Mapping[str, tuple[str, str]]) -> list[Case]:
-    """The case once for each direction, with that direction's (bytes, flops); named anew."""
-    device = case.devices[0] if len(case.devices) == 1 else ""
-    return [
-        replace(case, direction=direction, bytes=moved, flops=flops,
-                name=named(case.op, case.shape, case.dtype, direction, device))
-        for direction, (moved, flops) in costs.items()
-    ]
+def family(op: str, shape: Mapping[str, Any], dtype: str, device: str, draw: Callable[[Draw], Inputs],
+           costs: Mapping[str, tuple[str, str]], **fields: Any) -> list[Case]:
+    """The cases of an operation at one shape: one for each direction of `costs`, which holds its (bytes, flops).
+
+    Args:
+        op, shape, dtype: of every case.
+        device: kind of device that the shape is for.
+        draw: makes the inputs.
+        costs: formulas by direction.
+        fields: the other fields of `Case`; the unit is "kernel" by default.
+    """
+    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
+        return draw(Draw(on, generator, dtype))
+
+    return [Case(**{"unit": "kernel"} | fields, name=named(op, shape, dtype, direction, device), op=op, shape=shape,
+                 dtype=dtype, devices=(device,), direction=direction, bytes=moved, flops=flops, inputs=inputs)
+            for direction, (moved, flops) in costs.items()]

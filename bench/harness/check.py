@@ -1,9 +1,9 @@
-"""Whether what is timed is right: every result and every gradient against the reference in float64.
+"""Correctness before a time counts: every result and every gradient against the reference in float64.
 
-The rule is that of the tests (`phi1.testing`): as far from exact as twice plain PyTorch in the tested dtype, and two
-roundings. Plain PyTorch is the reference, or PyTorch's own operation where that is further off (its float32 sums over
-rows are). Peers may be ten times as far: some round tables or statistics that we keep in float32, which their error in
-the table shows. Errors are the largest difference over the largest exact value. Integers must be equal.
+The rule is that of the tests (`phi1.testing`). The error may be twice that of plain PyTorch in the tested dtype, and
+two roundings more. Plain PyTorch is the reference, or PyTorch's own operation if that is further off, as its float32
+sums over rows are. Peers may be ten times as far off, since some round tables or statistics that phi1 keeps in float32;
+the table shows their error. An error is the largest difference over the largest exact value. Integers must be equal.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GRADIENTS = ("backward", "forward+backward")
 
 
 def leaves_of(case: Case, inputs: Inputs) -> Inputs:
-    """The inputs, those that get gradients as new leaves of the graph."""
+    """The inputs, with new leaves of the graph for those that get gradients."""
     if case.direction not in GRADIENTS:
         return inputs
     return inputs | {name: inputs[name].detach().requires_grad_() for name in case.leaves if inputs[name] is not None}
@@ -34,7 +34,7 @@ def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
 
 
 def upstream_of(outputs: tuple[torch.Tensor, ...], seed: int) -> list[torch.Tensor]:
-    """A gradient for each output: 1 for a loss, else standard normal numbers that bfloat16 holds exactly."""
+    """Draw a gradient for each output: 1 for a loss, else standard normal numbers that bfloat16 holds exactly."""
     generator = torch.Generator(outputs[0].device).manual_seed(seed)
     return [torch.ones_like(out) if out.dim() == 0 else
             torch.randn(out.shape, device=out.device, generator=generator).bfloat16().to(out.dtype) for out in outputs]
@@ -42,7 +42,7 @@ def upstream_of(outputs: tuple[torch.Tensor, ...], seed: int) -> list[torch.Tens
 
 def gradients(case: Case, inputs: Inputs, outputs: tuple[torch.Tensor, ...], upstream: list[torch.Tensor],
               keep_graph: bool = False) -> tuple[torch.Tensor, ...]:
-    """Of the case's leaves, through outputs that were computed from `inputs`."""
+    """The gradients of the case's leaves, through outputs that were computed from `inputs`."""
     leaves = [inputs[name] for name in case.leaves if inputs[name] is not None]
     return torch.autograd.grad(outputs, leaves, [g.to(out.dtype) for g, out in zip(upstream, outputs, strict=True)],
                                retain_graph=keep_graph)
@@ -50,7 +50,7 @@ def gradients(case: Case, inputs: Inputs, outputs: tuple[torch.Tensor, ...], ups
 
 def results(case: Case, function: Function, inputs: Inputs, upstream: list[torch.Tensor] | None) -> \
         dict[str, torch.Tensor]:
-    """What the function computes, by name: out0, out1, ... and, where gradients are taken, dx for the leaf x."""
+    """All that the function computes, by name: out0, out1, ... and, if gradients are taken, dx for the leaf x."""
     inputs = leaves_of(case, inputs)
     if case.direction == "forward":
         with torch.no_grad():
@@ -67,7 +67,7 @@ def results(case: Case, function: Function, inputs: Inputs, upstream: list[torch
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far a provider is from exact; `complaint` is empty where that is near enough."""
+    """The error of a provider, and the result that has it; `complaint` is empty if the error is allowed."""
 
     error: float
     worst: str
@@ -75,7 +75,7 @@ class Verdict:
 
 
 class Exact:
-    """The exact results of a case on one set of inputs, and how far the eager reference is from them.
+    """The exact results of a case on one set of inputs, and the errors of the eager reference.
 
     Args:
         case: has a reference.
@@ -100,7 +100,7 @@ class Exact:
         return max(self.eager.values())
 
     def judge(self, function: Function, provider: str) -> Verdict:
-        """Compute and compare. The yardstick's errors widen the limits of those that are judged after it."""
+        """Compute and compare. The yardstick's errors widen the limits of providers that are judged after it."""
         asked = self.case.asked
         got = results(self.case, partial(asked, function) if asked else function, self.inputs, self.upstream)
         missing = sorted(set(self.exact) - set(got))

@@ -1,4 +1,4 @@
-"""What numbers depend on: the device, its driver, versions and the commit. Works without git and without a GPU."""
+"""The facts that numbers depend on: device, driver, versions, commit. They need neither git nor a GPU."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def commit() -> str:
     given = os.environ.get(COMMIT_VARIABLE)
     if given:
         return given
-    own = _git("ls-files", "--error-unmatch", "bench/environment.py")  # not of a repository around the installation
+    # The repository may be another one, around the installation.
+    own = _git("ls-files", "--error-unmatch", "bench/harness/environment.py")
     head = _git("rev-parse", "--short", "HEAD")
     if not own or not head:
         return "unknown"

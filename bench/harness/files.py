@@ -1,4 +1,4 @@
-"""Files that other processes write too: replaced whole, changed under a lock, lengthened by whole lines."""
+"""Files that other processes write too: replaced whole, changed under a lock, extended by whole lines."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 
 def replace(path: Path, text: str) -> None:
-    """Put a text into a file, whole or not at all; before, it lies beside it under a name of this call alone.
+    """Put a text into a file, whole or not at all. It is first written beside the file, under a unique name.
 
-    A pipe or a device is written to as it is. Not `phi1.atomic.write_file`, which would wait for the lock of `locked`.
+    A pipe or a device is written to directly. `phi1.atomic.write_file` would wait for the lock of `locked`.
     """
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
@@ -34,9 +34,9 @@ def replace(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Other processes wait at this block for the same folder, so that what one reads there it can change and replace.
+    """Make other processes wait at this block for the same folder, so that a file can be read, changed and replaced.
 
-    The folder itself is locked: nothing is left in it.
+    The lock is on the folder itself and leaves nothing in it.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -61,7 +61,7 @@ def lock(descriptor: int, *, wait: bool = False) -> bool:
 
 
 def append(path: Path, entry: Mapping[str, Any]) -> None:
-    """Add a line of JSON to a file; it is on the disk as this returns."""
+    """Add a line of JSON to a file; it is on the disk when this returns."""
     line = json.dumps(entry).encode() + b"\n"
     with path.open("ab+") as file:
         if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
@@ -72,7 +72,7 @@ def append(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """What `append` has put into a file, which need not be there; without a line that was cut short."""
+    """The entries that `append` has put into a file, without a line that was cut short; none if there is no file."""
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):
             yield json.loads(line)

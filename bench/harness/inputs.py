@@ -1,8 +1,12 @@
-"""Random arguments for benchmark cases: standard normal unless it says otherwise, drawn from the case's generator."""
+"""Random arguments for benchmark cases, drawn from the case's generator."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+from phi1.kernels import Dropout
 
 
 class Draw:
@@ -18,7 +22,7 @@ class Draw:
         self.device, self.generator, self.dtype = device, generator, getattr(torch, dtype)
 
     def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
-        """A tensor of N(0, scale^2)."""
+        """Normal numbers of mean 0 and deviation `scale`."""
         values = torch.randn(shape, device=self.device, generator=self.generator, dtype=torch.float32)
         return (values * scale).to(self.dtype)
 
@@ -36,6 +40,17 @@ class Draw:
         angle = torch.outer(torch.arange(tokens, device=self.device), frequency)
         return angle.cos(), angle.sin()
 
-    def rng(self) -> torch.Tensor:
-        """(seed, step) of counter-based dropout, int64 [2]."""
-        return torch.tensor([1234, 1], device=self.device)
+    def dropout(self, samples: int, p: float) -> dict[str, Any]:
+        """The inputs that `dropout_of` reads: (seed, step) and the ids of the samples; none if p is 0."""
+        return {"rng": torch.tensor([1234, 1], device=self.device),
+                "sample_ids": torch.arange(samples, device=self.device)} if p else {}
+
+
+def dropout_of(inputs: dict[str, Any], p: float, kind: int) -> Dropout | None:
+    """The dropout of one kind; None if p is 0."""
+    return Dropout(p, inputs["rng"], inputs["sample_ids"], layer=0, kind=kind) if p else None
+
+
+def with_sample(inputs: dict[str, Any], number: int) -> dict[str, Any]:
+    """The inputs with the dropout of one sample alone."""
+    return inputs | {name: ids[number : number + 1] for name, ids in inputs.items() if name == "sample_ids"}

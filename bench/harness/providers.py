@@ -1,8 +1,8 @@
-"""Who computes a case: constructors of providers, and the peers by name with the versions that are meant.
+"""Constructors of providers, and the peers' packages with the versions that are meant.
 
-A peer that is not installed is listed with the version that would be used, one that fails with its error; none is
-left out silently. torch.compile runs without CUDA graphs on operations: their inputs rotate, and a graph would first
-copy them into its own buffers, which is no part of the work.
+A peer that is not installed is a row with the version that would be used, and one that fails is a row with its error.
+torch.compile runs without CUDA graphs on operations: their inputs rotate, and a graph would first copy them into its
+own buffers, which is no part of the work.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ VERSIONS = {
     "quack-kernels": "0.6.5",
     "cut-cross-entropy": "25.1.1",
 }
-"""Distribution -> the version that is named where it is not installed."""
+"""Distribution -> the version that is named if it is not installed."""
 
 
 def installed_version(package: str) -> str | None:
-    """The version of a distribution, or None where it is not installed."""
+    """The version of a distribution, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -39,12 +39,12 @@ def plain(name: str, function: Function, **options: Any) -> Provider:
 
 
 def ours(function: Function) -> Provider:
-    """phi1 itself: the public operation, which runs what the device decides."""
+    """phi1 itself: the public operation, whose backend the device decides."""
     return plain("phi1", function, package="phi1")
 
 
 def compiled(function: Function, **options: Any) -> tuple[Provider, Provider]:
-    """torch.compile of a function, at its default and at its best setting. On a CPU only when asked for: 10-40 s."""
+    """torch.compile of a function at its default and at its best setting; on a CPU (10-40 s) only on request."""
     options = {"by_default": ("cuda",)} | options
     return (Provider("compile", lambda case, device: _compile(function), **options),
             Provider("max-autotune", lambda case, device: _compile(function, mode="max-autotune-no-cudagraphs"),
@@ -60,7 +60,7 @@ def _compile(function: Function, **options: Any) -> Function:
 def settings_for(case: Case) -> contextlib.AbstractContextManager[Any]:
     """PyTorch's settings while a case is prepared and timed.
 
-    A backward alone is timed on a graph that is kept, whose saved tensors a compiled backward may not reuse as buffers.
+    A backward alone runs again and again on one graph, so a compiled backward must not reuse saved tensors as buffers.
     """
     if case.direction != "backward":
         return contextlib.nullcontext()
@@ -88,9 +88,9 @@ def reference_of(function: Function) -> Function:
 
 
 def part_of_reference(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A part of a reference that is computed piece by piece, as scores and logits in float64 are gigabytes.
+    """One piece of a reference that is computed piece by piece, since scores and logits in float64 take gigabytes.
 
-    Nothing of the piece is kept for the backward but its arguments: it is computed again there.
+    Only the arguments of a piece are kept for the backward, which computes the piece again.
     """
     def specified(*arguments: Any) -> Any:
         from phi1.kernels import backend

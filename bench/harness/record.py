@@ -1,4 +1,4 @@
-"""What is known of a case when it has run: a row for each provider, and the entry in the results file."""
+"""The record of a case: a row for each provider, and the entry in the results file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from phi1.bench.harness.timing import quantile, spread
 
 @dataclass
 class Row:
-    """What one provider made of a case."""
+    """The outcome of one provider of a case."""
 
     provider: Provider
     version: str = ""
@@ -21,15 +21,15 @@ class Row:
     reason: str = ""
     error: float | None = None
     worst: str = ""
-    """Which result is furthest from exact."""
+    """The result that is furthest from exact."""
     function: Function | None = None
     rounds: list[list[float]] = field(default_factory=list)
     """Milliseconds of every call, round by round."""
     host_ms: float | None = None
     peak_mb: float | None = None
-    """Memory that a call takes on a GPU beyond its inputs."""
+    """Memory on a GPU that a call takes beyond its inputs."""
     finished: bool = False
-    """All that there is to know of it is known."""
+    """Its measurement is complete."""
 
     @property
     def medians(self) -> list[float]:

@@ -1,6 +1,7 @@
-"""The measured roof: what this machine reaches when it only copies, and when it only multiplies matrices.
+"""The measured roof: the speed of this machine when it only copies, and when it only multiplies matrices.
 
-Measured in the run whose cases it judges; on a CPU, whose speed moves by the minute, in each round of each case.
+It is measured in the run whose cases it judges. On a CPU, whose speed changes by the minute, it is measured in each
+round of each case.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Roof:
-    """Rates that a case is judged by."""
+    """The rates that a case is compared with."""
 
     gb_per_s: float
     tflop_per_s: float
@@ -29,7 +30,7 @@ class Roof:
         return max(case.n_bytes / self.gb_per_s / 1e6, case.n_flops / self.tflop_per_s / 1e9)
 
     def memory_bound(self, case: Case) -> bool:
-        """Whether the bytes take longer than the flops."""
+        """True if the bytes take longer than the flops."""
         return case.n_bytes / self.gb_per_s / 1e6 >= case.n_flops / self.tflop_per_s / 1e9
 
 
@@ -38,8 +39,8 @@ class Probes:
 
     Args:
         device: where they run.
-        dtype: of the matrices; in place of float16 a CPU multiplies float32, which most of them do faster.
-        quick: an eighth of the memory and of the matrix.
+        dtype: type of the matrices. A CPU multiplies float32 instead of float16, which is faster on most.
+        quick: take an eighth of the memory and of the matrix.
     """
 
     def __init__(self, device: torch.device, dtype: str, quick: bool = False) -> None:
@@ -55,7 +56,7 @@ class Probes:
         self.gemm: Call = lambda number: torch.mm(a, b, out=out)
 
     def roof(self, copy_ms: float, gemm_ms: float) -> Roof:
-        """The roof that these times make; a copy reads and writes."""
+        """The roof of these times; a copy reads and writes."""
         return Roof(2 * self.n_bytes / copy_ms / 1e6, 2 * self.size**3 / gemm_ms / 1e9)
 
 

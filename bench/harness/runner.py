@@ -1,10 +1,10 @@
-"""Runs cases: prepare every provider, check what it computes, time them in turns on the same inputs, and check again.
+"""The runner of cases: prepare every provider, check its results, time all in turns on the same inputs, check again.
 
-What is checked before the timing are the results for the first of the inputs, and behind it those for the last: then
-one that gives an earlier result again is wrong, as is one that is faster than the machine. A provider that is not
-installed, fails or computes something else is a row with its reason, never a missing row. Times are taken in rounds
-that go over all providers, so that a change of the machine's speed meets all of them; ratios are those of the rounds.
-Cases whose providers do not fit in memory together are timed one after another.
+The first check takes the first set of inputs and the last check the last set, so a provider that returns an earlier
+result is wrong. So is one that is faster than the machine. A provider that is not installed, fails or computes
+something else is a row with its reason, never a missing row. Each round times all providers, so that a change of the
+machine's speed meets all of them, and ratios are taken within rounds. Providers that do not fit in memory together are
+timed one after another.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from phi1.bench.harness.timing import Call, Clock, CudaClock, cache_bytes, clock
 MOST_COPIES = 16
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 60
 MOST_OF_THE_ROOF = 1.5
-"""A time that means more than this many times the measured roof is that of something else."""
+"""A time that means more than this many times the measured roof belongs to other work."""
 
 
 class DeviceLostError(RuntimeError):
-    """The GPU does not answer any more; nothing after this would be true."""
+    """The GPU does not answer any more, so no later result would be true."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.provider = ""
-        """Who was running."""
+        """The provider that was running."""
         self.record: dict[str, Any] = {}
-        """What is known of the case that was under way."""
+        """The record of the case that was running, as far as it goes."""
 
 
 class Runner:
@@ -46,10 +46,10 @@ class Runner:
 
     Args:
         device: of every case.
-        peers: names of providers to run beside phi1; None takes those that run by default.
-        seconds: time to spend on the rounds of one case.
+        peers: names of the peers to run; None takes those that run by default.
+        seconds: time for the rounds of one case.
         quick: small roof probes, and no peers that take minutes to prepare.
-        lost: (case, provider) that took a GPU's context with them in an earlier run -> how; they are not run.
+        lost: (case, provider) -> how the GPU was lost in an earlier run; these are not run.
     """
 
     def __init__(self, device: torch.device, peers: Sequence[str] | None = None, seconds: float = 4.0,
@@ -62,7 +62,7 @@ class Runner:
         """Measure a case; the record for the results file.
 
         Raises:
-            DeviceLostError: a provider took the GPU's context with it; it has the record as far as it goes.
+            DeviceLostError: the GPU was lost; the error holds the record as far as it goes.
         """
         with settings_for(case):
             return self._run(case)
@@ -93,7 +93,7 @@ class Runner:
         return entry
 
     def _measure(self, case: Case, group: list[Row], exacts: list[check.Exact], copies: list[Inputs]) -> Roof | None:
-        """All there is to know of providers that are in memory together. On a CPU returns the roof of their rounds."""
+        """Check, time and check again providers that are in memory together; on a CPU the roof of their rounds."""
         group = sorted(group, key=lambda row: row.provider.name != check.YARDSTICK)
         for row in group:
             self._prepare(case, row, exacts)
@@ -138,7 +138,7 @@ class Runner:
         return Row(provider, f"{provider.package} {version}")
 
     def _inputs(self, case: Case) -> list[Inputs]:
-        """Sets of inputs that together exceed the cache three times over; two where weights alone do."""
+        """Sets of inputs that together exceed the cache three times over; two if the weights alone do."""
         first = self._draw(case, 0)
         size = sum(x.numel() * x.element_size() for x in first.values() if isinstance(x, torch.Tensor))
         whole = case.unit in ("model", "host")
@@ -149,7 +149,7 @@ class Runner:
         return case.inputs(self.device, torch.Generator(self.device).manual_seed(1000 + seed))
 
     def _exacts(self, case: Case, copies: list[Inputs]) -> tuple[str, list[check.Exact]]:
-        """The exact results for the first inputs and for the last; else why there are none."""
+        """The exact results for the first and the last inputs, or the reason why there are none."""
         if case.reference is None:
             return "unchecked: there is no reference", []
         try:
@@ -159,7 +159,7 @@ class Runner:
             return f"unchecked: the reference could not be computed: {one_line(error)}", []
 
     def _widen(self, case: Case, exacts: list[check.Exact], rows: list[Row]) -> None:
-        """Let PyTorch's own operation widen the limits where it is not among the rows."""
+        """Let PyTorch's own operation widen the limits if it is not among the rows."""
         there = {row.provider.name for row in rows} | {name for of, name in self.lost if of == case.name}
         yardsticks = [p for p in case.providers if p.name == check.YARDSTICK and p.comparable]
         for yardstick in yardsticks if exacts and check.YARDSTICK not in there else []:
@@ -170,7 +170,7 @@ class Runner:
                 self._failed(Row(yardstick), error)
 
     def _failed(self, row: Row, error: Exception) -> None:
-        """Note what a provider has raised; DeviceLostError if the device went with it."""
+        """Note the error of a provider; DeviceLostError if it lost the device."""
         row.fail(one_line(error))
         try:
             still_there(self.device)
@@ -198,7 +198,7 @@ class Runner:
             row.status, row.reason = "wrong", when + verdict.complaint
 
     def _confirm(self, case: Case, row: Row, exacts: list[check.Exact], roof: Roof) -> None:
-        """What a provider computes behind its rounds, and whether their times can be true."""
+        """Check a provider after its rounds: its results, and that its times are not faster than the machine."""
         if row.status != "ok" or row.function is None:
             return
         share = roof.ms(case) / row.ms
@@ -211,7 +211,7 @@ class Runner:
             self._failed(row, error)
 
     def _time(self, case: Case, rows: list[Row], copies: list[Inputs]) -> Roof | None:
-        """Fill the rows' rounds. On a CPU returns the roof of the same rounds."""
+        """Time the rows, round by round; on a CPU the roof of the same rounds."""
         clock = clock_for(self.device, hide_host=case.unit in ("kernel", "block"))
         calls: list[tuple[Row, Call]] = []
         seconds = 0.0
@@ -234,7 +234,7 @@ class Runner:
         return probes.roof() if probes else None
 
     def _sample(self, row: Row, clock: Clock, call: Call, first: int) -> None:
-        """One round of a row; none of one that has failed in an earlier round."""
+        """Time one round of a row, unless it has failed in an earlier round."""
         if row.function is None:
             return
         try:
@@ -244,7 +244,7 @@ class Runner:
 
 
 def bind(case: Case, function: Function | None, copies: list[Inputs]) -> Call:
-    """The call to time: the function in the case's direction, on the copies of the inputs by turns."""
+    """The call to time: the function in the case's direction, on the sets of inputs in turn."""
     assert function is not None
     run = function
     sets = [check.leaves_of(case, inputs) for inputs in copies]

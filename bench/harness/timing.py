@@ -1,8 +1,8 @@
-"""How long a call takes: CUDA events on a GPU, the wall clock on a CPU.
+"""The time of a call: CUDA events on a GPU, the wall clock on a CPU.
 
-On a GPU a batch of calls is queued behind a short spin of the device, so that what is measured is the device's time and
-not the host's: for units whose host time is part of the truth (a decoding step) the wall clock is taken to the end of
-the device's work instead. Every call goes to the next of several sets of inputs, which together exceed the cache.
+On a GPU a batch of calls is queued behind a short spin of the device, so that the events measure the device's time and
+not the host's. If the host's time is part of a unit, as in a decoding step, the wall clock runs until the device has
+finished instead. Each call takes the next of several sets of inputs, which together exceed the cache.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 Call = Callable[[int], Any]
-"""Runs the work on the inputs of that number, counted without end."""
+"""Runs the work on one set of inputs, chosen by a number that only grows."""
 
 SPIN_CLOCK = 2e9  # cycles a second; above the boost clock of data-centre GPUs, so a spin is never too short by much
 LONGEST_SPIN = 0.1
@@ -27,14 +27,14 @@ class Clock(Protocol):
     """Takes samples of a call's time."""
 
     def prepare(self, call: Call) -> float:
-        """Warm the call up; returns the seconds that one round will take, roughly."""
+        """Warm the call up and return roughly the seconds of one round."""
 
     def sample(self, call: Call, first: int) -> list[float]:
-        """One round: milliseconds of each of a few calls, the first on the inputs numbered `first`."""
+        """One round: the milliseconds of each of a few calls, the first of which has the number `first`."""
 
 
 class CpuClock:
-    """Wall clock; short calls are repeated and averaged."""
+    """The wall clock; short calls are repeated and averaged."""
 
     def __init__(self) -> None:
         self._repeats: dict[Call, int] = {}

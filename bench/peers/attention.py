@@ -1,7 +1,7 @@
 """Attention's peers: SDPA with each backend forced by name, FlexAttention, flash-attn 2 and 4.
 
-All are given [B, T, H, K] and give it back; the transposed views that some of them want are free. A peer whose masks of
-dropout are its own is timed and not compared.
+All take and return [B, T, H, K]; the transposed views that some of them need cost nothing. A peer that draws dropout
+masks of its own is timed and not compared.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from phi1.bench.cases.norm import torch_rotary
 from phi1.bench.harness.case import Case, Function, Inputs, Provider
 from phi1.bench.harness.providers import compiled, peer, plain
+from phi1.bench.peers.rotary import torch_rotary
 
 BACKENDS = {"sdpa-flash": "FLASH_ATTENTION", "sdpa-cudnn": "CUDNN_ATTENTION", "sdpa-efficient": "EFFICIENT_ATTENTION",
             "sdpa-math": "MATH"}
@@ -23,7 +23,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def sdpa(causal: bool, p: float) -> Attend:
-    """torch's scaled_dot_product_attention with the backend that it chooses, or that is forced around it."""
+    """torch's scaled_dot_product_attention, with its own choice of backend or the one that `forced` allows."""
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal,
                                              dropout_p=p)
@@ -33,7 +33,7 @@ def sdpa(causal: bool, p: float) -> Attend:
 
 
 def forced(function: Callable[..., torch.Tensor], backend: str) -> Callable[..., torch.Tensor]:
-    """With one backend of SDPA allowed; it raises where that cannot run."""
+    """The function with one backend of SDPA allowed; it raises if that backend cannot run."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     kind = getattr(SDPBackend, backend)
@@ -46,7 +46,7 @@ def forced(function: Callable[..., torch.Tensor], backend: str) -> Callable[...,
 
 
 def flex(case: Case, device: torch.device, causal: bool, tokens: int, documents: Sequence[int] = ()) -> Attend:
-    """FlexAttention, compiled for its best tiles; the block mask is made here, once."""
+    """FlexAttention, compiled for its best tiles. The block mask is made here, once."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     numbers = torch.repeat_interleave(torch.arange(len(documents), device=device),
@@ -73,7 +73,7 @@ def flash_attn(causal: bool, p: float) -> Attend:
 
 
 def flash_attn_4(causal: bool) -> Attend:
-    """flash-attn 4's; some releases return the lse as well."""
+    """flash-attn 4's function; some releases return the lse as well."""
     from flash_attn.cute import flash_attn_func
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -89,23 +89,18 @@ def _of_qkv(attend: Attend) -> Function:
 
 def peers(causal: bool, p: float) -> tuple[Provider, ...]:
     """Peers of `attention`."""
-    same: dict[str, Any] = {"comparable": not p}
-    return (plain("torch", _of_qkv(sdpa(causal, p)), **same), *_forced(lambda attend: _of_qkv(attend), causal, p, same),
-            *_other_attention(lambda attend: _of_qkv(attend), causal, p, same))
+    return plain("torch", _of_qkv(sdpa(causal, p)), comparable=not p), *_attention_peers(_of_qkv, causal, p)
 
 
-def _forced(wrap: Callable[[Attend], Function], causal: bool, p: float, same: dict[str, Any]) -> list[Provider]:
-    def provider(name: str, backend: str) -> Provider:
+def _attention_peers(wrap: Callable[[Attend], Function], causal: bool, p: float) -> list[Provider]:
+    """SDPA's backends, flash-attn, and without dropout FlexAttention and flash-attn 4, which have none."""
+    def one_backend(name: str, backend: str) -> Provider:
         return Provider(name, lambda case, device: wrap(forced(sdpa(causal, p), backend)), devices=("cuda",),
-                        by_default=("cuda",), **same)
+                        by_default=("cuda",), comparable=not p)
 
-    return [provider(name, backend) for name, backend in BACKENDS.items()]
-
-
-def _other_attention(wrap: Callable[[Attend], Function], causal: bool, p: float, same: dict[str, Any]) -> \
-        list[Provider]:
-    found = [peer("flash-attn", "flash-attn", lambda case: wrap(flash_attn(causal, p)), **same)]
-    if not p:  # the others have no dropout
+    found = [*(one_backend(name, backend) for name, backend in BACKENDS.items()),
+             peer("flash-attn", "flash-attn", lambda case: wrap(flash_attn(causal, p)), comparable=not p)]
+    if not p:
         found += [Provider("flex", lambda case, device: wrap(flex(case, device, causal, case.shape["T"])),
                            by_default=("cuda",), slow=True),
                   peer("flash-attn-4", "flash-attn-4", lambda case: wrap(flash_attn_4(causal)))]
@@ -120,10 +115,9 @@ def packed_peers(batch: int, rotary: bool, p: float, lengths: Sequence[int] = ()
     def wrap(attend: Attend) -> Function:
         return _packed(attend, batch, rotary)
 
-    same: dict[str, Any] = {"comparable": not p}
     eager = wrap(sdpa(True, p))
-    return (plain("torch", eager, **same), *compiled(eager, **same), *_forced(wrap, True, p, same),
-            *_other_attention(wrap, True, p, same))
+    return (plain("torch", eager, comparable=not p), *compiled(eager, comparable=not p),
+            *_attention_peers(wrap, True, p))
 
 
 def _packed(attend: Attend, batch: int, rotary: bool) -> Function:
@@ -139,7 +133,7 @@ def _packed(attend: Attend, batch: int, rotary: bool) -> Function:
 
 
 def _document_peers(lengths: list[int]) -> tuple[Provider, ...]:
-    """Of packed documents: a loop over them, FlexAttention's document mask, flash-attn's variable lengths."""
+    """Peers for packed documents: a loop, FlexAttention's document mask, flash-attn's variable lengths."""
     def one_by_one(inputs: Inputs) -> torch.Tensor:
         rotated = _rotated(inputs, lengths)
         parts = [sdpa(True, 0.0)(*part[None].unbind(2))[0] for part in rotated.split(lengths)]

@@ -1,7 +1,7 @@
-"""Decoding tokens that are given, one at a time, with each kind of cache; the prompt's pass is made at the first call.
+"""Decoding of given tokens, one at a time, with each kind of cache. The first call also runs the prompt.
 
-A function takes ids [B, T + n]: T tokens of prompt, then n one by one; it returns the logits after the last [B, 1, V].
-Afterwards the cache forgets the n tokens, so that each call does the same.
+A function takes ids [B, T + n]: T tokens of prompt, then n tokens one by one. It returns the logits after the last
+[B, 1, V], and the cache forgets the n tokens, so that each call does the same work.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def dynamic_cache(model: Any, prompt: int) -> Function:
 
 
 def static_cache(model: Any, prompt: int, new: int) -> Function:
-    """transformers' cache of fixed size and its step compiled into CUDA graphs: its fastest way."""
+    """transformers' cache of fixed size, with a step compiled into CUDA graphs: its fastest way."""
     from transformers import StaticCache
 
     compiled = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)

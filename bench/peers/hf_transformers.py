@@ -26,14 +26,14 @@ def phi_config(config: Phi1Config, dropout: float = 0.0) -> Any:
 
 
 def quiet() -> None:
-    """No progress bars between the lines of the tables."""
+    """Switch off progress bars, which would stand between the lines of the tables."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
 
 def decoder_layer(case: Case, batch: int, heads: int, dropout: float) -> Function:
-    """PhiDecoderLayer, called with views of the merged parameters, so that gradients come back in our layout."""
+    """PhiDecoderLayer on views of our merged parameters, so that gradients come back in our layout."""
     from transformers.models.phi.modeling_phi import PhiDecoderLayer
 
     width, inner = case.shape["D"], case.shape["F"]
@@ -68,7 +68,7 @@ def causal_model(model: torch.nn.Module, config: Phi1Config, dropout: float = 0.
     """PhiForCausalLM with the weights of one of ours, on its device and in its dtype."""
     from transformers import PhiForCausalLM
 
-    from phi1.weights.layouts import LAYOUTS, WRITTEN, places
+    from phi1.weights.layouts import LAYOUTS, WRITTEN, parameter_slices
 
     state = model.state_dict()
     with torch.device("meta"):
@@ -79,6 +79,6 @@ def causal_model(model: torch.nn.Module, config: Phi1Config, dropout: float = 0.
     rotary = theirs.model.rotary_emb
     half = torch.arange(config.rotary_dim // 2, device=device, dtype=torch.float32)
     rotary.inv_freq = config.rope_theta ** (-2 * half / config.rotary_dim)
-    places_of = places(LAYOUTS[WRITTEN], config)
-    theirs.load_state_dict({name: state[place.parameter][place.index] for name, place in places_of.items()})
+    slices = parameter_slices(LAYOUTS[WRITTEN], config)
+    theirs.load_state_dict({name: state[place.parameter][place.index] for name, place in slices.items()})
     return theirs

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from phi1.config import Phi1Config
+from phi1.config import Phi1Config, preset
 
 JUDGED = 3
 """Steps from the start whose losses and gradients are compared."""
@@ -26,14 +26,14 @@ LOSS_SCALE = 1024.0  # of float16 runs, on both sides: at a trainer's first one 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step works on.
+    """The model, batch and precision of a training step.
 
     Args:
         config: the model's shape; its dropout counts.
         batch: sequences.
-        tokens: of each.
+        tokens: tokens in a sequence.
         device: "cpu" or "cuda".
-        precision: "bf16" or "fp16"; "fp32" too for transformers.
+        precision: "bf16" or "fp16"; for transformers also "fp32".
         micro_batch: sequences at a time; 0 for all.
     """
 
@@ -52,7 +52,7 @@ class Plan:
         return replace(Train(), batch_size=self.batch, warmup_steps=0, loss_scale=LOSS_SCALE, seed=SEED)
 
     def initial(self) -> Any:
-        """A model with the weights from which all begin."""
+        """A model with the weights from which everyone starts."""
         from phi1.model import Phi1
 
         model = Phi1(self.config, device=torch.device(self.device), dtype=torch.float32)
@@ -60,9 +60,15 @@ class Plan:
         return model
 
 
+def cpu_plan(vocab_size: int) -> Plan:
+    """The plan of the comparison on a CPU: 4 layers of width 256, batches of 8 x 256 tokens, bf16."""
+    return Plan(preset("nano", vocab_size=vocab_size, num_hidden_layers=4, hidden_size=256, intermediate_size=1024),
+                batch=8, tokens=256)
+
+
 @dataclass
 class RandomCorpus:
-    """Uniform random tokens in the trainer's corpus interface: speed does not depend on what they say."""
+    """Uniform random tokens in the trainer's corpus interface; the speed of a step does not depend on them."""
 
     vocab_size: int
     fingerprint: str = "random"
@@ -75,7 +81,7 @@ class RandomCorpus:
 
 
 class Step(ABC):
-    """Takes steps one after another; called, it takes the next one and returns its loss."""
+    """A sequence of training steps; a call takes the next one and returns its loss."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -83,15 +89,15 @@ class Step(ABC):
 
     @abstractmethod
     def restart(self) -> None:
-        """Back to the initial weights and the first batch."""
+        """Return to the initial weights and the first batch."""
 
     @abstractmethod
     def take(self) -> tuple[float, float]:
-        """A step: its loss, and the norm of its gradient before clipping."""
+        """Take a step; its loss, and the norm of its gradient before clipping."""
 
     @abstractmethod
     def bias(self) -> torch.Tensor:
-        """The head's bias, whose gradient is the furthest from 0 relative to its rounding: AdamW keeps the signs."""
+        """The head's bias: its gradient is the largest beside its rounding, and AdamW's first steps follow signs."""
 
     def __call__(self, inputs: Any = None) -> float:
         taken = loss, _ = self.take()
@@ -103,7 +109,7 @@ class Step(ABC):
         return loss
 
     def judged(self) -> tuple[torch.Tensor, ...]:
-        """Of the first JUDGED steps, taken anew: losses above log V, norms of gradients; then the head's bias."""
+        """Take the first JUDGED steps anew; their losses above log V and gradient norms, then the head's bias."""
         self.restart()
         taken = torch.tensor([self.take() for _ in range(JUDGED)], dtype=torch.float64)
         return taken[:, 0] - math.log(self.plan.config.vocab_size), taken[:, 1], self.bias().detach().clone()
@@ -113,20 +119,20 @@ class Phi1Step(Step):
     """The trainer's own step."""
 
     def __init__(self, plan: Plan) -> None:
-        from phi1.train.data.batch_plan import Layout
+        from phi1.train.data.batch_plan import BatchPlan
         from phi1.train.runtime import engine
-        from phi1.train.runtime.launch import Place, connect
+        from phi1.train.runtime.launch import Rank, connect
         from phi1.train.step.trainer import Trainer
 
         super().__init__(plan)
-        place = Place()
-        machine = engine.start(place, plan.device, plan.precision, torch.get_num_threads())
+        rank = Rank()
+        machine = engine.start(rank, plan.device, plan.precision, torch.get_num_threads())
         if not torch.distributed.is_initialized():
-            engine.connect_processes(machine, place, connect(place))
+            engine.connect_processes(machine, rank, connect(rank))
         model = engine.build_model(plan.config, machine, SEED)
         corpus: Any = RandomCorpus(plan.config.vocab_size)
-        self.trainer = Trainer(model, plan.recipe, plan.tokens, corpus, Layout.of(plan.batch, plan.micro_batch, 0, 1),
-                               machine)
+        self.trainer = Trainer(model, plan.recipe, plan.tokens, corpus,
+                               BatchPlan.of(plan.batch, plan.micro_batch, 0, 1), machine)
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -147,7 +153,7 @@ class Phi1Step(Step):
 
 
 def _local(parameter: Any) -> torch.Tensor:
-    """The whole of it, which a process alone holds."""
+    """The whole parameter, which a single process holds."""
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 

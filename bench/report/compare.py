@@ -1,8 +1,8 @@
 """`phi1 bench compare A B`: what got faster or slower between two results files, beyond their noise.
 
-A GPU's times are compared as they are. A CPU's speed moves by the minute, so there a time counts in units of what was
-measured in the same rounds: of a peer's time where both files have one, else of the roof's. The noise of a number is
-how far its p20 or p80 is from its median; two numbers differ if they do by more than both noises and a floor.
+Times of a GPU are compared directly. The speed of a CPU changes by the minute, so its times count in units measured in
+the same rounds: a peer's time if both files have one, else the roof's. The noise of a number is the distance of its p20
+or p80 from its median. Two numbers differ if they do so by more than both noises and a floor.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phi1.bench.cli import MakeParser
+from phi1.bench.harness.parser import MakeParser
 from phi1.bench.report.results import read
 
 FLOOR = {"cuda": 0.01, "cpu": 0.05}
@@ -21,7 +21,7 @@ YARDSTICKS = ("torch", "transformers")
 
 @dataclass(frozen=True)
 class Change:
-    """How one provider's time of one case moved."""
+    """The change of one provider's time in one case."""
 
     case: str
     provider: str
@@ -29,7 +29,7 @@ class Change:
     after: float
     noise: float
     unit: str
-    """What `before` and `after` count: "ms", or "x torch"."""
+    """Unit of `before` and `after`: "ms", or "x torch"."""
 
     @property
     def change(self) -> float:
@@ -44,7 +44,7 @@ class Change:
 
 
 def changes(a: dict[str, Any], b: dict[str, Any], providers: tuple[str, ...] = ("phi1",)) -> list[Change]:
-    """One for each provider of each case that both files have, and computed rightly.
+    """The change of each provider in each case that both files have with a right result.
 
     Raises:
         ValueError: the files are of different devices, or have no case in common.
@@ -81,7 +81,7 @@ def _right(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _yardstick(provider: str, *records: dict[str, Any]) -> str:
-    """A peer that both have beside phi1; else the roof."""
+    """A peer that both records have beside phi1, or the roof."""
     for name in YARDSTICKS:
         if provider == "phi1" and all("ratio" in _right(record).get(name, {}) for record in records):
             return f"x {name}"

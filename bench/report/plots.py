@@ -9,7 +9,7 @@ from typing import Any
 from phi1.bench.report.results import read
 
 OURS_COLOUR = "#c0392b"
-SIZE, DPI = (9.0, 5.0), 110  # legible at a README's width of some 830 pixels
+SIZE, DPI = (9.0, 5.0), 110  # legible at a page's width of about 830 pixels
 
 
 def require_matplotlib() -> None:
@@ -79,7 +79,7 @@ def roofline(axes: Any, content: dict[str, Any]) -> bool:
 
 
 def speedup(axes: Any, content: dict[str, Any]) -> bool:
-    """How many times phi1's time each peer takes, for the cases that the README has."""
+    """How many times phi1's time each peer takes, for the cases of the page's table."""
     bars = [(record, entry) for record in content["cases"] if record["readme"]
             for entry in right(record) if entry["provider"] != "phi1" and "ratio" in entry]
     if not bars:

@@ -1,48 +1,51 @@
-"""`phi1 bench report`: the README's tables and the plots, from results files alone.
+"""`phi1 bench report`: the tables and plots of docs/benchmarks.md, from results files alone.
 
-The README names the file that its numbers come from, and what stands between its markers is what this writes for that
-file: a test compares the two.
+The text between the page's markers is what this command writes for the files that it links to; a test compares the two.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-from phi1.bench.cli import MakeParser
 from phi1.bench.harness.environment import ROOT
 from phi1.bench.harness.files import locked, replace
+from phi1.bench.harness.parser import MakeParser
 from phi1.bench.report.results import FOLDER, FORMAT, gather, read
 from phi1.bench.report.table import rate, times
 
 BEGIN, END = "<!-- phi1 bench report: begin -->", "<!-- phi1 bench report: end -->"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 
 
-def section(paths: list[Path], root: Path = ROOT) -> str:
-    """What stands between the README's markers: a table for each results file."""
-    return "\n\n".join(_one(path, root) for path in paths)
+def section(paths: list[Path], folder: Path = PAGE.parent) -> str:
+    """The text between the markers of a page in `folder`: a table for each results file."""
+    return "\n\n".join(_one(path, folder) for path in paths)
 
 
-def _one(path: Path, root: Path) -> str:
+def _one(path: Path, folder: Path) -> str:
     content = read(path)
     facts = content["environment"]
     where = facts["gpu"] if facts["device"] == "cuda" else \
         f"{facts['cpu']}, {facts['cores']} cores, PyTorch threads: {facts['threads']}"
     driver = f", driver {facts['driver']}" if "driver" in facts else ""
-    link = path.resolve().relative_to(root)
     head = (f"{where}{driver}, torch {facts['torch']}, Triton {facts['triton']}, commit {facts['commit']}, "
-            f"{content['date']} ([results]({link.as_posix()})):")
+            f"{content['date']} ([results]({_link(path, folder)})):")
     rows = [row(record) for record in content["cases"] if record["readme"]]
     lines = ["| case | phi1, ms [p20-p80] | rate | of the roof | nearest peer | its time / ours |",
              "|---|---|---|---|---|---|"]
-    plots = [f"![{plot.stem.rsplit('-', 1)[-1]}]({plot.resolve().relative_to(root).as_posix()})"
+    plots = [f"![{plot.stem.rsplit('-', 1)[-1]}]({_link(plot, folder)})"
              for plot in sorted(path.parent.glob(f"{path.stem}-*.png"))]
     return "\n".join([head, "", *lines, *rows, *(["", *plots] if plots else [])])
 
 
+def _link(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+
+
 def row(record: dict[str, Any]) -> str:
-    """A case's row of the README table; a failure is a row as well, and what nothing was compared with says so."""
+    """A case's row of the page's table. A failure is a row too; a result without a reference is marked unchecked."""
     ours, best = record["providers"][0], best_peer(record)
     if ours["status"] != "ok":
         return f"| {record['case']} | {ours['status']} | - | - | - | - |"
@@ -61,16 +64,16 @@ def best_peer(record: dict[str, Any]) -> dict[str, Any] | None:
     return min(peers, key=lambda entry: entry["ratio"][0], default=None)
 
 
-def put(readme: str, text: str) -> str:
-    """The README with another text between its markers.
+def put(page: str, text: str) -> str:
+    """The page with another text between its markers.
 
     Raises:
-        ValueError: it has not both markers, in this order.
+        ValueError: it does not have both markers, in this order.
     """
-    before, begin, rest = readme.partition(BEGIN)
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the README has no lines {BEGIN} and {END} to write between")
+        raise ValueError(f"the page has no lines {BEGIN} and {END} to write between")
     return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
@@ -84,13 +87,14 @@ def newest() -> list[Path]:
 
 
 def main(argv: list[str], make_parser: MakeParser) -> int:
-    parser = make_parser("phi1 bench report", "Write the README's benchmark tables, and plots beside the results.")
+    parser = make_parser("phi1 bench report", "Write the tables of docs/benchmarks.md, and plots beside the results.")
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE",
-                        help="results files; without any the newest of each machine in bench/results/. Those in a "
-                             "folder, as OUT of bench/gpu.sh, become one file there, beside the others' newest")
-    parser.add_argument("--readme", type=Path, default=README, help="the file with the markers (the repository's)")
+                        help="results files (the newest of each machine in bench/results/). The results in a folder, "
+                             "such as OUT of bench/gpu.sh, become one file there, beside the others' newest")
+    parser.add_argument("--page", "--readme", type=Path, default=PAGE, metavar="FILE",
+                        help="the file with the markers (docs/benchmarks.md)")
     parser.add_argument("--no-plots", action="store_true", help="write no plots, which need matplotlib")
-    parser.add_argument("--print", action="store_true", help="print the tables; write neither the README nor plots")
+    parser.add_argument("--print", action="store_true", help="print the tables; write neither the page nor plots")
     args = parser.parse_args(argv)
     gathered = [gather(path) for path in args.files if path.is_dir()]
     others = [path for path in newest() if path.parent not in {new.parent for new in gathered}]
@@ -103,17 +107,12 @@ def main(argv: list[str], make_parser: MakeParser) -> int:
 
         require_matplotlib()
         images = [image for path in paths for image in draw(path)]  # first, since the tables show what is there
-    try:
-        text = section(paths, args.readme.resolve().parent)
-    except ValueError as error:
-        if "is not in the subpath" in str(error):
-            raise ValueError(f"results that {args.readme} names must lie in its folder") from error
-        raise
+    text = section(paths, args.page.parent)
     if args.print:
         print(text)
         return 0
-    with locked(args.readme.resolve().parent):
-        replace(args.readme, put(args.readme.read_text(encoding="utf-8"), text))
-    for path in [args.readme, *images]:
+    with locked(args.page.resolve().parent):
+        replace(args.page, put(args.page.read_text(encoding="utf-8"), text))
+    for path in [args.page, *images]:
         print(path)
     return 0

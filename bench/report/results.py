@@ -15,7 +15,7 @@ from phi1.bench.harness.files import locked, replace
 FORMAT = "phi1 bench 1"
 FOLDER = ROOT / "bench" / "results"
 CASE = ("case", "op", "unit", "direction", "shape", "dtype", "bytes", "flops", "readme", "roof", "providers")
-"""What the record of a case has, whatever became of it."""
+"""Keys of every record of a case, also of one that failed."""
 
 
 class ResultsFile:
@@ -25,10 +25,10 @@ class ResultsFile:
         path: the file; None keeps the results in memory.
         facts: of `environment`.
         settings: how the run was asked for.
-        beside: leave a file of that name alone: with its first case the run takes the next free one, as in NAME.2.json.
+        beside: keep an existing file of that name; the first case takes the next free name, such as NAME.2.json.
 
-    A run that a lost GPU has ended goes on in its file where machine, commit and settings are the same: what is there
-    is kept, and who took the GPU's context with it is not run again, in that run or in a later one.
+    A run that a lost GPU has ended continues in its file if machine, commit and settings are the same. Finished cases
+    are kept, and a provider that lost the GPU is not run again, in this run or in a later one.
     """
 
     def __init__(self, path: Path | None, facts: dict[str, Any], settings: dict[str, Any], *,
@@ -88,7 +88,7 @@ def lost_in(content: dict[str, Any]) -> dict[tuple[str, str], str]:
 
 
 def _earlier(path: Path | None, facts: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier run of the same kind has left in the file; nothing where it has lost no GPU."""
+    """The content that an earlier run of the same kind left after losing a GPU; empty if there is none."""
     if path is None or not path.is_file():
         return {}
     try:
@@ -105,7 +105,7 @@ def _free(path: Path) -> Path:
 
 
 def as_text(content: dict[str, Any]) -> str:
-    """JSON with a line for each provider of each case: small, and a change of one number is one line of a diff."""
+    """JSON with a line for each provider of each case, so that a changed number is one line of a diff."""
     def inner(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
 
@@ -119,7 +119,7 @@ def as_text(content: dict[str, Any]) -> str:
 
 
 def standard_path(facts: dict[str, Any], date: str = "") -> Path:
-    """Where the results of a run of that date, by default today, belong in the repository."""
+    """The place in the repository for results of that date (today)."""
     return FOLDER / machine_name(facts) / f"{date or today()}-{facts['commit']}.json"
 
 
@@ -147,7 +147,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _lacking(content: dict[str, Any]) -> str:
-    """The first of the keys that every results file has and this one has not, or not with such a value."""
+    """The first key that a results file must have and this one lacks, or has with another kind of value."""
     for key, kind in (("date", str), ("environment", dict), ("settings", dict), ("cases", list)):
         if not isinstance(content.get(key), kind):
             return key
@@ -167,11 +167,11 @@ def _lacking(content: dict[str, Any]) -> str:
 
 
 def gather(folder: Path) -> Path:
-    """Put the results below a folder, of runs on one machine at one commit, into one file in its standard place.
+    """Merge the results in a folder, from one machine and one commit, into one file in its standard place.
 
-    If that is there already, its cases that are not in the folder stay.
-    A case that was run more than once is the record in which most providers succeeded; those that did so in another
-    alone are added, with times and ratios of that run. Returns the file.
+    Cases that an existing file has and the folder lacks stay. A case that was run several times is the record in which
+    most providers succeeded; providers that succeeded only in another record are added, with the times and ratios of
+    that run. Returns the file.
 
     Raises:
         ValueError: there are no results, or they are of several machines or commits.
@@ -195,6 +195,8 @@ def gather(folder: Path) -> Path:
     with locked(path.parent):
         kept = [record for record in read(path)["cases"] if record["case"] not in runs] if path.exists() else []
         replace(path, as_text(first | {"cases": [_merged(found) for found in runs.values()] + kept}))
+        for sweep in folder.rglob("train.json"):  # by gpu/train_sweep.py; `phi1 plan` reads it
+            replace(path.with_name(f"{path.stem}-train.json"), sweep.read_text("utf-8"))
     return path
 
 

@@ -43,12 +43,12 @@ def times(entry: dict[str, Any]) -> str:
 
 
 def ratio(entry: dict[str, Any]) -> str:
-    """How many times our time a provider takes; more than 1 is slower than we are."""
+    """A provider's time over phi1's; above 1 the provider is slower."""
     return f"{entry['ratio'][0]:.2f}" if "ratio" in entry else "-"
 
 
 def rate(record: dict[str, Any], ms: float) -> str:
-    """What the case's bound is counted in: GB/s or TFLOP/s, or G where that is too much."""
+    """The rate in the unit of the case's bound: GB/s, TFLOP/s, or GFLOP/s below 1 TFLOP/s."""
     if record["roof"]["bound"] == "memory":
         return f"{record['bytes'] / ms / 1e6:.4g} GB/s"
     flops = record["flops"] / ms / 1e3  # a second

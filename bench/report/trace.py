@@ -1,7 +1,7 @@
 """`phi1 bench trace`: a Chrome trace of one unit of work and a table of its time by operation.
 
-Our kernels are named, matrix products stand apart, and what is left is what a fused kernel could still take. On a GPU
-the table counts time on the device; on a CPU the time in each operation itself, without those that it calls.
+The table names our kernels and counts matrix products apart; a fused kernel could still take over the rest. On a GPU it
+counts time on the device, on a CPU the time in each operation without the operations that it calls.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 
-from phi1.bench.cli import MakeParser
 from phi1.bench.harness.case import Case
 from phi1.bench.harness.environment import ROOT
+from phi1.bench.harness.parser import MakeParser, choose_device
 from phi1.bench.harness.runner import bind
 from phi1.train.metrics.profiling import check_place, write_trace
 
@@ -50,7 +50,7 @@ def our_kernels() -> frozenset[str]:
 
 
 def kind_of(name: str) -> str:
-    """Of KINDS, from the name of a kernel, an operation, or autograd's node of one."""
+    """The kind, one of KINDS, by the name of a kernel, an operation, or an operation's autograd node."""
     if name.startswith("phi1::") or "GeneratedBackwardFor_phi1_" in name or name in our_kernels():
         return "phi1"
     for kind, pattern in (("communication", _COMMUNICATION), ("copy", _COPY), ("product", _PRODUCT)):
@@ -60,7 +60,7 @@ def kind_of(name: str) -> str:
 
 
 def summarise(events: list[Any], device: str, steps: int) -> list[Line]:
-    """Lines a step, longest first.
+    """The lines of one step, longest first.
 
     Args:
         events: of torch.profiler, `prof.events()`.
@@ -116,7 +116,6 @@ def record(case: Case, device: torch.device, out: Path) -> list[Line]:
 
 def main(argv: list[str], make_parser: MakeParser) -> int:
     from phi1.bench.cases.registry import operations, select
-    from phi1.bench.cli import choose_device
 
     parser = make_parser("phi1 bench trace", "Where the time of one unit of work goes: a Chrome trace and a table.")
     parser.add_argument("--unit", required=True, metavar="NAME", help=f"one of {', '.join(operations())}")

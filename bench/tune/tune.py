@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 import phi1.kernels
-from phi1.bench.cli import MakeParser, plain_parser
 from phi1.bench.harness import check
 from phi1.bench.harness.case import Case, Inputs
+from phi1.bench.harness.parser import MakeParser, plain_parser
 from phi1.bench.harness.processes import end_with_parent, sigterm_as_ctrl_c
 from phi1.bench.harness.runner import DeviceLostError, one_line, release, still_there
 from phi1.bench.harness.timing import Call, CudaClock, quantile

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention (Vaswani et al., arXiv 1706.03762) in tiles; formulas and precision in `_attention.py`.
+"""Scaled dot-product attention (Vaswani et al., arXiv 1706.03762) in tiles; formulas and precision in `dispatch.py`.
 
 Saved for the backward: q, k, v, out and lse, float32 [H, N]. Deterministic.
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from phi1.kernels.attention.dispatch import Scheme, attention_backward, attention_forward
+from phi1.kernels.attention.dispatch import attention_backward, attention_forward
 from phi1.kernels.attention.rules import attend_reference, check_packing, check_scale
+from phi1.kernels.attention.spec import AttentionSpec
 from phi1.kernels.core.backend import operator, reference_forced
 from phi1.kernels.core.checks import (
     check_alike,
@@ -42,7 +43,7 @@ def _attention_op(
     kind: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dropout = dropout_from_fields(p, rng, sample_ids, layer, kind)
-    return attention_forward(q, k, v, Scheme(causal, scale, seq_starts, dropout=dropout), cu_seqlens)
+    return attention_forward(q, k, v, AttentionSpec(causal, scale, seq_starts, dropout=dropout), cu_seqlens)
 
 
 @_attention_op.register_fake
@@ -69,9 +70,9 @@ def _attention_backward_op(
     layer: int,
     kind: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    scheme = Scheme(causal, scale, seq_starts, dropout=dropout_from_fields(p, rng, sample_ids, layer, kind))
+    spec = AttentionSpec(causal, scale, seq_starts, dropout=dropout_from_fields(p, rng, sample_ids, layer, kind))
     grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
-    attention_backward(dout, q, k, v, out, lse, grads, scheme, cu_seqlens)
+    attention_backward(dout, q, k, v, out, lse, grads, spec, cu_seqlens)
     return grads
 
 

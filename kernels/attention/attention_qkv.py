@@ -1,4 +1,4 @@
-"""Attention on packed q, k and v, with the rotary embedding inside; formulas in `_attention.py` and `_rotary.py`.
+"""Attention on packed q, k and v, with the rotary embedding inside; formulas in `dispatch.py` and `rotary.py`.
 
 q and k are rotated in float32 as a tile of them is read, and their gradients rotated back as they are written. Saved
 for the backward: qkv as given, out and lse, float32 [H, N]. Deterministic.
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from phi1.kernels.attention.dispatch import Scheme, attention_backward, attention_forward
+from phi1.kernels.attention.dispatch import attention_backward, attention_forward
 from phi1.kernels.attention.rules import attend_reference, check_packing, check_scale
+from phi1.kernels.attention.spec import AttentionSpec
 from phi1.kernels.core.backend import operator, reference_forced
 from phi1.kernels.core.checks import (
     check_dropout,
@@ -24,7 +25,7 @@ from phi1.kernels.core.checks import (
     shape_of,
 )
 from phi1.kernels.core.philox import Dropout, dropout_fields, dropout_from_fields
-from phi1.kernels.pointwise.rotary_eager import (
+from phi1.kernels.pointwise.rotary import (
     check_positions,
     check_tables,
     default_positions,
@@ -58,8 +59,8 @@ def _attention_qkv_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rotary = None if cos is None or sin is None or positions is None else (cos, sin, positions)
     dropout = dropout_from_fields(p, rng, sample_ids, layer, kind)
-    scheme = Scheme(causal, scale, seq_starts, rotary, dropout, rotary_applied)
-    out, lse = attention_forward(*_by_sample(qkv, batch), scheme, cu_seqlens)
+    spec = AttentionSpec(causal, scale, seq_starts, rotary, dropout, rotary_applied)
+    out, lse = attention_forward(*_by_sample(qkv, batch), spec, cu_seqlens)
     return out.view(qkv.shape[0], qkv.shape[2] * qkv.shape[3]), lse
 
 
@@ -92,11 +93,11 @@ def _attention_qkv_backward_op(
 ) -> torch.Tensor:
     rotary = None if cos is None or sin is None or positions is None else (cos, sin, positions)
     dropout = dropout_from_fields(p, rng, sample_ids, layer, kind)
-    scheme = Scheme(causal, scale, seq_starts, rotary, dropout, rotary_applied)
+    spec = AttentionSpec(causal, scale, seq_starts, rotary, dropout, rotary_applied)
     dqkv = qkv.new_empty(qkv.shape)
     q, k, v = _by_sample(qkv, batch)
     grads = _by_sample(dqkv, batch)
-    attention_backward(dout.reshape(q.shape), q, k, v, out.view(q.shape), lse, grads, scheme, cu_seqlens)
+    attention_backward(dout.reshape(q.shape), q, k, v, out.view(q.shape), lse, grads, spec, cu_seqlens)
     return dqkv
 
 

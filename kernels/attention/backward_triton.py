@@ -1,4 +1,4 @@
-"""The Triton kernels of attention's backward pass (FlashAttention-2, arXiv 2307.08691); formulas in `_attention.py`.
+"""The Triton kernels of attention's backward pass (FlashAttention-2, arXiv 2307.08691); formulas in `dispatch.py`.
 
 Two kernels of two loops, seven products where one kernel with atomic additions has five: every sum has one order, so
 that a run repeats bit for bit. The first is dq's, which also writes delta = rowsum(dout out) for the second, dk's and

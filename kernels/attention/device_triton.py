@@ -11,9 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from phi1.kernels.core import constants
 from phi1.kernels.core.philox_triton import philox_key
 
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(constants.LOG2E)
 # The largest score of a query that sees nothing: finite, so that its probabilities are 0 and not NaN.
 LOWEST = tl.constexpr(-1e30)
 

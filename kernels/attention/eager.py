@@ -1,4 +1,4 @@
-"""The PyTorch path of causal and full attention, forward and backward; formulas in `_attention.py`.
+"""The PyTorch path of causal and full attention, forward and backward; formulas in `dispatch.py`.
 
 P and dS are rounded to bfloat16 for their products where the inputs are bfloat16. Scores are held for one tile of
 samples, heads and queries at a time, and keys that no query of the tile may see are never multiplied. A tile has whole
@@ -10,22 +10,18 @@ B batch, Tq queries, Tk keys, H heads, K head size, N = B * Tq rows; G samples t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 
+from phi1.kernels.attention.spec import AttentionSpec
+from phi1.kernels.core.constants import LOG2E
 from phi1.kernels.core.cpu_memory import empty
 from phi1.kernels.core.philox import attention_keep, dropout_scale
-from phi1.kernels.pointwise.rotary_eager import rotate_
+from phi1.kernels.pointwise.rotary import rotate_
 
-if TYPE_CHECKING:
-    from phi1.kernels.attention.dispatch import Scheme
-
-LOG2E = math.log2(math.e)
 # Measured on a CPU with 1 MiB of L2 a core, T = 256 to 2048, K = 64: the scores of a tile and the products that read
 # them stay in the caches (bytes are a thread's), and 128 queries skip most of what is above the diagonal.
 CPU_TILE_QUERIES, CPU_TILE_BYTES = 128, 4 << 20
@@ -33,23 +29,23 @@ DEVICE_TILE_QUERIES, DEVICE_TILE_BYTES = 1024, 256 << 20
 
 
 def torch_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scheme: Scheme, cu_seqlens: torch.Tensor | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, cu_seqlens: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `attention_forward`."""
+    """`attention_forward` in PyTorch."""
     batch, n_queries, n_heads, _ = q.shape
     lse = q.new_empty((n_heads, batch * n_queries), dtype=torch.float32)
     if cu_seqlens is None:
         out = empty(q.shape, dtype=q.dtype, device=q.device)
-        if _decodes(q, k, v, scheme):
-            _decode(q, k, v, out, lse, scheme)
+        if _decodes(q, k, v, spec):
+            _decode(q, k, v, out, lse, spec)
         else:
-            _forward(q, k, v, out, lse.unflatten(1, (batch, n_queries)).transpose(0, 1), scheme)
+            _forward(q, k, v, out, lse.unflatten(1, (batch, n_queries)).transpose(0, 1), spec)
         return out, lse
     out = q.new_full(q.shape, torch.nan)  # rows that belong to no document
     flat = [_as_one_sample(x) for x in (q, k, v, out)]
     for sample, rows in _documents(cu_seqlens):
         own_q, own_k, own_v, own_out = (x[:, rows] for x in flat)
-        _forward(own_q, own_k, own_v, own_out, lse[None, :, rows], scheme.of_document(sample, rows))
+        _forward(own_q, own_k, own_v, own_out, lse[None, :, rows], spec.of_document(sample, rows))
     return out, lse
 
 
@@ -60,29 +56,29 @@ def torch_backward(
     v: torch.Tensor,
     lse: torch.Tensor,
     grads: Sequence[torch.Tensor],
-    scheme: Scheme,
+    spec: AttentionSpec,
     cu_seqlens: torch.Tensor | None,
 ) -> None:
-    """As `attention_backward`."""
+    """`attention_backward` in PyTorch."""
     batch, n_queries = q.shape[:2]
     if cu_seqlens is None:
-        _backward((dout, q, k, v), lse.unflatten(1, (batch, n_queries)).transpose(0, 1), grads, scheme)
+        _backward((dout, q, k, v), lse.unflatten(1, (batch, n_queries)).transpose(0, 1), grads, spec)
         return
     inputs, outputs = ([_as_one_sample(x) for x in some] for some in ((dout, q, k, v), grads))
     for grad in outputs:
         grad.fill_(torch.nan)
     for sample, rows in _documents(cu_seqlens):
         own_inputs, own_outputs = ([x[:, rows] for x in some] for some in (inputs, outputs))
-        _backward(own_inputs, lse[None, :, rows], own_outputs, scheme.of_document(sample, rows))
+        _backward(own_inputs, lse[None, :, rows], own_outputs, spec.of_document(sample, rows))
 
 
-def _decodes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scheme: Scheme) -> bool:
+def _decodes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> bool:
     """One query on a CPU: PyTorch's flash kernel takes 0.2 to 0.5 of our time, conversion to float32 included."""
-    plain = scheme.rotary is None and scheme.dropout is None and all(x.stride(-1) == 1 for x in (q, k, v))
+    plain = spec.rotary is None and spec.dropout is None and all(x.stride(-1) == 1 for x in (q, k, v))
     return q.is_cpu and q.shape[1] == 1 and q.numel() > 0 and plain
 
 
-def _decode(q, k, v, out, lse, scheme: Scheme) -> None:
+def _decode(q, k, v, out, lse, spec: AttentionSpec) -> None:
     """Fill out [B, 1, H, K] and lse [H, B].
 
     In float32: the kernel takes three (80 keys) to nine times (1,024) as long on 16-bit keys as on those of a tile that
@@ -90,29 +86,29 @@ def _decode(q, k, v, out, lse, scheme: Scheme) -> None:
     """
     for samples, heads, _ in _tiles(q, k):
         bias = None
-        if scheme.seq_starts is not None:
-            bias = _hidden(scheme.seq_starts[samples], 0, k.shape[1])[:, None, None]
+        if spec.seq_starts is not None:
+            bias = _hidden(spec.seq_starts[samples], 0, k.shape[1])[:, None, None]
         tile = (x[samples, :, heads].float().transpose(1, 2) for x in (q, k, v))
         out_tile, lse_tile = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *tile, 0.0, False, attn_mask=bias, scale=scheme.scale
+            *tile, 0.0, False, attn_mask=bias, scale=spec.scale
         )
         out[samples, :, heads].copy_(out_tile.transpose(1, 2))
         lse[heads, samples].copy_(lse_tile.squeeze(-1).t())
 
 
-def _forward(q, k, v, out, lse, scheme: Scheme) -> None:
+def _forward(q, k, v, out, lse, spec: AttentionSpec) -> None:
     """Fill out [B, Tq, H, K] and lse [B, H, Tq]."""
     n_queries, n_keys = q.shape[1], k.shape[1]
     low = _product_dtype(q)
     for samples, heads, step in _tiles(q, k):
-        tables = None if scheme.rotary_applied else scheme.tables(q.shape[0], samples, slice(None))
-        q_tile = _wide(q[samples, :, heads], tables).mul_(scheme.scale * LOG2E)  # [G, Tq, K]
+        tables = None if spec.rotary_applied else spec.tables(q.shape[0], samples, slice(None))
+        q_tile = _wide(q[samples, :, heads], tables).mul_(spec.scale * LOG2E)  # [G, Tq, K]
         k_tile = _wide(k[samples, :, heads], tables)
         v_tile = _heads_first(v[samples, :, heads]).to(low)
         out_tile, lse_tile = out[samples, :, heads].transpose(1, 2), lse[samples, heads]
         for first in range(0, n_queries, step):
             last = min(first + step, n_queries)
-            s, end = _scores(q_tile, k_tile, first, last, n_queries, scheme, samples)
+            s, end = _scores(q_tile, k_tile, first, last, n_queries, spec, samples)
             # A query that sees no key has a maximum of -inf: the clamps make its probabilities 0.
             high = s.amax(-1, keepdim=True).clamp_(min=-1e30)
             p = s.sub_(high).exp2_()
@@ -120,22 +116,22 @@ def _forward(q, k, v, out, lse, scheme: Scheme) -> None:
             rows = out_tile[:, :, first:last]
             lse_tile[:, :, first:last] = (total.log2() + high).div_(LOG2E).view(rows.shape[:3])
             p.mul_(total.reciprocal_())
-            if scheme.dropout is not None:
-                p.mul_(_kept(scheme, samples, heads, first, last, n_queries, n_keys, end))
+            if spec.dropout is not None:
+                p.mul_(_kept(spec, samples, heads, first, last, n_queries, n_keys, end))
             p_low = _copy(p, low)
             rows.copy_(_product(p_low, v_tile[:, :end]).to(out.dtype).view(rows.shape))
 
 
 def _backward(
-    inputs: Sequence[torch.Tensor], lse: torch.Tensor, grads: Sequence[torch.Tensor], scheme: Scheme
+    inputs: Sequence[torch.Tensor], lse: torch.Tensor, grads: Sequence[torch.Tensor], spec: AttentionSpec
 ) -> None:
     """Fill grads = (dq [B, Tq, H, K], dk, dv [B, Tk, H, K]), given inputs = (dout, q, k, v) and lse [B, H, Tq]."""
     (dout, q, k, v), (dq, dk, dv) = inputs, grads
     batch, n_queries, n_keys = q.shape[0], q.shape[1], k.shape[1]
     low = _product_dtype(q)
     for samples, heads, step in _tiles(q, k):
-        tables = scheme.tables(batch, samples, slice(None))
-        read = None if scheme.rotary_applied else tables
+        tables = spec.tables(batch, samples, slice(None))
+        read = None if spec.rotary_applied else tables
         v_low = _heads_first(v[samples, :, heads]).to(low)
         q_wide, k_wide = _wide(q[samples, :, heads], read), _wide(k[samples, :, heads], read)
         k_low = k_wide if low == torch.float32 else _copy(k_wide, low)
@@ -143,22 +139,22 @@ def _backward(
         q_low, dout_low = q_and_dout
         q_low.copy_(q_wide)
         dout_low.unflatten(0, (-1, heads.stop - heads.start)).copy_(dout[samples, :, heads].transpose(1, 2))
-        q_scaled = q_wide.mul_(scheme.scale * LOG2E)
+        q_scaled = q_wide.mul_(spec.scale * LOG2E)
         lse_tile = (lse[samples, heads] * LOG2E).flatten(0, 1)[..., None]  # [G, Tq, 1]
         sums = None
         for first in reversed(range(0, n_queries, step)):
             last = min(first + step, n_queries)
-            s, end = _scores(q_scaled, k_wide, first, last, n_queries, scheme, samples)
+            s, end = _scores(q_scaled, k_wide, first, last, n_queries, spec, samples)
             p = s.sub_(lse_tile[:, first:last]).exp2_()
             ds_and_p = empty((2, *s.shape), dtype=low, device=s.device)
             ds, dropped = ds_and_p
             # scale dP: everything that follows is linear in it, and here the scale costs no pass and no rounding.
-            dp = _copy(_product(dout_low[:, first:last], v_low[:, :end].transpose(1, 2), scheme.scale, out=ds),
+            dp = _copy(_product(dout_low[:, first:last], v_low[:, :end].transpose(1, 2), spec.scale, out=ds),
                        torch.float32)
-            if scheme.dropout is None:
+            if spec.dropout is None:
                 dropped.copy_(p)
             else:
-                kept = _kept(scheme, samples, heads, first, last, n_queries, n_keys, end)
+                kept = _kept(spec, samples, heads, first, last, n_queries, n_keys, end)
                 dropped.copy_(p * kept)
                 dp.mul_(kept)
             delta = dp.mul_(p).sum(-1, keepdim=True)
@@ -167,7 +163,7 @@ def _backward(
                 delta.div_(p.sum(-1, keepdim=True).clamp_(min=0.5))  # 0 where a query sees no key
             ds.copy_(dp.addcmul_(p, delta, value=-1))
             _store(dq[samples, first:last, heads], _product(ds, k_low[:, :end]),
-                   scheme.tables(batch, samples, slice(first, last)))
+                   spec.tables(batch, samples, slice(first, last)))
             part = _product(ds_and_p.flatten(0, 1).transpose(1, 2), q_and_dout[:, :, first:last].flatten(0, 1))
             sums = _accumulate(sums, part, first > 0)
         dk_sum, dv_sum = (None, None) if sums is None else sums.chunk(2)
@@ -176,21 +172,22 @@ def _backward(
 
 
 def _scores(
-    q_tile: torch.Tensor, k_tile: torch.Tensor, first: int, last: int, n_queries: int, scheme: Scheme, samples: slice
+    q_tile: torch.Tensor, k_tile: torch.Tensor, first: int, last: int, n_queries: int, spec: AttentionSpec,
+    samples: slice,
 ) -> tuple[torch.Tensor, int]:
     """Masked scores [G, last - first, end] in base 2, and end: the number of keys that some query of the tile sees."""
     n_keys = k_tile.shape[1]
-    end = n_keys - n_queries + last if scheme.causal else n_keys
+    end = n_keys - n_queries + last if spec.causal else n_keys
     size = last - first
     s = empty((q_tile.shape[0], size, end), dtype=torch.float32, device=q_tile.device)
     torch.bmm(q_tile[:, first:last], k_tile[:, :end].transpose(1, 2), out=s)
-    if scheme.causal and size > 1:
+    if spec.causal and size > 1:
         # The last keys are the tile's own queries. Adding is 8 times as fast as masked_fill_ on a CPU.
         s[:, :, end - size :] += _above_diagonal(size, s.device)
-    if scheme.seq_starts is not None:
-        starts, by_sample = scheme.seq_starts[samples], s.unflatten(0, (samples.stop - samples.start, -1))
+    if spec.seq_starts is not None:
+        starts, by_sample = spec.seq_starts[samples], s.unflatten(0, (samples.stop - samples.start, -1))
         by_sample += _hidden(starts, 0, end)[:, None, None]
-        if not scheme.causal:
+        if not spec.causal:
             # A causal query before the start sees nothing already.
             offset = n_keys - n_queries
             by_sample += _hidden(starts, offset + first, offset + last)[:, None, :, None]
@@ -209,16 +206,16 @@ def _hidden(starts: torch.Tensor, first: int, last: int) -> torch.Tensor:
     return torch.zeros(hidden.shape, dtype=torch.float32, device=starts.device).masked_fill_(hidden, -torch.inf)
 
 
-def _kept(scheme: Scheme, samples: slice, heads: slice, first: int, last: int, n_queries: int, n_keys: int,
+def _kept(spec: AttentionSpec, samples: slice, heads: slice, first: int, last: int, n_queries: int, n_keys: int,
           end: int) -> torch.Tensor:
     """The dropout mask of a tile [G, last - first, end]: 0, or the scale of what is kept."""
-    assert scheme.dropout is not None
+    assert spec.dropout is not None
     offset = n_keys - n_queries
     keep = attention_keep(
-        scheme.dropout, samples=range(scheme.sample + samples.start, scheme.sample + samples.stop),
+        spec.dropout, samples=range(spec.sample + samples.start, spec.sample + samples.stop),
         heads=range(heads.start, heads.stop), queries=range(offset + first, offset + last), keys=range(end),
     )
-    return keep.flatten(0, 1).float().mul_(dropout_scale(scheme.dropout.p))
+    return keep.flatten(0, 1).float().mul_(dropout_scale(spec.dropout.p))
 
 
 def _tiles(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice, int]]:

@@ -1,4 +1,4 @@
-"""The Triton kernel of attention's forward pass (FlashAttention-2, arXiv 2307.08691); formulas in `_attention.py`.
+"""The Triton kernel of attention's forward pass (FlashAttention-2, arXiv 2307.08691); formulas in `dispatch.py`.
 
 q, k, v and out are loaded and stored in their own dtype, which is also that of the operands of both products; sums,
 maxima and exponentials are float32. The softmax is in base 2 and the scale is folded into its exponent, so that scores

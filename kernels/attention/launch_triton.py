@@ -5,11 +5,10 @@ B batch, Tq queries, Tk keys, H heads, K head size, N = B * Tq rows, R rotary di
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -21,17 +20,14 @@ from phi1.kernels.attention.backward_triton import (
 )
 from phi1.kernels.attention.device_triton import rotate_rows_kernel
 from phi1.kernels.attention.forward_triton import attention_forward_kernel
+from phi1.kernels.attention.spec import AttentionSpec
+from phi1.kernels.core.constants import FP_FUSION, LOG2E
 from phi1.kernels.core.philox import threshold
 from phi1.kernels.core.tiles import TILES, tile
-
-if TYPE_CHECKING:
-    from phi1.kernels.attention.dispatch import Scheme
 
 MAX_HEAD_SIZE = 128
 MAX_STRIDE = (2**31 - 1) // 256  # of tokens, in elements: a tile has at most 256
 ROTATED_ROWS = 64  # a program of rotate_rows_kernel
-# Said at every launch, since the default changes with Triton 3.10, and bits with it.
-FP_FUSION = True
 
 
 def _tiles(*tiles: tuple[int, ...], more: tuple[str, ...] = ()) -> list[dict[str, int]]:
@@ -60,13 +56,13 @@ TILES |= {
 }
 
 
-def launch_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scheme: Scheme, cu_seqlens: torch.Tensor | None
+def launch_attention_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, cu_seqlens: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [B, Tq, H, K] contiguous, lse [H, N] float32) of q [B, Tq, H, K] and k, v [B, Tk, H, K], any strides."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_empty((q.shape[2], q.shape[0] * q.shape[1]), dtype=torch.float32)
-    call = _Call(q, k, v, scheme, cu_seqlens)
+    call = _Call(q, k, v, spec, cu_seqlens)
     if not out.numel():
         return out, lse
     q, k, v = call.readable(q), call.readable(k), call.readable(v)
@@ -76,12 +72,12 @@ def launch_forward(
     if call.rotates and not on_load:
         k = call.rotated(k)
     tma = described and bool(t["tma"]) and not on_load and call.described(k, v)  # of k as it is read
-    specialized = tma and bool(t["warp_specialize"]) and not call.rotates and scheme.dropout is None
+    specialized = tma and bool(t["warp_specialize"]) and not call.rotates and spec.dropout is None
     read_k, read_v = (call.descriptor(x, t["block_n"]) if tma else x for x in (k, v))
 
     launch = partial(
         attention_forward_kernel[call.grid(call.n_queries, t["block_m"])],
-        q, read_k, read_v, out, lse, scale_log2=scheme.scale * math.log2(math.e), ROTATE_Q=call.rotates,
+        q, read_k, read_v, out, lse, scale_log2=spec.scale * LOG2E, ROTATE_Q=call.rotates,
         ROTATE_K=on_load, TMA=tma, WARP_SPECIALIZE=specialized, **call.arguments(call.n_queries, t["block_m"], t),
         **call.strides(q=q, k=k, v=v),
     )
@@ -101,12 +97,12 @@ def _with_scratch(launch: Callable[[], object]) -> None:
     context.run(launch)
 
 
-def launch_backward(
+def launch_attention_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-    grads: Sequence[torch.Tensor], scheme: Scheme, cu_seqlens: torch.Tensor | None,
+    grads: Sequence[torch.Tensor], spec: AttentionSpec, cu_seqlens: torch.Tensor | None,
 ) -> None:
     """Write the gradients of q, k and v into `grads`, three tensors of their shapes and any strides."""
-    call = _Call(q, k, v, scheme, cu_seqlens)
+    call = _Call(q, k, v, spec, cu_seqlens)
     dq, dk, dv = grads
     assert dk.stride() == dv.stride(), f"dk and dv differ in strides: {dk.stride()}, {dv.stride()}"
     if not q.numel():
@@ -119,14 +115,14 @@ def launch_backward(
     on_load = call.rotates_on_load(t)
     k_read = call.rotated(k) if call.rotates and not on_load else k
     attention_backward_dq_kernel[call.grid(call.n_queries, t["block_m"])](
-        dout, q, k_read, v, out, lse, delta, dq, scale=scheme.scale, ROTATE_Q=call.rotates, ROTATE_K=on_load,
+        dout, q, k_read, v, out, lse, delta, dq, scale=spec.scale, ROTATE_Q=call.rotates, ROTATE_K=on_load,
         **call.arguments(call.n_queries, t["block_m"], t), **call.strides(q=q, k=k_read, v=v, dq=dq),
     )
     t = call.tile("backward_dkdv")
     on_load = call.rotates_on_load(t)
     q_read = call.rotated(q) if call.rotates and not on_load else q
     attention_backward_dkdv_kernel[call.grid(call.n_keys, t["block_n"])](
-        dout, q_read, k, v, lse, delta, dk, dv, scale=scheme.scale, ROTATE_Q=on_load, ROTATE_K=call.rotates,
+        dout, q_read, k, v, lse, delta, dk, dv, scale=spec.scale, ROTATE_Q=on_load, ROTATE_K=call.rotates,
         **call.arguments(call.n_keys, t["block_n"], t), **call.strides(q=q_read, k=k, v=v, dk=dk),
     )
 
@@ -134,14 +130,14 @@ def launch_backward(
 class _Call:
     """What the launches of one call share."""
 
-    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scheme: Scheme,
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
                  cu_seqlens: torch.Tensor | None) -> None:
         self.batch, self.n_queries, self.n_heads, self.head_size = q.shape
-        self.n_keys, self.n_rows, self.scheme = k.shape[1], q.shape[0] * q.shape[1], scheme
+        self.n_keys, self.n_rows, self.spec = k.shape[1], q.shape[0] * q.shape[1], spec
         self.dtype, self.device = q.dtype, q.device
-        self.rotary = (None, None, None) if scheme.rotary is None else tuple(x.contiguous() for x in scheme.rotary)
-        self.rotates = scheme.rotary is not None and not scheme.rotary_applied
-        self.half = 0 if scheme.rotary is None else scheme.rotary[0].shape[1]
+        self.rotary = (None, None, None) if spec.rotary is None else tuple(x.contiguous() for x in spec.rotary)
+        self.rotates = spec.rotary is not None and not spec.rotary_applied
+        self.half = 0 if spec.rotary is None else spec.rotary[0].shape[1]
         self.cuts, self.n_samples = None, self.batch
         if cu_seqlens is not None:
             self.cuts, self.n_samples = _cuts(cu_seqlens, self.n_rows), cu_seqlens.shape[0] - 1
@@ -151,7 +147,7 @@ class _Call:
 
     def tile(self, kernel: str, **more: bool) -> dict[str, int]:
         return tile("attention", kernel, self.device, head_size=self.head_size, bits=8 * self.dtype.itemsize,
-                    causal=self.scheme.causal, dropout=self.scheme.dropout is not None, rotates=self.rotates,
+                    causal=self.spec.causal, dropout=self.spec.dropout is not None, rotates=self.rotates,
                     packed=self.cuts is not None, **more)
 
     def readable(self, x: torch.Tensor) -> torch.Tensor:
@@ -164,7 +160,7 @@ class _Call:
         """Whether TMA can read operands [B, T, H, K]: it wants multiples of 16 bytes, and masks only what lies past
         the end of a sample."""
         size = self.dtype.itemsize
-        return self.cuts is None and self.scheme.seq_starts is None and all(
+        return self.cuts is None and self.spec.seq_starts is None and all(
             x.data_ptr() % 16 == 0 and all(stride > 0 and stride * size % 16 == 0 for stride in x.stride()[:3])
             for x in operands)
 
@@ -201,10 +197,10 @@ class _Call:
         return (self.blocks(n_tokens, block) * self.n_heads * (self.batch if self.cuts is None else 1),)
 
     def arguments(self, n_tokens: int, block: int, t: dict[str, int]) -> dict[str, Any]:
-        dropout, (cos, sin, positions) = self.scheme.dropout, self.rotary
+        dropout, (cos, sin, positions) = self.spec.dropout, self.rotary
         stream = 0 if dropout is None else dropout.layer << 16 | dropout.kind << 12
         return {
-            "cu_seqlens_ptr": self.cuts, "seq_starts_ptr": _dense(self.scheme.seq_starts),
+            "cu_seqlens_ptr": self.cuts, "seq_starts_ptr": _dense(self.spec.seq_starts),
             "cos_ptr": cos, "sin_ptr": sin, "positions_ptr": positions,
             "rng_ptr": None if dropout is None else dropout.rng.contiguous(),
             "sample_ids_ptr": None if dropout is None else _dense(dropout.sample_ids),
@@ -213,7 +209,7 @@ class _Call:
             "n_positions": 0 if cos is None else cos.shape[0],
             "stream": stream - (1 << 32) if stream >> 31 else stream,
             "threshold": 0 if dropout is None else threshold(dropout.p),
-            "IS_CAUSAL": self.scheme.causal, "HALF": self.half, "HEAD_DIM": self.head_size, "BLOCK_D": self.block_d,
+            "IS_CAUSAL": self.spec.causal, "HALF": self.half, "HEAD_DIM": self.head_size, "BLOCK_D": self.block_d,
             "BLOCK_M": t["block_m"], "BLOCK_N": t["block_n"], "num_warps": t["num_warps"],
             "num_stages": t["num_stages"], "enable_fp_fusion": FP_FUSION,
         }

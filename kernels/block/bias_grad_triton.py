@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from phi1.kernels.core.constants import FP_FUSION
 from phi1.kernels.core.philox import Dropout, dropout_scale, is_active, threshold
 from phi1.kernels.pointwise.dropout_triton import dropped_tile, mask_arguments, mask_stream
 
@@ -187,7 +188,7 @@ def launch_bias_partials(dqkv: torch.Tensor, dy: torch.Tensor | None) -> list[to
     columns = [partial.shape[1] for partial in partials]
     bias_partials_kernel[(n_partials * sum(triton.cdiv(n, COLS) for n in columns),)](
         dqkv, dy, partials[0], None if dy is None else partials[1], n_rows=n_rows, n_partials=n_partials,
-        stride_dqkv_n=dqkv.stride(0), WIDTH=width, ROWS=ROWS, COLS=COLS, num_warps=4, enable_fp_fusion=True,
+        stride_dqkv_n=dqkv.stride(0), WIDTH=width, ROWS=ROWS, COLS=COLS, num_warps=4, enable_fp_fusion=FP_FUSION,
     )
     return partials
 
@@ -210,7 +211,7 @@ def launch_branch_gradients(
            for field, value in _mask_of(branch).items()}
     branch_gradients_kernel[(n_partials * triton.cdiv(width, COLS),)](
         dy, *dropped, *partials, n_rows=n_rows, n_partials=n_partials, **shared, **own, WIDTH=width, ROWS=BRANCH_ROWS,
-        COLS=COLS, num_warps=4, enable_fp_fusion=True,
+        COLS=COLS, num_warps=4, enable_fp_fusion=FP_FUSION,
     )
     return dropped, partials
 
@@ -231,6 +232,6 @@ def launch_bias_sums(
     bias_sums_kernel[(sum(triton.cdiv(n, SUM_BLOCK_F) for n in (3 * width, inner, width, width)),)](
         dqkv, dpre, dense, fc2, db_in, db_out, n_dqkv=dqkv.shape[0], n_dpre=dpre.shape[0], n_dense=dense.shape[0],
         n_fc2=fc2.shape[0], WIDTH=width, INNER=inner, BLOCK_P=SUM_BLOCK_P, BLOCK_F=SUM_BLOCK_F, num_warps=4,
-        enable_fp_fusion=True,
+        enable_fp_fusion=FP_FUSION,
     )
     return db_in, db_out

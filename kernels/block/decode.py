@@ -1,4 +1,4 @@
-"""phi's parallel block for tokens behind a cache of keys and values, as one operation; formulas in `block.py`.
+"""phi's parallel block for tokens behind a cache of keys and values, as one operation; formulas in `parallel_block.py`.
 
     [q | k | v | pre] = layer_norm(x) W_in^T + b_in
     rotary(k), v -> the last T places of the cache
@@ -11,37 +11,48 @@ N rows, D width, H heads, K head size, F MLP width, B batch, T new tokens (N = B
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from phi1.kernels.attention.attention import attention_reference
-from phi1.kernels.block.eager import branches_decode
+from phi1.kernels.attention.dispatch import attention_forward
+from phi1.kernels.attention.spec import AttentionSpec
+from phi1.kernels.block.eager import beside
 from phi1.kernels.block.rules import check_decode
+from phi1.kernels.block.spec import Parameters
 from phi1.kernels.core.backend import operator, reference_forced
 from phi1.kernels.core.checks import check_flag
-from phi1.kernels.pointwise.gelu_eager import gelu_new
-from phi1.kernels.pointwise.layer_norm import layer_norm_reference
-from phi1.kernels.pointwise.layer_norm_eager import layer_norm_forward
-from phi1.kernels.pointwise.rotary_eager import rotate_reference
+from phi1.kernels.gemm.linear import linear_forward
+from phi1.kernels.pointwise.gelu import gelu_forward, gelu_new
+from phi1.kernels.pointwise.layer_norm import layer_norm_forward, layer_norm_reference
+from phi1.kernels.pointwise.rotary import rotate_reference, rotate_rows_
 
 
 def _decode(
     x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    in_weight: torch.Tensor,
-    in_bias: torch.Tensor,
-    out_weight: torch.Tensor,
-    out_bias: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+    rotary: Sequence[torch.Tensor],
     kv: torch.Tensor,
-    positions: torch.Tensor,
     seq_starts: torch.Tensor | None,
     eps: float,
 ) -> torch.Tensor:
-    h = layer_norm_forward(x, norm_weight, norm_bias, eps)[0]
-    return branches_decode(h, x, in_weight, in_bias, out_weight, out_bias, kv, (cos, sin, positions), seq_starts)
+    own, (cos, sin, positions) = Parameters(*parameters), rotary
+    width, (_, batch, length, n_heads, head_size) = x.shape[1], kv.shape
+    h = layer_norm_forward(x, own.norm_weight, own.norm_bias, eps)[0]
+    projected = linear_forward(h, own.in_weight, own.in_bias, None, False, None)[0]
+    pre = projected[:, 3 * width :]
+    qkv = projected[:, : 3 * width].unflatten(1, (3, n_heads, head_size))
+    rotate_rows_(qkv, cos, sin, positions)
+    q, k, v = qkv.unflatten(0, (batch, -1)).unbind(2)
+    keys, values = kv.unbind(0)
+    keys[:, length - k.shape[1] :].copy_(k)
+    values[:, length - v.shape[1] :].copy_(v)
+    att = attention_forward(q, keys, values, AttentionSpec(True, head_size**-0.5, seq_starts))[0]
+    joined = beside(att.view(x.shape), pre)
+    gelu_forward(pre, out=joined[:, width:])
+    return linear_forward(joined, own.out_weight, own.out_bias[0] + own.out_bias[1], x, False, None)[0]
 
 
 _operator = operator("phi1::parallel_block_decode", mutates=("kv",))(_decode)
@@ -91,15 +102,14 @@ def parallel_block_decode(
 
     Source: as `parallel_block`.
     """
-    arguments = (x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, cos, sin, kv)
     check_flag("parallel_block_decode", check=check)
+    parameters = Parameters(norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias)
     if check or positions is None:
-        positions = check_decode("parallel_block_decode", *arguments, seq_starts, positions, eps)
+        positions = check_decode("parallel_block_decode", x, parameters, cos, sin, kv, seq_starts, positions, eps)
     if reference_forced():
-        return parallel_block_decode_reference(*arguments, positions, seq_starts, eps)
-    if _nothing_looks_on(x):
-        return _decode(*arguments, positions, seq_starts, eps)
-    return torch.ops.phi1.parallel_block_decode(*arguments, positions, seq_starts, eps)
+        return parallel_block_decode_reference(x, *parameters, cos, sin, kv, positions, seq_starts, eps)
+    run = _decode if _nothing_looks_on(x) else torch.ops.phi1.parallel_block_decode
+    return run(x, parameters, (cos, sin, positions), kv, seq_starts, eps)
 
 
 def _nothing_looks_on(x: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ branch the two branches have their own. h, its statistics and act are computed a
     recompute="mlp"      qkv, att, lse; pre is one product more
     recompute="block"    no more: all but the output projection is computed again. So also where no backward follows
 
-All three have the same bits. Statistics, softmax and lse are float32. Deterministic. What runs is in `_block.py`.
+All three have the same bits. Statistics, softmax and lse are float32. Deterministic.
 
 N rows, D width, H heads, K head size, F MLP width, B batch, T positions, R rotary dimension.
 """
@@ -25,39 +25,24 @@ from collections.abc import Sequence
 import torch
 
 from phi1.kernels.attention.attention_qkv import attention_qkv_reference
-from phi1.kernels.block.eager import (
-    branches_again,
-    branches_backward,
-    branches_forward,
-    layout_of,
-    rotate_keys,
-)
-from phi1.kernels.block.rules import check_block, check_without_gradients, wants_gradients
+from phi1.kernels.block.dispatch import branches_again, branches_backward, branches_forward
+from phi1.kernels.block.rules import NO_DROPOUT, check_block, wants_gradients
+from phi1.kernels.block.spec import BlockSpec, Parameters, Saved
 from phi1.kernels.core.backend import operator, reference_forced, use_triton
 from phi1.kernels.core.checks import require
 from phi1.kernels.core.philox import Dropout, is_active
-from phi1.kernels.pointwise.dropout_eager import dropped
-from phi1.kernels.pointwise.gelu_eager import gelu_new
+from phi1.kernels.pointwise.dropout import dropped
+from phi1.kernels.pointwise.gelu import gelu_new
 from phi1.kernels.pointwise.layer_norm import layer_norm_backward, layer_norm_forward, layer_norm_reference
-from phi1.kernels.pointwise.rotary_eager import rotate_reference
 
-NO_DROPOUT: tuple[None, None, None] = (None, None, None)
 RECOMPUTE = ("none", "mlp", "block")
-PREFILL = "prefill"  # of the operator: no backward follows, and of qkv the rotated keys and the values are wanted
 
 
 @operator("phi1::parallel_block")
 def _parallel_block_op(
     x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    in_weight: torch.Tensor,
-    in_bias: torch.Tensor,
-    out_weight: torch.Tensor,
-    out_bias: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+    rotary: Sequence[torch.Tensor],
     cu_seqlens: torch.Tensor | None,
     seq_starts: torch.Tensor | None,
     rng: torch.Tensor | None,
@@ -70,48 +55,33 @@ def _parallel_block_op(
     eps: float,
     recompute: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    layout = layout_of(x, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids, n_heads, batch, ps, layers,
-                       kinds)
-    h = layer_norm_forward(x, norm_weight, norm_bias, eps)[0]
-    y, qkv, pre, att, lse = branches_forward(h, x, in_weight, in_bias, out_weight, out_bias, layout,
-                                             keeps_pre=recompute == "none")
-    if recompute == PREFILL:
-        rotate_keys(qkv, layout)
-    elif recompute == "block":
-        qkv = qkv.new_empty(0)
-    if recompute in ("block", PREFILL):
-        att, lse = att.new_empty(0), lse.new_empty(0)
-    return y, qkv, pre, att, lse
+    own = Parameters(*parameters)
+    spec = BlockSpec.of(x, rotary, cu_seqlens, seq_starts, rng, sample_ids, n_heads, batch, ps, layers, kinds)
+    h = layer_norm_forward(x, own.norm_weight, own.norm_bias, eps)[0]
+    y, saved = branches_forward(h, x, own, spec, keeps_pre=recompute == "none")
+    if recompute == "block":
+        saved = Saved(*(kept.new_empty(0) for kept in saved))
+    return y, *saved
 
 
 @_parallel_block_op.register_fake
-def _(x: torch.Tensor, norm_weight, norm_bias, in_weight: torch.Tensor, in_bias, out_weight, out_bias, cos, sin,
-      positions, cu_seqlens, seq_starts, rng, sample_ids, n_heads: int, batch, ps, layers, kinds, eps, recompute: str):
-    n_rows, width = x.shape
-    keeps_att = recompute in ("none", "mlp")
-    qkv = x.new_empty((0,) if recompute == "block" else (n_rows, 3, width) if use_triton(x) else (n_rows, 3 * width))
-    pre = x.new_empty((n_rows, in_weight.shape[0] - 3 * width) if recompute == "none" else (0,))
-    att = x.new_empty(x.shape if keeps_att else (0,))
-    lse = x.new_empty((n_heads, n_rows) if keeps_att else (0,), dtype=torch.float32)
-    return x.new_empty(x.shape), qkv, pre, att, lse
+def _(x, parameters, rotary, cu_seqlens, seq_starts, rng, sample_ids, n_heads, batch, ps, layers, kinds, eps,
+      recompute):
+    (n_rows, width), rows = x.shape, parameters[2].shape[0]
+    keeps = recompute != "block"
+    qkv = x.new_empty((0,) if not keeps else (n_rows, 3, width) if use_triton(x) else (n_rows, 3 * width))
+    pre = x.new_empty((n_rows, rows - 3 * width) if recompute == "none" else (0,))
+    att = x.new_empty(x.shape if keeps else (0,))
+    return x.new_empty(x.shape), qkv, pre, att, x.new_empty((n_heads, n_rows) if keeps else (0,), dtype=torch.float32)
 
 
 @operator("phi1::parallel_block_backward")
 def _parallel_block_backward_op(
     dy: torch.Tensor,
     x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    in_weight: torch.Tensor,
-    in_bias: torch.Tensor,
-    out_weight: torch.Tensor,
-    qkv: torch.Tensor,
-    pre: torch.Tensor,
-    att: torch.Tensor,
-    lse: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+    saved: Sequence[torch.Tensor],
+    rotary: Sequence[torch.Tensor],
     cu_seqlens: torch.Tensor | None,
     seq_starts: torch.Tensor | None,
     rng: torch.Tensor | None,
@@ -124,37 +94,40 @@ def _parallel_block_backward_op(
     eps: float,
     recompute: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    layout = layout_of(x, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids, n_heads, batch, ps, layers,
-                       kinds)
+    own, kept = Parameters(*parameters), Saved(*saved)
+    spec = BlockSpec.of(x, rotary, cu_seqlens, seq_starts, rng, sample_ids, n_heads, batch, ps, layers, kinds)
     dy = dy.contiguous()
-    h, mean, rstd = layer_norm_forward(x, norm_weight, norm_bias, eps)
+    h, mean, rstd = layer_norm_forward(x, own.norm_weight, own.norm_bias, eps)
     if recompute != "none":
-        qkv, pre, att, lse = branches_again(h, in_weight, in_bias, qkv, att, lse, layout, recompute)
-    dh, din_weight, din_bias, dout_weight, dout_bias = branches_backward(
-        dy, h, in_weight, out_weight, qkv, pre, att, lse, layout)
-    dx, dnorm_weight, dnorm_bias = layer_norm_backward(dh, x, norm_weight, mean, rstd, dy)
+        kept = branches_again(h, own, kept, spec, recompute)
+    dh, *others = branches_backward(dy, h, own, kept, spec)
+    dx, dnorm_weight, dnorm_bias = layer_norm_backward(dh, x, own.norm_weight, mean, rstd, dy)
+    din_weight, din_bias, dout_weight, dout_bias = others
     return dx, dnorm_weight, dnorm_bias, din_weight, din_bias, dout_weight, dout_bias
 
 
 @_parallel_block_backward_op.register_fake
-def _(dy, x, norm_weight, norm_bias, in_weight, in_bias, out_weight, *_):
-    inputs = (x, norm_weight, norm_bias, in_weight, in_bias, out_weight)
-    return *(tensor.new_empty(tensor.shape) for tensor in inputs), x.new_empty((2, x.shape[1]))
+def _(dy, x, parameters, *_):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, *parameters))
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, norm_weight, norm_bias, in_weight, in_bias, out_weight, _, *others = inputs
+    x, parameters, rotary, *packing_and_rng = inputs[:7]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or autograd fills zeros for what is saved
-    tensors, ctx.constants = others[:7], others[7:]
-    ctx.save_for_backward(x, norm_weight, norm_bias, in_weight, in_bias, out_weight, *output[1:], *tensors)
+    ctx.save_for_backward(x, *parameters, *output[1:], *rotary, *packing_and_rng)
+    ctx.constants = inputs[7:]
 
 
 def _autograd(ctx, dy, *_):
+    others = [None] * (len(ctx.needs_input_grad) - 3)  # of the arguments behind x, parameters and rotary
     if dy is None:
-        return (None,) * 21
-    gradients = torch.ops.phi1.parallel_block_backward(dy, *ctx.saved_tensors, *ctx.constants)
-    return *gradients, *[None] * 14
+        return None, [None] * 6, [None] * 3, *others
+    x, *tensors = ctx.saved_tensors
+    parameters, saved, rotary, packing_and_rng = tensors[:6], tensors[6:10], tensors[10:13], tensors[13:]
+    dx, *gradients = torch.ops.phi1.parallel_block_backward(dy, x, parameters, saved, rotary, *packing_and_rng,
+                                                            *ctx.constants)
+    return dx, gradients, [None] * 3, *others
 
 
 _parallel_block_op.register_autograd(_autograd, setup_context=_setup)
@@ -208,7 +181,7 @@ def parallel_block(
 
     Source: Gunasekar et al., "Textbooks are all you need", arXiv 2306.11644, section 2.3.
     """
-    op, parameters = "parallel_block", (norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias)
+    op, parameters = "parallel_block", Parameters(norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias)
     require(recompute in RECOMPUTE, op, f"recompute must be one of {', '.join(RECOMPUTE)}", repr(recompute))
     batch, positions = check_block(op, x, parameters, cos, sin, n_heads, batch, cu_seqlens, seq_starts, positions, eps,
                                    dropouts)
@@ -220,52 +193,8 @@ def parallel_block(
     active = [d if is_active(d) else None for d in dropouts]
     ps, layers, kinds = zip(*((d.p, d.layer, d.kind) if d else (0.0, 0, 0) for d in active), strict=True)
     rng, sample_ids = next(((d.rng, d.sample_ids) for d in active if d), (None, None))
-    return torch.ops.phi1.parallel_block(x, *parameters, cos, sin, positions, cu_seqlens, seq_starts, rng, sample_ids,
+    return torch.ops.phi1.parallel_block(x, parameters, (cos, sin, positions), cu_seqlens, seq_starts, rng, sample_ids,
                                          n_heads, batch, ps, layers, kinds, eps, recompute)[0]
-
-
-def parallel_block_prefill(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    in_weight: torch.Tensor,
-    in_bias: torch.Tensor,
-    out_weight: torch.Tensor,
-    out_bias: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    *,
-    n_heads: int,
-    batch: int | None = None,
-    seq_starts: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    eps: float = 1e-5,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`parallel_block` of prompts, and the keys and values that decoding needs of it. It has no backward.
-
-    Args:
-        all: as for `parallel_block`; none may want a gradient.
-
-    Returns:
-        (out [N, D], keys [N, H, K], rotated, values [N, H, K]), keys and values views of one tensor.
-
-    Raises:
-        TypeError, ValueError: as `parallel_block`; a gradient is wanted.
-    """
-    op, parameters = "parallel_block_prefill", (norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias)
-    batch, positions = check_block(op, x, parameters, cos, sin, n_heads, batch, None, seq_starts, positions, eps,
-                                   NO_DROPOUT)
-    if reference_forced():
-        out = parallel_block_reference(x, *parameters, cos, sin, n_heads=n_heads, batch=batch, seq_starts=seq_starts,
-                                       positions=positions, eps=eps)
-        h = layer_norm_reference(x, norm_weight, norm_bias, eps)
-        qkv = torch.nn.functional.linear(h, in_weight, in_bias)[:, : 3 * x.shape[1]].unflatten(1, (3, n_heads, -1))
-        return out, rotate_reference(qkv[:, 1:2], cos, sin, positions)[:, 0], qkv[:, 2]
-    check_without_gradients(op, x, *parameters)
-    out, qkv, *_ = torch.ops.phi1.parallel_block(x, *parameters, cos, sin, positions, None, seq_starts, None, None,
-                                                 n_heads, batch, (0.0,) * 3, (0,) * 3, (0,) * 3, eps, PREFILL)
-    _, keys, values = qkv.flatten(1).unflatten(1, (3, n_heads, -1)).unbind(1)
-    return out, keys, values
 
 
 def parallel_block_reference(

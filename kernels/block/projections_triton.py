@@ -1,4 +1,4 @@
-"""Triton kernels of the parallel block's two merged projections, and their launchers; formulas in `block.py`.
+"""Triton kernels of the parallel block's two merged projections, and their launchers; formulas in `parallel_block.py`.
 
     in_proj    [q | k | v | pre] = h W_in^T + b_in; q and k are rotated, act = gelu_new(pre)
     out_proj   y = x + [att | act] W_out^T + b_dense + b_fc2, both operands into one accumulator
@@ -19,12 +19,11 @@ import torch
 import triton
 import triton.language as tl
 
+from phi1.kernels.core.constants import FP_FUSION
 from phi1.kernels.core.tiles import TILES, tile
 from phi1.kernels.gemm.matmul_triton import add_product, column_halves, grouped_tile, wrapped
 from phi1.kernels.gemm.tma_triton import add_described_product, describable, operand
 from phi1.kernels.pointwise.gelu_triton import gelu_new
-
-FP_FUSION = True  # said at every launch, since the default changes with Triton 3.10, and bits with it
 
 _TILES = ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4))
 TILES |= {

@@ -17,7 +17,17 @@ from phi1.kernels.core.checks import (
     check_writable,
     require,
 )
-from phi1.kernels.pointwise.rotary_eager import check_positions, check_tables, default_positions
+from phi1.kernels.pointwise.rotary import check_positions, check_tables, default_positions
+
+NO_DROPOUT: tuple[None, None, None] = (None, None, None)
+SHAPES = {  # of the parameters, by D and the 3D + F rows of in_weight
+    "norm_weight": lambda width, rows: (width,),
+    "norm_bias": lambda width, rows: (width,),
+    "in_weight": lambda width, rows: (rows, width),
+    "in_bias": lambda width, rows: (rows,),
+    "out_weight": lambda width, rows: (width, rows - 2 * width),
+    "out_bias": lambda width, rows: (2, width),
+}
 
 
 def check_block(op, x, parameters, cos, sin, n_heads, batch, cu_seqlens, seq_starts, positions, eps, dropouts
@@ -34,9 +44,8 @@ def check_block(op, x, parameters, cos, sin, n_heads, batch, cu_seqlens, seq_sta
     return batch, positions
 
 
-def check_decode(op, x, *others) -> torch.Tensor:
+def check_decode(op, x, parameters, cos, sin, kv, seq_starts, positions, eps) -> torch.Tensor:
     """The positions, by default those behind the cache's. Raises where an argument breaks its rule."""
-    *parameters, cos, sin, kv, seq_starts, positions, eps = others
     check_tensors(op, x=x, cos=cos, sin=sin, kv=kv)
     check_rank(op, "kv", kv, "2, B, S, H, K")
     n_heads, batch, length = kv.shape[3], kv.shape[1], kv.shape[2]
@@ -59,7 +68,7 @@ def check_decode(op, x, *others) -> torch.Tensor:
 
 
 def wants_gradients(*tensors: torch.Tensor) -> bool:
-    """Whether autograd would record an operation on these."""
+    """True where autograd would record an operation on these."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
@@ -69,24 +78,21 @@ def check_without_gradients(op: str, *tensors: torch.Tensor) -> None:
             "one that does")
 
 
-def _check_parameters(op, x, given, n_heads, eps) -> None:
-    names = "norm_weight", "norm_bias", "in_weight", "in_bias", "out_weight", "out_bias"
-    parameters = dict(zip(names, given, strict=True))
-    check_tensors(op, x=x, **parameters)
+def _check_parameters(op, x, parameters, n_heads, eps) -> None:
+    check_tensors(op, x=x, **parameters._asdict())
     check_float(op, "x", x)
-    check_alike(op, "x", x, **parameters)
+    check_alike(op, "x", x, **parameters._asdict())
     check_rank(op, "x", x, "N, D")
-    check_rank(op, "in_weight", parameters["in_weight"], "3D + F, D")
-    width, rows = x.shape[1], parameters["in_weight"].shape[0]
+    check_rank(op, "in_weight", parameters.in_weight, "3D + F, D")
+    width, rows = x.shape[1], parameters.in_weight.shape[0]
     check_whole(op, n_heads=n_heads)
     check_real(op, eps=eps)
     require(n_heads >= 1 and width % n_heads == 0, op, f"n_heads must divide the {width} columns of x", n_heads)
     require(eps > 0, op, "eps must be greater than 0", eps)
     require(rows > 3 * width, op, f"in_weight must have more rows than 3 x the {width} columns of x", rows)
-    why = f"for x {list(x.shape)} and in_weight {list(parameters['in_weight'].shape)}"
-    shapes = ((width,), (width,), (rows, width), (rows,), (width, rows - 2 * width), (2, width))
-    for (name, parameter), shape in zip(parameters.items(), shapes, strict=True):
-        check_shape(op, name, parameter, shape, why)
+    why = f"for x {list(x.shape)} and in_weight {list(parameters.in_weight.shape)}"
+    for name, shape in SHAPES.items():
+        check_shape(op, name, getattr(parameters, name), shape(width, rows), why)
 
 
 def _check_rows(op, x, batch, cu_seqlens, seq_starts, dropouts, n_heads) -> int:

@@ -1,4 +1,4 @@
-"""Dropout masks inside Triton kernels: the bits of `_philox.py`, 8 columns from one call of Philox4x32.
+"""Dropout masks inside Triton kernels: the bits of `core/philox.py`, 8 columns from one call of Philox4x32.
 
 Counters and keys are int32: an int64 counter would silently select Philox4x64. One call gives the columns d, d + 8,
 ..., d + 56 of a block of 64. In the accumulator of a tensor instruction a thread holds columns 8 apart of one row, so

@@ -1,13 +1,6 @@
-"""Cross-entropy of a linear layer's logits in chunks of rows, loss and gradients in one pass over the logits.
+"""The loss and its gradients in PyTorch, in one pass over the logits; formulas in `dispatch.py`.
 
-    l = x W^T + b           lse = log sum exp l            over the first valid_vocab columns
-    loss = lse - (1 - e) l_t - e mean(l) + z lse^2         e label smoothing, z z-loss, t the target
-    dl = (1 + 2 z lse) softmax(l) - (1 - e) onehot(t) - e / valid_vocab
-
-A chunk's logits are one buffer in x's dtype, turned into dl in place, a strip of rows at a time, in float32. dl is kept
-unnormalised, in float16 times 2^10: p - y divided by the number of targets would flush to 0 there. Sums over chunks are
-float32. What is returned has neither the incoming gradient, nor 1 / count, nor 2^-10 applied: that is done once, at the
-end of the backward, in float32.
+A chunk's logits become dl a strip of rows at a time, in float32.
 
 N rows, D width, V vocabulary (valid_vocab of it in every product), C rows of a chunk, R rows of a strip.
 """
@@ -15,53 +8,18 @@ N rows, D width, V vocabulary (valid_vocab of it in every product), C rows of a 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
-from phi1.kernels.core.backend import use_triton
+from phi1.kernels.core.constants import LOG2E
 from phi1.kernels.core.cpu_matmul import mm
 from phi1.kernels.core.cpu_memory import empty
+from phi1.kernels.cross_entropy.spec import LossRule, Needs, gradient_dtype, scale_of
 
-LOG2E = 1.4426950408889634
-FLOAT16_SCALE = 1024.0
 # Measured on a CPU: strips of up to 8 MiB stay in the caches through ten passes; from 16 MiB on these take half as long
 # again. Fewer strips mean fewer waits for all threads.
 CPU_STRIP_BYTES, DEVICE_STRIP_BYTES = 8 << 20, 64 << 20
 VOCABULARY_SLICE = 4096  # rows of dW that are added up at a time: the partial product stays in the caches too
-
-
-@dataclass(frozen=True)
-class LossRule:
-    """The arguments of the loss that are plain numbers."""
-
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    valid_vocab: int
-    workspace_bytes: int
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Which gradients are wanted."""
-
-    x: bool
-    weight: bool
-    bias: bool
-
-    def __bool__(self) -> bool:
-        return self.x or self.weight or self.bias
-
-
-def scale_of(dtype: torch.dtype) -> float:
-    """What gradients are multiplied by until the end of the backward."""
-    return FLOAT16_SCALE if dtype == torch.float16 else 1.0
-
-
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that unnormalised gradients are kept in: sums over many rows times 2^10 overflow float16."""
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def chunk_rows(n_rows: int, dtype: torch.dtype, is_cpu: bool, rule: LossRule) -> tuple[int, int]:
@@ -82,16 +40,9 @@ def losses_and_gradients(
     targets: torch.Tensor,
     rule: LossRule,
     needs: Needs,
-    row_weights: torch.Tensor | None = None,
+    row_weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(losses [N], lse [N], dx [N, D], dW [V, D], db [V]); gradients that are not wanted are empty.
-
-    The gradients are those of the sum of losses, each times its row_weights [N] if given, times `scale_of` the dtype.
-    """
-    if use_triton(x):
-        from phi1.kernels.cross_entropy.loss_triton import launch_losses_and_gradients
-
-        return launch_losses_and_gradients(x, weight, bias, targets, rule, needs, row_weights)
+    """`dispatch.losses_and_gradients` in PyTorch."""
     vocab, n_rows = rule.valid_vocab, x.shape[0]
     losses = x.new_empty((n_rows,), dtype=torch.float32)
     lse = torch.empty_like(losses)
@@ -125,11 +76,7 @@ def losses_and_gradients(
 
 
 def scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """gradient * factor, of one element, multiplied in float32, in another dtype."""
-    if use_triton(gradient):
-        from phi1.kernels.cross_entropy.loss_triton import launch_scale
-
-        return launch_scale(gradient, factor, dtype)
+    """`dispatch.scaled` in PyTorch."""
     if gradient.is_cpu and gradient.dtype == dtype:
         # The CPU kernel multiplies 16-bit elements by a scalar in float32.
         return torch.mul(gradient, factor.item(), out=empty(gradient.shape, dtype=dtype, device=gradient.device))

@@ -1,4 +1,4 @@
-"""Linear layer and cross-entropy in one operation that never holds all of the [N, V] logits; see `_cross_entropy.py`.
+"""Linear layer and cross-entropy in one operation that never holds all of the [N, V] logits; formulas in `dispatch.py`.
 
 With reduction "mean" or "sum" the gradients are computed in the forward, where the inputs ask for them, and saved in
 place of the inputs (float16's as float32, times 2^10); the backward only scales them. With "none" each row has its own
@@ -26,14 +26,8 @@ from phi1.kernels.core.checks import (
     check_whole,
     require,
 )
-from phi1.kernels.cross_entropy.eager import (
-    LossRule,
-    Needs,
-    gradient_dtype,
-    losses_and_gradients,
-    scale_of,
-    scaled,
-)
+from phi1.kernels.cross_entropy.dispatch import losses_and_gradients, scaled
+from phi1.kernels.cross_entropy.spec import LossRule, Needs, gradient_dtype, scale_of
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -145,7 +139,7 @@ def _setup(ctx, inputs, output) -> None:
 
 def _autograd(ctx, dloss, *_):
     if dloss is None:
-        return (None,) * 13
+        return (None,) * len(ctx.needs_input_grad)
     wanted = ctx.needs_input_grad[:3]
     if ctx.reduction == "none":
         gradients = torch.ops.phi1.linear_cross_entropy_rows_backward(dloss, *ctx.saved_tensors, *ctx.numbers[:-3],

@@ -1,6 +1,6 @@
 """Triton kernels of linear_cross_entropy, between PyTorch's products, and the launcher that walks the chunks.
 
-The formulas are in `_cross_entropy.py`. A chunk's logits are one buffer in x's dtype; one kernel turns each row into
+The formulas are in `dispatch.py`. A chunk's logits are one buffer in x's dtype; one kernel turns each row into
 its loss and, in place, into dl: a first pass over the row keeps a running maximum and sum for each lane, and the second
 finds the row in the L2 cache. dW is added up in float32 by the products themselves (cuBLAS with beta = 1), so that
 each chunk reads and writes it once. Nothing waits for the device.
@@ -17,16 +17,17 @@ import torch
 import triton
 import triton.language as tl
 
+from phi1.kernels.core import constants
+from phi1.kernels.core.constants import FP_FUSION
 from phi1.kernels.core.tiles import TILES, tile
-from phi1.kernels.cross_entropy.eager import LossRule, Needs, gradient_dtype, scale_of
+from phi1.kernels.cross_entropy.spec import LossRule, Needs, gradient_dtype, scale_of
 
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(constants.LOG2E)
 NAN = tl.constexpr(float("nan"))
-# Of a row's stride: every row is 16-byte aligned whatever V is, and column_sums needs no mask.
+# Row strides are padded to 128 columns, so every row starts 16-byte aligned for any V, and column_sums needs no mask.
 COLUMN_MULTIPLE = 128
 # The product for dX of 2048 rows is 128 tiles of 128 x 256 at D = 2048: one wave of an H100's 132 SMs.
 WAVE_ROWS, TILE_ROWS = 2048, 128
-FP_FUSION = True  # said at every launch, since the default changes with Triton 3.10, and bits with it
 
 TILES |= {
     ("linear_cross_entropy", "rows"): [
@@ -173,7 +174,7 @@ def launch_losses_and_gradients(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, rule: LossRule,
     needs: Needs, row_weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `losses_and_gradients` of `_cross_entropy.py`."""
+    """`dispatch.losses_and_gradients` by the kernels."""
     n_rows, vocab = x.shape[0], weight.shape[0]
     x, weight, targets = x.contiguous(), weight.contiguous(), targets.contiguous()
     bias = None if bias is None else bias.contiguous()

@@ -11,7 +11,7 @@ loads behind the epilogue before it, for up to 41 registers a thread more. Nobod
 takes it: without it the GPU balances tiles over its multiprocessors by itself. Warp specialisation, which would hide
 all of the epilogue, does not compile under Triton 3.9 with descriptors made on the host.
 
-Where the tuned table says "cublas", the product is cuBLAS's and what follows it is `_epilogue_triton.py`'s one pass.
+Where the tuned table says "cublas", the product is cuBLAS's and what follows it is `epilogue_triton.py`'s one pass.
 
 N rows, K inputs, M outputs, B samples.
 """
@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from phi1.kernels.core.constants import FP_FUSION
 from phi1.kernels.core.philox import Dropout, is_active
 from phi1.kernels.core.tiles import TILES, tile
 from phi1.kernels.gemm.matmul_triton import (
@@ -34,7 +35,7 @@ from phi1.kernels.gemm.matmul_triton import (
 )
 from phi1.kernels.gemm.tma_triton import describable, operand, tile_product
 from phi1.kernels.pointwise.dropout_triton import dropped_tile, mask_arguments
-from phi1.kernels.pointwise.epilogue_triton import launch_forward as launch_epilogue
+from phi1.kernels.pointwise.epilogue_triton import launch_epilogue_forward
 from phi1.kernels.pointwise.gelu_triton import gelu_new
 
 TILES |= {
@@ -141,7 +142,7 @@ def store_linear(
     tl.store(out_ptr + first + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_forward(
+def launch_linear_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, gelu: bool,
     dropout: Dropout | None, cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,7 +167,7 @@ def launch_forward(
         stride_residual_n=0 if residual is None else residual.stride(0), **mask_arguments(dropout, cu_seqlens),
         BLOCK_M=t["block_m"], BLOCK_N=t["block_n"], BLOCK_K=t["block_k"], GROUP_M=t["group_m"],
         EVEN_K=x.shape[1] % t["block_k"] == 0, PARTS=t["parts"], TMA=tma, PERSISTENT=bool(t.get("persistent")),
-        num_warps=t["num_warps"], num_stages=t["num_stages"], enable_fp_fusion=True,
+        num_warps=t["num_warps"], num_stages=t["num_stages"], enable_fp_fusion=FP_FUSION,
     )
     return out, pre
 
@@ -177,7 +178,7 @@ def _launch_product_and_epilogue(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     product = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
     if gelu:
-        return launch_epilogue(product, residual, gelu, dropout, cu_seqlens=cu_seqlens), product
+        return launch_epilogue_forward(product, residual, gelu, dropout, cu_seqlens=cu_seqlens), product
     if residual is not None or is_active(dropout):
-        launch_epilogue(product, residual, gelu, dropout, out=product, cu_seqlens=cu_seqlens)
+        launch_epilogue_forward(product, residual, gelu, dropout, out=product, cu_seqlens=cu_seqlens)
     return product, product.new_empty(0)

@@ -13,10 +13,39 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
-from phi1.kernels.core.backend import operator, reference_forced
+from phi1.kernels.core.backend import operator, reference_forced, use_triton
 from phi1.kernels.core.checks import check_alike, check_float, check_rank, check_shape, check_tensors
-from phi1.kernels.gemm.mlp_eager import mlp_backward, mlp_forward
-from phi1.kernels.pointwise.gelu_eager import gelu_new
+from phi1.kernels.core.cpu_matmul import mm
+from phi1.kernels.gemm.linear import linear_forward
+from phi1.kernels.pointwise.gelu import gelu_backward, gelu_new
+
+
+def mlp_forward(
+    x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [N, D], pre [N, F])."""
+    act, pre = linear_forward(x, w1, b1, None, True, None)
+    return linear_forward(act, w2, b2, None, False, None)[0], pre
+
+
+def mlp_backward(
+    dout: torch.Tensor, x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, pre: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, w1, b1, w2, b2."""
+    act = torch.empty_like(pre)
+    if use_triton(x):
+        from phi1.kernels.gemm.mlp_triton import launch_dgelu
+        from phi1.kernels.pointwise.epilogue_triton import launch_epilogue_backward
+
+        dpre = torch.empty_like(pre)
+        db1 = launch_dgelu(dout, w2, pre, dpre, act)
+        db2 = launch_epilogue_backward(dout, None, None, bias=True)
+        assert db2 is not None
+    else:
+        dout = dout.contiguous()
+        dpre = gelu_backward(mm(dout, w2), pre, y=act)
+        db1, db2 = dpre.sum(0), dout.sum(0)
+    return mm(dpre, w1), mm(dpre.t(), x), db1, mm(dout.t(), act), db2
 
 
 @operator("phi1::mlp")

@@ -6,7 +6,7 @@ dact stays in the float32 accumulator and is never written. act, which the gradi
 that reads pre anyway; db1 leaves as one partial row for each row of tiles, and a second kernel adds these in order:
 deterministic. The epilogue works on one quarter of the columns after the other. Tiles may be persistent, as linear's.
 
-Where the tuned table says "cublas", the product is cuBLAS's and the rest is `_epilogue_triton.py`'s one pass.
+Where the tuned table says "cublas", the product is cuBLAS's and the rest is `epilogue_triton.py`'s one pass.
 
 N rows, D width, F MLP width, P rows of tiles.
 """
@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from phi1.kernels.core.constants import FP_FUSION
 from phi1.kernels.core.tiles import TILES, tile
 from phi1.kernels.gemm.matmul_triton import (
     check_rows,
@@ -27,7 +28,7 @@ from phi1.kernels.gemm.matmul_triton import (
     own_tiles,
 )
 from phi1.kernels.gemm.tma_triton import describable, operand, tile_product
-from phi1.kernels.pointwise.epilogue_triton import column_sum, launch_backward_partial
+from phi1.kernels.pointwise.epilogue_triton import column_sum, launch_epilogue_backward_partial
 from phi1.kernels.pointwise.gelu_triton import gelu_new_and_slope
 
 TILES |= {
@@ -136,7 +137,7 @@ def launch_dgelu_partial(
     t = tile("mlp", "dgelu", pre.device, dtype=str(pre.dtype).removeprefix("torch."), rows=n_rows, width=dout.shape[1],
              inner=n_cols, described=described)
     if "cublas" in t:
-        partial = launch_backward_partial(torch.mm(dout, weight), pre, None, dpre=dpre, act=act)
+        partial = launch_epilogue_backward_partial(torch.mm(dout, weight), pre, None, dpre=dpre, act=act)
         assert partial is not None
         return partial
     partial = pre.new_empty((triton.cdiv(n_rows, t["block_m"]), n_cols), dtype=torch.float32)
@@ -151,6 +152,6 @@ def launch_dgelu_partial(
             stride_act_n=act.stride(0), BLOCK_M=t["block_m"], BLOCK_N=t["block_n"], BLOCK_K=t["block_k"],
             GROUP_M=t["group_m"], EVEN_K=dout.shape[1] % t["block_k"] == 0, TMA=tma,
             PERSISTENT=bool(t.get("persistent")), num_warps=t["num_warps"], num_stages=t["num_stages"],
-            enable_fp_fusion=True,
+            enable_fp_fusion=FP_FUSION,
         )
     return partial

@@ -1,7 +1,7 @@
 """Operands of tiled products by TMA (sm_90 and later): descriptors made on the host, and the loop that loads by them.
 
 A kernel takes each operand as a pointer or as its descriptor, and has a constexpr that says which; the loop that loads
-by pointers is in `_gemm_triton.py`.
+by pointers is in `matmul_triton.py`.
 """
 
 from __future__ import annotations

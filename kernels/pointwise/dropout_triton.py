@@ -1,4 +1,4 @@
-"""Dropout of a residual branch inside Triton kernels: the bits of `_philox.residual_keep`, tile by tile.
+"""Dropout of a residual branch inside Triton kernels: the bits of `philox.residual_keep`, tile by tile.
 
 A launch passes `**mask_arguments(dropout, cu_seqlens)`; its kernel takes the seven arguments by those names, with
 rng_ptr None where nothing is dropped. The document of a packed row is found by bisection.

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from phi1.kernels.core.constants import FP_FUSION
 from phi1.kernels.core.philox import Dropout
 from phi1.kernels.core.tiles import TILES, tile
 from phi1.kernels.pointwise.dropout_triton import dropped_tile, mask_arguments
@@ -151,7 +152,7 @@ def column_sum_kernel(
     tl.store(out_ptr + offs_f, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=mask_f)
 
 
-def launch_forward(
+def launch_epilogue_forward(
     x: torch.Tensor, residual: torch.Tensor | None, gelu: bool, dropout: Dropout | None,
     out: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -165,12 +166,12 @@ def launch_forward(
         epilogue_forward_kernel[(triton.cdiv(n_rows, t["rows"]) * triton.cdiv(n_cols, t["cols"]),)](
             x, residual, wide_out, n_rows=n_rows, n_cols=n_cols, stride_x_n=x.stride(0),
             stride_residual_n=_stride(residual), stride_out_n=wide_out.stride(0), **mask, GELU=gelu,
-            ROWS=t["rows"], COLS=t["cols"], num_warps=t["num_warps"], enable_fp_fusion=True,
+            ROWS=t["rows"], COLS=t["cols"], num_warps=t["num_warps"], enable_fp_fusion=FP_FUSION,
         )
     return out
 
 
-def launch_backward(
+def launch_epilogue_backward(
     dout: torch.Tensor, pre: torch.Tensor | None, dropout: Dropout | None, *, dpre: torch.Tensor | None = None,
     act: torch.Tensor | None = None, bias: bool = False,
 ) -> torch.Tensor | None:
@@ -178,7 +179,7 @@ def launch_backward(
 
     The columns of dpre and act lie next to each other. pre is None without gelu_new.
     """
-    partial = launch_backward_partial(dout, pre, dropout, dpre=dpre, act=act, bias=bias)
+    partial = launch_epilogue_backward_partial(dout, pre, dropout, dpre=dpre, act=act, bias=bias)
     if partial is None:
         return None
     db = dout.new_empty(dout.shape[1])
@@ -186,11 +187,11 @@ def launch_backward(
     return db
 
 
-def launch_backward_partial(
+def launch_epilogue_backward_partial(
     dout: torch.Tensor, pre: torch.Tensor | None, dropout: Dropout | None, *, dpre: torch.Tensor | None = None,
     act: torch.Tensor | None = None, bias: bool = True,
 ) -> torch.Tensor | None:
-    """`launch_backward`, with db as partial sums [P, F] float32."""
+    """`launch_epilogue_backward`, with db as partial sums [P, F] float32."""
     mask = mask_arguments(dropout)
     dout, pre, dpre, act = _rows(mask["rng_ptr"] is None and not bias, _readable(dout), _readable(pre), dpre, act)
     n_rows, n_cols = dout.shape
@@ -203,7 +204,7 @@ def launch_backward_partial(
             dout, pre, dpre, act, partial, n_rows=n_rows, n_cols=n_cols, n_partials=n_partials,
             stride_dout_n=dout.stride(0), stride_pre_n=_stride(pre), stride_dpre_n=_stride(dpre),
             stride_act_n=_stride(act), **mask, ROWS=t["rows"], COLS=t["cols"], num_warps=t["num_warps"],
-            enable_fp_fusion=True,
+            enable_fp_fusion=FP_FUSION,
         )
     return partial
 
@@ -214,7 +215,7 @@ def column_sum(partial: torch.Tensor, out: torch.Tensor) -> None:
     if n_cols:
         column_sum_kernel[(triton.cdiv(n_cols, SUM_BLOCK_F),)](
             partial, out, n_partials=n_partials, n_cols=n_cols, BLOCK_P=SUM_BLOCK_P, BLOCK_F=SUM_BLOCK_F,
-            num_warps=4, enable_fp_fusion=True,
+            num_warps=4, enable_fp_fusion=FP_FUSION,
         )
 
 

@@ -1,4 +1,4 @@
-"""gelu_new inside Triton kernels: the function, and its derivative with it for one exponential; formulas in `_gelu.py`.
+"""gelu_new inside Triton kernels, alone and with its derivative for one exponential; formulas in `gelu.py`.
 
 Arguments and results are float32.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phi1.kernels.pointwise import gelu_eager
+from phi1.kernels.core import constants
 
-LINEAR = tl.constexpr(gelu_eager.LINEAR)
-CUBIC = tl.constexpr(gelu_eager.CUBIC)
-SLOPE_SQUARE = tl.constexpr(3 * gelu_eager.CUBIC)
+LINEAR = tl.constexpr(constants.GELU_LINEAR)
+CUBIC = tl.constexpr(constants.GELU_CUBIC)
+SLOPE_SQUARE = tl.constexpr(3 * constants.GELU_CUBIC)
 
 
 @triton.jit

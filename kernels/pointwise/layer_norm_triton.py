@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from phi1.kernels.core.constants import FP_FUSION
 from phi1.kernels.core.tiles import TILES, tile
 
 # At phi-1's N = 16,384 the partials are 5 % of the backward's traffic. 512 programs of 4 warps and up to 128 registers
@@ -32,8 +33,6 @@ TILES |= {
         {"rows": rows, "stages": stages, "num_warps": warps}
         for rows, warps in ((1, 4), (2, 4), (1, 8), (2, 8)) for stages in (1, 2, 3)],
 }
-# Said at every launch, since the default changes with Triton 3.10, and bits with it.
-FP_FUSION = True
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -156,7 +155,7 @@ def sum_partials_kernel(
     tl.store(db_ptr + offs_d, db.to(db_ptr.dtype.element_ty), mask=mask_d)
 
 
-def launch_forward(
+def launch_layer_norm_forward(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(h, y, mean, rstd) of contiguous rows x [N, D]; h is x itself where there is no residual."""
@@ -175,7 +174,7 @@ def launch_forward(
     return h, y, mean, rstd
 
 
-def launch_backward(
+def launch_layer_norm_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor,
     dresidual: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Triton kernel of rotary and its in-place variant, and the launcher; formulas in `_rotary.py`.
+"""Triton kernel of rotary and its in-place variant, and the launcher; formulas in `rotary.py`.
 
 The two halves of a head's rotary dimensions are loaded as blocks of their own, so that a pair meets in one thread, and
 the rest of the head and v are copied past. Loaded and stored in x's dtype, rotated in float32, rounded once. A row
@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from phi1.kernels.core.constants import FP_FUSION
 from phi1.kernels.core.tiles import TILES, tile
 
 NAN = tl.constexpr(float("nan"))
@@ -102,5 +103,5 @@ def launch_rotary(
         stride_out_n=out.stride(0), stride_out_s=out.stride(1), stride_out_h=out.stride(2), stride_out_k=out.stride(3),
         sign=-1.0 if inverse else 1.0, N_HEADS=n_heads, HEAD_DIM=head_dim, HALF=half,
         BLOCK_HALF=triton.next_power_of_2(half), BLOCK_REST=triton.next_power_of_2(max(1, head_dim - 2 * half)),
-        IN_PLACE=in_place, ROWS=t["rows"], BLOCK_H=block_h, num_warps=t["num_warps"], enable_fp_fusion=True,
+        IN_PLACE=in_place, ROWS=t["rows"], BLOCK_H=block_h, num_warps=t["num_warps"], enable_fp_fusion=FP_FUSION,
     )

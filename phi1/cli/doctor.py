@@ -1,4 +1,4 @@
-"""What `phi1 doctor` examines: versions, device, kernels, memory and disk. Each check does what it speaks of."""
+"""The checks of `phi1 doctor`: versions, device, kernels, memory and disk. Each check runs what it reports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Finding:
 
 
 def examine() -> Iterator[Finding]:
-    """All findings, as they are made. A check that raises is a FAIL with its reason."""
+    """Run the checks and yield each finding at once. A check that raises becomes a FAIL with its reason."""
     yield Finding("ok", "phi1", f"{importlib.metadata.version('phi1')} in {Path(__file__).parent}")
     yield Finding("ok", "python", f"{platform.python_version()} on {platform.platform()}")
     yield from _packages()
@@ -38,7 +38,7 @@ def examine() -> Iterator[Finding]:
     for subject, check in checks.items():
         try:
             yield from check()
-        except Exception as error:  # the report must go on, whatever is broken
+        except Exception as error:  # the report goes on, whatever is broken
             reason = " ".join(str(error).split())
             yield Finding("FAIL", subject, f"{type(error).__name__}: {reason}")
 
@@ -81,7 +81,7 @@ def _device() -> Iterator[Finding]:
 
 
 def _layer_norm() -> Iterator[Finding]:
-    """Run an operation on the device that models go to: on CUDA that compiles and launches a Triton kernel."""
+    """Run layer_norm on the default device of models. On CUDA that compiles and launches a Triton kernel."""
     import torch
 
     from phi1.kernels import layer_norm
@@ -96,7 +96,7 @@ def _layer_norm() -> Iterator[Finding]:
 
 
 def _model() -> Iterator[Finding]:
-    """One training step of a tiny model, forwards and backwards."""
+    """Run one forward and backward of a tiny model."""
     import torch
 
     from phi1.config import preset
@@ -109,7 +109,7 @@ def _model() -> Iterator[Finding]:
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     finite = all(grad is not None and bool(grad.isfinite().all()) for grad in gradients)
-    # Weights of standard deviation 0.02 say little: the loss must be near that of uniform guessing.
+    # With weights of standard deviation 0.02 the prediction is nearly uniform, so the loss is nearly log 512.
     near = abs(loss.item() - torch.tensor(512.0).log().item()) < 0.5
     yield Finding("ok" if finite and near else "FAIL", "model",
                   f"forward and backward on {device}: loss {loss.item():.3f} (uniform 6.238), gradients "

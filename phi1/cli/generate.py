@@ -41,14 +41,14 @@ def main(argv: list[str], parser_class: type) -> int:
     _use_utf8(sys.stdout)
 
     from phi1.generation import stream
-    from phi1.sampling import Rules
+    from phi1.sampling import SamplingParams
     from phi1.weights.huggingface import load
 
     stop = [item.replace(r"\n", "\n").replace(r"\t", "\t") for item in args.stop]
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
                                "top_k": args.top_k, "top_p": args.top_p, "stop": stop}
-    # Checked before gigabytes are read.
-    seed = Rules.check("generate", **options, seed=args.seed).seed
+    # Options are checked before gigabytes are read.
+    seed = SamplingParams.check("generate", **options, seed=args.seed).seed
     folder = locate_model(args)
     tokenizer = load_named_tokenizer(args, folder)
     model = load(folder, device=args.device, dtype=args.dtype)
@@ -77,7 +77,7 @@ def _prompt(args: argparse.Namespace) -> str:
 
 
 def _use_utf8(stream: TextIO) -> None:
-    """Pipes and files get UTF-8 whatever the locale; a terminal of another encoding gets what it can show."""
+    """Write UTF-8 to pipes and files in any locale; a terminal of another encoding gets the characters it can show."""
     if stream.isatty():
         stream.reconfigure(errors="replace")  # type: ignore[attr-defined]
     else:
@@ -85,7 +85,7 @@ def _use_utf8(stream: TextIO) -> None:
 
 
 def _write(pieces: Generator[str, None, Completion]) -> Completion:
-    """Write pieces as they come; returns what the generator returns. A terminal's last line is ended in any case."""
+    """Write each piece at once and return the generator's completion. On a terminal, end the last line in any case."""
     try:
         while True:
             sys.stdout.write(next(pieces))

@@ -1,4 +1,4 @@
-"""`phi1 humaneval`: let a model write HumanEval's functions, and, with --execute, run their tests."""
+"""`phi1 humaneval`: let a model complete HumanEval's functions and, with --execute, run their tests."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def main(argv: list[str], parser_class: type) -> int:
                         help="write completions and results there, as JSON lines; not a file that is read")
     args = parser.parse_args(argv)
     _check(args)
-    # Stopped by SIGTERM, as by Ctrl-C, it clears up after itself: programs that run, and their folders.
+    # SIGTERM ends the command as Ctrl-C does: running programs are killed and their folders removed.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return _run(args)
@@ -61,7 +61,7 @@ def _run(args: argparse.Namespace) -> int:
                 attempts.append(attempt)
                 if file:
                     file.write(attempt.as_json() + "\n")
-                    file.flush()  # what has run need not run again, whatever ends this
+                    file.flush()  # a sample that has run need not run again, whatever ends the command
             done = f", {sum(attempt.passed for attempt in attempts)} passed" if args.execute else ""
             print(f"phi1 humaneval: {len(attempts)} samples{done}", file=sys.stderr)
     if not args.execute:
@@ -78,8 +78,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """What the options must be before gigabytes are read."""
-    from phi1.sampling import Rules
+    """Refuse options that contradict each other, before gigabytes are read."""
+    from phi1.sampling import SamplingParams
 
     if (args.model is not None) + (args.completions is not None) + args.canonical != 1:
         raise ValueError("give --model, --completions FILE or --canonical, one of them")
@@ -92,11 +92,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--samples must be 1 or more and --timeout above 0; got {args.samples} and {args.timeout:g}")
     if args.samples > 1 and args.temperature == 0:
         raise ValueError("--samples: without a --temperature above 0 all samples of a problem are the same")
-    Rules.check("humaneval", args.max_new_tokens, args.temperature, 0, args.top_p, args.seed, ())
+    SamplingParams.check("humaneval", args.max_new_tokens, args.temperature, 0, args.top_p, args.seed, ())
 
 
 def _attempts(args: argparse.Namespace, problems: Sequence[Problem]) -> Iterator[list[Attempt]]:
-    """What is to be run, some at a time."""
+    """Yield the attempts to run, one batch at a time."""
     from phi1.evaluate.humaneval import BATCH, Attempt, complete, read_attempts
 
     if args.completions:
@@ -119,7 +119,7 @@ def _attempts(args: argparse.Namespace, problems: Sequence[Problem]) -> Iterator
 
 
 def _conditions(args: argparse.Namespace, n_problems: int, n_samples: int) -> str:
-    """What a score depends on beside the model, to be quoted with it."""
+    """Return the conditions that a score depends on beside the model; they are quoted with it."""
     how = ""
     if args.model:
         drawn = f"temperature {args.temperature:g}, top-p {args.top_p:g}, seed {args.seed}"

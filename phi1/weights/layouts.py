@@ -1,4 +1,4 @@
-"""Names and layouts of the published phi checkpoints, and where each of their tensors goes in `phi1.model.Phi1`.
+"""Names and layouts of the published phi checkpoints, and the part of a `phi1.model.Phi1` that each tensor fills.
 
     A  mixformer-sequential    layers.N.mixer.Wqkv, N from 1; embedding layers.0, final norm and head the last layer;
                                the oldest files say mlp.fc_in and mlp.fc_out
@@ -6,7 +6,7 @@
     C  transformers 4.36       model.layers.N.self_attn.query_key_value, rows interleaved per head: q k v of head 0, ...
     D  transformers >= 4.37    model.layers.N.self_attn.q_proj, k_proj, v_proj; the one that is written
 
-A published tensor fills a rectangle of one of our parameters, so one table of places serves reading and writing.
+A published tensor fills a rectangle of one of our parameters, so one table of slices serves reading and writing.
 D width, F MLP width, H heads, K head size, V vocabulary, R rotary dimension.
 """
 
@@ -24,7 +24,7 @@ from phi1.config import Phi1Config
 
 @dataclass(frozen=True)
 class Layout:
-    """How one generation of checkpoints names its modules; {n} counts the blocks, {end} is the number after them."""
+    """Module names of one generation of checkpoints; {n} is the number of a block, {end} the number after the last."""
 
     embed: str
     block: str
@@ -36,7 +36,7 @@ class Layout:
     final_norm: str
     head: str
     first: int = 0  # number of the first block
-    interleaved: bool = False  # rows of the fused module go head by head
+    interleaved: bool = False  # rows of the fused module are ordered head by head
 
 
 _MIXFORMER: dict[str, Any] = {"norm": "ln", "qkv": ("mixer.Wqkv",), "dense": "mixer.out_proj"}
@@ -60,16 +60,16 @@ WRITTEN = "transformers"
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterSlice:
     """The rectangle of one of our parameters that a published tensor fills."""
 
     parameter: str
     index: tuple[slice | int, ...]
-    shape: tuple[int, ...]  # of the published tensor
-    heads: int = 0  # H where its rows are interleaved per head, else 0
+    shape: tuple[int, ...]  # shape of the published tensor
+    heads: int = 0  # H if its rows are interleaved per head, else 0
 
     def fill(self, parameter: Tensor, tensor: Tensor) -> None:
-        """Copy the published tensor into our parameter, cast to its dtype, with no other copy made."""
+        """Copy the published tensor into our parameter, cast to its dtype, without another copy."""
         region = parameter[self.index]
         if self.heads:
             region = region.unflatten(0, (3, self.heads, -1))  # [3, H, K, ...]
@@ -77,25 +77,25 @@ class Place:
         region.copy_(tensor)
 
 
-def places(layout: Layout, config: Phi1Config) -> dict[str, Place]:
-    """Every published name of the layout, and its place."""
+def parameter_slices(layout: Layout, config: Phi1Config) -> dict[str, ParameterSlice]:
+    """Return the slice that each published name of the layout fills."""
     d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
     heads = config.num_attention_heads if layout.interleaved else 0
     whole = slice(None)
-    table = {f"{layout.embed}.weight": Place("embed.weight", (whole,), (v, d))}
+    table = {f"{layout.embed}.weight": ParameterSlice("embed.weight", (whole,), (v, d))}
 
     def rows(name: str, module: str, first: int, count: int, interleaved_heads: int = 0) -> None:
         index = (slice(first, first + count),)
-        table[f"{name}.weight"] = Place(f"{module}.weight", index, (count, d), interleaved_heads)
-        table[f"{name}.bias"] = Place(f"{module}.bias", index, (count,), interleaved_heads)
+        table[f"{name}.weight"] = ParameterSlice(f"{module}.weight", index, (count, d), interleaved_heads)
+        table[f"{name}.bias"] = ParameterSlice(f"{module}.bias", index, (count,), interleaved_heads)
 
     def columns(name: str, module: str, branch: int, first: int, count: int) -> None:
-        table[f"{name}.weight"] = Place(f"{module}.weight", (whole, slice(first, first + count)), (d, count))
-        table[f"{name}.bias"] = Place(f"{module}.bias", (branch,), (d,))
+        table[f"{name}.weight"] = ParameterSlice(f"{module}.weight", (whole, slice(first, first + count)), (d, count))
+        table[f"{name}.bias"] = ParameterSlice(f"{module}.bias", (branch,), (d,))
 
     def norm(name: str, module: str) -> None:
         for leaf in ("weight", "bias"):
-            table[f"{name}.{leaf}"] = Place(f"{module}.{leaf}", (whole,), (d,))
+            table[f"{name}.{leaf}"] = ParameterSlice(f"{module}.{leaf}", (whole,), (d,))
 
     for layer in range(config.num_hidden_layers):
         theirs, ours = layout.block.format(n=layer + layout.first), f"blocks.{layer}."
@@ -112,16 +112,16 @@ def places(layout: Layout, config: Phi1Config) -> dict[str, Place]:
     return table
 
 
-def recognise(names: Iterable[str], config: Phi1Config) -> dict[str, Place] | None:
-    """The places of the layout that most of the names belong to; None if they belong to none."""
+def recognise(names: Iterable[str], config: Phi1Config) -> dict[str, ParameterSlice] | None:
+    """Return the slices of the layout that has most of the names, or None if no layout has one."""
     present = set(names)
-    tables = [places(layout, config) for layout in LAYOUTS.values()]
+    tables = [parameter_slices(layout, config) for layout in LAYOUTS.values()]
     best = max(tables, key=lambda table: len(present & table.keys()))
     return best if present & best.keys() else None
 
 
 def is_derived(name: str) -> bool:
-    """Whether the tensor follows from the configuration and is not read: old files hold rotary frequencies."""
+    """Return True for rotary frequencies, which old files hold; they follow from the configuration and are not read."""
     return name.endswith("rotary_emb.inv_freq")
 
 
@@ -130,10 +130,10 @@ _OLD_TYPES = ("mixformer-sequential", "phi-msft")
 
 
 def read_config(raw: dict[str, Any]) -> Phi1Config:
-    """Phi1Config of a published config.json, of any age.
+    """Return the Phi1Config of a published config.json of any age.
 
     Raises:
-        ValueError: another architecture, a missing key, a value that breaks a rule.
+        ValueError: another architecture, a missing key, or a value that breaks a rule.
         NotImplementedError: a variant that was never published as phi-1, such as grouped-query attention.
     """
     kind = raw.get("model_type")
@@ -198,7 +198,7 @@ def _read_old(raw: dict[str, Any]) -> Phi1Config:
     return Phi1Config(
         vocab_size=raw["vocab_size"], hidden_size=width, intermediate_size=raw.get("n_inner") or 4 * width,
         num_hidden_layers=raw["n_layer"], num_attention_heads=heads,
-        # The old code took the smaller of the two as well.
+        # The old code took the smaller of the two too.
         rotary_dim=min(raw.get("rotary_dim", 32), width // heads),
         max_position_embeddings=raw.get("n_positions", 2048), layer_norm_eps=raw.get("layer_norm_epsilon", 1e-5),
         initializer_range=raw.get("initializer_range", 0.02),
@@ -207,10 +207,11 @@ def _read_old(raw: dict[str, Any]) -> Phi1Config:
 
 
 def written_config(config: Phi1Config, eos_id: int | None, dtype: str) -> dict[str, Any]:
-    """config.json of the current layout, with the keys that older transformers read as well.
+    """Return config.json in the current layout, with the keys of older transformers versions too.
 
     Args:
-        eos_id: id of <|endoftext|>, which also begins a text; None where it is not known.
+        config: the model's configuration.
+        eos_id: id of <|endoftext|>, which also begins a text; None if it is not known.
         dtype: name of the tensors' dtype, such as "float16".
     """
     factor = config.rotary_dim / config.head_dim

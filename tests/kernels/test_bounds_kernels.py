@@ -16,9 +16,9 @@ from phi1 import testing
 from phi1.kernels import attention, backend, check_values, rotary, rotary_
 from phi1.kernels.attention import launch_triton
 from phi1.kernels.attention.attention import attention_reference
-from phi1.kernels.attention.dispatch import Scheme
+from phi1.kernels.attention.spec import AttentionSpec
 from phi1.kernels.block import projections_triton as projections
-from phi1.kernels.pointwise.gelu_eager import gelu_new
+from phi1.kernels.pointwise.gelu import gelu_new
 
 DEVICE = testing.kernel_device()
 if DEVICE is None:
@@ -135,17 +135,17 @@ LAYOUTS = {  # [B, T, H, K] and strides, in elements
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_attention_past_2_to_31_elements(shared_memory, layout):
-    from phi1.kernels.attention.launch_triton import launch_backward, launch_forward
+    from phi1.kernels.attention.launch_triton import launch_attention_backward, launch_attention_forward
 
     shape, strides = LAYOUTS[layout]
     q, k, v, dq, dk, dv = giants(6, shape, strides)
     small = [draw(*shape, dtype=torch.float16) for _ in range(4)]
     for view, values in zip((q, k, v), small, strict=False):
         view.copy_(values)
-    scheme = Scheme(causal=True, scale=0.25)
+    spec = AttentionSpec(causal=True, scale=0.25)
     with backend("triton"), addresses_checked():
-        out, lse = launch_forward(q, k, v, scheme, None)
-        launch_backward(small[3], q, k, v, out, lse, (dq, dk, dv), scheme, None)
+        out, lse = launch_attention_forward(q, k, v, spec, None)
+        launch_attention_backward(small[3], q, k, v, out, lse, (dq, dk, dv), spec, None)
     leaves = [x.clone().requires_grad_() for x in small[:3]]
     expected = attention_reference(*leaves, causal=True, scale=0.25)
     wanted = torch.autograd.grad(expected, leaves, small[3])

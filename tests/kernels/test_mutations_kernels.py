@@ -79,7 +79,7 @@ MUTATIONS = {  # name: (file, text, its replacement, how often it occurs, the ch
     "groups of rows left out": ("layer_norm", "n_partials * ROWS, num", "n_partials * ROWS * 2, num", 1, "norm"),
     "a partial sum left out": ("layer_norm", "(offs_p < n_partials)", "(offs_p < n_partials - 1)", 1, "norm"),
     "gelu's cube": ("gelu", "x * tl.sigmoid(x * (x * x * CUBIC", "x * tl.sigmoid(x * (x * CUBIC", 1, "gelu"),
-    "slope's square": ("gelu", "constexpr(3 * gelu_eager.CUBIC)", "constexpr(2 * gelu_eager.CUBIC)", 1, "gelu"),
+    "slope's square": ("gelu", "constexpr(3 * constants.GELU_CUBIC)", "constexpr(2 * constants.GELU_CUBIC)", 1, "gelu"),
     "slope's sign": ("gelu", "(1.0 - s)", "(1.0 + s)", 1, "gelu"),
     "slope left out": ("epilogue", "dpre *= slope", "dpre *= 1.0", 1, "gelu"),
     "slope for act": ("epilogue", "tl.store(act_ptr + offs, act", "tl.store(act_ptr + offs, slope", 1, "mlp, cublas"),

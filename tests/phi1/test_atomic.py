@@ -1,5 +1,4 @@
-"""Folders that appear complete or not at all: stopped or killed at every line, and while other processes make, sweep
-and abandon theirs."""
+"""Atomic folders and files: stopped or killed at every line, and beside other processes that write the same path."""
 
 import contextlib
 import fcntl
@@ -24,12 +23,12 @@ def make(path, text, check=lambda old: None):
 
 
 def held(path):
-    """What the folder's files hold; None if there is no folder."""
+    """Return the texts of the folder's files, or None if there is no folder."""
     return sorted(file.read_text() for file in path.iterdir()) if path.exists() else None
 
 
-def broken_off(act, line, how):
-    """Do it in another process, until the given line of the module, and there `how`; whether it came to that line."""
+def interrupted_at(line, act, how):
+    """Run `act` in a forked process and call `how` at the given line of the module. Return True if it got there."""
     left = [line]
 
     def trace(frame, event, arg):
@@ -55,18 +54,24 @@ def stop():
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("how", "before"), [("stopped", "a folder"), ("killed", "a folder"), ("killed", "nothing")])
-def test_broken_off_at_any_line_it_is_as_it_was_or_as_it_was_to_be(tmp_path, how, before):
+@pytest.mark.parametrize(("how", "before"), [
+    ("stopped", "a folder"), ("killed", "a folder"), ("killed", "nothing"), ("killed, then removed", "a folder"),
+])
+def test_interrupted_at_any_line_the_folder_is_old_or_new(tmp_path, how, before):
     path, outcomes = tmp_path / "m", []
     was = ["1", "1"] if before == "a folder" else None
     for line in range(1, 1000):
         if was:
             make(path, "1")
-        came = broken_off(lambda: make(path, "2"), line, stop if how == "stopped" else lambda: os._exit(0))
+        came = interrupted_at(line, lambda: make(path, "2"), stop if how == "stopped" else lambda: os._exit(0))
         if how == "stopped":
-            assert held(path) in (was, ["2", "2"])  # already
+            assert held(path) in (was, ["2", "2"])  # even before a sweep
+        removed = how == "killed, then removed" and held(path) == ["2", "2"]
+        if removed:  # then no sweep may bring the old folder back
+            atomic.shutil.rmtree(path)
         sweep(path)
-        outcomes.append(held(path))
+        assert not removed or held(path) is None
+        outcomes.append(["2", "2"] if removed else held(path))
         assert os.listdir(tmp_path) == ["m"] * path.exists()
         if path.exists():
             atomic.shutil.rmtree(path)
@@ -77,8 +82,8 @@ def test_broken_off_at_any_line_it_is_as_it_was_or_as_it_was_to_be(tmp_path, how
     assert outcomes == [was] * published + [["2", "2"]] * (len(outcomes) - published)
 
 
-def test_stopped_once_more_while_it_puts_the_old_one_back_nothing_is_lost(tmp_path, monkeypatch):
-    """Each rename but the first is stopped; what is not put back by its owner is so by the next one."""
+def test_a_second_stop_during_the_cleanup_loses_nothing(tmp_path, monkeypatch):
+    """Every rename after the first is stopped. The next sweep puts the old folder back."""
     path, renames = tmp_path / "m", []
 
     def rename(source, target, rename=os.rename):
@@ -99,13 +104,13 @@ def test_stopped_once_more_while_it_puts_the_old_one_back_nothing_is_lost(tmp_pa
     assert os.listdir(tmp_path) == ["m"]
 
 
-def test_a_file_written_anew_is_the_old_one_or_the_new_one(tmp_path):
-    """Reached by a symbolic link, which stays."""
+def test_a_rewritten_file_is_old_or_new(tmp_path):
+    """The file is reached by a symbolic link, which stays."""
     (tmp_path / "here").symlink_to(tmp_path / "there")
     outcomes = []
     for line in range(1, 1000):
         (tmp_path / "there").write_text("old")
-        came = broken_off(lambda: write_file(tmp_path / "here", "new"), line, lambda: os._exit(0))
+        came = interrupted_at(line, lambda: write_file(tmp_path / "here", "new"), lambda: os._exit(0))
         outcomes.append((tmp_path / "here").read_text())
         sweep(tmp_path / "there")
         assert sorted(os.listdir(tmp_path)) == ["here", "there"]
@@ -117,21 +122,8 @@ def test_a_file_written_anew_is_the_old_one_or_the_new_one(tmp_path):
     assert (tmp_path / "here").is_symlink()
 
 
-def test_a_folder_that_was_replaced_and_then_removed_stays_away(tmp_path):
-    path = tmp_path / "m"
-    for line in range(1, 1000):
-        make(path, "1")
-        came = broken_off(lambda: make(path, "2"), line, lambda: os._exit(0))
-        if held(path) == ["2", "2"]:
-            atomic.shutil.rmtree(path)
-            sweep(path)
-            assert os.listdir(tmp_path) == []
-        if not came:
-            break
-
-
-def test_what_is_left_of_a_removal_is_never_put_back(tmp_path, monkeypatch):
-    """Killed after each file, where `old` and `new` are to go because another process has taken the name."""
+def test_a_half_removed_folder_is_never_put_back(tmp_path, monkeypatch):
+    """Another process has taken the name, so `old` and `new` are removed; a kill comes after each file."""
     path, left = tmp_path / "m", [0]
 
     def unlink(*args, unlink=os.unlink, **options):
@@ -141,7 +133,7 @@ def test_what_is_left_of_a_removal_is_never_put_back(tmp_path, monkeypatch):
             os._exit(0)
 
     @contextlib.contextmanager
-    def scandir(folder, scandir=os.scandir):  # `old` first, as some file systems have it
+    def scandir(folder, scandir=os.scandir):  # `old` comes first, as in some file systems
         with scandir(folder) as entries:
             yield sorted(entries, key=lambda entry: entry.name, reverse=True)
 
@@ -159,8 +151,8 @@ def test_what_is_left_of_a_removal_is_never_put_back(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [OSError("no"), KeyboardInterrupt()])
-def test_what_must_stay_is_put_back(tmp_path, error):
-    """Files that came while the new folder was filled are seen once nobody can add any more."""
+def test_a_folder_that_must_stay_is_put_back(tmp_path, error):
+    """The check runs on the folder after it was moved aside, where nobody can add files."""
     path = tmp_path / "m"
     make(path, "1")
 
@@ -187,7 +179,7 @@ def test_a_name_that_is_taken_is_left(tmp_path):
     assert len(os.listdir(tmp_path)) == 3
 
 
-def test_a_sweep_takes_only_what_was_abandoned_on_the_way_to_its_own_path(tmp_path):
+def test_a_sweep_removes_only_abandoned_workspaces_of_its_own_path(tmp_path):
     for name in (".m.0123abcd.tmp", ".m.5.0123abcd.tmp", ".m.mine.tmp", ".n.0123abcd.tmp"):
         (tmp_path / name / "old").mkdir(parents=True)
     with workspace(tmp_path / "m") as work:
@@ -197,7 +189,7 @@ def test_a_sweep_takes_only_what_was_abandoned_on_the_way_to_its_own_path(tmp_pa
 
 
 def test_a_lock_that_somebody_holds_for_long_is_not_waited_for(tmp_path, monkeypatch):
-    """As that of `flock FOLDER phi1 convert ...`, which its own command inherits."""
+    """Such a lock is that of `flock FOLDER phi1 convert ...`, which its own command inherits."""
     waits = []
     monkeypatch.setattr(atomic.time, "sleep", waits.append)
     folder = os.open(tmp_path, os.O_RDONLY)
@@ -210,7 +202,7 @@ def test_a_lock_that_somebody_holds_for_long_is_not_waited_for(tmp_path, monkeyp
 
 @pytest.mark.parametrize("moment", ["before it is opened", "before it is locked"])
 def test_a_folder_swept_before_it_is_locked_is_made_again(tmp_path, monkeypatch, moment):
-    """What another process that starts at the same time can do to it, at each moment at which it can."""
+    """Another process that starts at the same time may sweep the folder at either moment."""
     swept = []
 
     def remove(path):
@@ -231,8 +223,8 @@ def test_a_folder_swept_before_it_is_locked_is_made_again(tmp_path, monkeypatch,
     assert os.listdir(tmp_path) == []
 
 
-def test_many_at_once_do_not_disturb_one_another(tmp_path, monkeypatch):
-    """Each sweeps as it starts, at whatever moment the others are, and the folder is whole at every moment."""
+def test_concurrent_writers_do_not_break_each_other(tmp_path, monkeypatch):
+    """Each writer sweeps as it starts, at any moment of the others."""
     monkeypatch.setattr(atomic, "_LOCK_LOOKS", 6000)  # a rename takes seconds where a disk is busy
     failed = []
 

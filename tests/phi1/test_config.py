@@ -19,18 +19,11 @@ def test_published_sizes(name, parameters):
     assert sum(p.numel() for p in Phi1(config, device="meta").parameters()) == parameters
 
 
-def test_head_sizes():
-    assert PRESETS["phi1"].head_dim == 64
-    assert PRESETS["phi2"].head_dim == 80
+def test_presets_are_frozen_and_copied_with_changes():
+    assert (PRESETS["phi1"].head_dim, PRESETS["phi2"].head_dim) == (64, 80)
     assert PRESETS["nano"].num_parameters < 6e6
-
-
-def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         PRESETS["phi1"].hidden_size = 1
-
-
-def test_preset_changes():
     config = preset("nano", vocab_size=300, attention_dropout=0.1)
     assert (config.vocab_size, config.attention_dropout, config.hidden_size) == (300, 0.1, 256)
     assert PRESETS["nano"].vocab_size == 4096

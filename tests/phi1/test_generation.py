@@ -1,8 +1,7 @@
-"""Generation: the cache, the batch and the stream give what plain decoding gives; sampling follows its definition."""
+"""Generation: the cache, the batch and the stream give the same text as plain decoding."""
 
 import math
 import pickle
-import random
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ import phi1
 from phi1.config import Phi1Config
 from phi1.generation import generate, stream
 from phi1.model import Phi1
-from phi1.sampling import Rules, choose, prompt_seed
 from phi1.tokenizer import train_bpe
 
 CONFIG = Phi1Config(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -25,7 +23,7 @@ def tokenizer():
 
 
 def random_model(seed=0):
-    """Weights large enough that the next token depends on the whole context."""
+    """Return a model whose weights are so large that the next token depends on the whole context."""
     model = Phi1(CONFIG)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -41,7 +39,7 @@ def model():
 
 
 class Scripted(torch.nn.Module):
-    """Stands for a model that says the given tokens, whatever it is asked."""
+    """A stand-in for a model: it says the given tokens, whatever the prompt."""
 
     def __init__(self, tokens):
         super().__init__()
@@ -58,7 +56,7 @@ class Scripted(torch.nn.Module):
 
 
 def say(tokenizer, text, **options):
-    """What generate and stream make of a model that says `text`; the two must agree."""
+    """Run generate and stream with a model that says `text`. The two must agree."""
     scripted = Scripted(tokenizer.encode(text) + [tokenizer.eos_id])
     (completion,) = generate(scripted, tokenizer, "x", **options)
     pieces, streamed = drain(stream(scripted, tokenizer, "x", **options))
@@ -78,7 +76,7 @@ def drain(generator):
 
 @torch.no_grad()
 def plain_greedy(model, tokenizer, prompt, count):
-    """No cache, no batch: the whole text through the model for each token."""
+    """Decode without cache or batch: the whole text goes through the model for each token."""
     ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
     start = len(ids)
     while len(ids) < start + count:
@@ -121,63 +119,6 @@ def test_seeds(model, tokenizer):
     unseeded = [sample("x", None)[0] for _ in range(3)]
     assert len({completion.seed for completion in unseeded}) == 3
     assert sample("x", unseeded[0].seed)[0] == unseeded[0]
-    assert len({prompt_seed(seed, i) for seed in range(50) for i in range(50)}) == 2500
-
-
-def choose_one(logits, u, **options):
-    rules = Rules.check("test", **({"max_new_tokens": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0,
-                                    "stop": ()} | options))
-    return choose(logits[None].float(), rules, torch.tensor([u], dtype=torch.float64)).item()
-
-
-def plain_choice(logits, u, temperature, top_k, top_p):
-    """The definition, in Python's floats: temperature, then the top k, then the smallest set that reaches top p."""
-    values = [value / temperature for value in logits.tolist()]
-    order = sorted(range(len(values)), key=lambda i: -values[i])
-    if top_k:
-        order = order[:top_k]
-    weight = {i: math.exp(values[i] - values[order[0]]) for i in order}
-    total, kept, reached = sum(weight.values()), [], 0.0
-    for i in order:
-        if reached >= top_p:
-            break
-        kept.append(i)
-        reached += weight[i] / total
-    goal = u * sum(weight[i] for i in kept)
-    for i in sorted(kept):
-        goal -= weight[i]
-        if goal < 0:
-            break
-    return i
-
-
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [
-    (1.0, 0, 1.0), (0.2, 0, 1.0), (3.0, 0, 1.0), (1.0, 5, 1.0), (1.0, 1, 1.0), (1.0, 0, 0.3), (1.0, 0, 1e-9),
-    (0.7, 40, 0.9), (2.0, 3, 0.5), (1.0, 500, 0.99),
-])
-def test_sampling_follows_the_definition(temperature, top_k, top_p):
-    numbers = random.Random(0)
-    seen = set()
-    for trial in range(60):
-        logits = 3 * torch.randn(100, generator=torch.Generator().manual_seed(trial))
-        u = numbers.random()
-        token = choose_one(logits, u, temperature=temperature, top_k=top_k, top_p=top_p)
-        assert token == plain_choice(logits, u, temperature, top_k, top_p)
-        seen.add(token == logits.argmax().item())
-    assert seen == ({True} if top_k == 1 or top_p < 1e-6 else {True, False})
-
-
-def test_sampling_draws_each_token_as_often_as_its_probability():
-    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
-    drawn = [choose_one(logits, (i + 0.5) / 1000) for i in range(1000)]
-    assert [drawn.count(token) for token in range(4)] == [500, 250, 125, 125]
-    assert choose_one(torch.tensor([-math.log(3), 0.0, -1e4]), 1 - 1e-16) == 1  # never a token of probability 0
-
-
-@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45])
-def test_a_tiny_temperature_is_greedy(temperature):
-    logits = torch.tensor([60000.0, -60000.0, 60001.0, 3.0])
-    assert choose_one(logits, 0.999, temperature=temperature) == 2
 
 
 def test_ids_without_a_token_are_never_drawn(tokenizer):

@@ -1,4 +1,4 @@
-"""Working copies: FSDP's bits without FSDP, gradients in fp32, and parameters that are always the newest."""
+"""Working copies: FSDP's bits without FSDP, gradients in fp32, and copies that follow the parameters."""
 
 import copy
 import pickle
@@ -11,7 +11,7 @@ from training_runs import make_trainer, weights_of
 from phi1 import Phi1, WorkingCopies
 from phi1.config import preset
 from phi1.gpus import Gpu
-from phi1.train.data.batch_plan import Layout
+from phi1.train.data.batch_plan import BatchPlan
 from phi1.train.plan.plan import Cluster, memory, moments, states
 from phi1.train.recipe.file import read_recipe
 from phi1.train.runtime.engine import Engine
@@ -37,7 +37,7 @@ def test_a_process_alone_computes_the_bits_of_fsdp(small_corpus, engines, precis
     for is_alone in (True, False):
         monkeypatch.setattr(Engine, "is_alone", is_alone)
         trainer = make_trainer(small_corpus, engines, precision, micro_batch_size=2)
-        trainer.layout = Layout.of(4, 2, 0, 1)
+        trainer.batch_plan = BatchPlan.of(4, 2, 0, 1)
         trainers.append(trainer)
     for _ in range(4):
         own, fsdp = (trainer.run_step() for trainer in trainers)
@@ -59,18 +59,13 @@ def test_gradients_are_those_of_a_model_in_that_precision_and_add_up_in_fp32():
             assert torch.equal(parameter.grad, count * expected.grad.float()), name
 
 
-def test_what_changes_the_parameters_is_seen():
+def test_a_changed_parameter_is_used_and_a_replaced_one_refused():
     model = make_model()
     WorkingCopies(model, torch.bfloat16)
     before = loss(model).item()
     with torch.no_grad():
         model.head.bias[:40] += 3.0
     assert abs(loss(model).item() - before) > 0.1
-
-
-def test_a_parameter_that_is_replaced_is_refused():
-    model = make_model()
-    WorkingCopies(model, torch.bfloat16)
     model.load_state_dict({name: x.clone() for name, x in model.state_dict().items()}, assign=True)
     with pytest.raises(RuntimeError, match="WorkingCopies: weight of Embedding was replaced; change it in place"):
         loss(model)
@@ -104,7 +99,7 @@ def interrupted(*_):
 
 
 @pytest.mark.parametrize("at", ["backward", "arrival", "adding"])
-def test_what_an_interrupted_backward_leaves_is_gone_with_zero_grad(at, monkeypatch):
+def test_zero_grad_removes_the_rest_of_an_interrupted_backward(at, monkeypatch):
     model, other = make_model(), make_model()
     WorkingCopies(model, torch.bfloat16)
     WorkingCopies(other, torch.bfloat16)
@@ -115,7 +110,7 @@ def test_what_an_interrupted_backward_leaves_is_gone_with_zero_grad(at, monkeypa
         model.loss.__self__._places[-1][-1].grad = torch.ones_like(model.head.bias, dtype=torch.bfloat16)
         value.register_hook(interrupted)
     else:
-        monkeypatch.setattr(torch.Tensor, "copy_", interrupted)  # of the first gradient that arrives
+        monkeypatch.setattr(torch.Tensor, "copy_", interrupted)  # called for the first gradient that arrives
     with pytest.raises(KeyboardInterrupt):
         value.backward()
     monkeypatch.undo()
@@ -125,34 +120,29 @@ def test_what_an_interrupted_backward_leaves_is_gone_with_zero_grad(at, monkeypa
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_what_is_not_float32_is_refused():
+def test_other_dtypes_are_refused():
     with pytest.raises(TypeError, match=r"parameters must be float32; got torch\.bfloat16 of embed\.weight"):
         WorkingCopies(make_model(torch.bfloat16), torch.bfloat16)
     with pytest.raises(TypeError, match=r"dtype must be float16, bfloat16 or float32; got torch\.int8"):
         WorkingCopies(make_model(), torch.int8)
 
 
-def test_a_loss_that_fails_leaves_the_parameters_where_they_were():
+def test_a_failing_loss_or_copy_leaves_the_parameters_in_place():
     model = make_model()
     own = list(model.parameters())
     WorkingCopies(model, torch.bfloat16)
     with pytest.raises(ValueError, match="token ids must be between"):
         model.loss(IDS[0] + 128, TARGETS[0])
+    for copies in (copy.deepcopy, pickle.dumps):  # a copy would train nothing
+        with pytest.raises(TypeError, match="can be neither copied nor pickled; save its state_dict"):
+            copies(model)
     assert all(a is b for a, b in zip(own, model.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("copies", [copy.deepcopy, pickle.dumps])
-def test_a_copy_that_would_train_nothing_is_refused(copies):
-    model = make_model()
-    WorkingCopies(model, torch.bfloat16)
-    with pytest.raises(TypeError, match="can be neither copied nor pickled; save its state_dict"):
-        copies(model)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_plan_knows_what_a_process_alone_holds(small_corpus, engines, precision):
     trainer = make_trainer(small_corpus, engines, precision, micro_batch_size=2)
-    trainer.layout = Layout.of(4, 2, 0, 1)
+    trainer.batch_plan = BatchPlan.of(4, 2, 0, 1)
     trainer.optimizer.zero_grad = lambda **_: None
     trainer.run_step()
     model = trainer.model

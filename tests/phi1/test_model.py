@@ -1,4 +1,4 @@
-"""The model against transformers' PhiForCausalLM on the same random weights, and against itself: padding, cache."""
+"""The model against transformers' PhiForCausalLM with equal random weights, and against itself: padding, cache."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ BOUND = 1e-5  # relative, float32: some 50 roundings of 6e-8 along the deepest c
 
 
 def peer(config) -> PhiForCausalLM:
-    """transformers' model with random weights; biases and norms too, or a misplaced one would go unseen."""
+    """Return transformers' model with random weights, biases and norms, so that a misplaced one shows."""
     torch.manual_seed(0)
     model = PhiForCausalLM(PhiConfig(
         vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
@@ -34,7 +34,7 @@ def peer(config) -> PhiForCausalLM:
 
 
 def as_ours(theirs: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
-    """Tensors under transformers' names, in our two projections a block."""
+    """Return the parameters of `Phi1` from tensors under transformers' names."""
     ours = {"embed.weight": theirs["model.embed_tokens.weight"], "head.weight": theirs["lm_head.weight"],
             "head.bias": theirs["lm_head.bias"], "norm.weight": theirs["model.final_layernorm.weight"],
             "norm.bias": theirs["model.final_layernorm.bias"]}
@@ -126,7 +126,7 @@ def test_cache_equals_no_cache(padded):
 
 
 def test_a_prompt_goes_through_the_fused_block(monkeypatch):
-    """And with gradients through the steps, which have a backward; both fill the cache alike."""
+    """With gradients it goes through separate operations, which have a backward. Both fill the cache alike."""
     model, ids, ways = Phi1(NANO).eval(), torch.randint(512, (2, 7)), []
     for name in ("prefill", "decode", "decode_with_gradients"):
         way = getattr(Block, name)
@@ -163,24 +163,25 @@ def test_cache_crop_forgets():
         assert relative(again, model(ids)[:, 5:]) <= BOUND
     with pytest.raises(ValueError, match="length must be between 0 and 8"):
         cache.crop(9)
+    ids, mask = torch.randint(512, (2, 8)), torch.tensor([[0] * 4 + [1] * 4, [1] * 8])
+    with torch.no_grad():
+        cache = Cache(NANO, 2, 16)
+        model(ids, attention_mask=mask, cache=cache)
+        cache.crop(0)  # also the padding
+        assert relative(model(ids, cache=cache), model(ids)) <= BOUND
 
 
-def test_no_look_ahead():
+def test_no_look_ahead_and_logits_to_keep():
     _, model = pair(NANO)
     ids = torch.randint(512, (1, 20))
     changed = ids.clone()
     changed[0, 12] = (ids[0, 12] + 1) % 512
     with torch.no_grad():
         a, b = model(ids), model(changed)
+        kept = model(ids, logits_to_keep=2)
     assert torch.equal(a[:, :12], b[:, :12])
     assert not torch.equal(a[:, 12], b[:, 12])
-
-
-def test_logits_to_keep():
-    _, model = pair(NANO)
-    ids = torch.randint(512, (2, 9))
-    with torch.no_grad():
-        assert relative(model(ids, logits_to_keep=2), model(ids)[:, -2:]) <= BOUND
+    assert relative(kept, a[:, -2:]) <= BOUND
 
 
 def test_casting_keeps_rotary_tables():
@@ -213,6 +214,8 @@ def test_dropout_depends_on_sample_not_on_row():
     model.train()
     with pytest.raises(ValueError, match=r"rng=\), an int64 tensor"):
         model.loss(ids[:, :-1], ids[:, 1:])
+    with pytest.raises(ValueError, match=r"eval\(\) turns dropout \(attention 0.1, residual 0.1\) off"):
+        model(ids)
 
 
 def test_compiles_without_graph_breaks():
@@ -232,22 +235,6 @@ def test_compiles_without_graph_breaks():
     got.backward()
     assert got.item() == pytest.approx(want.item(), rel=1e-6)
     assert relative(model.blocks[0].in_proj.weight.grad, gradient) <= BOUND
-
-
-def test_an_emptied_cache_forgets_the_padding():
-    _, model = pair(NANO)
-    ids = torch.randint(512, (2, 8))
-    mask = torch.tensor([[0] * 4 + [1] * 4, [1] * 8])
-    with torch.no_grad():
-        cache = Cache(NANO, 2, 16)
-        model(ids, attention_mask=mask, cache=cache)
-        cache.crop(0)
-        assert relative(model(ids, cache=cache), model(ids)) <= BOUND
-
-
-def test_logits_in_training_with_dropout_say_what_to_do():
-    with pytest.raises(ValueError, match=r"eval\(\) turns dropout \(attention 0.0, residual 0.5\) off"):
-        Phi1(preset("nano", residual_dropout=0.5))(torch.zeros(1, 3, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def ids(*shape):
 
 
 def train(name, dropout):
-    """The losses of a few steps, and the last step's gradients."""
+    """Train a few steps; return their losses and the last step's gradients."""
     trained, batches, losses = model(dropout), ids(STEPS, BATCH, TOKENS), []
     optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3)
     for step, batch in enumerate(batches):
@@ -51,29 +51,20 @@ def test_training_gives_the_reference_losses(dropout):
     expected, wanted = train("reference", dropout)
     assert losses == pytest.approx(expected, abs=1e-5)
     for name, gradient in gradients.items():
-        # Adam divides by the gradients' size, so that weights and with them later gradients drift by roundings of them.
+        # Adam divides by the gradients' size, so roundings move the weights and with them later gradients.
         assert (gradient - wanted[name]).abs().max() <= 1e-4 * wanted[name].abs().max(), name
 
 
-def test_prompts_and_tokens_after_them_give_the_reference_logits():
-    decoded, prompt = model().eval(), ids(BATCH, TOKENS)
+def test_left_padded_prompts_and_decoding_give_the_reference_logits():
+    evaluated, prompt = model().eval(), ids(BATCH, TOKENS)
     mask = torch.ones_like(prompt)
     mask[1, :5] = 0
     logits = {}
     for name in ("triton", "reference"):
-        cache = Cache(decoded.config, BATCH, TOKENS + 1, device=DEVICE)
+        cache = Cache(evaluated.config, BATCH, TOKENS + 1, device=DEVICE)
         with torch.no_grad(), backend(name):
-            first = decoded(prompt, attention_mask=mask, cache=cache, logits_to_keep=1)
-            logits[name] = torch.cat((first, decoded(prompt[:, :1], cache=cache)), dim=1)
+            whole = evaluated(prompt, attention_mask=mask)
+            first = evaluated(prompt, attention_mask=mask, cache=cache, logits_to_keep=1)
+            decoded = torch.cat((first, evaluated(prompt[:, :1], cache=cache)), dim=1)
+        logits[name] = whole[mask.bool()], decoded
     torch.testing.assert_close(logits["triton"], logits["reference"], rtol=1e-5, atol=1e-5)
-
-
-def test_left_padded_evaluation_gives_the_reference_logits():
-    evaluated, prompt = model().eval(), ids(BATCH, TOKENS)
-    mask = torch.ones_like(prompt)
-    mask[1, :5] = 0
-    with torch.no_grad(), backend("triton"):
-        logits = evaluated(prompt, attention_mask=mask)
-    with torch.no_grad(), backend("reference"):
-        expected = evaluated(prompt, attention_mask=mask)
-    torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=1e-5)

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import hashlib
 import json
 import os
 import resource
 import subprocess
 import sys
-import sysconfig
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi1 import build_tokenizer_asset
 from phi1.tokenizer import (
     BUILT_IN,
     EOS,
@@ -53,18 +49,12 @@ PUBLISHED = [
     ("\n    return", [198, 50284, 7783]),
     (EOS, [50256]),
 ]
-SAMPLE = ["json/decoder.py", "tokenize.py", "asyncio/base_events.py", "this.py", "turtle.py", "encodings/cp1252.py"]
 FINGERPRINT = "6d0d86d552373032f97a7891e55e9f917b7ae14a6d45f73990423c3422ae1da5"
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return load_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def source_files() -> list[str]:
-    return [Path(sysconfig.get_path("stdlib"), name).read_text(encoding="utf-8") for name in SAMPLE]
 
 
 @pytest.fixture(scope="module")
@@ -75,36 +65,6 @@ def hugging_face():
     built = transformers.CodeGenTokenizer(vocab=byte_level_vocab(merges), merges=merges)
     built.add_tokens([transformers.AddedToken(run, normalized=True, special=False) for run in RUNS])
     return built
-
-
-def test_merges_have_the_published_hashes():
-    vocab_bpe = gzip.decompress(MERGES_FILE.read_bytes())
-    build_tokenizer_asset.check("vocab.bpe", vocab_bpe)
-    vocab = byte_level_vocab(read_merges(vocab_bpe.decode()))
-    build_tokenizer_asset.check("encoder.json", json.dumps(vocab).encode())
-    with pytest.raises(ValueError, match=r"vocab.bpe: sha256 must be 1ce16647.*; got"):
-        build_tokenizer_asset.check("vocab.bpe", vocab_bpe[:-1])
-
-
-def test_asset_is_small_and_licensed():
-    assert MERGES_FILE.stat().st_size < 250_000
-    assert "Copyright (c) 2019 OpenAI" in MERGES_FILE.with_name("LICENSE-gpt2").read_text(encoding="utf-8")
-
-
-def test_build_script_recovers_the_merge_of_each_token():
-    ranks = {b"a": 0, b"b": 1, b"c": 2, b"ab": 3, b"bc": 4, b"abc": 5, b"abab": 6}
-    assert build_tokenizer_asset.split_in_two(b"abc", ranks) == [b"ab", b"c"]
-    assert build_tokenizer_asset.split_in_two(b"abab", ranks) == [b"ab", b"ab"]
-
-
-def test_build_script_names_a_missing_archive(tmp_path):
-    script = Path(build_tokenizer_asset.__file__)
-    done = subprocess.run([sys.executable, str(script), "--archive", str(tmp_path / "no.tar.gz")],
-                          capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("build_tokenizer_asset: error: ")
-    assert done.stderr.count("\n") == 1
-    assert "no.tar.gz" in done.stderr
 
 
 @pytest.mark.parametrize(("text", "ids"), PUBLISHED, ids=range(len(PUBLISHED)))
@@ -128,6 +88,12 @@ def test_whitespace_runs(tokenizer):
     assert tokenizer.encode(" " * 40) == [50257, 50288 - 9]  # the longest first: 31 + 9
     assert tokenizer.encode(" " * 32 + "x") == [50257, *tokenizer.encode(" x")]  # a last single space joins the word
     assert tokenizer.encode("\t" * 10 + "x") == [50287, *tokenizer.encode("\tx")]
+
+
+def test_source_files_come_back_one_by_one_and_in_a_batch(tokenizer, source_files):
+    for text, ids in zip(source_files, tokenizer.encode_batch(source_files), strict=True):
+        assert ids == tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
 
 
 def test_equals_transformers(tokenizer, hugging_face, source_files):
@@ -156,25 +122,16 @@ def test_any_ids_decode_as_transformers_does(tokenizer, hugging_face, ids):
         assert tokenizer.decode(ids, skip_special=skip) == theirs
 
 
-def test_source_files_come_back(tokenizer, source_files):
-    for text, ids in zip(source_files, tokenizer.encode_batch(source_files), strict=True):
-        assert ids == tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text
-
-
-def test_end_of_text_as_plain_text(tokenizer):
+def test_end_of_text_is_a_token_or_plain_text(tokenizer):
     text = f"a{EOS}b"
     assert tokenizer.encode(text) == [64, 50256, 65]
+    assert tokenizer.decode([64, 50256, 65]) == "ab"
+    assert tokenizer.decode([64, 50256, 65], skip_special=False) == text
     literal = tokenizer.encode(text, special=False)
     assert 50256 not in literal
     assert tokenizer.decode(literal) == text
     assert tokenizer.encode_batch([text, "  x"], special=False) == [literal, tokenizer.encode("  x")]
     assert tokenizer.encode(text) == [64, 50256, 65]  # the one does not change the other
-
-
-def test_decode_skips_special_tokens(tokenizer):
-    assert tokenizer.decode([64, 50256, 65]) == "ab"
-    assert tokenizer.decode([64, 50256, 65], skip_special=False) == f"a{EOS}b"
 
 
 def test_a_stream_of_ids_decodes_without_breaking_a_character(tokenizer):
@@ -192,7 +149,7 @@ def test_an_id_outside_the_vocabulary_is_named(tokenizer, wrong):
 
 
 def test_loads_fast_and_alone(tmp_path):
-    """In a fresh process, with no network and no home: the whole of `load_tokenizer`, imports included."""
+    """The time of a fresh process without network or home, imports included."""
     code = ("import socket, sys; socket.socket = None; from phi1.tokenizer import load_tokenizer; "
             "assert load_tokenizer().encode('  x')[0] == 50286; "
             "assert not {'torch', 'triton', 'transformers', 'huggingface_hub'} & set(sys.modules)")
@@ -207,7 +164,7 @@ def test_loads_fast_and_alone(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_saved_tokenizer_is_read_by_transformers(tokenizer, source_files, tmp_path):
+def test_transformers_and_phi1_read_each_others_files(tokenizer, hugging_face, source_files, tmp_path):
     transformers = pytest.importorskip("transformers")
     trained = train_bpe(source_files, 700)
     for ours, folder in ((tokenizer, tmp_path / "phi1"), (trained, tmp_path / "trained")):
@@ -224,11 +181,9 @@ def test_saved_tokenizer_is_read_by_transformers(tokenizer, source_files, tmp_pa
         again = load_tokenizer(folder)
         assert again.fingerprint == ours.fingerprint
         assert (len(again), again.eos_id) == (len(ours), ours.eos_id)
-
-
-def test_reads_what_transformers_saves(tokenizer, hugging_face, tmp_path):
-    hugging_face.save_pretrained(tmp_path)
-    assert load_tokenizer(tmp_path).encode("def f():\n        pass") == tokenizer.encode("def f():\n        pass")
+    hugging_face.save_pretrained(tmp_path / "theirs")
+    code = "def f():\n        pass"
+    assert load_tokenizer(tmp_path / "theirs").encode(code) == tokenizer.encode(code)
 
 
 def test_reads_the_published_set_of_files(tokenizer, source_files, tmp_path):
@@ -254,7 +209,7 @@ def test_a_stored_truncation_or_padding_is_not_applied(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("written", [0, 1])
-def test_a_save_that_is_broken_off_leaves_each_file_as_it_was_or_as_it_was_to_be(written, tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_each_file_old_or_new(written, tmp_path, monkeypatch):
     def replace(source, target, replace=os.replace):
         if len(replaced) == written:
             raise KeyboardInterrupt
@@ -269,21 +224,19 @@ def test_a_save_that_is_broken_off_leaves_each_file_as_it_was_or_as_it_was_to_be
     assert sorted(os.listdir(tmp_path)) == ["tokenizer.json", "tokenizer_config.json"]
 
 
-def _damage(folder: Path, change) -> None:
-    state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    change(state)
-    (folder / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
-
-
 @pytest.mark.parametrize(("change", "message"), [
+    (None, "neither tokenizer.json nor vocab.json with merges.txt"),
     (lambda s: s.pop("model"), "no tokenizer can be read from"),
     (lambda s: s.update(decoder={"type": "Fuse"}), "must be a BPE with a ByteLevel decoder; got BPE with Fuse"),
     (lambda s: s["added_tokens"].clear(), "'<|endoftext|>' is not in the vocabulary of 256"),
     (lambda s: s["model"]["vocab"].update({"一": 256}), "ids must be 0 to|'一' stands for no byte"),
 ])
-def test_a_damaged_tokenizer_json_is_one_clear_error(change, message, tmp_path):
-    train_bpe([], MIN_VOCAB).save(tmp_path)
-    _damage(tmp_path, change)
+def test_an_empty_folder_or_a_damaged_file_is_one_clear_error(change, message, tmp_path):
+    if change:
+        train_bpe([], MIN_VOCAB).save(tmp_path)
+        state = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+        change(state)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         load_tokenizer(tmp_path)
 
@@ -311,48 +264,3 @@ def test_another_hub_id_is_fetched(tokenizer, tmp_path, monkeypatch):
                         lambda name, **options: asked.append((name, options["revision"])) or str(tmp_path))
     assert load_tokenizer("owner/name", revision="v2").fingerprint == tokenizer.fingerprint
     assert asked == [("owner/name", "v2")]
-
-
-def test_an_empty_folder_is_one_clear_error(tmp_path):
-    with pytest.raises(ValueError, match=r"neither tokenizer.json nor vocab.json with merges.txt"):
-        load_tokenizer(tmp_path)
-
-
-def test_trained_bpe_follows_the_rules(source_files):
-    trained = train_bpe(source_files, 600)
-    assert len(trained) == 600
-    assert trained.eos_id == 600 - 1 - len(RUNS)
-    assert trained.encode(" " * 31) == [trained.eos_id + 1]
-    assert trained.encode("\t\t") == [599]
-    assert trained.encode(EOS) == [trained.eos_id]
-    for text in source_files:
-        assert trained.decode(trained.encode(text)) == text
-    merged = [trained.decode_bytes([i]) for i in range(256, trained.eos_id)]
-    assert not [token for token in merged if b"  " in token or b"\t\t" in token]  # such a merge could never be used
-    assert b" self" in merged
-
-
-def test_training_is_deterministic(source_files, tmp_path):
-    """Another process, another hash seed, one core, another order: the same tokenizer."""
-    ours = train_bpe(source_files, 900).fingerprint
-    (tmp_path / "texts.json").write_text(json.dumps(source_files[::-1]), encoding="utf-8")
-    code = ("import json, sys; from phi1.tokenizer import train_bpe; "
-            "print(train_bpe(json.load(open(sys.argv[1], encoding='utf-8')), 900).fingerprint)")
-    for seed in ("1", "2"):
-        env = {**os.environ, "PYTHONHASHSEED": seed, "TOKENIZERS_PARALLELISM": "false"}
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "texts.json")],
-                              capture_output=True, text=True, check=True, env=env)
-        assert done.stdout.strip() == ours
-
-
-def test_fingerprint_tells_tokenizers_apart(source_files):
-    some = {train_bpe(source_files, 600).fingerprint, train_bpe(source_files, 601).fingerprint,
-            train_bpe(source_files[1:], 600).fingerprint}
-    assert len(some) == 3
-    assert all(len(bytes.fromhex(one)) == hashlib.sha256().digest_size for one in some)
-
-
-def test_training_refuses_too_few_tokens():
-    assert len(train_bpe(["x"], MIN_VOCAB)) == MIN_VOCAB
-    with pytest.raises(ValueError, match=r"train_bpe: vocab_size must be at least 295 .*; got 294"):
-        train_bpe(["x"], MIN_VOCAB - 1)

@@ -6,6 +6,7 @@ Every import counts: at the top of a file, inside a function and under TYPE_CHEC
 import ast
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -26,7 +27,7 @@ BENCH = (("harness",), ("peers",), ("cases",), ("report",), ("compile", "gpu"), 
 
 
 def below(tiers, package):
-    """Room -> the rooms of the tiers below its own."""
+    """Return, for each room, the rooms of the tiers below its own."""
     return {f"{package}.{room}": {f"{package}.{lower}" for tier in tiers[:i] for lower in tier}
             for i, tier in enumerate(tiers) for room in tier}
 
@@ -55,7 +56,7 @@ BENCH_OF_KERNELS = {"phi1.kernels", "phi1.kernels.core.tiles"}
 
 @cache
 def modules():
-    """Name -> file of every module of the package."""
+    """Return the file of every module of the package, by the module's name."""
     found = {}
     for folder, package in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -65,7 +66,7 @@ def modules():
 
 
 def folder_of(module):
-    """The top-level folder of a module of ours, or None."""
+    """Return the top-level folder of a module of ours, or None for another module."""
     parts = module.split(".")
     if parts[0] != "phi1":
         return None
@@ -73,12 +74,12 @@ def folder_of(module):
 
 
 def room_of(module):
-    """The longest package of MAY_IMPORT that holds a module."""
+    """Return the longest package of MAY_IMPORT that holds the module."""
     return max((room for room in MAY_IMPORT if module == room or module.startswith(f"{room}.")), key=len)
 
 
 def imports(source):
-    """(module, name or None) of every import, one name each; a module of ours that is imported by name is a module."""
+    """Yield (module, name or None) for each imported name. A module of ours that is imported by name is a module."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names)
@@ -92,7 +93,7 @@ def imports(source):
 
 
 def complaint(importer, module, name):
-    """The rule that an import breaks, or None."""
+    """Return the rule that an import breaks, or None."""
     ours, theirs = folder_of(importer), folder_of(module)
     if theirs is None:
         top = module.split(".")[0]
@@ -124,13 +125,16 @@ def violations(importer, source):
             for module, name in imports(source) if (rule := complaint(importer, module, name))]
 
 
-@pytest.mark.xfail(reason="moves come first")
-def test_rooms_keep_their_direction():
-    assert [v for module, path in modules().items() for v in violations(module, path.read_text())] == []
+@pytest.mark.parametrize("folder", [
+    "kernels", "phi1", "train", pytest.param("bench", marks=pytest.mark.xfail(reason="moves come first")),
+])
+def test_rooms_keep_their_direction(folder):
+    assert [v for module, path in modules().items() if folder_of(module) == folder
+            for v in violations(module, path.read_text())] == []
 
 
 def circle(graph):
-    """The modules of one circle of imports, or an empty list."""
+    """Return the modules of one circle of imports, or an empty list."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -145,13 +149,16 @@ def test_no_module_imports_itself_by_way_of_others():
     assert circle(graph) == []
 
 
-@pytest.mark.xfail(reason="moves come first")
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", [
+    "phi1", "train", "examples", *(pytest.param(folder, marks=pytest.mark.xfail(reason="moves come first"))
+                                   for folder in ("kernels", "bench", "tests")),
+])
 def test_folders_and_files_stay_small(folder):
-    for place in (ROOT / folder, *(path.parent for path in (ROOT / folder).rglob("__init__.py"))):
-        files = sorted(place.glob("*.py"))
-        assert len(files) <= 16, f"{place} has {len(files)} files"
-        assert [f"{path}: {n}" for path in files if (n := len(path.read_text().splitlines())) > 300] == []
+    sizes = {path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines())
+             for path in (ROOT / folder).rglob("*.py")}
+    counts = Counter(path.parent for path in sizes)
+    assert {folder: count for folder, count in counts.items() if count > 16} == {}, "at most 16 files a folder"
+    assert {path: lines for path, lines in sizes.items() if lines > 300} == {}, "at most 300 lines a file"
 
 
 @pytest.mark.parametrize(
@@ -168,7 +175,7 @@ def test_folders_and_files_stay_small(folder):
         ("phi1.model", "from phi1.kernels import gelu_reference"),
         ("phi1.model", "from phi1.kernels.core import backend"),
         ("phi1.model", "def f():\n    from phi1.train.data import corpus"),
-        ("phi1.model", "import phi1.bench.compile.gate"),
+        ("phi1.model", "import phi1.bench.compile.read"),
         ("phi1.model", "from phi1.weights.huggingface import load"),
         ("phi1.train.step.trainer", "from phi1.cli.main import main"),
         ("phi1.train.step.trainer", "def f():\n    from phi1.bench.cases import registry"),

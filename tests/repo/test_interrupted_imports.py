@@ -1,4 +1,4 @@
-"""Ctrl-C while the imports go on: nobody on the way may swallow it and go on with half a NumPy, as PyTorch does."""
+"""Ctrl-C during the imports: PyTorch swallows it and goes on with half a NumPy, so phi1 imports NumPy first."""
 
 import subprocess
 import sys

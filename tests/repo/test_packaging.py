@@ -1,10 +1,10 @@
-"""The wheel holds the package and nothing beside it, and the checkout does not hide other distributions."""
+"""The wheel holds every room and nothing else, and the checkout hides no other distribution."""
 
 import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 
@@ -28,17 +28,22 @@ def wheel_names(tmp_path_factory) -> set[str]:
         return set(archive.namelist())
 
 
-def test_wheel_holds_every_room(wheel_names):
-    for name in ("phi1/model.py", "phi1/py.typed", "phi1/kernels/pointwise/layer_norm.py", "phi1/train/pretrain.py",
-                 "phi1/train/configs/nano.toml", "phi1/bench/__init__.py"):
-        assert name in wheel_names
-
-
-def test_wheel_holds_every_tracked_module(wheel_names):
+def test_wheel_holds_every_tracked_module_of_every_room(wheel_names):
     tracked = subprocess.run(["git", "ls-files", "phi1", "kernels", "train", "bench"], cwd=ROOT, capture_output=True,
                              text=True, check=True).stdout.split()
     expected = {name if name.startswith("phi1/") else f"phi1/{name}" for name in tracked if name.endswith(".py")}
-    assert expected <= wheel_names
+    assert expected == {name for name in wheel_names if name.endswith(".py")}
+    rooms = {path.parent for path in map(PurePath, expected)} - {PurePath("phi1/assets")}
+    assert len(rooms) > 30
+    assert {room for room in rooms if str(room / "__init__.py") not in wheel_names} == set()
+
+
+def test_wheel_holds_the_data_of_each_room(wheel_names):
+    suffixes = {"phi1/py.typed", "phi1/assets/gpt2-merges.gz", "phi1/train/configs/nano.toml"}
+    assert suffixes <= wheel_names
+    tables = subprocess.run(["git", "ls-files", "kernels/tuned", "train/configs"], cwd=ROOT, capture_output=True,
+                            text=True, check=True).stdout.split()
+    assert {f"phi1/{name}" for name in tables if name.endswith((".json", ".toml"))} <= wheel_names
 
 
 def test_wheel_has_no_other_top_level(wheel_names):

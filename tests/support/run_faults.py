@@ -1,4 +1,4 @@
-"""Ways to disturb a run, and how it comes to its end all the same: what tests/train/run/test_faults.py tries out."""
+"""Fault injection: what goes wrong in a run, and how the run recovers. tests/train/run/test_faults.py tries each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS: dict[str, Any] = {"train__steps": 66, "eval__every": 30, "eval__sequences
 
 @dataclass(frozen=True)
 class Victim:
-    """A run under torchrun that goes on: the folder with its corpus, its name, the launcher and its workers' number."""
+    """A run that is under way: the folder with its corpus, its name, torchrun and the number of its workers."""
 
     place: Path
     run: str
@@ -39,14 +39,14 @@ class Victim:
         training_runs.wait_for(self.launcher, happened)
 
     def release(self) -> None:
-        """Let it go on: tests/train/run/test_faults.py holds it at step 60, so that nobody comes too late."""
+        """Let the run go on. tests/train/run/test_faults.py holds it at step 60, so that no fault comes too late."""
         training_runs.release(self.place, self.run)
 
     def wait_for_step(self, step: int = 33) -> None:
         self.wait_for(lambda: self.finished >= step)
 
     def worker(self, rank: int) -> int:
-        """The process id of a rank, by its environment."""
+        """Return the process id of a rank, which is found by its environment."""
         for status in Path("/proc").glob("[0-9]*/environ"):
             try:
                 environment = status.read_bytes().split(b"\0")
@@ -61,7 +61,7 @@ class Victim:
         os.kill(self.worker(rank), number)
 
     def kill(self) -> None:
-        """Everything, at once: the workers too, which are in sessions of their own and would save."""
+        """Kill torchrun and its workers at once; the workers are in sessions of their own and would save."""
         for process in [self.worker(rank) for rank in range(self.processes)] + [self.launcher.pid]:
             os.kill(process, signal.SIGKILL)
 
@@ -71,24 +71,24 @@ class Fault:
     """Something that goes wrong.
 
     Args:
-        disturb: does it.
-        way_out: how the run comes to its end.
-        inject: Python that each worker of the first attempt runs at its start.
-        said: pattern in what the run prints.
+        inject: makes it go wrong.
+        recovery: how the run reaches its end.
+        startup: Python that each worker of the first attempt runs as it starts.
+        message: a pattern that the run's output must match.
     """
 
-    disturb: Callable[[Victim], object]
-    way_out: str
-    inject: str = ""
-    said: str = ""
+    inject: Callable[[Victim], object]
+    recovery: str
+    startup: str = ""
+    message: str = ""
 
     @property
     def restarts(self) -> bool:
-        return RESTARTED in self.way_out
+        return RESTARTED in self.recovery
 
     @property
     def again(self) -> bool:
-        return AGAIN in self.way_out
+        return AGAIN in self.recovery
 
 
 RESTARTED, AGAIN = "torchrun's restart", "the same command again"
@@ -118,7 +118,7 @@ def dies_by_itself(victim: Victim) -> None:
 
 def hang(victim: Victim) -> None:
     victim.wait_for_step()
-    # Alone, a process that is stopped has nobody to find it; one that sleeps has its own watchdog.
+    # With one process, its own watchdog must find the hang: a sleeping process has a watchdog, a stopped one has none.
     victim.signal(victim.processes - 1, signal.SIGSTOP if victim.processes > 1 else signal.SIGUSR2)
 
 
@@ -128,10 +128,10 @@ def kill_everything(victim: Victim) -> None:
 
 
 def send(number: int) -> Callable[[Victim], None]:
-    def disturb(victim: Victim) -> None:
+    def inject(victim: Victim) -> None:
         victim.wait_for_step()
         victim.launcher.send_signal(number)
-    return disturb
+    return inject
 
 
 def kill_the_launcher(victim: Victim) -> None:
@@ -145,12 +145,12 @@ def kill_the_launcher(victim: Victim) -> None:
 
 def damage(change: Callable[[Path], object]) -> Callable[[Victim], None]:
     """Kill everything, then change a shard of the newest checkpoint."""
-    def disturb(victim: Victim) -> None:
+    def inject(victim: Victim) -> None:
         victim.wait_for((victim.checkpoints / "step-40").exists)
         victim.kill()
         victim.launcher.wait()
         change(checkpoints(victim.checkpoints)[-1] / "__0_0.distcp")
-    return disturb
+    return inject
 
 
 def flip(shard: Path) -> None:
@@ -160,7 +160,7 @@ def flip(shard: Path) -> None:
 
 
 def cut_the_corpus(victim: Victim) -> None:
-    """While it is read; it is whole again once the run has ended."""
+    """Truncate a file of the corpus while the run reads it, and restore it once the run has ended."""
     victim.wait_for_step()
     shard = victim.place / "data" / "train-00000.bin"
     content = shard.read_bytes()
@@ -177,7 +177,7 @@ def second_run(victim: Victim) -> None:
 
 
 def dying(when: str) -> str:
-    """Ends rank 0 as it renames step-40's folder."""
+    """Return code that kills rank 0 before or after it renames the folder of step-40."""
     rename, die = "rename(source, target)", "open('died', 'w').close(); os.kill(os.getpid(), 9)"
     first, second = (die, rename) if when == "before" else (rename, die)
     return ("    rename = os.rename\n    def dying(source, target):\n        if str(target).endswith('/step-40'):\n"
@@ -194,34 +194,45 @@ FAULTS = {
     "SIGKILL of a rank in a step": Fault(kill_in_a_step, RESTARTED),
     "SIGKILL of a rank in a save": Fault(kill_in_a_save, RESTARTED),
     "SIGKILL of a rank in an evaluation": Fault(kill_in_an_evaluation, RESTARTED),
-    "SIGKILL before a checkpoint's rename": Fault(dies_by_itself, RESTARTED, inject=dying("before")),
-    "a rank that hangs": Fault(hang, f"the watchdog and {RESTARTED}", inject=SLEEP,
-                               said=r"rank \d has been in .+ for \d+ s, where run.watchdog allows \d+: it hangs"),
+    "SIGKILL before a checkpoint's rename": Fault(dies_by_itself, RESTARTED, startup=dying("before")),
+    "a rank that hangs": Fault(hang, f"the watchdog and {RESTARTED}", startup=SLEEP,
+                               message=r"rank \d has been in .+ for \d+ s, where run.watchdog allows \d+: it hangs"),
     "SIGKILL of everything": Fault(kill_everything, AGAIN),
-    "SIGTERM to torchrun": Fault(send(signal.SIGTERM), SAVED, said="stopped by SIGTERM after"),
-    "SIGKILL after a checkpoint's rename": Fault(dies_by_itself, RESTARTED, inject=dying("after")),
-    "SIGINT to torchrun": Fault(send(signal.SIGINT), SAVED, said="stopped by SIGINT after"),
-    "SIGUSR1 to torchrun": Fault(send(signal.SIGUSR1), SAVED, said="stopped by SIGUSR1 after"),
+    "SIGTERM to torchrun": Fault(send(signal.SIGTERM), SAVED, message="stopped by SIGTERM after"),
+    "SIGKILL after a checkpoint's rename": Fault(dies_by_itself, RESTARTED, startup=dying("after")),
+    "SIGINT to torchrun": Fault(send(signal.SIGINT), SAVED, message="stopped by SIGINT after"),
+    "SIGUSR1 to torchrun": Fault(send(signal.SIGUSR1), SAVED, message="stopped by SIGUSR1 after"),
     "SIGKILL of torchrun": Fault(kill_the_launcher, SAVED),
     "a flipped byte in the newest checkpoint": Fault(damage(flip), BEFORE,
-                                                     said="is damaged: .*; it is now damaged-step-"),
-    "a truncated shard": Fault(damage(lambda shard: os.truncate(shard, 1000)), BEFORE, said="has 1000 bytes where"),
-    "a deleted shard": Fault(damage(Path.unlink), BEFORE, said="distcp is missing"),
+                                                     message="is damaged: .*; it is now damaged-step-"),
+    "a truncated shard": Fault(damage(lambda shard: os.truncate(shard, 1000)), BEFORE, message="has 1000 bytes where"),
+    "a deleted shard": Fault(damage(Path.unlink), BEFORE, message="distcp is missing"),
     "a duplicated shard": Fault(damage(lambda shard: (shard.parent / "__9_0.distcp").write_bytes(shard.read_bytes())),
-                                BEFORE, said="__9_0.distcp is not one of its files"),
+                                BEFORE, message="__9_0.distcp is not one of its files"),
     "a file of the corpus cut short in place": Fault(
-        cut_the_corpus, BEFORE, said=r"rank \d could not read its data of step \d+: \S+: cut short since it"),
+        cut_the_corpus, BEFORE, message=r"rank \d could not read its data of step \d+: \S+: cut short since it"),
     "a second run in the folder": Fault(second_run, "a refusal of the second in one line"),
     "a clock that jumps back a day": Fault(Victim.wait_for_step, "nothing: only monotonic clocks are asked",
-                                           inject=CLOCK),
-    "a slow disk": Fault(Victim.wait_for_step, "training that goes on meanwhile", inject=SLOW),
+                                           startup=CLOCK),
+    "a slow disk": Fault(Victim.wait_for_step, "training that goes on meanwhile", startup=SLOW),
     "a full disk": Fault(Victim.wait_for_step, WARNED),
     "a read-only disk": Fault(Victim.wait_for_step, WARNED),
 }
 BY_PROCESSES = list(FAULTS)[:7]
-"""What becomes of these depends on how many processes there are."""
+"""The faults whose course depends on the number of processes."""
 DISKS = {"a full disk": ("mount -t tmpfs -o size=2500k tmpfs {0}", "mount -o remount,size=100m {0}"),
          "a read-only disk": ("mkdir -p {0}/run/checkpoints; mount --bind {0}/run/checkpoints {0}/run/checkpoints; "
                               "mount -o remount,ro,bind {0}/run/checkpoints",
                               "mount -o remount,rw,bind {0}/run/checkpoints")}
-"""What breaks the disk that is mounted in a folder, and what mends it."""
+"""Two commands for each fault of the disk: one breaks the disk that is mounted in a folder, one mends it."""
+
+
+def markdown_table(results: dict[str, dict[str, Any]]) -> str:
+    """Return the table of docs/training.md for the results of a campaign, with the machine and commit below it."""
+    lines = ["| fault | ends by | seconds lost, 1, 2, 4 processes |", "|---|---|---|"]
+    for name, fault in FAULTS.items():
+        lost = [f"{results[key]['seconds']:.0f}" if (key := f"{name}, {n}") in results else "-" for n in (1, 2, 4)]
+        if set(lost) != {"-"}:
+            lines.append(f"| {name} | {fault.recovery} | {', '.join(lost)} |")
+    where = sorted({result["where"] for result in results.values()})
+    return "\n".join(lines) + f"\n\n{'; '.join(where)}.\n"

@@ -1,4 +1,4 @@
-"""What the tests of corpora and runs share: files, a tiny corpus and recipe, and runs of them as real processes."""
+"""Help for the tests of corpora and runs: files, a tiny corpus and recipe, and runs of them as real processes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from forked_scripts import PRELOADED, run_script
 from torch import Tensor
 
 from phi1.config import preset
 from phi1.train.checkpoint.checkpoint import Saver, gather_weights
-from phi1.train.data.batch_plan import Layout
+from phi1.train.data.batch_plan import BatchPlan
 from phi1.train.data.corpus import Corpus
 from phi1.train.metrics.ledger import read_ledger
 from phi1.train.recipe.recipe import Train
 from phi1.train.runtime.engine import Engine, build_model
-from phi1.train.runtime.launch import Place as Rank
+from phi1.train.runtime.launch import Rank
 from phi1.train.step.trainer import Trainer
 
 SCRIPT = Path(__file__).parents[2] / "train" / "pretrain.py"
@@ -53,9 +54,9 @@ FUNCTION = '''def scale_{i}_{j}(values, factor={j}):
 
 
 def make_corpus(place: Path, val_fraction: float = 0.1) -> None:
-    """40 files of functions in place/source, prepared in place/data."""
+    """Write 40 files of functions to place/source, and prepare them in place/data."""
     from phi1.train.prepare.prepare import (
-        prepare,  # only here: a corpus is not what every test needs, nor datasets there
+        prepare,  # imported here, because not every test needs a corpus or has datasets
     )
 
     (place / "source").mkdir()
@@ -66,7 +67,7 @@ def make_corpus(place: Path, val_fraction: float = 0.1) -> None:
 
 
 def write_files(folder: Path, files: dict[str, str | bytes]) -> Path:
-    """Write files into a folder, by their paths in it. Returns the folder."""
+    """Write files into a folder, by their paths in it, and return the folder."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -74,17 +75,17 @@ def write_files(folder: Path, files: dict[str, str | bytes]) -> Path:
 
 
 def folder_content(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file in a folder, by its path in it."""
+    """Return the bytes of every file in a folder, by its path in it."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def command(run: str, processes: int = 0, script: Path = SCRIPT, launcher: tuple[str, ...] = (),
             **changes: object) -> list[str]:
-    """The command line of a run in the folder `run`.
+    """Return the command line of a run in the folder `run`.
 
     Args:
         run: the run's folder.
-        processes: so many under torchrun, or plain Python for 0.
+        processes: the number of processes under torchrun; 0 takes plain Python.
         script: pretrain.py or finetune.py.
         launcher: options of torchrun.
         changes: keys of the recipe, `train__steps` for train.steps.
@@ -98,9 +99,9 @@ def command(run: str, processes: int = 0, script: Path = SCRIPT, launcher: tuple
 
 def start(place: Path, run: str, *args: Any, hold: str = "", environment: dict[str, str] | None = None,
           **changes: Any) -> subprocess.Popen[str]:
-    """A run that goes on, in a process group of its own, so that a test can clear away all that it started.
+    """Start a run in a process group of its own, so that a test can end all processes of the run.
 
-    Until `release` it comes no further than to the checkpoint `hold`, if one is named.
+    With `hold`, the run waits in that checkpoint until `release`.
     """
     held = injected(place / f"{run}.hook", holding(place, run, hold)) if hold else {}
     return subprocess.Popen(command(run, *args, **changes), cwd=place, text=True, stdout=subprocess.PIPE,
@@ -108,15 +109,15 @@ def start(place: Path, run: str, *args: Any, hold: str = "", environment: dict[s
 
 
 def injected(folder: Path, code: str) -> dict[str, str]:
-    """The environment in which each Python runs `code`, which is kept in `folder`, as it starts."""
+    """Write `code` to `folder` and return an environment in which every Python runs it at its start."""
     write_files(folder, {"sitecustomize.py": code})
     return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}
 
 
 def holding(place: Path, run: str, checkpoint: str) -> str:
-    """Code to inject into a run: it begins to save a checkpoint and waits for `release`, at that step.
+    """Return code to inject into a run, which makes it wait for `release` as it begins to save the checkpoint.
 
-    Without it a test that a busy machine keeps waiting for three seconds would find the run at its end.
+    Without it, on a busy machine the run could end before the test acts.
     """
     return f"""import os, time
 make = os.mkdir
@@ -129,19 +130,21 @@ os.mkdir = make_and_wait
 
 
 def release(place: Path, run: str) -> None:
-    """Let a run go on that is held, or would be."""
+    """Let a run go on that waits in `hold`, or will."""
     (place / f"{run}.released").touch()
 
 
 def run(place: Path, *args: Any, preexec_fn: Callable[[], None] | None = None,
         **changes: Any) -> subprocess.CompletedProcess[str]:
-    """A run to its end."""
-    return subprocess.run(command(*args, **changes), cwd=place, text=True, capture_output=True, timeout=300,
-                          preexec_fn=preexec_fn)
+    """Run to the end; a process without torchrun is forked from one that has imported torch."""
+    words = command(*args, **changes)
+    if words[1] != "-m" and preexec_fn is None:
+        return run_script(words, place)
+    return subprocess.run(words, cwd=place, text=True, capture_output=True, timeout=300, preexec_fn=preexec_fn)
 
 
 def train(place: Path, *args: Any, **changes: Any) -> str:
-    """A run that must succeed. Returns what it printed."""
+    """Run to the end, which must succeed, and return the output."""
     done = run(place, *args, **changes)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -150,7 +153,7 @@ def train(place: Path, *args: Any, **changes: Any) -> str:
 def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool], seconds: float = 300) -> None:
     """Wait until something has happened while the process runs."""
     def has_happened() -> bool:
-        code = process.poll()  # asked first, since what happens at the very end has happened as well
+        code = process.poll()  # polled first: a run that ends now may have done it just before
         if not happened():
             assert code is None, process.communicate()
             return False
@@ -168,7 +171,7 @@ def wait_until(happened: Callable[[], object], seconds: float = 300) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that is dead and not reaped does not."""
+    """Return True if a process runs; one that is dead but not reaped does not."""
     try:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -176,21 +179,21 @@ def alive(pid: int) -> bool:
 
 
 def in_processes(count: int, action: Callable[..., Any], folder: Path, *args: Any, seconds: float = 240) -> list[Any]:
-    """What `action(rank, store, *args)` returns in each of `count` processes that a FileStore in `folder` connects.
+    """Return the results of `action(rank, store, *args)` in `count` processes, which a FileStore in `folder` connects.
 
     The processes are forked from one that has imported torch already, which saves each of them two seconds.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["phi1.train.checkpoint.checkpoint"])
+    context.set_forkserver_preload(PRELOADED)
     store = folder / f"store-{time.monotonic_ns()}"
     with ProcessPoolExecutor(count, context) as pool:
-        # By file and name, since pytest imports tests under names that another process does not know.
+        # Actions go by file and name, because other processes do not know the names under which pytest imports tests.
         jobs = [pool.submit(_in_process, inspect.getfile(action), action.__name__,
                             Rank(rank, count, rank, count), store, args) for rank in range(count)]
         try:
             return [job.result(seconds) for job in jobs]
         except BaseException:
-            for process in multiprocessing.active_children():  # the others wait for the one that has failed
+            for process in multiprocessing.active_children():  # the others wait for the process that has failed
                 process.kill()
             raise
 
@@ -202,9 +205,9 @@ def _in_process(file: str, name: str, rank: Rank, store: Path, args: tuple[Any, 
 
 
 def killed_before(call: int, action: Callable[..., Any], *args: Any) -> bool:
-    """Do `action(*args)` in a process of its own that is killed before its call number `call` that changes a file.
+    """Run `action(*args)` in a forked process, which is killed before its call number `call` that changes a file.
 
-    Returns whether it came so far.
+    Return True if it was killed, and False if it ended before.
     """
     process = os.fork()
     if process:
@@ -218,17 +221,17 @@ def killed_before(call: int, action: Callable[..., Any], *args: Any) -> bool:
     sys.setprofile(look_on)
     try:
         action(*args)
-    finally:  # of the test's copy, too
+    finally:  # the forked copy of the test ends too
         os._exit(0)
 
 
 def finished(place: Path, name: str) -> int:
-    """The newest step in a ledger that is being written; 0 before there is one."""
+    """Return the newest step in a ledger that is being written, or 0 before the first."""
     return max((line.get("step", 0) for line in _whole_lines(place, name)), default=0)
 
 
 def starts(place: Path, name: str) -> int:
-    """How often a run has been started, by a ledger that is being written."""
+    """Return how often a run has started, from a ledger that is being written."""
     return sum("start" in line for line in _whole_lines(place, name))
 
 
@@ -241,23 +244,23 @@ def _whole_lines(place: Path, name: str) -> list[dict[str, Any]]:
 
 
 def steps(place: Path, name: str) -> list[dict[str, Any]]:
-    """What a run's ledger says of its steps, without what was measured."""
+    """Return the steps in a run's ledger, without the measured times."""
     return [{key: value for key, value in line.items() if key != "measured"}
             for line in read_ledger(place / name / "ledger.jsonl") if "step" in line]
 
 
 def evaluations(place: Path, name: str) -> list[dict[str, Any]]:
-    """What a run's ledger says of its evaluations."""
+    """Return the evaluations in a run's ledger."""
     return [line["eval"] for line in read_ledger(place / name / "ledger.jsonl") if "eval" in line]
 
 
 def weights(place: Path, name: str) -> bytes:
-    """A finished run's exported weights."""
+    """Return the exported weights of a finished run."""
     return (place / name / "export" / "model.safetensors").read_bytes()
 
 
 def error_line(done: subprocess.CompletedProcess[str], program: str = "pretrain") -> str:
-    """The one line that a refused command prints."""
+    """Return the one line that a refused command prints."""
     assert done.returncode == 2, (done.stdout, done.stderr)
     lines = done.stderr.splitlines()
     assert len(lines) == 1, done.stderr
@@ -266,19 +269,19 @@ def error_line(done: subprocess.CompletedProcess[str], program: str = "pretrain"
 
 
 def make_trainer(corpus: Corpus, engines: dict[str, Engine], precision: str = "fp32", **changes: Any) -> Trainer:
-    """A trainer of two layers with dropout in this process alone; `changes` are keys of Train."""
+    """Return a trainer of two layers with dropout, in this process alone; `changes` are keys of Train."""
     train = Train(**({"steps": 20, "warmup_steps": 2, "batch_size": 4, "micro_batch_size": 2, "lr": 1e-2} | changes))
     model = build_model(SMALL, engines[precision], seed=1)
-    return Trainer(model, train, 32, corpus, Layout.of(4, 2, 0, 1), engines[precision])
+    return Trainer(model, train, 32, corpus, BatchPlan.of(4, 2, 0, 1), engines[precision])
 
 
 def save_checkpoint(trainer: Trainer, folder: Path, facts: dict[str, Any], keep: int) -> Path:
-    """Collective: write `folder`/step-N and wait for it; arguments and errors as of `Saver`. Returns its path."""
+    """Write `folder`/step-N on all ranks, wait for it and return its path. Arguments and errors are `Saver`'s."""
     saver = Saver(folder, keep)
     saver.begin(trainer, facts)
     return saver.finish().path
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:
-    """A copy of the parameters."""
+    """Return a copy of the parameters."""
     return {name: tensor.clone() for name, tensor in gather_weights(trainer.model).items()}

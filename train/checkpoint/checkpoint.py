@@ -36,7 +36,7 @@ from phi1.train.checkpoint.files import (
     prune,
     step_of,
 )
-from phi1.train.runtime.all_ranks import Failed, attempt, fail, reason_of, together
+from phi1.train.runtime.all_ranks import Failed, all_ranks, attempt, fail, reason_of
 from phi1.train.runtime.engine import PATIENCE, all_sum, gather
 from phi1.train.runtime.launch import RunError
 from phi1.train.step.trainer import Trainer
@@ -84,7 +84,7 @@ class Saver:
         began = time.perf_counter()
         final = self.folder / checkpoint_name(trainer.finished)
         # A name of this save alone: a worker of the attempt before may still be writing the same step.
-        temporary = final.with_name(f".{final.name}.{together(lambda: secrets.token_hex(4))[0]}.tmp")
+        temporary = final.with_name(f".{final.name}.{all_ranks(lambda: secrets.token_hex(4))[0]}.tmp")
         state = _state(trainer)
         (held,) = all_sum(_local_bytes(state))
         notes = _counts(trainer) | facts
@@ -93,8 +93,8 @@ class Saver:
         flying = _Flying(final, temporary, int(held / trainer.engine.replicas), began, best)
         writer = dcp.FileSystemWriter(temporary)
         try:
-            together(lambda: _make_room(temporary, flying.needed) if dist.get_rank() == 0 else None)
-            (copied,) = together(lambda: self._copy(state, writer), keep=True)
+            all_ranks(lambda: _make_room(temporary, flying.needed) if dist.get_rank() == 0 else None)
+            (copied,) = all_ranks(lambda: self._copy(state, writer), keep=True)
         except Failed as error:
             raise self._given_up(flying, error) from None
         flying.job = self._pool.submit(attempt, lambda: self._write(copied, writer, notes))
@@ -112,9 +112,9 @@ class Saver:
         began = time.perf_counter()
         error, files = flying.job.result()
         try:
-            parts = together(lambda: fail(error) if error else files)
+            parts = all_ranks(lambda: fail(error) if error else files)
             listed = {name: description for part in parts for name, description in (part or {}).items()}
-            together(lambda: self._commit(flying, listed) if dist.get_rank() == 0 else None)
+            all_ranks(lambda: self._commit(flying, listed) if dist.get_rank() == 0 else None)
         except Failed as failure:
             raise self._given_up(flying, failure) from None
         now = time.perf_counter()
@@ -218,7 +218,7 @@ def state_hash(trainer: Trainer) -> str:
         digest.update(value if isinstance(value, bytes) else f"{value}".encode())
 
     add(_state(trainer))
-    parts = together(digest.hexdigest)
+    parts = all_ranks(digest.hexdigest)
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 

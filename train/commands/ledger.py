@@ -82,7 +82,7 @@ def summary(lines: Sequence[dict[str, Any]]) -> list[str]:
         else "training loss not finite",
         f"skipped       {len(skipped):,}" + (f", the last at step {skipped[-1]:,}" if skipped else ""),
         f"speed         {statistics.median(entry['tokens_per_s'] for entry in measured):,.0f} tokens/s, median"
-        + _utilisation(measured),
+        + _mfu(measured),
         f"memory        {max(entry.get('memory_gib', 0.0) for entry in measured):.2f} GiB at most, rank 0",
     ]
     if evaluations:
@@ -105,7 +105,7 @@ def summary(lines: Sequence[dict[str, Any]]) -> list[str]:
     return found
 
 
-def _utilisation(measured: Sequence[dict[str, float]]) -> str:
+def _mfu(measured: Sequence[dict[str, float]]) -> str:
     if not all("mfu" in entry for entry in measured):
         return ""
     full, causal = (100 * statistics.median(entry[name] for entry in measured) for name in ("mfu", "mfu_causal"))

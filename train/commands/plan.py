@@ -8,14 +8,13 @@ from pathlib import Path
 from phi1.gpus import GPUS
 from phi1.train.plan.measured import measured_mfu
 from phi1.train.plan.plan import ASSUMED_MFU, Cluster, report
+from phi1.train.recipe.command_line import parse
 from phi1.train.recipe.recipe import Recipe
-from phi1.train.runtime.launch import Place, RunError
+from phi1.train.runtime.launch import Rank, RunError
 
 
 def main(argv: list[str], parser_class: type) -> int:
     """The command."""
-    from phi1.train.pretrain import parse
-
     parser = parser_class("phi1 plan", "What a run needs: memory of each GPU, time, cost. Nothing is run.\n\n"
                           "Any key of the recipe may follow as --section.key value, as for train/pretrain.py.")
     parser.add_argument("--config", type=Path, default=Path(__file__).parents[1] / "configs" / "phi1-base.toml",
@@ -35,7 +34,7 @@ def main(argv: list[str], parser_class: type) -> int:
     try:
         recipe = parse(["--config", str(options.config), *rest])
         assert recipe is not None
-        Place(0, options.gpus, 0, options.gpus // options.nodes).shard_group(recipe.run.shard_group)
+        Rank(0, options.gpus, 0, options.gpus // options.nodes).shard_group(recipe.run.shard_group)
         lines = report(recipe, _cluster(options, recipe))
     except RunError as error:
         parser.error(str(error))

@@ -18,7 +18,7 @@ from phi1.train.runtime.launch import RunError
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchPlan:
     """How a global batch is cut: batch_size = micro_steps * world_size * micro_batch."""
 
     batch_size: int
@@ -28,7 +28,7 @@ class Layout:
     world_size: int
 
     @classmethod
-    def of(cls, batch_size: int, micro_batch: int, rank: int, world_size: int) -> Layout:
+    def of(cls, batch_size: int, micro_batch: int, rank: int, world_size: int) -> BatchPlan:
         """Cut a batch. `micro_batch` 0 takes all of a process's share at once.
 
         Raises:
@@ -70,9 +70,9 @@ def samples_hash(samples: np.ndarray) -> str:
     return hashlib.sha256(samples.astype("<i8").tobytes()).hexdigest()[:16]
 
 
-def micro_batches(corpus: Corpus, samples: np.ndarray, layout: Layout, seq_len: int) \
+def micro_batches(corpus: Corpus, samples: np.ndarray, batch_plan: BatchPlan, seq_len: int) \
         -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """This rank's micro-batches of a step: sample ids [b] and their tokens [b, T + 1], both int64."""
-    for micro_step in range(layout.micro_steps):
-        ids = samples[layout.rows(micro_step)]
+    for micro_step in range(batch_plan.micro_steps):
+        ids = samples[batch_plan.rows(micro_step)]
         yield ids, corpus.rows(ids, seq_len)

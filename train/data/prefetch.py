@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phi1.train.data.batch_plan import Layout, micro_batches
+from phi1.train.data.batch_plan import BatchPlan, micro_batches
 from phi1.train.data.corpus import Corpus
 
 
@@ -27,13 +27,14 @@ class Batch:
     """Sample ids [b] and their tokens [b, T + 1], both int64, on the CPU."""
 
     @classmethod
-    def read(cls, corpus: Corpus, samples: np.ndarray, layout: Layout, seq_len: int, device: torch.device) -> Batch:
+    def read(cls, corpus: Corpus, samples: np.ndarray, batch_plan: BatchPlan, seq_len: int,
+             device: torch.device) -> Batch:
         """Read it, for a GPU into memory from which it copies while it computes."""
         def tensor(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).pin_memory() if device.type == "cuda" else torch.from_numpy(array)
 
         return cls(samples, [(tensor(ids), tensor(rows))
-                             for ids, rows in micro_batches(corpus, samples, layout, seq_len)])
+                             for ids, rows in micro_batches(corpus, samples, batch_plan, seq_len)])
 
     @property
     def n_targets(self) -> int:

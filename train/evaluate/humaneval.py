@@ -12,7 +12,7 @@ from phi1.evaluate.execute import NOT_RUN
 from phi1.evaluate.humaneval import BATCH, NOT_FINITE, Attempt, Problem, complete, judge
 from phi1.tokenizer import Tokenizer
 from phi1.train.evaluate.samples import whole_model
-from phi1.train.runtime.all_ranks import attempt, fail, together
+from phi1.train.runtime.all_ranks import all_ranks, attempt, fail
 from phi1.train.runtime.launch import RunError
 from phi1.train.step.trainer import Trainer
 
@@ -59,7 +59,7 @@ class HumanEval:
                 share = self.problems[first : first + BATCH]
                 error, found = attempt(partial(self._attempts, model, share))
                 own += found or []
-        shares = together(lambda: fail(error) if error else own)
+        shares = all_ranks(lambda: fail(error) if error else own)
         order = {problem.task_id: at for at, problem in enumerate(self.problems)}
         return sorted((one for share in shares for one in share), key=lambda one: order[one.task_id])
 

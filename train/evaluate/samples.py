@@ -9,7 +9,7 @@ from pathlib import Path
 import phi1
 from phi1 import Phi1
 from phi1.tokenizer import Tokenizer
-from phi1.train.runtime.all_ranks import Failed, attempt, together
+from phi1.train.runtime.all_ranks import Failed, all_ranks, attempt
 from phi1.train.runtime.engine import DTYPES, Engine, gather
 from phi1.train.runtime.launch import RunError
 from phi1.train.step.trainer import Trainer
@@ -50,7 +50,7 @@ def whole_model(model: Phi1, engine: Engine, here: bool = True) -> Phi1 | None:
     Raises:
         Failed: on every process, if one has no memory for it.
     """
-    (copy,) = together(lambda: _empty_copy(model, engine) if here else None, keep=True)
+    (copy,) = all_ranks(lambda: _empty_copy(model, engine) if here else None, keep=True)
     own = dict(copy.named_parameters()) if copy else {}
     gather(model, lambda name, whole: own[name].copy_(whole) if own else None)
     return copy

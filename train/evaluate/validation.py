@@ -13,7 +13,7 @@ import torch
 from phi1 import Phi1
 from phi1.tokenizer import Tokenizer
 from phi1.train.data.corpus import Corpus
-from phi1.train.runtime.all_ranks import together
+from phi1.train.runtime.all_ranks import all_ranks
 from phi1.train.runtime.engine import Engine, all_sum, reshard
 
 IGNORED = -100
@@ -52,7 +52,7 @@ class HeldOut:
         there = corpus.n_samples(seq_len)
         count = min(sequences, there) if sequences else there
         first = np.arange(count, dtype=np.int64)
-        [self.rows] = together(lambda: corpus.rows(first, seq_len), keep=True)  # [count, T + 1]
+        [self.rows] = all_ranks(lambda: corpus.rows(first, seq_len), keep=True)  # [count, T + 1]
         targets = self.rows[:, 1:].ravel()
         self.text = tokenizer.decode_bytes(targets[targets != tokenizer.eos_id].tolist())
 

@@ -23,11 +23,11 @@ from phi1.train.runtime.launch import RunError, say
 from phi1.train.runtime.provenance import changed, commit, versions
 
 if TYPE_CHECKING:
-    from phi1.train.metrics.loggers import Board
+    from phi1.train.metrics.loggers import Logger
     from phi1.train.step.trainer import Outcome
 
-# Boards draw curves; the ledger alone is complete.
-BOARD_EVERY = 10
+# Loggers draw curves; the ledger alone is complete.
+LOG_EVERY = 10
 KINDS = ("start", "step", "eval", "humaneval", "saved")
 
 
@@ -37,15 +37,15 @@ class Ledger:
     Args:
         path: the file; made if it is not there.
         finished: steps that the checkpoint to go on from has finished; later lines are cut off.
-        boards: where curves are drawn as well.
+        loggers: where curves are drawn as well.
 
     Raises:
         RunError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, finished: int, boards: Sequence[Board] = ()) -> None:
+    def __init__(self, path: Path, finished: int, loggers: Sequence[Logger] = ()) -> None:
         self.path = path
-        self._boards = list(boards)
+        self._loggers = list(loggers)
         self._waiting = bytearray()
         try:
             self._noted = cut_back(path, finished)
@@ -67,7 +67,7 @@ class Ledger:
     def step(self, outcome: Outcome, measured: dict[str, float]) -> None:
         """Note a step."""
         self._write(as_line(outcome) | {"measured": measured})
-        if outcome.step % BOARD_EVERY == 0:
+        if outcome.step % LOG_EVERY == 0:
             self._draw(outcome.step, {"train/loss": outcome.loss, "train/lr": outcome.lr, "train/norm": outcome.norm,
                                       "train/scale": outcome.scale} | measured)
 
@@ -92,19 +92,19 @@ class Ledger:
         self._file.close()
         if self._waiting:
             raise RunError(f"{self.path}: its last {self._waiting.count(10)} lines could not be written")
-        for board in self._boards:
+        for logger in self._loggers:
             try:
-                board.close()
+                logger.close()
             except Exception as error:  # as in _draw
-                say(f"warning: {board.name}: {error}")
+                say(f"warning: {logger.name}: {error}")
 
     def _draw(self, step: int, figures: dict[str, float]) -> None:
-        for board in tuple(self._boards):
+        for logger in tuple(self._loggers):
             try:
-                board.draw(step, figures)
+                logger.draw(step, figures)
             except Exception as error:  # other people's code, on a disk that may be full: no reason to end a run
-                self._boards.remove(board)
-                say(f"warning: {board.name} at step {step}: {error}; from here on it is left out")
+                self._loggers.remove(logger)
+                say(f"warning: {logger.name} at step {step}: {error}; from here on it is left out")
 
     def _write_once(self, kind: str, step: int, line: dict[str, Any]) -> None:
         if (kind, step) not in self._noted:

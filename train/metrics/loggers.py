@@ -10,7 +10,7 @@ from phi1.atomic import write_file
 from phi1.train.runtime.launch import RunError, say
 
 
-class Board(Protocol):
+class Logger(Protocol):
     """Draws curves."""
 
     name: str
@@ -63,8 +63,9 @@ class WandB:
         self._run.finish()
 
 
-def open_boards(folder: Path, finished: int, config: dict[str, Any], *, tensorboard: bool, wandb: bool) -> list[Board]:
-    """The boards that are asked for; TensorBoard only where it is installed.
+def open_loggers(folder: Path, finished: int, config: dict[str, Any], *, tensorboard: bool, wandb: bool) \
+        -> list[Logger]:
+    """The loggers that are asked for; TensorBoard only where it is installed.
 
     Args:
         folder: the run's.
@@ -75,14 +76,14 @@ def open_boards(folder: Path, finished: int, config: dict[str, Any], *, tensorbo
     Raises:
         RunError: wandb does not start.
     """
-    boards: list[Board] = []
+    loggers: list[Logger] = []
     if tensorboard:
         try:
-            boards.append(TensorBoard(folder / "tensorboard", finished))
+            loggers.append(TensorBoard(folder / "tensorboard", finished))
         except ImportError:
             pass  # asked for by default, so that it may be absent
         except Exception as error:  # a full disk, or packages that do not fit it: no reason to train nothing
             say(f"warning: TensorBoard: {error}; it is left out")
     if wandb:
-        boards.append(WandB(folder / "wandb", config))
-    return boards
+        loggers.append(WandB(folder / "wandb", config))
+    return loggers

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from phi1.config import Phi1Config
 from phi1.gpus import gpu_named
-from phi1.train.recipe.recipe import Recipe
 from phi1.train.runtime.engine import Engine
 
 
 @dataclass(frozen=True)
-class Utilisation:
+class Mfu:
     """Flops of a token, with all of attention and with its causal half; peak of all GPUs in flops/s, 0 if unknown."""
 
     full: float
@@ -18,9 +18,8 @@ class Utilisation:
     peak: float
 
     @classmethod
-    def of_run(cls, recipe: Recipe, engine: Engine) -> Utilisation:
-        """For a run on this engine. Of CPUs, and of GPUs that phi1.gpus does not list, the peak is not known."""
-        config, seq_len = recipe.phi1_config(), recipe.data.seq_len
+    def of_run(cls, config: Phi1Config, seq_len: int, engine: Engine) -> Mfu:
+        """For a run on this engine. The peak of CPUs, and of GPUs that phi1.gpus does not list, is not known."""
         gpu = gpu_named(str(engine.environment()["hardware"])) if engine.device.type == "cuda" else None
         tflops = 0.0 if gpu is None else gpu.float_tflops if engine.precision == "fp32" else gpu.half_tflops
         return cls(config.flops_per_token(seq_len), config.flops_per_token(seq_len, causal=True),

@@ -1,4 +1,4 @@
-"""The share of a GPU's peak that training was measured to reach: the results of `bench/gpu_train.py`, if there are any.
+"""The share of a GPU's peak that training was measured to reach: the results of `bench/gpu/train_sweep.py`.
 
 They are read as files of a checkout; an installed package has none, and a plan then says that it assumes.
 """

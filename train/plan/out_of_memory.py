@@ -16,17 +16,17 @@ from typing import Any, cast
 import torch
 
 from phi1.gpus import Gpu
-from phi1.train.data.batch_plan import Layout
+from phi1.train.data.batch_plan import BatchPlan
 from phi1.train.plan.plan import FRAGMENTATION, GIB, Cluster, largest_micro_batch, memory, memory_lines
 from phi1.train.recipe.recipe import Recipe
 from phi1.train.runtime.engine import Engine, peak_memory_gib
-from phi1.train.runtime.launch import Place, RunError
+from phi1.train.runtime.launch import Rank, RunError
 
 EVENTS = 100_000  # the last so many allocations and releases are recorded
 
 
 @contextmanager
-def explained(recipe: Recipe, engine: Engine, folder: Path, place: Place) -> Iterator[None]:
+def explained(recipe: Recipe, engine: Engine, folder: Path, rank: Rank) -> Iterator[None]:
     """Turn running out of memory into a RunError. Args: the run's folder, and this process."""
     if engine.device.type == "cuda":
         torch.cuda.memory._record_memory_history(stacks="python", max_entries=EVENTS)
@@ -35,7 +35,7 @@ def explained(recipe: Recipe, engine: Engine, folder: Path, place: Place) -> Ite
     except Exception as error:
         if not is_shortage(error):
             raise
-        raise RunError(_explanation(recipe, engine, folder / f"out-of-memory-{place.rank}", place, error)) from None
+        raise RunError(_explanation(recipe, engine, folder / f"out-of-memory-{rank.rank}", rank, error)) from None
 
 
 def is_shortage(error: Exception) -> bool:
@@ -45,9 +45,9 @@ def is_shortage(error: Exception) -> bool:
             or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)))
 
 
-def _explanation(recipe: Recipe, engine: Engine, stem: Path, place: Place, error: Exception) -> str:
-    micro_batch = Layout.of(recipe.train.batch_size, recipe.train.micro_batch_size, place.rank,
-                            place.world_size).micro_batch
+def _explanation(recipe: Recipe, engine: Engine, stem: Path, rank: Rank, error: Exception) -> str:
+    micro_batch = BatchPlan.of(recipe.train.batch_size, recipe.train.micro_batch_size, rank.rank,
+                            rank.world_size).micro_batch
     has, on_gpu = _memory_gib(engine), engine.device.type == "cuda"
     recipe = replace(recipe, train=replace(recipe.train, precision=cast(Any, engine.precision)))
     cluster = Cluster(Gpu(engine.environment()["hardware"], "", has, 1, 1, 1, 1, "this machine"),  # type: ignore[arg-type]

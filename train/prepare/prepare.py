@@ -7,20 +7,17 @@ others come or go, and no text is on both. Only the training split teaches the B
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import phi1
-from phi1.atomic import NEW, identity, publish, read_unreplaced, sweep
+from phi1.atomic import NEW, publish, read_unreplaced, sweep
 from phi1.tokenizer import MIN_VOCAB, Tokenizer, load_tokenizer, train_bpe
 from phi1.train.data.corpus import SPLITS, open_corpus
 from phi1.train.data.shards import BLOCK_TOKENS, MANIFEST, SHARD_TOKENS, VERSION, DataError, read_manifest
@@ -241,66 +238,3 @@ def _summary(folder: Path, manifest: dict[str, Any], *, already_done: bool = Fal
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage."""
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
-def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `phi1 prepare`."""
-    parser.add_argument("--source", action="append", metavar="WHAT", help="stdlib (this Python's standard library, the "
-                        "default), a folder of .py files, a .jsonl file, or a Hub dataset OWNER/NAME[:CONFIG]; may be "
-                        "given several times")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the corpus")
-    parser.add_argument("--tokenizer", default="microsoft/phi-1", metavar="NAME", help="microsoft/phi-1 (default), a "
-                        "folder, a Hub id, or train: a BPE trained on the training documents")
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="tokens of the trained BPE (default: 4096)")
-    parser.add_argument("--val-fraction", type=float, default=0.02, metavar="F", help="share of the documents held out "
-                        "(default: %(default)s)")
-    parser.add_argument("--column", default="text", metavar="NAME", help="field of a .jsonl file, or column of a Hub "
-                        "dataset, with the text (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that tokenise (default: one a "
-                        "core); the result does not depend on it")
-    parser.add_argument("--force", action="store_true", help="replace the corpus in DIR, whatever it is")
-
-
-def run_prepare(args: argparse.Namespace) -> int:
-    """Run `phi1 prepare`; returns the exit code: 0, 2 for what the user can mend, 130 if stopped."""
-    before = identity(Path(args.out))
-    try:
-        if args.vocab_size is not None and args.tokenizer != "train":
-            raise ValueError("--vocab-size goes with --tokenizer train; the given tokenizer has its own size")
-        summary = prepare(args.source or ["stdlib"], args.out, tokenizer=args.tokenizer, workers=args.workers,
-                          vocab_size=args.vocab_size or 4096, val_fraction=args.val_fraction, force=args.force,
-                          column=args.column, report=lambda line: print(line, flush=True))
-    except KeyboardInterrupt:
-        outcome = "nothing was written" if identity(Path(args.out)) == before else f"{args.out} is complete"
-        print(f"phi1 prepare: stopped; {outcome}", file=sys.stderr)
-        return 130
-    except (OSError, ValueError) as error:
-        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        print(f"phi1 prepare: error: {' '.join(reason.split())}", file=sys.stderr)
-        return 2
-    print(summary)
-    return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`phi1 prepare`, from its command line."""
-    parser = _Parser(prog="phi1 prepare", description="Make a tokenised corpus for training from documents.")
-    add_prepare_arguments(parser)
-    args = parser.parse_args(argv)
-    # Stopped by SIGTERM, as by Ctrl-C, it clears up after itself.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return run_prepare(args)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

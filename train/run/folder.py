@@ -1,4 +1,4 @@
-"""A run's folder: its lock, its stored recipe, and whether a recipe continues what is there.
+"""A run's folder: its paths, its lock and its stored recipe.
 
     config.toml   ledger.jsonl   heartbeat.json   checkpoints/step-N/   samples/   export/   summary.json
     tensorboard/   wandb/   not-proven.txt   went-back.txt
@@ -13,21 +13,12 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from phi1.train.checkpoint.files import LEDGER, give_back
-from phi1.train.recipe.recipe import Recipe, Train
 from phi1.train.runtime.launch import RunError
-from phi1.train.step.schedule import learning_rate, schedule_end
-
-# These may change when a run goes on. Other keys of [model], [data] and [train] decide every later step.
-_MAY_CHANGE = {"train.steps", "train.schedule_steps", "train.micro_batch_size", "train.threads", "train.precision",
-               "train.activations", "train.max_skips", "train.max_loss_jump", "train.find_nonfinite"}
-
 
 NETWORK_SECONDS = 10  # until a file that one machine has made is seen by the others
 
@@ -83,9 +74,9 @@ class RunFolder:
         Raises:
             Failed: on every process, if one does not.
         """
-        from phi1.train.runtime.all_ranks import fail, together  # imports torch, which a complete run can do without
+        from phi1.train.runtime.all_ranks import all_ranks, fail  # imports torch, which a complete run can do without
 
-        name, *_ = together(lambda: self._mark() if rank == 0 else "")
+        name, *_ = all_ranks(lambda: self._mark() if rank == 0 else "")
         mark = self.path / name
 
         def find() -> None:
@@ -97,7 +88,7 @@ class RunFolder:
                 time.sleep(0.05)
 
         try:
-            together(find)
+            all_ranks(find)
         finally:
             if rank == 0:
                 mark.unlink(missing_ok=True)
@@ -121,16 +112,19 @@ class RunFolder:
                     (self.path / ".lock").unlink()
                     self.path.rmdir()
 
-    def store(self, recipe: Recipe, launch: str = "") -> None:
-        """Write config.toml, if it says something new. Raises RunError if it cannot be written.
+    def store(self, text: str, launch: str | None = None) -> None:
+        """Write config.toml, if it says something new.
 
-        To go on from an older checkpoint is meant once: not that is stored, but which launch of torchrun has done it.
+        Args:
+            text: the recipe as TOML.
+            launch: the launch of torchrun that goes back to an older checkpoint; None if it does not.
+
+        Raises:
+            RunError: it cannot be written.
         """
-        goes_back = recipe.checkpoint.resume != "auto"
-        recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, resume="auto"))
-        text, temporary = recipe.to_toml(), self.config.with_suffix(".tmp")
+        temporary = self.config.with_suffix(".tmp")
         try:
-            if goes_back:
+            if launch is not None:
                 self.went_back.write_text(launch, encoding="utf-8")
             if not self.config.exists() or self.config.read_text(encoding="utf-8") != text:
                 temporary.write_text(text, encoding="utf-8")
@@ -172,57 +166,3 @@ def lock_file(path: Path) -> int:
     os.ftruncate(descriptor, 0)
     os.write(descriptor, str(os.getpid()).encode())
     return descriptor
-
-
-def defining(recipe: Recipe) -> dict[str, Any]:
-    """What every later step depends on, key by key: the model as resolved, the sequence length, the optimization."""
-    model = {f"model.{key}": value for key, value in asdict(recipe.phi1_config()).items() if "dropout" not in key}
-    train = {f"train.{key}": list(value) if isinstance(value, tuple) else value
-             for key, value in asdict(recipe.train).items()}
-    both = model | {"data.seq_len": recipe.data.seq_len} | train
-    return {key: value for key, value in both.items() if key not in _MAY_CHANGE}
-
-
-def check_continues(folder: RunFolder, checkpoint: Path, stored: dict[str, Any], recipe: Recipe) -> None:
-    """Compare what defined the run when a checkpoint was saved with what defines it now.
-
-    A key that is newer than the checkpoint had its default, which is to say what the trainer did before.
-
-    Raises:
-        RunError: they differ; the line names the keys with both values. Or the run is beyond its new end.
-    """
-    before = defining(Recipe()) | stored["defining"]
-    changed = [f"{key} was {before[key]!r}, is {value!r}" for key, value in defining(recipe).items()
-               if before[key] != value]
-    if changed:
-        raise RunError(f"{checkpoint} belongs to another run: {'; '.join(changed)}; go on with --config "
-                       f"{folder.config}, or start another run with --run.folder")
-    if stored["step"] > recipe.train.steps:
-        raise RunError(f"train.steps: {checkpoint} has finished {stored['step']} steps already; got "
-                       f"{recipe.train.steps}")
-
-
-def check_bitwise(checkpoint: Path, stored: dict[str, Any], environment: dict[str, Any]) -> None:
-    """Raise RunError if a run that goes on from a checkpoint in this environment would not have the same bits."""
-    changed = _changed_environment(stored, environment)
-    if "usual_loss" not in stored:
-        changed = changed or "usual_loss was not recorded"
-    if changed:
-        raise RunError(f"{checkpoint} cannot go on bit for bit here: {changed}; give what it was, or leave --bitwise "
-                       "out to go on with other rounding")
-
-
-def _changed_environment(stored: dict[str, Any], environment: dict[str, Any]) -> str:
-    before = stored["environment"]
-    return "; ".join(f"{key} was {before.get(key, 'not recorded')}, is {value}" for key, value in environment.items()
-                     if before.get(key) != value)
-
-
-def notes(stored: dict[str, Any], environment: dict[str, Any], train: Train) -> Iterator[str]:
-    """What keeps the rest of a run from being bitwise what it would have been, a line each."""
-    if changed := _changed_environment(stored, environment):
-        yield f"same batches and masks, but perhaps other rounding from here on: {changed}"
-    end = schedule_end(train)
-    if end != stored["schedule"]:
-        yield (f"the learning rate now falls over {end:,} steps, before over {stored['schedule']:,}; the next step "
-               f"takes {learning_rate(stored['step'], train):.3g}")

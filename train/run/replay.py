@@ -18,37 +18,37 @@ from phi1.train.checkpoint.checkpoint import load_checkpoint, state_hash
 from phi1.train.checkpoint.files import step_of
 from phi1.train.metrics.ledger import as_line, read_ledger
 from phi1.train.recipe.recipe import Recipe
+from phi1.train.run.build import make_trainer
+from phi1.train.run.corpus import open_on_all_ranks
 from phi1.train.run.folder import RunFolder
-from phi1.train.run.preflight import open_together, start_engine
-from phi1.train.run.run import make_trainer
-from phi1.train.runtime.all_ranks import together
+from phi1.train.run.resume import start_engine
+from phi1.train.run.start import Start
+from phi1.train.runtime.all_ranks import all_ranks
 from phi1.train.runtime.engine import connect_processes
-from phi1.train.runtime.launch import Place, say
-from phi1.train.runtime.watchdog import Watch
+from phi1.train.runtime.launch import Rank, say
+from phi1.train.runtime.watchdog import Watchdog
 from phi1.train.step.trainer import Trainer
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 
-def prove(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerprint: str, first: Path,
-          newest: Path) -> int:
+def replay(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: Start) -> int:
     """Run the steps between two checkpoints again, and let rank 0 print the verdict. Returns 0 if all bits agree, or 1.
 
     Args:
-        recipe, folder, place, store, fingerprint: as for a run.
-        first: checkpoint to begin with.
-        newest: checkpoint that is to come out.
+        recipe, folder, rank, store, start: as for a run.
     """
-    with Watch(place.rank, recipe.run.watchdog) as watch:
-        engine = start_engine(recipe, place)
-        connect_processes(engine, place, store)
-        folder.check_shared(place.rank)
-        corpus, _, _ = open_together(recipe, fingerprint, place)
-        trainer, _ = make_trainer(recipe, engine, corpus, place, first)
-        wrong = _compare(trainer, newest, read_ledger(folder.ledger), watch)
+    first, newest = (folder.checkpoints / name for name in start.checkpoints)
+    with Watchdog(rank.rank, recipe.run.watchdog) as watchdog:
+        engine = start_engine(recipe, rank)
+        connect_processes(engine, rank, store)
+        folder.check_shared(rank.rank)
+        corpus, _, _ = open_on_all_ranks(recipe, start.fingerprint, rank)
+        trainer, _ = make_trainer(recipe, engine, corpus, rank, first)
+        wrong = _compare(trainer, newest, read_ledger(folder.ledger), watchdog)
         # Together, since torchrun stops the other ranks, the first one too, when one has ended with an error.
-        together(lambda: _say(wrong, folder, first, newest) if place.rank == 0 else None)
+        all_ranks(lambda: _say(wrong, folder, first, newest) if rank.rank == 0 else None)
     dist.destroy_process_group()
     return 1 if wrong else 0
 
@@ -64,17 +64,17 @@ def _say(wrong: str, folder: RunFolder, first: Path, newest: Path) -> None:
             folder.not_proven.write_text(verdict, encoding="utf-8")
 
 
-def _compare(trainer: Trainer, newest: Path, ledger: list[dict[str, Any]], watch: Watch) -> str:
+def _compare(trainer: Trainer, newest: Path, ledger: list[dict[str, Any]], watchdog: Watchdog) -> str:
     """Collective: the first thing that differs, or ""."""
     recorded = {line["step"]: line for line in ledger if "step" in line}
     while trainer.finished < step_of(newest):
-        watch.report(f"step {trainer.finished + 1}, again")
+        watchdog.report(f"step {trainer.finished + 1}, again")
         again = as_line(trainer.run_step())
         before = recorded.get(trainer.finished, {})
         for key, value in again.items():
             if key not in before or before[key] != value:
                 return f"{key} of step {trainer.finished} was {before.get(key, 'not recorded')}, is {value}"
-    watch.report("the comparison of the states")
+    watchdog.report("the comparison of the states")
     again_hash = state_hash(trainer)
     load_checkpoint(trainer, newest)
     hash_before = state_hash(trainer)

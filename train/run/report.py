@@ -13,7 +13,7 @@ from phi1.config import Phi1Config
 from phi1.tokenizer import Tokenizer
 from phi1.train.metrics.progress import duration
 from phi1.train.run.folder import RunFolder
-from phi1.train.runtime.launch import Place, RunError, say
+from phi1.train.runtime.launch import Rank, RunError, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,12 +110,12 @@ def _beside_xz(bits: float, xz: float | None) -> str:
     return f"{xz:.4f}: {'the model wins' if bits < xz else 'xz wins'}"
 
 
-def show_complete(summary: dict[str, Any], folder: RunFolder, place: Place) -> None:
+def show_complete(summary: dict[str, Any], folder: RunFolder, rank: Rank) -> None:
     """Print that there is nothing left to do, and what could be done instead."""
     config = shlex.quote(str(folder.config))
     say(f"""{folder.path} is complete: {summary['steps']:,} steps, validation loss {summary['loss']:.4f}, \
 {summary['bits_per_byte']:.4f} bits per byte (xz -9 \
 {_beside_xz(summary['bits_per_byte'], summary['xz_bits_per_byte'])})
-train on         {place.command(f"--config {config} --train.steps {2 * summary['steps']}")}
-start another    {place.command(f"--config {config} --train.seed 2 --run.folder {shlex.quote(f'{folder.path}-2')}")}
+train on         {rank.command(f"--config {config} --train.steps {2 * summary['steps']}")}
+start another    {rank.command(f"--config {config} --train.seed 2 --run.folder {shlex.quote(f'{folder.path}-2')}")}
 complete code    phi1 generate --model {shlex.quote(str(folder.export))} --prompt 'def '""")

@@ -1,58 +1,44 @@
-"""One process's way through an admitted run: connect, build, load, train, evaluate, export."""
+"""One process's way through a run that may start: build, train, evaluate, export."""
 
 from __future__ import annotations
 
 import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
 
-from phi1.evaluate.humaneval import read_problems
 from phi1.train.checkpoint.best import Standing
-from phi1.train.checkpoint.checkpoint import Saver, load_checkpoint
+from phi1.train.checkpoint.checkpoint import gather_weights
 from phi1.train.checkpoint.convert import read_weights
 from phi1.train.checkpoint.files import checkpoint_name
-from phi1.train.data.batch_plan import Layout
-from phi1.train.data.corpus import Corpus
-from phi1.train.evaluate.humaneval import HumanEval
-from phi1.train.evaluate.samples import Samples, function_headers
-from phi1.train.evaluate.validation import Figures, HeldOut, xz_bits_per_byte
-from phi1.train.metrics.ledger import Ledger
-from phi1.train.metrics.loggers import open_boards
-from phi1.train.metrics.mfu import Utilisation
-from phi1.train.metrics.profiling import Profiler, profiled_steps
-from phi1.train.metrics.progress import Progress
-from phi1.train.plan.out_of_memory import explained
+from phi1.train.evaluate.validation import Figures, xz_bits_per_byte
 from phi1.train.recipe.recipe import Recipe
-from phi1.train.run.folder import RunFolder, defining, notes
-from phi1.train.run.loop import Loop
-from phi1.train.run.preflight import environment_of, open_together, read_again, start_engine
+from phi1.train.run import loop
+from phi1.train.run.build import Run, build
+from phi1.train.run.corpus import read_again
+from phi1.train.run.folder import RunFolder
 from phi1.train.run.report import Reached, export, show_completions, show_summary, write_summary
-from phi1.train.runtime.engine import Engine, build_model, connect_processes
-from phi1.train.runtime.launch import Place, RunError, on_signals, say
-from phi1.train.runtime.stop_signals import Control
-from phi1.train.runtime.watchdog import Watch
-from phi1.train.step.schedule import schedule_end
-from phi1.train.step.trainer import Trainer
+from phi1.train.run.start import Start
+from phi1.train.runtime.all_ranks import Failed
+from phi1.train.runtime.launch import Rank, RunError, on_signals, say
+from phi1.train.runtime.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 
-def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerprint: str,
-        checkpoint: Path | None = None) -> str | None:
+def run(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: Start) -> str | None:
     """Train from a checkpoint, or from the beginning, to the end.
 
     Args:
-        recipe: admitted.
+        recipe: checked.
         folder: locked by rank 0.
-        place: this process.
+        rank: this process.
         store: through which the processes find each other.
-        fingerprint: of the corpus that rank 0 has read and hashed.
-        checkpoint: to go on from.
+        start: the corpus that rank 0 has read and hashed, and the checkpoint to resume from, if any.
 
     Returns:
         None if the run is complete; else where it was stopped, for rank 0 to print.
@@ -61,25 +47,26 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerpri
         RunError: the run cannot go on; every process raises it.
     """
     began = time.monotonic()
-    with Watch(place.rank, recipe.run.watchdog, folder.heartbeat if place.rank == 0 else None) as watch:
-        loop, found, weights = train(recipe, folder, place, store, fingerprint, checkpoint, watch)
+    with Watchdog(rank.rank, recipe.run.watchdog, folder.heartbeat if rank.rank == 0 else None) as watchdog:
+        trained, found, weights = train(recipe, folder, rank, store, start, watchdog)
     dist.destroy_process_group()
-    trainer, held_out, samples, progress = loop.trainer, loop.held_out, loop.samples, loop.progress
+    trainer, stop_signals = trained.trainer, trained.stop_signals
     if found is None:
-        return (f"stopped by {loop.control.signal_name or 'a signal'} after step {trainer.finished:,} of "
-                f"{recipe.train.steps:,}, which is saved in {loop.saved}")
-    if place.rank == 0:
+        return (f"stopped by {stop_signals.signal_name or 'a signal'} after step {trainer.finished:,} of "
+                f"{recipe.train.steps:,}, which is saved in {trained.saving.saved}")
+    if rank.rank == 0:
         on_signals(signal.default_int_handler)  # nothing that a stop would have to save is left
-        if loop.control.signal_name:  # since all last agreed to go on
+        if stop_signals.signal_name:  # since all last agreed to go on
             raise KeyboardInterrupt
         figures, solved = found
+        held_out, samples, progress = trained.evaluation.held_out, trained.evaluation.samples, trained.monitor.progress
         reached = Reached(trainer.finished, figures.loss, figures.bits_per_byte, xz_bits_per_byte(held_out.text),
                           figures.n_bytes, trainer.finished * progress.tokens, progress.tokens_per_s(trainer.finished),
                           time.monotonic() - began, trainer.skipped, solved)
-        last, rule = Standing(trainer.finished, figures.loss, solved), recipe.checkpoint.best
-        if rule and loop.best and loop.best.beats(last, rule):
-            weights = weights_of_best(folder.checkpoints / checkpoint_name(loop.best.step), weights,
-                                      f"the best by {rule}: {loop.best}; the last step: {last}")
+        last, best, rule = Standing(trainer.finished, figures.loss, solved), trained.saving.best, recipe.checkpoint.best
+        if rule and best and best.beats(last, rule):
+            weights = weights_of_best(folder.checkpoints / checkpoint_name(best.step), weights,
+                                      f"the best by {rule}: {best}; the last step: {last}")
         export(weights, recipe.phi1_config(), samples.tokenizer, folder)
         write_summary(reached, folder)
         show_completions(folder, samples.headers, samples.seed)
@@ -87,48 +74,34 @@ def run(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerpri
     return None
 
 
-def train(recipe: Recipe, folder: RunFolder, place: Place, store: Store, fingerprint: str, checkpoint: Path | None,
-          watch: Watch) -> tuple[Loop, tuple[Figures, float | None] | None, dict[str, Tensor]]:
-    """Collective: connect, build, load and train; the loop, what was reached in the end, and the weights on rank 0.
+def train(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: Start,
+          watchdog: Watchdog) -> tuple[Run, tuple[Figures, float | None] | None, dict[str, Tensor]]:
+    """Collective: build and train; the run, what was reached in the end, and the weights on rank 0.
 
-    Nothing was reached, and no weights are gathered, where the run was stopped. Until all have built and loaded, there
-    is nothing that a stop would have to save, and signals end the process.
+    Nothing was reached, and no weights are gathered, where the run was stopped.
     """
-    if place.world_size > 1:  # one that waits for another would not come to a handler in Python
-        on_signals(signal.SIG_DFL)
-    engine = start_engine(recipe, place)
-    connect_processes(engine, place, store)
-    folder.check_shared(place.rank)
-    corpus, validation, tokenizer = open_together(recipe, fingerprint, place)
-    control = Control(place, recipe.run.time_limit)
-    with explained(recipe, engine, folder.path, place):
-        trainer, stored = make_trainer(recipe, engine, corpus, place, checkpoint)
-        held_out = HeldOut(validation, tokenizer, recipe.data.seq_len, recipe.eval.sequences)  # waits for all
-        on_signals(control.note)
-        samples = Samples(folder.samples, tokenizer, function_headers(held_out.text, recipe.eval.completions),
-                          recipe.train.seed)
-        humaneval = HumanEval(folder.samples, tokenizer, read_problems(recipe.eval.humaneval), recipe.eval.timeout) \
-            if recipe.eval.humaneval else None
-        facts = {"defining": defining(recipe), "schedule": schedule_end(recipe.train), "data": corpus.fingerprint,
-                 "environment": environment_of(recipe, engine)}
-        facts |= {key: stored[key] for key in ("best", "due") if key in stored}
-        with Progress(recipe.train.steps, trainer.finished, recipe.train.batch_size * recipe.data.seq_len,
-                      silent=place.rank > 0) as progress:
-            _announce_start(progress, recipe, trainer, stored)
-            ledger = _ledger(folder, recipe, trainer, control) if place.rank == 0 else None
-            saver = Saver(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
-            profiler = Profiler(profiled_steps(recipe.run.profile if place.rank == 0 else "", recipe.train.steps),
-                                folder.path, progress.say, trainer.finished)
-            loop = Loop(recipe, folder, trainer, held_out, samples, humaneval, control, progress, ledger, place.rank,
-                        facts, Utilisation.of_run(recipe, engine), watch, saver, profiler, checkpoint)
-            found = loop.assess() if loop.run() else None
-            profiler.finish()
-            if found:
-                watch.report("the corpus, read once more")
-                read_again(recipe, fingerprint, place, progress.say)
-        if ledger:
-            ledger.close()
-        return loop, found, loop.weights() if found else {}
+    with build(recipe, folder, rank, store, start, watchdog) as built:
+        found = built.evaluation.at_the_end(built.trainer) if loop.train(built) else None
+        built.profiler.finish()
+        if found:
+            watchdog.report("the corpus, read once more")
+            read_again(recipe, start.fingerprint, rank, built.monitor.say)
+        return built, found, weights_of_last(built) if found else {}
+
+
+def weights_of_last(built: Run) -> dict[str, Tensor]:
+    """Collective, at the end: what was trained, on rank 0's CPU; nothing on the other processes.
+
+    Raises:
+        RunError: some process has no memory for that.
+    """
+    built.monitor.begin("the export")
+    try:
+        return gather_weights(built.trainer.model)
+    except Failed as error:
+        saved = built.saving.saved
+        raise RunError(f"the trained weights could not be gathered: {error}; they are saved in {saved}, which "
+                       f"phi1 convert --model {saved} --out FOLDER exports as well") from None
 
 
 def weights_of_best(chosen: Path, last: dict[str, Tensor], why: str) -> dict[str, Tensor]:
@@ -140,44 +113,3 @@ def weights_of_best(chosen: Path, last: dict[str, Tensor], why: str) -> dict[str
         return last
     say(f"exporting {chosen.name}, {why}")
     return weights
-
-
-def make_trainer(recipe: Recipe, engine: Engine, corpus: Corpus, place: Place,
-                 checkpoint: Path | None) -> tuple[Trainer, dict[str, Any]]:
-    """Collective: the trainer, new or as it was saved, and what was noted with it."""
-    layout = Layout.of(recipe.train.batch_size, recipe.train.micro_batch_size, place.rank, place.world_size)
-    init = None if checkpoint else recipe.model.init
-    model = build_model(recipe.phi1_config(), engine, recipe.train.seed, init)
-    model.recompute = recipe.train.activations.removeprefix("recompute-")
-    trainer = Trainer(model, recipe.train, recipe.data.seq_len, corpus, layout, engine)
-    return trainer, load_checkpoint(trainer, checkpoint) if checkpoint else {}
-
-
-def _announce_start(progress: Progress, recipe: Recipe, trainer: Trainer, stored: dict[str, Any]) -> None:
-    """Say what is trained on what, and what is not as it was when the checkpoint was saved."""
-    environment, train = environment_of(recipe, trainer.engine), recipe.train
-    what = f"{recipe.model.preset}, {recipe.phi1_config().num_parameters:,} parameters"
-    copies = f" in {environment['replicas']} replicas" if trainer.engine.replicas > 1 else ""
-    where = (f"{environment['world_size']} x {environment['device']}{copies}, {environment['threads']} threads, "
-             f"{environment['precision']}")
-    batch = f"{train.batch_size} x {recipe.data.seq_len} tokens a step"
-    if not stored:
-        progress.say(f"training {what}: {train.steps:,} steps of {batch} ({where})")
-        return
-    progress.say(f"going on with {what}, after step {trainer.finished:,} of {train.steps:,}, {batch} ({where})")
-    for note in notes(stored, environment, train):
-        progress.say(f"note: {note}")
-
-
-def _ledger(folder: RunFolder, recipe: Recipe, trainer: Trainer, control: Control) -> Ledger | None:
-    """Rank 0's ledger; if it cannot be written, all processes stop before the first step."""
-    try:
-        boards = open_boards(folder.path, trainer.finished, recipe.as_dict(), tensorboard=recipe.run.tensorboard,
-                             wandb=recipe.run.wandb)
-        ledger = Ledger(folder.ledger, trainer.finished, boards)
-        ledger.start({"finished": trainer.finished, "environment": environment_of(recipe, trainer.engine),
-                      "data": trainer.corpus.fingerprint}, recipe.as_dict())
-        return ledger
-    except RunError as error:
-        control.failure = error
-        return None

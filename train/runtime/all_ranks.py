@@ -17,7 +17,7 @@ class Failed(RunError):
     """Some process could not do its part; every process raises this with the same text."""
 
 
-def together(action: Callable[[], T], keep: bool = False) -> list[T]:
+def all_ranks(action: Callable[[], T], keep: bool = False) -> list[T]:
     """Collective: do `action` on every process; return all results, or raise Failed on all if one has failed.
 
     With `keep` a result stays in its process: the list has this one's alone.

@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from phi1 import Phi1, Phi1Config, load
 from phi1.mixed_precision import WorkingCopies
-from phi1.train.runtime.all_ranks import attempt, fail, together
-from phi1.train.runtime.launch import Place, RunError
+from phi1.train.runtime.all_ranks import all_ranks, attempt, fail
+from phi1.train.runtime.launch import Rank, RunError
 from phi1.train.runtime.provenance import cpu, sources, versions
 
 if TYPE_CHECKING:
@@ -69,31 +69,31 @@ class Engine:
                 "phi1": sources(), "reshard": self.reshard and self.world_size > 1}
 
 
-def start(place: Place, device_name: str, precision: str, threads: int, shard_group: int = 0,
+def start(rank: Rank, device_name: str, precision: str, threads: int, shard_group: int = 0,
           reshard: bool = False) -> Engine:
     """Choose the device, the precision, the number of threads and the sharding. Nothing is connected yet.
 
     Raises:
         RunError: cuda is asked for and absent, there are more processes than GPUs, or shard_group does not divide them.
     """
-    device = find_device(device_name, place)
+    device = find_device(device_name, rank)
     # torchrun sets OMP_NUM_THREADS=1 for several processes; the count is the recipe's, not the environment's.
-    threads = threads or max(1, _cores() // place.local_world_size)
+    threads = threads or max(1, _cores() // rank.local_world_size)
     torch.set_num_threads(threads)
-    return Engine(device, _precision(precision, device), threads, place.world_size, place.shard_group(shard_group),
+    return Engine(device, _precision(precision, device), threads, rank.world_size, rank.shard_group(shard_group),
                   reshard)
 
 
-def find_device(name: str, place: Place) -> torch.device:
+def find_device(name: str, rank: Rank) -> torch.device:
     """The device of this process. Raises RunError if there is none such."""
     if name == "cuda" and not torch.cuda.is_available():
         raise RunError("run.device: cuda is not available on this machine; cpu or auto would do")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if place.local_rank >= torch.cuda.device_count():
-        raise RunError(f"torchrun: {place.local_world_size} processes on this machine, which has "
+    if rank.local_rank >= torch.cuda.device_count():
+        raise RunError(f"torchrun: {rank.local_world_size} processes on this machine, which has "
                        f"{torch.cuda.device_count()} GPUs: start one a GPU, or give --run.device cpu")
-    device = torch.device("cuda", place.local_rank)
+    device = torch.device("cuda", rank.local_rank)
     torch.cuda.set_device(device)
     return device
 
@@ -113,10 +113,10 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def connect_processes(engine: Engine, place: Place, store: Store) -> None:
+def connect_processes(engine: Engine, rank: Rank, store: Store) -> None:
     """Form the process group: gloo for what lies on the CPU, NCCL for what lies on GPUs."""
     backend = "cpu:gloo,cuda:nccl" if engine.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=PATIENCE,
+    dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world_size, timeout=PATIENCE,
                             device_id=engine.device if engine.device.type == "cuda" else None)
 
 
@@ -226,14 +226,14 @@ def gather(model: Phi1, take: Callable[[str, torch.Tensor], object]) -> None:
     largest = max(parameters.values(), key=torch.Tensor.numel)
     # full_tensor() takes twice the parameter; a process that lacked it there would leave the others in a collective.
     room = 3 * largest.numel() if dist.get_world_size() > 1 else 0
-    together(lambda: torch.empty(room, device=largest.device), keep=True)
+    all_ranks(lambda: torch.empty(room, device=largest.device), keep=True)
     for name, parameter in parameters.items():
         assert isinstance(parameter, DTensor), f"{name} is gathered: a step or an evaluation has not ended"
         with torch.no_grad():
             whole = parameter.full_tensor()
             if error is None:
                 error, _ = attempt(partial(take, name, whole))
-    together(lambda: fail(error) if error else None)
+    all_ranks(lambda: fail(error) if error else None)
 
 
 def all_sum(*values: float) -> list[float]:

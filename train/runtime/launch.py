@@ -28,7 +28,7 @@ LONGEST_PREPARATION = timedelta(days=2)
 # torchrun stops the other ranks about a second after rank 0 has exited; whoever exits first is named as the cause.
 # What every rank refuses alike they leave to rank 0 for longer: a busy machine may keep it from saying so.
 GRACE_SECONDS, ALIKE_SECONDS = 20, 180
-# What torchrun sets for each process, with what holds without it, in the order of Place.
+# What torchrun sets for each process, with what holds without it, in the order of Rank.
 _ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
                 "TORCHELASTIC_RESTART_COUNT": "0"}
 
@@ -38,7 +38,7 @@ class RunError(Exception):
 
 
 @dataclass(frozen=True)
-class Place:
+class Rank:
     """This process among the others, as torchrun describes it in the environment."""
 
     rank: int = 0
@@ -51,7 +51,7 @@ class Place:
     """The process that is torchrun; 0 without it."""
 
     @classmethod
-    def from_environment(cls) -> Place:
+    def from_environment(cls) -> Rank:
         """Raises RunError for what torchrun would not set."""
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls()
@@ -100,22 +100,22 @@ def say(text: str = "", to: TextIO | None = None, end: str = "\n") -> None:
             raise
 
 
-def stop_with(message: str, place: Place, program: str = "pretrain", alike: bool = False) -> NoReturn:
+def stop_with(message: str, rank: Rank, program: str = "pretrain", alike: bool = False) -> NoReturn:
     """End this process with exit code 2; rank 0 says why, once, for all where every process has found the same.
 
     A restarted attempt meets the same error again, so that only attempt 0 prints it.
     """
     line = " ".join(str(message).split())
-    if place.rank == 0:
-        if place.attempt == 0:
+    if rank.rank == 0:
+        if rank.attempt == 0:
             say(f"{program}: error: {line}", sys.stderr)
         _write_root_cause(f"{program}: error: {line}")
-    elif place.launcher:
+    elif rank.launcher:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(ALIKE_SECONDS if alike else GRACE_SECONDS)
         # Still here: rank 0 has no such error, and waits for this process.
-        say(f"{program}: error: rank {place.rank}: {line}", sys.stderr)
-        _write_root_cause(f"{program}: error: rank {place.rank}: {line}")
+        say(f"{program}: error: rank {rank.rank}: {line}", sys.stderr)
+        _write_root_cause(f"{program}: error: rank {rank.rank}: {line}")
     leave(2)  # a rank that waits inside a collective would otherwise be joined at exit
 
 
@@ -156,7 +156,7 @@ def limit_spinning() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
-def connect(place: Place) -> Store:
+def connect(rank: Rank) -> Store:
     """The store through which the processes find each other.
 
     A prefix per attempt: torchrun gives restarted workers the same store, in which they would read the addresses of
@@ -164,34 +164,34 @@ def connect(place: Place) -> Store:
     """
     from torch.distributed import HashStore, PrefixStore, TCPStore
 
-    if place.world_size == 1:
+    if rank.world_size == 1:
         return HashStore()
     try:
         hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         if hosted:  # where nobody answers any more, TCPStore tries for nine minutes, and prints stacks of C++
             socket.create_connection(where, 60).close()
-        tcp = TCPStore(*where, place.world_size, is_master=not hosted and place.rank == 0, wait_for_workers=False)
+        tcp = TCPStore(*where, rank.world_size, is_master=not hosted and rank.rank == 0, wait_for_workers=False)
     except KeyError as error:
         raise RunError(f"RANK and WORLD_SIZE are set but {error.args[0]} is not: start several processes with "
                        "torchrun") from None
     except OSError as error:
         raise RunError(f"torchrun does not answer at {where[0]}:{where[1]}: {error.strerror or error}") from None
-    return PrefixStore(f"phi1/attempt{place.attempt}", tcp)
+    return PrefixStore(f"phi1/attempt{rank.attempt}", tcp)
 
 
-def announce(store: Store, place: Place, word: str) -> str:
-    """Rank 0's word, once all that can be refused has been checked and the data are there, on all processes.
+def announce(store: Store, rank: Rank, decision: str) -> str:
+    """Return rank 0's decision on all processes, once it has checked all that can be refused and prepared the data.
 
     Where rank 0 is gone, the others end quietly, since it has said why.
     """
-    if place.rank == 0:
-        store.set("word", word)
-        return word
+    if rank.rank == 0:
+        store.set("start", decision)
+        return decision
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the store to answer
     try:
-        store.wait(["word"], LONGEST_PREPARATION)
-        return store.get("word").decode()
+        store.wait(["start"], LONGEST_PREPARATION)
+        return store.get("start").decode()
     except RuntimeError:  # of which DistStoreError and DistNetworkError are kinds
         time.sleep(GRACE_SECONDS)
         os._exit(2)

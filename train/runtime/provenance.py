@@ -65,8 +65,8 @@ def cpu() -> str:
 
 def changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
     """section.key -> [before, now], of two recipes as nested dictionaries."""
-    flat_before, flat_now = ({f"{section}.{key}": value for section, content in recipe.items()
-                              for key, value in content.items()} for recipe in (before, now))
+    flat_before, flat_now = ({f"{section}.{key}": value for section, content in config.items()
+                              for key, value in content.items()} for config in (before, now))
     keys = sorted(flat_before | flat_now)
     return {key: [flat_before.get(key), flat_now.get(key)] for key in keys if flat_before.get(key) != flat_now.get(key)}
 

@@ -18,25 +18,25 @@ from pathlib import Path
 from types import FrameType
 
 from phi1.train.runtime.engine import all_sum
-from phi1.train.runtime.launch import Place, RunError
+from phi1.train.runtime.launch import Rank, RunError
 
 
-class Control:
+class StopSignals:
     """Collects reasons to stop.
 
     Args:
-        place: this process; under torchrun it also stops when the launcher has died, which would orphan it.
+        rank: this process; under torchrun it also stops when the launcher has died, which would orphan it.
         time_limit: minutes since the launch, restarts included, after which all stop; 0 for none.
     """
 
-    def __init__(self, place: Place, time_limit: float = 0.0) -> None:
+    def __init__(self, rank: Rank, time_limit: float = 0.0) -> None:
         self.signal_name: str | None = None
         self.failure: RunError | None = None
         """Set where this process alone has failed; it is raised here once every process knows."""
         self.any_writes = False
         """Whether any process, this one included, wrote a checkpoint when all last agreed."""
-        self._place = place
-        launched = time.monotonic() - _age(place.launcher or os.getpid())
+        self._rank = rank
+        launched = time.monotonic() - _age(rank.launcher or os.getpid())
         self._deadline = launched + 60 * time_limit if time_limit else math.inf
 
     def note(self, number: int, frame: FrameType | None) -> None:
@@ -55,7 +55,7 @@ class Control:
         Raises:
             RunError: a process has failed. On the others it says no more than that.
         """
-        if self._place.is_orphan():
+        if self._rank.is_orphan():
             self.signal_name = self.signal_name or "the end of torchrun"
         if time.monotonic() > self._deadline:
             self.signal_name = self.signal_name or "run.time_limit"

@@ -27,7 +27,7 @@ HUNG = 75  # EX_TEMPFAIL: trying again may help
 HEARTBEAT_SECONDS = 5.0
 
 
-class Watch:
+class Watchdog:
     """Looks on while its `with` block runs.
 
     Args:
@@ -43,13 +43,13 @@ class Watch:
         self._report = ("the start",)
         self._end = end or _end
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look_on, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._look_on, name="watchdog", daemon=True)
 
     def report(self, doing: str) -> None:
         """Say what begins now, for example "step 7"."""
         self._report = (doing,)  # a new object each time: by that the thread tells it from the one before
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         self._thread.start()
         return self
 

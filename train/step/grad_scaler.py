@@ -13,7 +13,7 @@ from typing import Any
 from phi1.train.recipe.recipe import Train
 
 
-class LossScale:
+class GradScaler:
     """A number, and what decides on the next one: the same on every process, since all see the same norms.
 
     Args:

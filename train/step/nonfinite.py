@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from phi1 import Phi1
 
@@ -57,10 +58,10 @@ class _Finder(TorchDispatchMode):
             results = result if isinstance(result, tuple | list) else (result,)
             bad = [tensor for tensor in results if _is_bad(tensor)]
             if bad:
-                self.found, self.found_in = self._describe(name, bad[0], args), self.micro_step
+                self.found, self.found_in = self._describe(name, bad[0], tree_leaves(args)), self.micro_step
         return result
 
-    def _describe(self, name: str, bad: Tensor, args: tuple[Any, ...]) -> str:
+    def _describe(self, name: str, bad: Tensor, args: list[Any]) -> str:
         names = self.names | self._whole_parameters()
         read = {names[arg.data_ptr()]: arg for arg in args if isinstance(arg, Tensor) and arg.data_ptr() in names}
         layer = next((key.removesuffix(".weight").removesuffix(".norm") for key in read),

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from phi1 import Phi1
-from phi1.train.data.batch_plan import Layout, samples_hash, samples_of_step
+from phi1.train.data.batch_plan import BatchPlan, samples_hash, samples_of_step
 from phi1.train.data.corpus import Corpus
 from phi1.train.data.prefetch import Batch, Prefetch
 from phi1.train.recipe.recipe import Train
 from phi1.train.runtime.engine import Engine, all_sum, set_last_micro_step
 from phi1.train.runtime.launch import RunError
-from phi1.train.step.grad_scaler import LossScale
+from phi1.train.step.grad_scaler import GradScaler
 from phi1.train.step.nonfinite import find_nonfinite
 from phi1.train.step.schedule import learning_rate
 
@@ -69,15 +69,16 @@ class Trainer:
         train: the recipe's optimization.
         seq_len: T.
         corpus: training split.
-        layout: how a batch is cut.
+        batch_plan: how a batch is cut.
         engine: device and precision.
     """
 
-    def __init__(self, model: Phi1, train: Train, seq_len: int, corpus: Corpus, layout: Layout, engine: Engine) -> None:
+    def __init__(self, model: Phi1, train: Train, seq_len: int, corpus: Corpus, batch_plan: BatchPlan,
+                 engine: Engine) -> None:
         self.model, self.train, self.seq_len, self.corpus = model, train, seq_len, corpus
-        self.layout, self.engine = layout, engine
+        self.batch_plan, self.engine = batch_plan, engine
         self.optimizer = make_optimizer(model, train)
-        self.scaler = LossScale(train, enabled=engine.precision == "fp16")
+        self.scaler = GradScaler(train, enabled=engine.precision == "fp16")
         self.n_samples = corpus.n_samples(seq_len)
         self._prefetch = Prefetch(self._read, engine.device)
         self.finished = self.skipped = 0
@@ -91,7 +92,7 @@ class Trainer:
     def set_batch(self, batch_size: int, micro_batch: int) -> None:
         """From the next step on, another batch, or the same in other micro-batches; what was read ahead is given up."""
         self.train = replace(self.train, batch_size=batch_size)
-        self.layout = Layout.of(batch_size, micro_batch, self.layout.rank, self.layout.world_size)
+        self.batch_plan = BatchPlan.of(batch_size, micro_batch, self.batch_plan.rank, self.batch_plan.world_size)
         self._prefetch.forget()
 
     def run_step(self) -> Outcome:
@@ -134,7 +135,7 @@ class Trainer:
         try:
             batch = self._prefetch.take(step)
         except (OSError, ValueError) as error:
-            problem = (f"rank {self.layout.rank} could not read its data of step {step + 1}: {error}; phi1 verify "
+            problem = (f"rank {self.batch_plan.rank} could not read its data of step {step + 1}: {error}; phi1 verify "
                        f"{self.corpus.folder} says more")
         count, failures = all_sum(batch.n_targets if batch else 0, batch is None)
         if failures:
@@ -146,12 +147,12 @@ class Trainer:
 
     def _read(self, step: int) -> Batch:
         samples = samples_of_step(step, self.train.batch_size, self.train.seed, self.n_samples)
-        return Batch.read(self.corpus, samples, self.layout, self.seq_len, self.engine.device)
+        return Batch.read(self.corpus, samples, self.batch_plan, self.seq_len, self.engine.device)
 
     def _accumulate(self, step: int, batches: list[tuple[Tensor, Tensor]], count: float) -> float:
         """Forward and backward of all micro-steps. Returns the global mean loss."""
         self.model.train()
-        device, layout = self.engine.device, self.layout
+        device, batch_plan = self.engine.device, self.batch_plan
         rng = torch.tensor([self.train.seed, step], device=device)
         total = torch.zeros((), dtype=torch.float64, device=device)
         for index, (ids, tokens) in enumerate(batches):
@@ -161,7 +162,7 @@ class Trainer:
                                    sample_ids=ids.to(device, non_blocking=True))
             total += loss.detach().double()
             # FSDP averages gradients over the processes; times world_size, that is the sum.
-            (loss * (self.scaler.scale * layout.world_size / count)).backward()
+            (loss * (self.scaler.scale * batch_plan.world_size / count)).backward()
         (loss_sum,) = all_sum(total.item())
         return loss_sum / count
 

@@ -100,7 +100,7 @@ def test_a_forward_moves_at_least_its_inputs_and_outputs(case):
                                   and case.n_flops > 20 * case.n_bytes and "documents" not in case.shape],
                          ids=lambda case: case.name)
 def test_flops_of_products_are_what_pytorch_counts(case):
-    """For the operations that multiply matrices: attention counts the causal half, which PyTorch does not skip."""
+    """The operations that multiply matrices; attention counts the causal half, which PyTorch does not skip."""
     from torch.utils.flop_counter import FlopCounterMode
 
     inputs = check.leaves_of(case, draw(case))
@@ -149,8 +149,8 @@ def test_formulas_see_the_sizes_and_the_element():
     assert (case.n_bytes, case.n_flops) == (12, 9)
 
 
-@pytest.mark.parametrize("case", [case for case in SMALL if case.direction == "forward+backward"],
-                         ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in (*SMALL, *block.small_block(p=0.1))
+                                  if case.direction == "forward+backward"], ids=lambda case: case.name)
 def test_references_by_parts_are_the_reference(case):
     """With every gradient, in float64: whole and by parts differ by the order of sums alone."""
     inputs = {name: x.double() if name in case.leaves and x is not None else x for name, x in draw(case).items()}

@@ -1,20 +1,20 @@
-"""bench/gpu.sh: what it refuses, what it takes from wheels, that a stage keeps its time. CI rehearses every stage."""
+"""bench/gpu.sh: refusals, wheels, time limits, lost GPUs and signals. CI rehearses every stage.
+
+Most tests give the script a `python` of their own, which claims a GPU and stands in for the commands.
+"""
 
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
+import zipfile
 from pathlib import Path
 
 import pytest
 from training_runs import alive, wait_until
 
 from phi1.bench.cases.registry import all_cases
-from phi1.bench.cli import parse, plain_parser
-from phi1.bench.gpu import commands as gpu_commands
-from phi1.bench.gpu import stages
-from phi1.bench.gpu.commands import Command
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -22,228 +22,153 @@ SCRIPT = ROOT / "bench" / "gpu.sh"
 if sys.platform != "linux":
     pytest.skip("the script is for Linux", allow_module_level=True)
 
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+    *phi1.cli.main*) {command} ;;
+    *xdist* | *instafail*) exit 1 ;;
+esac
+"""
+# Ignores Ctrl-C and has a child in a process group of its own, as processes that tokenise are.
+STUBBORN = """trap '' INT; echo begun; bash -c 'set -m; sleep 600 & echo $! >> {pids}; wait' & """ \
+           """echo $! >> {pids}; wait"""
+SHORT = """#!/usr/bin/env bash
+shift 5
+exec /usr/bin/timeout -s INT -k 1 1 "$@"
+"""
 
-def gpu_sh(*arguments, **environment):
-    variables = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, env=variables, timeout=280)
+
+def executable(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def variables(tmp_path, **changes):
+    (tmp_path / "tmp").mkdir(exist_ok=True)
+    return os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "OUT": str(tmp_path / "out"), "WHEELS": "",
+                         "TMPDIR": str(tmp_path / "tmp")} | changes
+
+
+def gpu_sh(tmp_path, *arguments, **changes):
+    return subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, timeout=280,
+                          env=variables(tmp_path, **changes))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "message"),
+    ("arguments", "changes", "message"),
     [
-        ([], {}, "give a stage: check kernels block train decode tune profile"),
-        (["kernel"], {}, "there is no stage 'kernel'"),
-        (["tune"], {"PYTHON": "/nowhere/python"}, "/nowhere/python has no torch and triton"),
+        ([], {}, "give a stage: check kernels block train decode tune profile; or --rehearse"),
+        (["kernel"], {}, "there is no stage 'kernel'; there are check"),
+        (["tune"], {"PYTHON": "/nowhere/python"}, "/nowhere/python has no torch, triton and numpy"),
         (["decode"], {"CUDA_VISIBLE_DEVICES": ""}, "finds no CUDA device; --rehearse runs on a CPU"),
+        (["tune"], {"WHEELS": "/nowhere"}, "WHEELS=/nowhere is no folder"),
+        (["tune"], {"OUT": "/dev/null/out"}, "/dev/null"),
     ],
 )
-def test_wrong_use_ends_in_one_line(arguments, environment, message, tmp_path):
-    done = gpu_sh(*arguments, OUT=str(tmp_path), **environment)
+def test_wrong_use_ends_in_one_line(arguments, changes, message, tmp_path):
+    if "OUT" in changes:
+        changes = changes | {"PYTHON": executable(tmp_path / "python", PYTHON.format(command="true"))}
+    done = gpu_sh(tmp_path, *arguments, **changes)
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert message in done.stderr
 
 
-def test_absent_are_the_wheels_that_are_not_installed(tmp_path):
-    for name in ("torch-9.0-cp312-cp312-any", "no_such_peer-1.0-py3-none-any", "no_such_peer-1.1-py3-none-any"):
-        (tmp_path / f"{name}.whl").touch()
-    done = subprocess.run([sys.executable, stages.__file__, "--absent", str(tmp_path), "tune"], capture_output=True)
-    assert done.stdout == b"no-such-peer\n", done.stderr
+def test_the_layers_of_the_block_stage_are_cases_with_its_peers():
+    text = SCRIPT.read_text()
+    layers, peers = re.findall(r"layer='(.+)'", text), re.findall(r'--case "\$layer" --peers (.+)', text)
+    assert (len(layers), len(peers)) == (2, 2)
+    for layer in layers:
+        (case,) = (case for case in all_cases() if layer in case.name)
+        assert {*" ".join(peers).split()} < {provider.name for provider in case.providers}
 
 
-@pytest.mark.parametrize("name", [gpu_commands.LAYER, gpu_commands.SMALL_LAYER])
-def test_the_layer_of_the_figure_is_a_case_with_its_peers(name):
-    (case,) = (case for case in all_cases() if name in case.name)
-    peers = {*gpu_commands.LAYER_PEERS, *gpu_commands.TUNED_AGAIN}
-    assert peers < {provider.name for provider in case.providers}
-
-
-def test_a_stage_runs_from_the_source_tree_and_leaves_it_clean(tmp_path):
+def test_a_stage_runs_from_the_sources_and_with_the_wheels_that_pip_takes(tmp_path):
+    """The wheel's module is one that every Python imports as it starts."""
     before = set((ROOT / "phi1").iterdir())
-    done = gpu_sh("--rehearse", "tune", OUT=str(tmp_path))
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "sitecustomize-9.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("sitecustomize.py", f"open({str(tmp_path / 'imported')!r}, 'w').close()\n")
+        wheel.writestr("sitecustomize-9.0.dist-info/METADATA",
+                       "Metadata-Version: 2.1\nName: sitecustomize\nVersion: 9.0\n")
+        wheel.writestr("sitecustomize-9.0.dist-info/WHEEL",
+                       "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("sitecustomize-9.0.dist-info/RECORD", "")
+    (wheels / "cut_short-9.0-py3-none-any.whl").write_text("PK")
+    (wheels / "torch-9.0-py3-none-any.whl").write_text("installed, so it is not looked at")
+    done = gpu_sh(tmp_path, "--rehearse", "tune", WHEELS=str(wheels))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == f"results in {tmp_path / 'tune'}"
-    assert "nothing was run" in (tmp_path / "tune" / "list.log").read_text()
+    assert done.stdout.splitlines()[-1] == f"results in {tmp_path / 'out'}"
+    assert "nothing was run" in (tmp_path / "out" / "tune" / "list.log").read_text()
+    assert (tmp_path / "imported").exists()
+    assert "cut" in done.stderr
+    assert "torch" not in done.stderr
     assert set((ROOT / "phi1").iterdir()) == before
+    assert not list((tmp_path / "tmp").glob("tmp.*"))
 
 
-@pytest.mark.parametrize(("stage", "name"), [("tune", "search"), ("block", "all")])
-def test_what_loses_the_gpu_goes_on_in_another_process(tmp_path, monkeypatch, capsys, stage, name):
-    counts = "import sys, pathlib; log = pathlib.Path('tried'); log.open('a').write(sys.argv[-1] + '\\n')\n"
-    search = Command(name, ("-c", counts + "sys.exit(3 * (len(log.read_text().split()) < 3))"), 400, minutes=8.0)
-    monkeypatch.setattr(stages, "commands", lambda *_: [search])
-    assert stages.run_stage(stage, tmp_path, rehearse=False) == 0
-    minutes = [float(line) for line in (tmp_path / stage / "tried").read_text().split()]
+def test_a_relative_python_is_that_of_the_folder_where_the_script_was_called(tmp_path):
+    executable(tmp_path / "bin" / "python", PYTHON.format(command='echo "$0"'))
+    done = subprocess.run([SCRIPT, "tune"], cwd=tmp_path, capture_output=True, text=True,
+                          env=variables(tmp_path, PYTHON="bin/python"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/tune/list.log").read_text() == f"{tmp_path}/bin/python\n"
+
+
+def test_what_loses_the_gpu_goes_on_with_the_minutes_that_are_left(tmp_path):
+    tried = tmp_path / "tried"
+    python = executable(tmp_path / "python", PYTHON.format(
+        command=f'case "$*" in *dry-run*) ;; *) echo "${{@: -1}}" >> {tried}; sleep 1.1; '
+                f'exit $((3 * ($(wc -l < {tried}) < 3))) ;; esac'))
+    assert gpu_sh(tmp_path, "tune", PYTHON=python).returncode == 0
+    minutes = [float(line) for line in tried.read_text().split()]
     assert len(minutes) == 3
-    assert 5.0 < minutes[2] <= minutes[0] == 6.17
-    assert f"{name}++ " in capsys.readouterr().out
+    assert 6.0 < minutes[2] < minutes[1] < minutes[0] <= 7.2, "four fifths of nine minutes"
 
 
-def test_what_loses_the_gpu_has_its_own_time_alone(tmp_path, monkeypatch):
-    seconds = []
-
-    def run(command, folder, left):
-        seconds.append(command.seconds)
-        return stages.Row(command.name, "exit 3", 90.5, [])
-
-    monkeypatch.setattr(stages, "run", run)
-    monkeypatch.setattr(stages, "commands", lambda *_: [Command("max", (), 185, minutes=2.5)])
-    assert stages.run_stage("block", tmp_path, rehearse=False) == 0
-    assert seconds == [185, 94]
+def test_all_stages_of_a_call_have_nine_minutes(tmp_path):
+    """The clock of bash goes on from SECONDS."""
+    python = executable(tmp_path / "python", PYTHON.format(command="echo ran"))
+    done = gpu_sh(tmp_path, "kernels", PYTHON=python, SECONDS="535")
+    assert done.returncode == 1
+    assert done.stderr == "gpu.sh: failed: kernels/quick\n", "the long selection ends with the time"
+    assert "-- kernels quick: exit code 124, 0 s\n-- kernels all: exit code 124, 0 s\n" in done.stdout
 
 
-def test_a_stage_has_nine_minutes_from_the_call_of_the_script_or_the_end_of_another(tmp_path, monkeypatch):
-    limits = []
-
-    def run(command, folder, seconds):
-        limits.append(seconds)
-        return stages.Row(command.name, "ok", 0.0, [])
-
-    monkeypatch.setattr(stages, "run", run)
-    monkeypatch.setattr(stages, "commands", lambda *_: [Command("one", ())])
-    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    began = str(time.time() - 200)
-    monkeypatch.setattr(sys, "argv", ["", "tune", "profile", "--out", str(tmp_path), "--began", began])
-    assert stages.main() == 0
-    assert limits[0] <= 540 - 200 - stages.END_SECONDS < limits[1] <= 540 - stages.END_SECONDS
-    assert stages.END_SECONDS > 2 * stages.LAST_WORDS_SECONDS
+def test_a_failure_is_shown_and_named(tmp_path):
+    python = executable(tmp_path / "python", PYTHON.format(command="echo the reason; exit 1"))
+    done = gpu_sh(tmp_path, "tune", PYTHON=python)
+    assert done.returncode == 1
+    assert done.stderr == "gpu.sh: failed: tune/list tune/search\n"
+    assert "-- tune search: exit code 1, 0 s\nthe reason\n" in done.stdout
 
 
-def count_time_from(happened, monkeypatch):
-    """The limits of a command run from here on: its interpreters may take as long as they like to start."""
-    class Process(subprocess.Popen):
-        def wait(self, timeout=None):
-            if timeout is not None:
-                wait_until(happened)
-            return super().wait(timeout)
-
-    monkeypatch.setattr(subprocess, "Popen", Process)
-
-
-def test_a_stage_is_not_run_twice_at_once_in_a_folder(tmp_path, monkeypatch, capsys):
-    meanwhile = []
-
-    def run(command, folder, seconds):
-        if not meanwhile:
-            meanwhile.append(folder)
-            meanwhile.extend(stages.run_stage(stage, tmp_path, rehearse=True) for stage in ("tune", "profile"))
-        return stages.Row(command.name, "ok", 0.0, [])
-
-    monkeypatch.setattr(stages, "run", run)
-    assert stages.run_stage("tune", tmp_path, rehearse=True) == 0
-    assert meanwhile[1:] == [2, 0]
-    assert capsys.readouterr().err == (f"gpu.sh: error: stage tune is running already in {tmp_path / 'tune'}: wait "
-                                       "until it ends, or set another OUT\n")
-    assert stages.run_stage("tune", tmp_path, rehearse=True) == 0
+def test_a_command_that_takes_too_long_is_killed_with_all_that_it_began(tmp_path):
+    pids = tmp_path / "pids"
+    python = executable(tmp_path / "python", PYTHON.format(command=STUBBORN.format(pids=pids)))
+    executable(tmp_path / "bin" / "timeout", SHORT)
+    done = gpu_sh(tmp_path, "kernels", PYTHON=python, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert done.returncode == 1
+    assert "-- kernels quick: exit code 137" in done.stdout
+    assert "begun" in done.stdout
+    numbers = [int(pid) for pid in pids.read_text().split()]
+    assert len(numbers) == 4, "of two commands"
+    wait_until(lambda: not any(map(alive, numbers)))
 
 
-def test_a_command_that_takes_too_long_is_killed_with_its_children(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "LAST_WORDS_SECONDS", 1)
-    pid_file = tmp_path / "pid"
-    count_time_from(lambda: pid_file.exists() and pid_file.read_text(), monkeypatch)
-    child = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-    parent = ("import signal, subprocess, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-              f"print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])")
-    row = stages.run(Command("slow", ("-c", parent), 1), tmp_path, 100)
-    assert row.seconds < 300, "it was waited for"
-    assert (row.outcome, row.last) == ("time out", ["begun"])
-    assert not alive(int(pid_file.read_text())), "it could still write"
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_command_does_not_outlive_a_signal_that_comes_while_it_starts(tmp_path, monkeypatch, number):
-    started = []
-
-    class Process(subprocess.Popen):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            started.append(self)
-            signal.raise_signal(number)
-
-    monkeypatch.setattr(subprocess, "Popen", Process)
-    before = signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    try:
-        with pytest.raises(SystemExit):
-            stages.run(Command("begun", ("-c", "import time; time.sleep(600)")), tmp_path, 100)
-    finally:
-        signal.signal(number, before)
-    assert [process.returncode for process in started] == [-signal.SIGKILL]
-
-
-TESTS = """
-import time
-
-def test_wrong():
-    seven = 7
-    assert seven == 8
-
-def test_long():
-    time.sleep(600)
-"""
-
-
-@pytest.mark.slow
-def test_tests_that_take_too_long_leave_the_failures_so_far(tmp_path, monkeypatch):
-    log = tmp_path / "tests.log"
-    monkeypatch.setattr(stages, "LAST_WORDS_SECONDS", 60)
-    count_time_from(lambda: "test_long" in log.read_text(), monkeypatch)
-    (tmp_path / "test_it.py").write_text(TESTS)
-    row = stages.run(Command("tests", (*gpu_commands.PYTEST, "test_it.py"), 1), tmp_path, 100)
-    assert row.outcome == "time out"
-    begun, ended = log.read_text().split("test_it.py::test_long", 1)
-    assert "assert 7 == 8" in begun, "at once, as what follows may not end"
-    assert "FAILED test_it.py::test_wrong" in ended
-    assert row.last[-1].endswith("KeyboardInterrupt)") or "1 failed" in row.last[-1]
-
-
-@pytest.mark.slow
-def test_a_terminated_script_ends_what_it_runs(tmp_path):
-    variables = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path), "TMPDIR": str(tmp_path)}
-    script = subprocess.Popen([SCRIPT, "--rehearse", "train"], env=variables, stdout=subprocess.DEVNULL)
-    log = tmp_path / "train" / "search.log"
-    wait_until(log.is_file)
-    script.terminate()
-    assert script.wait(300) == 143
-    wait_until(lambda: not any(str(tmp_path) in line for line in command_lines()))
-    assert [path.name for path in tmp_path.iterdir()] == ["train"], "the temporary folder is gone"
-
-
-def command_lines():
-    """Of every process that runs."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            yield (folder / "cmdline").read_text()
-        except OSError:
-            continue
-
-
-def test_no_command_starts_when_the_time_is_up_and_a_missing_program_is_skipped(tmp_path):
-    assert stages.run(Command("late", ("-c", "print(1)")), tmp_path, 5).outcome == "no time"
-    skipped = stages.run(Command("tool", ("no-such-tool",), program="no-such-tool"), tmp_path, 100)
-    assert (skipped.outcome, skipped.last) == ("skipped", ["no-such-tool is not installed"])
-
-
-@pytest.mark.parametrize(("code", "expected"), [(0, 0), (3, 1)])
-def test_the_table_is_last_and_a_failure_shows(monkeypatch, tmp_path, capsys, code, expected):
-    command = Command("one", ("-c", f"print('the result'); raise SystemExit({code})"))
-    monkeypatch.setattr(stages, "commands", lambda *arguments: [command])
-    assert stages.run_stage("tune", tmp_path, True) == expected
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].split()[:2] == ["one", "ok" if code == 0 else "exit"]
-    assert lines[-2].endswith("the result")
-
-
-@pytest.mark.parametrize("stage", list(gpu_commands.NEEDS))
-@pytest.mark.parametrize("rehearse", [True, False])
-def test_every_stage_names_scripts_that_are_there(stage, rehearse, tmp_path):
-    commands = gpu_commands.commands(stage, tmp_path, rehearse)
-    assert commands
-    for command in commands:
-        assert (command.words[-1] == "--minutes") == bool(command.minutes), "which the time left completes"
-        if "bench" in command.words:
-            options = parse([*command.words[3:], *["1"] * bool(command.minutes)], plain_parser)
-            assert options.device == ("cpu" if rehearse else "cuda")
-        for word in command.words:
-            if word.endswith(".py"):
-                assert Path(word).is_file(), word
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_script_leaves_no_child(tmp_path, number):
+    pids = tmp_path / "pids"
+    python = executable(tmp_path / "python", PYTHON.format(command=STUBBORN.format(pids=pids)))
+    script = subprocess.Popen([SCRIPT, "tune"], env=variables(tmp_path, PYTHON=python), stdout=subprocess.DEVNULL)
+    wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+    second = gpu_sh(tmp_path, "profile", PYTHON=python)
+    assert second.returncode == 2
+    assert f"another gpu.sh writes to {tmp_path / 'out'}: wait until it ends" in second.stderr
+    script.send_signal(number)
+    assert script.wait(60) == 128 + number
+    wait_until(lambda: not any(alive(int(pid)) for pid in pids.read_text().split()))
+    assert not list((tmp_path / "tmp").glob("tmp.*")), "the temporary folder is gone"

@@ -1,4 +1,4 @@
-"""bench/gpu_sanitize.py launches every kernel, so that compute-sanitizer sees each of them."""
+"""bench/gpu/sanitize.py launches every kernel, so that compute-sanitizer sees each of them."""
 
 import re
 from pathlib import Path

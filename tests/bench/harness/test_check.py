@@ -1,4 +1,4 @@
-"""What is compared with what before a time counts, and behind the rounds: no wrong thing is a result."""
+"""The checks before a time counts and after the rounds: nothing that is wrong becomes a result."""
 
 from dataclasses import replace
 

@@ -5,9 +5,9 @@ import threading
 
 import pytest
 
-from phi1.bench.cli import plain_parser
 from phi1.bench.compile import table
 from phi1.bench.harness import files
+from phi1.bench.harness.parser import plain_parser
 from phi1.bench.report import report, results
 
 FACTS = {"device": "cuda", "gpu": "A GPU", "torch": "2.11.0", "triton": "3.6.0", "commit": "abc1234"}
@@ -82,13 +82,13 @@ def test_results_saved_at_once_get_two_names(tmp_path, meanwhile):
     assert names(tmp_path) == ["r.2.json", "r.json"]
 
 
-def test_the_readme_is_whole_where_the_disk_is_full(tmp_path, full_disk):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n" + "All the rest of it.\n" * 1000)
-    before = readme.read_text()
+def test_the_page_is_whole_where_the_disk_is_full(tmp_path, full_disk):
+    page = tmp_path / "page.md"
+    page.write_text(f"{report.BEGIN}\n{report.END}\n" + "All the rest of it.\n" * 1000)
+    before = page.read_text()
     (tmp_path / "r.json").write_text(results.as_text(
         {"format": results.FORMAT, "date": "2026-11-23", "environment": FACTS, "settings": {}, "cases": []}))
     with full_disk(), pytest.raises(OSError, match="File too large"):
-        report.main([str(tmp_path / "r.json"), "--readme", str(readme), "--no-plots"], plain_parser)
-    assert readme.read_text() == before
-    assert names(tmp_path) == ["README.md", "r.json"]
+        report.main([str(tmp_path / "r.json"), "--page", str(page), "--no-plots"], plain_parser)
+    assert page.read_text() == before
+    assert names(tmp_path) == ["page.md", "r.json"]

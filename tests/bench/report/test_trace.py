@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from phi1.bench.gpu import profile_step
+from phi1.bench.gpu import counters
 from phi1.bench.report import trace
 from phi1.bench.report.trace import kind_of, our_kernels
 from phi1.cli.main import main
@@ -98,12 +98,12 @@ def test_a_trainer_says_that_its_trace_was_not_written_and_goes_on(tmp_path, ful
 
 def test_the_gpu_scripts_trace_is_refused_in_one_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "trace.json").mkdir()
-    monkeypatch.setattr(profile_step, "micro_step", lambda *arguments: pytest.fail("it ran"))
-    monkeypatch.setattr(sys, "argv", ["gpu_profile.py", "trace", "--rehearse", "--out", str(tmp_path)])
-    assert profile_step.main() == 2
+    monkeypatch.setattr(trace, "record", lambda *arguments: pytest.fail("it ran"))
+    monkeypatch.setattr(sys, "argv", ["counters.py", "--rehearse", "--out", str(tmp_path)])
+    assert counters.main() == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert f"gpu_profile: error: {tmp_path}/trace.json: a trace cannot take the place of what is no regular" in err
+    assert f"counters: error: {tmp_path}/trace.json: a trace cannot take the place of what is no regular" in err
 
 
 def test_backward_nodes_of_our_operations_are_ours():
@@ -113,17 +113,11 @@ def test_backward_nodes_of_our_operations_are_ours():
     assert kind_of("GeneratedBackwardFor_other_gelu_defaultBackward") == "other"
 
 
-class Average:
-    device_type, count, self_device_time_total = "DeviceType.CUDA", 1, 1000.0
-
-    def __init__(self, name):
-        self.key = name
-
-
-def test_both_tables_count_the_kernels_of_our_sources_alone_as_ours():
+def test_counters_are_those_of_the_kernels_of_our_sources_alone(tmp_path, monkeypatch, capsys):
     """Others' Triton kernels have names of the same form."""
-    ours, others = sorted(our_kernels())[0], ["_theirs_kernel", "some_library_kernel", "ampere_fp16_s16816gemm"]
-    recorded = type("Recorded", (), {"key_averages": lambda self: [Average(name) for name in (ours, *others)]})()
-    rows = profile_step.kernel_rows(recorded, rehearse=False)
-    assert {row["name"] for row in rows if row["ours"]} == {ours}
-    assert len(rows) == 4
+    ours = sorted(our_kernels())
+    names = [ours[0], "_theirs_kernel", "phi1::gelu", *ours[1:4], "ampere_fp16_s16816gemm"]
+    lines = [trace.Line(name, kind_of(name), 10.0 - i, 1) for i, name in enumerate(names)]
+    monkeypatch.setattr(trace, "record", lambda *arguments: lines)
+    assert counters.slowest(tmp_path, "cpu") == ours[:3]
+    assert "_theirs_kernel" in capsys.readouterr().out

@@ -10,8 +10,8 @@ from phi1 import testing
 from phi1.kernels import Dropout, attention, backend, check_values
 from phi1.kernels.attention import eager as tiles
 from phi1.kernels.attention.attention import attention_reference
-from phi1.kernels.attention.dispatch import Scheme
 from phi1.kernels.attention.eager import torch_forward
+from phi1.kernels.attention.spec import AttentionSpec
 from phi1.kernels.core.philox import attention_keep, packed_attention_keep
 
 SHAPES = [  # B, Tq, Tk, H, K
@@ -107,7 +107,7 @@ def test_one_query_is_computed_in_float32_a_tile_at_a_time(monkeypatch, dtype):
     monkeypatch.setattr(tiles, "CPU_TILE_BYTES", -(-3 * 4 * 26 * (1 + 2 * 16) // torch.get_num_threads()))
     q, k, v = make((3, 1, 26, 3, 16), dtype).values()
     with FlashCalls() as calls:
-        torch_forward(q, k, v, Scheme(True, 0.25), None)
+        torch_forward(q, k, v, AttentionSpec(True, 0.25), None)
     assert calls.dtypes == [torch.float32] * 3
 
 

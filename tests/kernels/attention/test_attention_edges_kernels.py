@@ -139,7 +139,7 @@ def test_the_kernels_ran_and_not_pytorch(monkeypatch):
     from phi1.kernels.attention import launch_triton
 
     launched = []
-    for name in ("launch_forward", "launch_backward"):
+    for name in ("launch_attention_forward", "launch_attention_backward"):
         launch = getattr(launch_triton, name)
         monkeypatch.setattr(
             launch_triton, name, lambda *a, launch=launch, name=name: launched.append(name) or launch(*a)
@@ -147,7 +147,7 @@ def test_the_kernels_ran_and_not_pytorch(monkeypatch):
     with backend("triton"):
         testing.outputs_and_gradients(attention, attention_inputs((1, 4, 4, 1, 16)))
         testing.outputs_and_gradients(attention_qkv, qkv_inputs(4))
-    assert launched == ["launch_forward", "launch_backward"] * 2
+    assert launched == ["launch_attention_forward", "launch_attention_backward"] * 2
 
 
 def test_what_the_kernels_do_not_take_raises():

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from phi1 import testing
 from phi1.kernels import (
@@ -17,7 +18,7 @@ from phi1.kernels import (
     parallel_block,
     parallel_block_prefill,
 )
-from phi1.kernels.block.eager import branches_forward
+from phi1.kernels.block.dispatch import branches_forward
 from phi1.kernels.block.parallel_block import RECOMPUTE, parallel_block_reference
 
 SHAPES = [  # B, T, D, H, F, R
@@ -276,25 +277,24 @@ def test_reference_backend():
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_operator_is_sound(recompute):
-    parameters = [x.requires_grad_() for x in make((2, 6, 32, 2, 48, 8)).values()]
-    positions, cos_sin = torch.arange(6).repeat(2), tables(8).values()
+    x, *parameters = [x.requires_grad_() for x in make((2, 6, 32, 2, 48, 8)).values()]
+    rotary = [*tables(8).values(), torch.arange(6).repeat(2)]
     cases = (
         ((None, ints(0, 3), None, None), (2, 2, (0.0,) * 3, (0,) * 3, (0,) * 3, 1e-5, recompute)),
         ((ints(0, 5, 12), None, RNG, torch.tensor([8, 9])),
          (2, 1, (0.1, 0.2, 0.3), (4,) * 3, (0, 1, 2), 1e-5, recompute)),
     )
     for packing, constants in cases:
-        testing.assert_operator_is_sound("parallel_block", (*parameters, *cos_sin, positions, *packing, *constants))
-        y, *saved = torch.ops.phi1.parallel_block(*parameters, *cos_sin, positions, *packing, *constants)
-        arguments = (x.detach() for x in (y, *parameters[:-1], *saved))
-        testing.assert_operator_is_sound("parallel_block_backward",
-                                         (*arguments, *cos_sin, positions, *packing, *constants))
+        testing.assert_operator_is_sound("parallel_block", (x, parameters, rotary, *packing, *constants))
+        y, *saved = torch.ops.phi1.parallel_block(x, parameters, rotary, *packing, *constants)
+        arguments = tree_map(torch.Tensor.detach, (y, x, parameters, saved))
+        testing.assert_operator_is_sound("parallel_block_backward", (*arguments, rotary, *packing, *constants))
 
 
 def test_operator_is_sound_in_prefill():
-    packing, constants = (None, ints(0, 3), None, None), (2, 2, (0.0,) * 3, (0,) * 3, (0,) * 3, 1e-5, "prefill")
-    testing.assert_operator_is_sound("parallel_block", (*make((2, 6, 32, 2, 48, 8)).values(), *tables(8).values(),
-                                                        torch.arange(6).repeat(2), *packing, *constants))
+    x, *parameters = make((2, 6, 32, 2, 48, 8)).values()
+    rotary = [*tables(8).values(), torch.arange(6).repeat(2)]
+    testing.assert_operator_is_sound("parallel_block_prefill", (x, parameters, rotary, ints(0, 3), 2, 2, 1e-5))
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)

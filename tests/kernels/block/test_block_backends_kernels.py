@@ -8,13 +8,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from phi1 import testing
 from phi1.config import preset
 from phi1.kernels import Dropout, parallel_block
 from phi1.kernels.block import projections_triton as projections
-from phi1.kernels.block.parallel_block import PREFILL, RECOMPUTE, parallel_block_reference
+from phi1.kernels.block.parallel_block import RECOMPUTE, parallel_block_reference
 from phi1.kernels.core import backend
 from phi1.model import Phi1
 
@@ -103,14 +104,22 @@ def test_a_checkpoint_computed_again_on_another_backend_is_refused(forward, back
         y.sum().backward()
 
 
-@pytest.mark.parametrize("recompute", [*RECOMPUTE, PREFILL])
+OPERATORS = {  # operator, its arguments behind x, the parameters and the rotation
+    **{recompute: ("parallel_block", (None, None, None, None, 2, 2, (0.0,) * 3, (0,) * 3, (0,) * 3, 1e-5, recompute))
+       for recompute in RECOMPUTE},
+    "prefill": ("parallel_block_prefill", (None, 2, 2, 1e-5)),
+}
+
+
+@pytest.mark.parametrize("case", OPERATORS)
 @pytest.mark.parametrize("name", ["triton", "default"])
-def test_the_fake_operator_has_the_shapes_of_either_backend(name, recompute):
-    positions = torch.arange(34, device=DEVICE)
-    tensors = (*testing.block_inputs(SHAPE).values(), *testing.rotary_tables(SHAPE[-1]), positions)
-    others = (None, None, None, None, 2, 2, (0.0,) * 3, (0,) * 3, (0,) * 3, 1e-5, recompute)
+def test_the_fake_operator_has_the_shapes_of_either_backend(name, case):
+    operator, others = OPERATORS[case]
+    run = getattr(torch.ops.phi1, operator)
+    x, *parameters = testing.block_inputs(SHAPE).values()
+    rotary = (*testing.rotary_tables(SHAPE[-1]), torch.arange(34, device=DEVICE))
     with on(name):
-        real = torch.ops.phi1.parallel_block(*tensors, *others)
+        real = run(x, parameters, rotary, *others)
         with FakeTensorMode() as mode:
-            fake = torch.ops.phi1.parallel_block(*map(mode.from_tensor, tensors), *others)
+            fake = run(*tree_map(mode.from_tensor, (x, parameters, rotary)), *others)
     assert [(x.shape, x.stride(), x.dtype) for x in fake] == [(x.shape, x.stride(), x.dtype) for x in real]

@@ -12,7 +12,7 @@ from phi1.kernels.block import projections_triton as projections
 from phi1.kernels.block.bias_grad_triton import launch_branch_gradients
 from phi1.kernels.block.parallel_block import RECOMPUTE, parallel_block_reference
 from phi1.kernels.gemm import linear_triton as linear_kernels
-from phi1.kernels.pointwise.dropout_eager import dropped
+from phi1.kernels.pointwise.dropout import dropped
 
 DEVICE = testing.kernel_device()
 if DEVICE is None:
@@ -165,9 +165,9 @@ def test_the_kernels_ran_and_not_pytorch(monkeypatch):
     from phi1.kernels.block import launch_triton
 
     launched = []
-    forward = ["launch_in_proj", "launch_attention"]
+    forward = ["launch_in_proj", "launch_attention_forward"]
     backward = ["launch_dgelu_partial", "launch_attention_backward", "launch_bias_partials", "launch_bias_sums"]
-    names = (*forward, "launch_out_proj", "launch_linear", "launch_branch_gradients", *backward)
+    names = (*forward, "launch_out_proj", "launch_linear_forward", "launch_branch_gradients", *backward)
     for name in names:
         launch = getattr(launch_triton, name)
         monkeypatch.setattr(launch_triton, name,
@@ -178,7 +178,7 @@ def test_the_kernels_ran_and_not_pytorch(monkeypatch):
         assert launched == [*forward, "launch_out_proj", *backward]
         launched.clear()
         testing.outputs_and_gradients(parallel_block, tensors, **options, dropouts=drops(0, 0, 0.1))
-        assert launched == [*forward, "launch_linear", "launch_linear", "launch_branch_gradients", *backward]
+        assert launched == [*forward, *["launch_linear_forward"] * 2, "launch_branch_gradients", *backward]
         launched.clear()
         testing.outputs_and_gradients(parallel_block, tensors, **options, recompute="mlp")
         assert launched == [*forward, "launch_out_proj", "launch_in_proj", *backward]

@@ -9,8 +9,8 @@ from phi1 import testing
 from phi1.kernels import backend, gelu
 from phi1.kernels.block import projections_triton as projections
 from phi1.kernels.core.tiles import ARCHITECTURES, TILES, tile_for
-from phi1.kernels.pointwise.gelu_eager import gelu_new
-from phi1.kernels.pointwise.rotary_eager import rotate_reference
+from phi1.kernels.pointwise.gelu import gelu_new
+from phi1.kernels.pointwise.rotary import rotate_reference
 
 DEVICE = testing.kernel_device()
 if DEVICE is None:

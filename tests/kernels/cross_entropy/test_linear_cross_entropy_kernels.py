@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from phi1 import testing
 from phi1.kernels import backend, check_values, linear_cross_entropy
 from phi1.kernels.cross_entropy import loss_triton as kernels
-from phi1.kernels.cross_entropy.eager import LossRule, Needs
 from phi1.kernels.cross_entropy.linear_cross_entropy import linear_cross_entropy_reference
+from phi1.kernels.cross_entropy.spec import LossRule, Needs
 
 DEVICE = testing.kernel_device()
 if DEVICE is None:

@@ -8,8 +8,7 @@ import torch
 
 from phi1 import testing
 from phi1.kernels import backend, gelu
-from phi1.kernels.pointwise.gelu import gelu_reference
-from phi1.kernels.pointwise.gelu_eager import gelu_backward, gelu_forward
+from phi1.kernels.pointwise.gelu import gelu_backward, gelu_forward, gelu_reference
 
 DEVICE = testing.kernel_device()
 if DEVICE is None:
@@ -40,7 +39,7 @@ def test_the_kernels_ran_and_not_pytorch(monkeypatch):
     from phi1.kernels.pointwise import epilogue_triton
 
     launched = []
-    for name in ("launch_forward", "launch_backward"):
+    for name in ("launch_epilogue_forward", "launch_epilogue_backward"):
         launch = getattr(epilogue_triton, name)
         monkeypatch.setattr(
             epilogue_triton, name,
@@ -48,7 +47,7 @@ def test_the_kernels_ran_and_not_pytorch(monkeypatch):
         )
     with backend("triton"):
         testing.outputs_and_gradients(gelu, make((4, 32)))
-    assert launched == ["launch_forward", "launch_backward"]
+    assert launched == ["launch_epilogue_forward", "launch_epilogue_backward"]
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)

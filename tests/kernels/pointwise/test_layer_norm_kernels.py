@@ -11,8 +11,7 @@ import torch
 from phi1 import testing
 from phi1.kernels import add_layer_norm, backend, layer_norm
 from phi1.kernels.core.tiles import table
-from phi1.kernels.pointwise.layer_norm import add_layer_norm_reference, layer_norm_reference
-from phi1.kernels.pointwise.layer_norm_eager import MAX_WIDTH
+from phi1.kernels.pointwise.layer_norm import MAX_WIDTH, add_layer_norm_reference, layer_norm_reference
 
 DEVICE = testing.kernel_device()
 if DEVICE is None:
@@ -69,14 +68,14 @@ def test_the_kernels_ran_and_not_pytorch(monkeypatch):
     from phi1.kernels.pointwise import layer_norm_triton
 
     launched = []
-    for name in ("launch_forward", "launch_backward"):
+    for name in ("launch_layer_norm_forward", "launch_layer_norm_backward"):
         launch = getattr(layer_norm_triton, name)
         monkeypatch.setattr(
             layer_norm_triton, name, lambda *a, launch=launch, name=name: launched.append(name) or launch(*a)
         )
     with backend("triton"):
         testing.outputs_and_gradients(layer_norm, make((4, 32), torch.float32))
-    assert launched == ["launch_forward", "launch_backward"]
+    assert launched == ["launch_layer_norm_forward", "launch_layer_norm_backward"]
 
 
 def test_non_contiguous_and_empty_inputs():

@@ -1,10 +1,11 @@
-"""The `phi1` command: what it prints where, its exit codes, and one line for every mistake."""
+"""The `phi1` command: its output, its exit codes, and one line for every mistake."""
 
 import importlib
 import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ RUN = [sys.executable, "-c", "import sys; from phi1.cli.main import main; sys.ex
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model that never ends of itself, with its tokenizer."""
+    """A model that never draws the end of text, with its tokenizer."""
     torch.manual_seed(0)
     model, tokenizer = Phi1(CONFIG), train_bpe(["def f(x):\n    return x\n"], 300)
     with torch.no_grad():
@@ -39,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 def run(*argv):
-    """main in this process, with the exit of argparse as its code."""
+    """Run main in this process; an exit of argparse gives its code."""
     try:
         return main([str(item) for item in argv])
     except SystemExit as stop:
@@ -54,7 +55,7 @@ def error_line(capsys):
     return err
 
 
-def test_generate_writes_the_text_and_nothing_else(folder, capsys):
+def test_generate_writes_the_text_and_prints_the_seed_of_a_sample(folder, capsys):
     assert run("generate", "--model", folder, "--prompt", "def f", "--max-new-tokens", 20, "--device", "cpu") == 0
     out, err = capsys.readouterr()
     (expected,) = generate(load(folder, device="cpu"), load_tokenizer(folder), "def f", max_new_tokens=20)
@@ -62,8 +63,6 @@ def test_generate_writes_the_text_and_nothing_else(folder, capsys):
     assert err.startswith("phi1 generate: 20 tokens in ")
     assert "seed" not in err
 
-
-def test_sampling_prints_its_seed(folder, capsys):
     options = ["generate", "--model", folder, "--prompt", "def f", "--max-new-tokens", 30, "--device", "cpu",
                "--temperature", 1.5, "--top-k", 50, "--top-p", 0.9]
     assert run(*options) == 0
@@ -138,6 +137,7 @@ MISTAKES = {
     "not UTF-8": (["generate", "--model", "MODEL", "--prompt-file", "BINARY"],
                   "not UTF-8 text: invalid start byte at byte 2"),
     "prompt too long": (["generate", "--model", "MODEL", "--prompt", "é" * 2048], "has 4096 tokens"),
+    "truncated": (["generate", "--model", "TRUNCATED", "--prompt", "x"], "model.safetensors is damaged, truncated"),
     "another tokenizer": (["generate", "--model", "MODEL", "--prompt", "hello", "--tokenizer", "microsoft/phi-1"],
                           "prompt has token id 31373, and the model's vocabulary ends at 319"),
     "no such tokenizer": (["generate", "--model", "MODEL", "--prompt", "x", "--tokenizer", "nosuch"],
@@ -158,22 +158,14 @@ def test_a_mistake_gives_one_line_and_exit_code_2(folder, tmp_path, capsys, mist
     argv, message = MISTAKES[mistake]
     (tmp_path / "binary").write_bytes(b"ab\xff")
     (tmp_path / "run" / "checkpoints" / "step-20").mkdir(parents=True)
-    places = {"MODEL": folder, "BINARY": tmp_path / "binary", "OUT": tmp_path / "out", "RUN": tmp_path / "run"}
-    assert run(*(places.get(item, item) for item in argv)) == 2
+    shutil.copytree(folder, tmp_path / "truncated")
+    os.truncate(tmp_path / "truncated" / "model.safetensors", 5000)
+    names = {name.upper(): tmp_path / name for name in ("binary", "truncated", "run", "out")} | {"MODEL": folder}
+    assert run(*(names.get(item, item) for item in argv)) == 2
     line = error_line(capsys)
     assert message in line
     assert line.startswith("phi1")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_truncated_checkpoint_gives_one_line(folder, tmp_path, capsys):
-    broken = tmp_path / "model"
-    broken.mkdir()
-    for path in folder.iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
-    os.truncate(broken / "model.safetensors", 5000)
-    assert run("generate", "--model", broken, "--prompt", "x") == 2
-    assert "model.safetensors is damaged, truncated" in error_line(capsys)
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch):
@@ -221,9 +213,9 @@ def test_prepare_gets_its_own_arguments(monkeypatch):
     import types
 
     seen = []
-    room = types.ModuleType("phi1.train.prepare.prepare")
+    room = types.ModuleType("phi1.train.commands.prepare")
     room.main = lambda argv: seen.append(argv)
-    monkeypatch.setitem(sys.modules, "phi1.train.prepare.prepare", room)
+    monkeypatch.setitem(sys.modules, "phi1.train.commands.prepare", room)
     assert run("prepare", "--out", "x", "--help") == 0
     assert seen == [["--out", "x", "--help"]]
 
@@ -276,7 +268,7 @@ def test_help_is_light(tmp_path):
 
 
 def started(folder, tmp_path, **options):
-    """A real process that writes without end."""
+    """Start a real process that writes without end."""
     return subprocess.Popen([*RUN, "generate", "--model", str(folder), "--prompt", "x", "--max-new-tokens", "4000"],
                             cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, **options)
 

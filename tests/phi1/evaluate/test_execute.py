@@ -1,4 +1,4 @@
-"""Programs that nobody has read: what they may not do to the process that runs them."""
+"""Programs that a model has written: their results, and the limits that protect the process that runs them."""
 
 import errno
 import os
@@ -49,8 +49,8 @@ def test_an_endless_loop_ends(program):
     (0.1, signal.SIGKILL, TIMED_OUT), (ENOUGH, signal.SIGKILL, "ended early, by SIGKILL"),
     (0.1, signal.SIGSEGV, "ended early, by SIGSEGV"),
 ])
-def test_what_is_killed_after_its_time_has_timed_out(seconds, number, result, monkeypatch):
-    """Whoever runs the program may be kept waiting until the limit of CPU time has ended it."""
+def test_a_program_killed_after_its_time_has_timed_out(seconds, number, result, monkeypatch):
+    """The limit of CPU time may end the program while the process that runs it is delayed."""
     communicate = subprocess.Popen.communicate
     monkeypatch.setattr(subprocess.Popen, "communicate", lambda process, given, timeout: communicate(process, given))
     assert execute(f"import os, time\ntime.sleep(0.1)\nos.kill(os.getpid(), {number:d})", seconds) == result

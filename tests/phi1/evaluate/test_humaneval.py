@@ -148,7 +148,7 @@ def test_every_k_needs_samples_enough_of_every_problem():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model of random weights, with a tokenizer and a context that the shorter prompts alone fit into."""
+    """A model of random weights, with a tokenizer, and with a context that only the shorter prompts fit."""
     tokenizer = train_bpe([entry["prompt"] for entry in OWN], 320)
     lengths = [len(tokenizer.encode(entry["prompt"])) for entry in OWN]
     torch.manual_seed(0)
@@ -241,7 +241,7 @@ def test_stopped_by_sigterm_it_keeps_what_has_run_and_clears_up(file, tmp_path, 
 
 @pytest.mark.parametrize("option", ["--completions", "--problems"])
 def test_a_file_that_is_read_is_not_written(option, file, tmp_path, capsys):
-    """Under another name of it neither."""
+    """A link to the file counts as the file."""
     read = tmp_path / "read.jsonl"
     read.write_text("years of work")
     (tmp_path / "link").symlink_to(read)

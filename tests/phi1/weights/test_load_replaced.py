@@ -1,4 +1,4 @@
-"""Loading a model from a folder that is replaced meanwhile: one of the models comes of it, or one clear line."""
+"""Loading a model from a folder that is replaced meanwhile: the result is one of the models, or one clear line."""
 
 import shutil
 import threading
@@ -16,7 +16,7 @@ from phi1.weights.huggingface import load, save
 
 
 def replaced_when_read(monkeypatch, folder, *seeds):
-    """Each of the models takes the folder's place in one of the next readings, between two shards."""
+    """Let each model replace the folder in one of the next readings, between two shards."""
     coming = [tiny_model(seed) for seed in seeds]
 
     def read(path, names):
@@ -48,8 +48,8 @@ def test_a_folder_replaced_again_and_again_is_one_line(tmp_path, monkeypatch):
     assert len(coming) == 1
 
 
-def test_an_error_of_a_folder_that_is_replaced_is_not_told(tmp_path, monkeypatch):
-    """Its shards are gone, or have other shapes than those that its header had."""
+def test_an_error_of_a_replaced_folder_is_not_reported(tmp_path, monkeypatch):
+    """The shards of a replaced folder are gone, or have other shapes."""
     folder = tmp_path / "model"
     save(tiny_model(1), folder, max_shard_bytes=20_000)
     survey, calls = phi1.weights.huggingface._survey, []
@@ -67,7 +67,7 @@ def test_an_error_of_a_folder_that_is_replaced_is_not_told(tmp_path, monkeypatch
     calls.clear()
     with pytest.raises(ZeroDivisionError):
         load(folder, device="cpu")
-    assert len(calls) == 4  # that of the second reading, of a folder that stayed
+    assert len(calls) == 4  # the error of the second reading, of a folder that stayed
 
 
 def test_a_folder_that_is_removed_is_said_to_be_gone(tmp_path, monkeypatch):

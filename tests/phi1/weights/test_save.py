@@ -1,4 +1,4 @@
-"""Saving weights: what is written is what transformers and `load` read, and a save that fails leaves what was there."""
+"""Saving weights: transformers and `load` read the files, and a save that fails leaves the old model."""
 
 import json
 import os
@@ -16,22 +16,16 @@ from phi1.weights.huggingface import load, save, save_state_dict
 
 
 @pytest.mark.parametrize("shard_bytes", [5_000_000_000, 20_000])
-def test_save_then_load_is_the_identity(tmp_path, shard_bytes):
-    model = tiny_model(3)
-    save(model, tmp_path / "new" / "model", max_shard_bytes=shard_bytes)
-    files = sorted(path.name for path in (tmp_path / "new" / "model").glob("*.safetensors"))
-    assert len(files) == 1 if shard_bytes > 10**9 else len(files) > 2
-    assert_same(load(tmp_path / "new" / "model", device="cpu"), model)
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["model"]
-
-
-@pytest.mark.parametrize("shard_bytes", [5_000_000_000, 20_000])
-def test_transformers_reads_what_is_saved(tmp_path, shard_bytes):
+def test_load_and_transformers_read_a_saved_model(tmp_path, shard_bytes):
     from transformers import PhiForCausalLM
 
-    model = tiny_model(4)
-    save(model, tmp_path / "model", max_shard_bytes=shard_bytes)
-    theirs, report = PhiForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    model, folder = tiny_model(4), tmp_path / "new" / "model"
+    save(model, folder, max_shard_bytes=shard_bytes)
+    files = list(folder.glob("*.safetensors"))
+    assert len(files) == 1 if shard_bytes > 10**9 else len(files) > 2
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    assert_same(load(folder, device="cpu"), model)
+    theirs, report = PhiForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     assert theirs.config.eos_token_id is None
     assert theirs.config.rope_parameters["partial_rotary_factor"] == 0.5
@@ -97,7 +91,7 @@ def test_the_config_names_the_end_of_text(tmp_path):
     assert json.loads((tmp_path / "b" / "config.json").read_text())["eos_token_id"] == 50256
 
 
-def test_save_replaces_a_saved_model_and_nothing_else(tmp_path):
+def test_save_replaces_a_saved_model_and_nothing_else(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     save(tiny_model(1), folder, max_shard_bytes=20_000)
     save(tiny_model(2), folder)
@@ -110,11 +104,15 @@ def test_save_replaces_a_saved_model_and_nothing_else(tmp_path):
     with pytest.raises(ValueError, match="is a file"):
         save(tiny_model(3), folder / "thesis.tex")
     assert_same(load(folder, device="cpu"), tiny_model(2))
+    (folder / "thesis.tex").unlink()
+    monkeypatch.setattr(phi1.weights.huggingface, "_write_tensors", None)  # refused before anything is written
+    with pytest.raises(ValueError, match=r"model holds other files \(config\.json, generation_config"):
+        save(tiny_model(3), folder, replace=False)
 
 
 @pytest.mark.parametrize("replace", [True, False])
 def test_a_file_that_is_put_there_meanwhile_stays(tmp_path, monkeypatch, replace):
-    """Also that of another save, where the folder had to be new."""
+    """A new folder also refuses a file of another save."""
     folder, write = tmp_path / "model", phi1.weights.huggingface._write_configs
     mine = folder / ("thesis.tex" if replace else "vocab.json")
     if replace:
@@ -134,13 +132,6 @@ def test_a_file_that_is_put_there_meanwhile_stays(tmp_path, monkeypatch, replace
     assert os.listdir(tmp_path) == ["model"]
     if replace:
         assert_same(load(folder, device="cpu"), tiny_model(1))
-
-
-def test_a_folder_that_must_be_new_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    save(tiny_model(1), tmp_path / "model")
-    monkeypatch.setattr(phi1.weights.huggingface, "_write_tensors", None)
-    with pytest.raises(ValueError, match=r"model holds other files \(config\.json, generation_config"):
-        save(tiny_model(2), tmp_path / "model", replace=False)
 
 
 @pytest.mark.parametrize("at", ["a rename aside", "a file"])

@@ -1,6 +1,7 @@
-"""Checkpoints: what a save leaves behind, what damage is found, and that a loaded trainer is the saved one."""
+"""Checkpoints: the files of a save, errors of saving and loading, and a loaded trainer that equals the saved one."""
 
 import json
+import os
 import re
 import shutil
 import threading
@@ -16,7 +17,7 @@ from phi1 import Phi1
 from phi1.train.checkpoint import checkpoint as checkpoint_module
 from phi1.train.checkpoint.checkpoint import Saver, gather_weights, load_checkpoint
 from phi1.train.checkpoint.files import checkpoints, choose, find_damage, prune, remove_after
-from phi1.train.data.batch_plan import Layout
+from phi1.train.data.batch_plan import BatchPlan
 from phi1.train.data.corpus import open_corpus
 from phi1.train.evaluate.samples import whole_model
 from phi1.train.recipe.recipe import Train
@@ -54,33 +55,14 @@ def two_saved(small_corpus, engines, tmp_path_factory):
     return folder
 
 
-def test_the_newest_are_kept_and_the_newest_is_taken(two_saved):
+def test_the_newest_are_kept_and_the_newest_is_chosen(two_saved):
     assert [path.name for path in checkpoints(two_saved)] == ["step-2", "step-3"]
     assert choose(two_saved, "auto") == two_saved / "step-3"
     assert choose(two_saved, "step-2") == two_saved / "step-2"
     assert not list(two_saved.glob(".*"))
-
-
-def test_each_flipped_byte_truncation_and_loss_is_found(two_saved, tmp_path):
-    intact = two_saved / "step-3"
-    assert find_damage(intact) is None
-    names = sorted(path.name for path in intact.iterdir())
-    assert names == [".metadata", "__0_0.distcp", "manifest.json", "trainer.json"]
-    for name in names:
-        content = (intact / name).read_bytes()
-        positions = range(0, len(content), max(1, len(content) // 7))
-        damaged = [content[:i] + bytes([content[i] ^ 1]) + content[i + 1:] for i in positions]
-        for case, wrong in enumerate([*damaged, content[:-1], content + b"\n", b"", None]):
-            copy = tmp_path / f"{name}-{case}"
-            shutil.copytree(intact, copy)
-            if wrong is None:
-                (copy / name).unlink()
-            else:
-                (copy / name).write_bytes(wrong)
-            damage = find_damage(copy)
-            assert damage, (name, case)
-            assert damage.startswith(name)
-            shutil.rmtree(copy)
+    assert sorted(os.listdir(two_saved / "step-3")) == [".metadata", "__0_0.distcp", "manifest.json", "trainer.json"]
+    notes = json.loads((two_saved / "step-3" / "trainer.json").read_text())
+    assert (notes["step"], notes["skipped"]) == (3, 0)
 
 
 def test_a_damaged_or_missing_checkpoint_is_one_line_with_the_way_out(two_saved, tmp_path):
@@ -115,7 +97,7 @@ def test_every_mth_checkpoint_outlives_the_newest(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["step-9"]
 
 
-def test_an_unfinished_save_is_never_taken_for_a_checkpoint(two_saved, tmp_path):
+def test_an_unfinished_save_is_never_a_checkpoint(two_saved, tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(two_saved, folder)
     (folder / "step-3").rename(folder / ".step-7.tmp")
@@ -132,7 +114,7 @@ def test_a_disk_without_space_is_named_before_it_is_written(small_corpus, engine
                                        r"are free; free \d\.\d MB more, or give another --run\.folder; earlier "
                                        r"checkpoints are intact$"):
         save_checkpoint(trainer, two_saved, {}, keep=2)
-    with pytest.raises(RunError, match=r"another --run\.folder$"):  # of earlier ones, where there are none, not a word
+    with pytest.raises(RunError, match=r"another --run\.folder$"):  # no word of earlier ones: none are there
         save_checkpoint(trainer, tmp_path / "checkpoints", {}, keep=2)
     assert [path.name for path in sorted(two_saved.iterdir())] == ["step-2", "step-3"]
 
@@ -160,8 +142,8 @@ def test_training_goes_on_while_a_slow_disk_writes(small_corpus, engines, tmp_pa
     assert [loaded.run_step() for _ in range(3)] == outcomes
 
 
-def test_a_worker_of_the_attempt_before_writes_into_no_later_save(small_corpus, engines, tmp_path, monkeypatch):
-    """It was suspended in its save, and wakes in the middle of another of the same step."""
+def test_a_worker_of_an_earlier_attempt_writes_into_no_later_save(small_corpus, engines, tmp_path, monkeypatch):
+    """The worker was suspended in its save, and wakes in the middle of another save of the same step."""
     trainer, older = (make_trainer(small_corpus, engines, lr=lr) for lr in (1e-2, 1e-3))
     wakes, write, describe = threading.Event(), Saver._write, checkpoint_module.describe
     old, new = Saver(tmp_path, keep=2), Saver(tmp_path, keep=2)
@@ -199,29 +181,23 @@ def test_a_save_that_fails_midway_leaves_no_trace(small_corpus, engines, two_sav
     assert [path.name for path in sorted(two_saved.iterdir())] == ["step-2", "step-3"]
 
 
-def test_the_notes_are_plain_json(two_saved):
-    notes = json.loads((two_saved / "step-3" / "trainer.json").read_text())
-    assert notes["step"] == 3
-    assert notes["skipped"] == 0
-
-
 def failing(error):
-    """A function that does nothing else."""
+    """Return a function that raises the error."""
     def fail(*_, **__):
         raise error
     return fail
 
 
 def two_processes(rank, store, data):
-    """A trainer of which each holds a half."""
+    """Return a trainer of which each of two processes holds one half."""
     engine = start(rank, "cpu", "fp32", 1)
     connect_processes(engine, rank, store)
     return Trainer(build_model(SMALL, engine, seed=1), Train(batch_size=4), 32, open_corpus(data, verify=False),
-                   Layout.of(4, 2, rank.rank, 2), engine)
+                   BatchPlan.of(4, 2, rank.rank, 2), engine)
 
 
 def gathers_for_which_one_process_lacks_memory(rank, store, data):
-    """What is said of three such ones, and whether a fourth, for which there is enough, gives rank 0 all parameters."""
+    """Return the errors of three gathers, and True if a fourth with enough memory gives rank 0 all parameters."""
     trainer, lines = two_processes(rank, store, data), []
     lacks = failing(MemoryError("no memory"))
     for owner, name, there in ((Phi1, "to_empty", lacks),
@@ -246,7 +222,7 @@ def test_a_gather_for_which_one_process_lacks_memory_fails_on_all(small_corpus, 
 
 
 def saves_that_cannot_begin_on_rank_1(rank, store, data, folder):
-    """The lines of two such saves, and what the third leaves, for which nothing is missing."""
+    """Return the errors of two saves, and the files of a third, which nothing hinders."""
     trainer = two_processes(rank, store, data)
     saver, lines = Saver(folder, keep=2), []
     for owner, name, error in ((threading.Thread, "start", RuntimeError("can't start new thread")),
@@ -264,7 +240,7 @@ def saves_that_cannot_begin_on_rank_1(rank, store, data, folder):
     return lines, find_damage(path), sorted(found.name for where in (folder, path) for found in where.iterdir())
 
 
-def test_a_save_that_cannot_begin_on_one_process_is_given_up_by_all_and_the_next_one_works(small_corpus, tmp_path):
+def test_a_save_that_cannot_begin_on_one_process_fails_on_all_and_the_next_one_works(small_corpus, tmp_path):
     folder = tmp_path / "checkpoints"
     data = small_corpus.folder
     for lines, damage, files in in_processes(2, saves_that_cannot_begin_on_rank_1, tmp_path, data, folder):

@@ -1,4 +1,4 @@
-"""Checkpoints' folders, of which a whole one is there whenever a process is killed, and another looks on meanwhile."""
+"""Checkpoint folders: at least one is whole whenever a process is killed, also for readers at the same time."""
 
 import builtins
 import contextlib
@@ -32,7 +32,7 @@ from phi1.train.runtime.launch import RunError
 
 
 def fill(folder, content):
-    """What a save has written before its commit."""
+    """Write a checkpoint as a save does before its commit, and return its files."""
     folder.mkdir(parents=True)
     (folder / "trainer.json").write_text(content)
     return {"trainer.json": describe(folder / "trainer.json")}
@@ -43,7 +43,7 @@ def save(folder, name, content):
     commit(folder / f".{name}.tmp", folder / name, files)
 
 
-def test_a_step_that_is_saved_again_is_there_whenever_the_save_is_killed(tmp_path):
+def test_a_step_saved_again_is_whole_whenever_the_save_is_killed(tmp_path):
     for call in itertools.count():
         folder = RunFolder(tmp_path / f"{call}")
         save(folder.checkpoints, "step-10", "older")
@@ -61,7 +61,7 @@ def test_a_step_that_is_saved_again_is_there_whenever_the_save_is_killed(tmp_pat
             return
 
 
-def test_a_step_whose_second_save_cannot_get_its_name_keeps_the_first(tmp_path, monkeypatch):
+def test_a_second_save_that_cannot_be_renamed_keeps_the_first(tmp_path, monkeypatch):
     save(tmp_path, "step-20", "before")
     files = fill(tmp_path / ".step-20.tmp", "after")
 
@@ -81,7 +81,7 @@ def test_a_step_whose_second_save_cannot_get_its_name_keeps_the_first(tmp_path, 
     (lambda folder: prune(folder, keep=1), [[10, 20, 30], [20, 30], [30]]),
     (lambda folder: remove_after(folder, folder / "step-10"), [[10, 20, 30], [10, 20], [10]]),
 ], ids=["prune", "remove_after"])
-def test_a_removal_that_is_killed_leaves_no_part_of_a_checkpoint_and_is_made_up_for(tmp_path, remove, kept):
+def test_a_killed_removal_leaves_whole_checkpoints_and_is_completed_later(tmp_path, remove, kept):
     for call in itertools.count():
         folder = tmp_path / f"{call}"
         for step in (10, 20, 30):
@@ -94,12 +94,12 @@ def test_a_removal_that_is_killed_leaves_no_part_of_a_checkpoint_and_is_made_up_
         remove_after(folder, None)
         assert [step_of(folder / name) for name in os.listdir(folder)] == kept[-1]
         if not died:
-            assert call >= 8  # of two checkpoints a rename and three removals each
+            assert call >= 8  # two checkpoints, each with a rename and three removals
             return
 
 
-def test_a_worker_that_still_writes_what_is_swept_stops_nothing(tmp_path, monkeypatch):
-    """One of the attempt before, which torchrun has just ended."""
+def test_a_worker_that_still_writes_does_not_stop_the_sweep(tmp_path, monkeypatch):
+    """It is a worker of the attempt before, which torchrun has just ended."""
     unfinished = tmp_path / ".step-50.tmp"
     save(tmp_path, "step-20", "state")
     fill(unfinished, "part")
@@ -114,7 +114,7 @@ def test_a_worker_that_still_writes_what_is_swept_stops_nothing(tmp_path, monkey
     assert os.listdir(tmp_path) == ["step-20"]
 
 
-def test_what_cannot_be_removed_is_one_line(tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_removed_is_one_line(tmp_path, monkeypatch):
     def rename(*_):
         raise OSError(30, "Read-only file system")
 
@@ -125,13 +125,13 @@ def test_what_cannot_be_removed_is_one_line(tmp_path, monkeypatch):
         remove_after(tmp_path, tmp_path / "step-10")
     assert str(error.value) == (f"{tmp_path}/step-20 cannot be removed: Read-only file system; once that is mended, "
                                 "the same command goes on")
-    prune(tmp_path, keep=1)  # after a save, which is there all the same
+    prune(tmp_path, keep=1)  # after a save, an old checkpoint that stays is no error
     assert [path.name for path in checkpoints(tmp_path)] == ["step-10", "step-20"]
 
 
 @contextlib.contextmanager
 def before_look(number, path, act):
-    """Calls `act` before call `number` that looks at or opens something in `path`; yields a list that then holds it."""
+    """Call `act` before call number `number` that stats or opens something in `path`; yield a list of its results."""
     looks, acted = itertools.count(), []
 
     def acting(look):
@@ -147,7 +147,7 @@ def before_look(number, path, act):
         yield acted
 
 
-def test_verify_leaves_out_what_the_run_removes_meanwhile(tmp_path, capsys):
+def test_verify_leaves_out_checkpoints_that_the_run_removes_meanwhile(tmp_path, capsys):
     folder = tmp_path / "checkpoints"
     for number in itertools.count():
         shutil.rmtree(folder, ignore_errors=True)
@@ -171,7 +171,7 @@ def test_verify_leaves_out_what_the_run_removes_meanwhile(tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_convert_says_which_is_the_newest_where_the_run_has_removed_the_one_asked_for(tmp_path, capsys, caplog):
+def test_convert_names_the_newest_checkpoint_if_the_run_has_removed_the_given_one(tmp_path, capsys, caplog):
     folder, out = tmp_path / "checkpoints", tmp_path / "out"
     unfinished = folder / ".step-10.tmp"
     whole = tmp_path / "whole"
@@ -186,7 +186,7 @@ def test_convert_says_which_is_the_newest_where_the_run_has_removed_the_one_aske
         shutil.copytree(whole, folder)
         with before_look(number, folder / "step-10", lambda: prune(folder, keep=1)) as removed:
             code = main(["convert", "--model", str(folder / "step-10"), "--out", str(out)])
-        if code == 0:  # removed when all was read, or not at all
+        if code == 0:  # removed after all was read, or not at all
             shutil.rmtree(out)
         else:
             said_before, line = capsys.readouterr().err.splitlines()

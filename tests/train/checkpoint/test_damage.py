@@ -1,4 +1,4 @@
-"""Damaged files of a run and of its corpus: every one is found, whatever byte it is, and nothing is loaded."""
+"""Damaged files of a checkpoint and of a corpus: each is found and named, for any byte of any file."""
 
 import random
 import shutil
@@ -6,20 +6,20 @@ import shutil
 import pytest
 from training_runs import release, start, wait_for
 
-from phi1.train.checkpoint.files import find_damage
 from phi1.train.commands.verify import verify
+from phi1.train.runtime.launch import RunError
 
 FLIPS = 40
 
 
-def found(path):
-    """Whether `phi1 verify` finds damage there."""
-    return any(damage for _, damage in verify(path))
+def damages(path):
+    """Return the lines that `phi1 verify` has about damage."""
+    return [damage for _, damage in verify(path) if damage]
 
 
 @pytest.fixture
-def checkpoint(place, undisturbed, tmp_path):
-    """The newest checkpoint of a real run, to be broken."""
+def checkpoint(place, uninterrupted, tmp_path):
+    """A copy of the newest checkpoint of a real run."""
     return shutil.copytree(place / "whole" / "checkpoints" / "step-60", tmp_path / "step-60")
 
 
@@ -28,7 +28,7 @@ def corpus(place, tmp_path):
     return shutil.copytree(place / "data", tmp_path / "data")
 
 
-def test_a_byte_that_is_flipped_under_a_run_is_named_when_it_ends(place):
+def test_a_byte_flipped_during_a_run_is_named_when_the_run_ends(place):
     shutil.copytree(place / "data", place / "flipped")
     process = start(place, "unaware", data__folder="flipped", hold="step-40")
     wait_for(process, lambda: list((place / "unaware" / "checkpoints").glob(".step-40.*")))
@@ -45,37 +45,31 @@ def test_a_byte_that_is_flipped_under_a_run_is_named_when_it_ends(place):
     assert (place / "unaware" / "export").is_dir()
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "corpus"])
-def test_one_flipped_byte_is_found_at_40_random_positions_of_each_kind_of_file(kind, request):
+@pytest.mark.parametrize(("kind", "shard", "extra"), [("checkpoint", "__0_0.distcp", "__0_1.distcp"),
+                                                      ("corpus", "train-00000.bin", "train-00001.bin")])
+def test_every_kind_of_damage_to_every_file_is_found(kind, shard, extra, request):
+    """The damage: 40 flipped bits at random places, one byte less or more, an empty, a missing or an extra file."""
     folder = request.getfixturevalue(kind)
-    assert not found(folder)
+    assert not damages(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     assert len(files) >= 4
-    where = random.Random(7)
+    draw = random.Random(7)
     for path in files:
         whole = path.read_bytes()
-        for at in where.sample(range(len(whole)), min(FLIPS, len(whole))):
-            broken = bytearray(whole)
-            broken[at] ^= 1 << where.randrange(8)
-            path.write_bytes(broken)
-            assert found(folder), (path.name, at)
+        flipped = [bytearray(whole) for _ in range(min(FLIPS, len(whole)))]
+        for content, at in zip(flipped, draw.sample(range(len(whole)), len(flipped)), strict=True):
+            content[at] ^= 1 << draw.randrange(8)
+        for number, wrong in enumerate((*flipped, whole[:-1], whole + b"\n", b"", None)):
+            path.unlink(missing_ok=True)
+            if wrong is not None:
+                path.write_bytes(wrong)
+            elif path == folder / "manifest.json" and kind == "corpus":  # then it is no corpus
+                with pytest.raises(RunError, match="nor a corpus"):
+                    damages(folder)
+                continue
+            assert path.name in "".join(damages(folder)), (path.name, number)
         path.write_bytes(whole)
-    assert not found(folder)
-
-
-@pytest.mark.parametrize(("kind", "shard"), [("checkpoint", "__0_0.distcp"), ("corpus", "train-00000.bin")])
-def test_a_shard_that_is_truncated_deleted_or_there_twice_is_found(kind, shard, request):
-    folder = request.getfixturevalue(kind)
-    path = folder / shard
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1])
-    assert found(folder)
-    path.unlink()
-    assert found(folder)
-    path.write_bytes(whole)
-    assert not found(folder)
-    twice = folder / shard.replace("0.", "1.")
-    twice.write_bytes(whole)
-    assert found(folder)
-    if kind == "checkpoint":
-        assert find_damage(folder) == "__0_1.distcp is not one of its files"
+    assert not damages(folder)
+    (folder / extra).write_bytes((folder / shard).read_bytes())
+    (line,) = damages(folder)
+    assert extra in line

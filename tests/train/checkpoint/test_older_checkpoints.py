@@ -1,4 +1,4 @@
-"""Checkpoints of other versions of the trainer: what can be gone on from, and the line about what cannot."""
+"""Checkpoints of other versions of the trainer: older ones can be resumed, others are refused in one line."""
 
 import json
 import logging
@@ -13,7 +13,8 @@ from phi1.train.checkpoint.checkpoint import load_checkpoint
 from phi1.train.checkpoint.convert import read_weights
 from phi1.train.checkpoint.files import Notes, describe, find_damage, write_manifest
 from phi1.train.recipe.file import read_recipe
-from phi1.train.run.folder import RunFolder, check_bitwise, check_continues, defining, notes
+from phi1.train.run.folder import RunFolder
+from phi1.train.run.resume import check_bitwise, check_continues, defining, notes
 from phi1.train.runtime.launch import RunError
 
 RECIPE = read_recipe(None, {})
@@ -22,7 +23,7 @@ SHAPE = {f"model.{key}": value for key, value in asdict(SMALL).items() if "dropo
 
 @pytest.fixture(scope="module")
 def saved(small_corpus, engines, tmp_path_factory):
-    """A checkpoint of two fp16 steps, and the weights in it."""
+    """A checkpoint of two fp16 steps, and its weights."""
     trainer = make_trainer(small_corpus, engines, "fp16")
     trainer.run_step()
     trainer.run_step()
@@ -32,7 +33,7 @@ def saved(small_corpus, engines, tmp_path_factory):
 
 @pytest.fixture
 def older(saved, tmp_path):
-    """Makes a copy of it whose notes are others, sealed as a checkpoint is."""
+    """A function that copies the checkpoint with changed notes and a new manifest."""
     def make(change):
         copy = shutil.copytree(saved[0], tmp_path / "step-2", dirs_exist_ok=True)
         said = json.loads((copy / "trainer.json").read_text())
@@ -44,7 +45,7 @@ def older(saved, tmp_path):
     return make
 
 
-def test_what_was_added_since_takes_its_default(small_corpus, engines, older, saved):
+def test_notes_that_are_newer_take_their_defaults(small_corpus, engines, older, saved):
     def change(said):
         del said["usual_loss"], said["scaler"]["patience"], said["defining"]["model.rope_theta"]
 
@@ -52,7 +53,7 @@ def test_what_was_added_since_takes_its_default(small_corpus, engines, older, sa
     load_checkpoint(trainer, path)
     assert (trainer.finished, trainer.usual_loss) == (2, 0.0)
     assert trainer.scaler.state_dict() == {"scale": 65536.0, "clean": 2, "patience": 2}
-    logging.disable(logging.INFO)  # as it was, so it stays
+    logging.disable(logging.INFO)  # read_weights must leave the level as it is
     weights, config = read_weights(path)
     assert logging.root.manager.disable == logging.INFO
     logging.disable(logging.NOTSET)
@@ -61,7 +62,7 @@ def test_what_was_added_since_takes_its_default(small_corpus, engines, older, sa
     trainer.run_step()
 
 
-def test_a_key_that_is_newer_than_the_checkpoint_had_its_default(older, tmp_path):
+def test_recipe_keys_that_are_newer_had_their_defaults(older, tmp_path):
     def change(said):
         said["defining"] = defining(RECIPE)
         del said["defining"]["train.loss_scale_floor"]
@@ -72,7 +73,7 @@ def test_a_key_that_is_newer_than_the_checkpoint_had_its_default(older, tmp_path
         check_continues(RunFolder(tmp_path), path, Notes(path), read_recipe(None, {"train.loss_scale_floor": "2"}))
 
 
-def test_equal_bits_are_not_promised_of_what_was_not_recorded(older):
+def test_bitwise_refuses_a_checkpoint_with_missing_records(older):
     path = older(lambda said: said.pop("usual_loss"))
     with pytest.raises(RunError, match="cannot go on bit for bit here: usual_loss was not recorded; give"):
         check_bitwise(path, Notes(path), {})
@@ -81,7 +82,7 @@ def test_equal_bits_are_not_promised_of_what_was_not_recorded(older):
 
 
 @pytest.mark.parametrize("piece", ["scaler", "skipped"])
-def test_a_piece_that_is_missing_is_one_line(small_corpus, engines, older, piece):
+def test_a_missing_note_is_one_line(small_corpus, engines, older, piece):
     path = older(lambda said: said.pop(piece))
     with pytest.raises(RunError) as failure:
         load_checkpoint(make_trainer(small_corpus, engines), path)
@@ -95,7 +96,7 @@ def test_a_piece_that_is_missing_is_one_line(small_corpus, engines, older, piece
                                                                  "'experts'"),
     (lambda said: said["defining"].update({"model.num_hidden_layers": 3}), r"step-2 cannot be loaded: .*blocks\.2\."),
 ])
-def test_a_model_that_is_unknown_here_is_not_converted(older, change, line):
+def test_an_unknown_model_is_not_converted(older, change, line):
     with pytest.raises(RunError, match=line) as failure:
         read_weights(older(change))
     assert "\n" not in str(failure.value)

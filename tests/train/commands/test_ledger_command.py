@@ -1,4 +1,4 @@
-"""`phi1 ledger` on what the trainer's own writer wrote, and on what it did not."""
+"""`phi1 ledger` on ledgers of the trainer's own writer, and on files that are no ledger."""
 
 import importlib.util
 import json
@@ -71,7 +71,7 @@ def test_a_ledger_of_one_step_is_one(line, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("steps         1 to 1, 0 start, 0:00 in steps")
 
 
-def test_an_evaluation_that_is_not_finite_is_summed_up_as_that(run, tmp_path, capsys):
+def test_an_evaluation_that_is_not_finite_is_reported_so(run, tmp_path, capsys):
     ledger = Ledger(run / "ledger.jsonl", 40)
     ledger.evaluation(41, {"loss": float("nan"), "bits_per_byte": float("nan")})
     ledger.close()
@@ -89,7 +89,7 @@ def test_an_evaluation_that_is_not_finite_is_summed_up_as_that(run, tmp_path, ca
     ("[" * 100_000 + "\n", "ledger.jsonl: not a ledger: "),
     *((line + "\n", "ledger.jsonl: not a ledger: line 1 is not as the trainer writes it") for line in NO_LINES),
 ])
-def test_what_is_no_ledger_is_one_line(content, message, tmp_path, capsys):
+def test_a_file_that_is_no_ledger_is_one_line(content, message, tmp_path, capsys):
     if content is not None:
         (tmp_path / "ledger.jsonl").write_text(content)
     with pytest.raises(SystemExit) as stopped:

@@ -1,4 +1,4 @@
-"""`phi1 verify` on what the trainer and the preparation leave, whole and damaged."""
+"""`phi1 verify` on checkpoints, runs and corpora, whole and damaged."""
 
 import errno
 import hashlib
@@ -16,7 +16,7 @@ from phi1.train.prepare.prepare import prepare
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder with two checkpoints, as `write_manifest` seals them."""
+    """A run's folder with two checkpoints and their manifests."""
     for step in (10, 20):
         folder = tmp_path / "run" / "checkpoints" / f"step-{step}"
         folder.mkdir(parents=True)
@@ -61,7 +61,7 @@ def test_one_flipped_byte_is_named_and_the_others_are_still_read(run, corpus, ca
     assert third == f"{run}/checkpoints/step-20: whole"
 
 
-def test_what_a_disk_cannot_read_is_damaged(run, corpus, capsys, monkeypatch):
+def test_a_file_that_the_disk_cannot_read_is_damaged(run, corpus, capsys, monkeypatch):
     def failing(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -73,8 +73,8 @@ def test_what_a_disk_cannot_read_is_damaged(run, corpus, capsys, monkeypatch):
     assert second == f"{run}/checkpoints/step-20: __0_0.distcp cannot be read: Input/output error"
 
 
-def test_what_is_only_read_is_not_forced_to_the_disk(run, monkeypatch):
-    def failing(*_):  # as some file systems' does
+def test_reading_never_forces_files_to_the_disk(run, monkeypatch):
+    def failing(*_):  # as on some file systems
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
     monkeypatch.setattr(os, "fsync", failing)
@@ -88,7 +88,7 @@ def test_what_is_only_read_is_not_forced_to_the_disk(run, monkeypatch):
     (lambda path: write_files(path, {"ledger.jsonl": ""}) / "ledger.jsonl", "ledger.jsonl: a file, where a checkpoint"),
     (lambda path: path, "neither a checkpoint, nor a run with checkpoints, nor a corpus"),
 ])
-def test_what_cannot_be_verified_is_one_line(make, message, tmp_path, capsys):
+def test_a_path_that_cannot_be_verified_is_one_line(make, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["verify", str(make(tmp_path))])
     error = capsys.readouterr().err

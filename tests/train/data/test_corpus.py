@@ -1,4 +1,4 @@
-"""The corpus: what is written is read back, and every kind of damage is found and named."""
+"""The corpus: reading returns what was written, and every kind of damage is found and named."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EOS = TOKENIZER.eos_id
 
 
 def make_corpus(folder: Path, lengths: list[int], val_lengths: list[int], *, shard: int = SHARD, block: int = BLOCK):
-    """A corpus of random documents; returns the stream of each split."""
+    """Write a corpus of random documents and return the stream of each split."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     writer = CorpusWriter(folder, TOKENIZER, shard_tokens=shard, block_tokens=block)
@@ -87,23 +87,20 @@ def test_rows_refuses_a_sample_that_is_not_there(corpus, wrong):
         opened.rows(np.array([0, wrong]), 64)
 
 
-def test_too_small_a_corpus_says_what_is_needed(corpus):
+def test_too_small_or_empty_a_split_says_what_is_needed(corpus, tmp_path):
     opened = open_corpus(corpus[0], "val")
     opened.require_samples(64, 5)
     with pytest.raises(DataError, match=r"val split is too small: its 322 tokens give 5 samples of 64 .* and 6 are"):
         opened.require_samples(64, 6)
-
-
-def test_an_empty_split_opens(tmp_path):
-    make_corpus(tmp_path / "corpus", [10], [])
-    opened = open_corpus(tmp_path / "corpus", "val")
+    make_corpus(tmp_path / "empty", [10], [])
+    opened = open_corpus(tmp_path / "empty", "val")
     assert (opened.n_tokens, opened.n_bytes, opened.n_samples(4), len(opened.documents)) == (0, 0, 0, 0)
     with pytest.raises(DataError, match="too small"):
         opened.require_samples(4, 1)
 
 
 def _descriptors(folder: Path) -> int:
-    """How many this process has of files in a folder; other tests' threads come and go with theirs."""
+    """Return how many files in a folder this process has open."""
     count = 0
     for descriptor in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
@@ -125,28 +122,23 @@ def _cut(path: Path, by: int) -> None:
     ("train-00002.bin", lambda p: _flip(p, 4096 + 2 * 70), r"damaged: .*block 1 \(tokens 64 to 127\)"),
     ("train-00000.bin", lambda p: _flip(p, -1), r"damaged: .*block 7 \(tokens 448 to 511\)"),
     ("train-00001.bin", lambda p: _flip(p, 30), "header is damaged"),
-    ("train-00001.bin", lambda p: _flip(p, 4095), "header is damaged"),
     ("train-00001.bin", lambda p: _flip(p, 0), "not a shard of tokens"),
     ("train-00004.bin", lambda p: _cut(p, 1), r"truncated: .* bytes instead of"),
     ("train-00003.bin", lambda p: p.write_bytes(b""), "truncated: 0 bytes"),
     ("train-00003.bin", lambda p: p.write_bytes(p.read_bytes() + b"x"), "too long"),
     ("train-00003.bin", lambda p: p.write_bytes(p.with_name("train-00002.bin").read_bytes()), "of another corpus"),
     ("train-00003.bin", Path.unlink, "missing"),
-    ("val-00000.bin", Path.unlink, "missing"),
     ("train-documents.npy", lambda p: _flip(p, -3), "damaged"),
     ("train-documents.npy", lambda p: _cut(p, 32), "truncated"),
     ("tokenizer/tokenizer.json", lambda p: _flip(p, 50), "damaged"),
-    ("tokenizer/tokenizer.json", Path.unlink, "missing"),
     ("train-00005.bin", lambda p: p.write_bytes(p.with_name("train-00000.bin").read_bytes()), "an extra file"),
-    ("val-00001.bin", lambda p: p.write_bytes(b"x"), "an extra file"),
     ("manifest.json", lambda p: p.write_text(p.read_text().replace('"tokens": 2413', '"tokens": 2414')),
      "damaged: it is not as it was written"),
-    ("manifest.json", lambda p: _cut(p, 5), "damaged"),
     ("manifest.json", lambda p: p.unlink() or p.mkdir(), "Is a directory"),
     ("manifest.json", lambda p: p.write_text("[]"), "damaged"),
     ("manifest.json", lambda p: p.write_text('{"format": "phi1-corpus", "version": 2}'), "version 2; this reader"),
 ])
-def test_damage_is_found_when_opened_and_named(corpus, name, damage, message):
+def test_each_kind_of_damage_has_its_message(corpus, name, damage, message):
     folder, _ = corpus
     open_corpus(folder, "train")
     path = folder / name
@@ -156,7 +148,7 @@ def test_damage_is_found_when_opened_and_named(corpus, name, damage, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_shard_that_is_cut_short_after_it_was_opened_is_named(corpus):
+def test_a_shard_cut_short_after_it_was_opened_is_named(corpus):
     folder, streams = corpus
     opened, path = open_corpus(folder, "train"), folder / "train-00002.bin"
     os.truncate(path, 4096 + 2 * 100 + 1)  # tokens 1,024 to 1,123 of the stream, and half of one
@@ -167,7 +159,7 @@ def test_a_shard_that_is_cut_short_after_it_was_opened_is_named(corpus):
             opened.rows(np.array([index]), seq_len)
 
 
-def test_what_the_system_says_of_a_read_is_passed_on(corpus, monkeypatch):
+def test_an_error_of_the_system_is_passed_on(corpus, monkeypatch):
     def failing(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -179,14 +171,14 @@ def test_what_the_system_says_of_a_read_is_passed_on(corpus, monkeypatch):
             read()
 
 
-def test_a_read_that_gives_less_is_gone_on_with(corpus, monkeypatch):
+def test_a_partial_read_is_continued(corpus, monkeypatch):
     opened, preadv = open_corpus(corpus[0], "train"), os.preadv
     monkeypatch.setattr(os, "preadv", lambda file, into, at: preadv(file, [memoryview(into[0]).cast("B")[:7]], at))
     stream = corpus[1]["train"]
     assert np.array_equal(opened.rows(np.array([0]), stream.size - 1)[0], stream)
 
 
-def test_a_run_goes_on_with_the_files_that_were_checked(corpus):
+def test_a_corpus_reads_the_files_that_it_checked(corpus):
     folder, streams = corpus
     opened, stream = open_corpus(folder, "train"), streams["train"]
     copy = pickle.loads(pickle.dumps(opened))
@@ -236,14 +228,9 @@ def test_a_folder_without_a_corpus_says_how_to_make_one(tmp_path):
         open_corpus(tmp_path, "test")
 
 
-def test_files_of_others_do_not_matter(corpus):
-    folder, _ = corpus
-    (folder / "README.md").write_text("mine")
-    open_corpus(folder, "train")
-
-
-def test_the_fingerprint_follows_the_content(tmp_path):
+def test_the_fingerprint_follows_the_content_and_ignores_other_files(tmp_path):
     make_corpus(tmp_path / "a", [50, 60], [10])
+    (tmp_path / "a" / "README.md").write_text("mine")
     make_corpus(tmp_path / "b", [50, 60], [10])
     make_corpus(tmp_path / "c", [50, 61], [10])
     a, b, c = (open_corpus(tmp_path / name, "train").fingerprint for name in "abc")
@@ -256,28 +243,23 @@ def test_a_tokenizer_with_more_than_16_bits_is_refused(tmp_path, monkeypatch):
         CorpusWriter(tmp_path, TOKENIZER)
 
 
-def test_shards_are_made_of_whole_blocks(tmp_path):
+def test_a_shard_must_hold_whole_blocks(tmp_path):
     with pytest.raises(ValueError, match=r"shard_tokens must be a multiple of block_tokens \(64\); got 100"):
         CorpusWriter(tmp_path, TOKENIZER, shard_tokens=100, block_tokens=64)
 
 
 @pytest.mark.alone
-def test_gather_is_fast(tmp_path):
+def test_rows_and_a_whole_epoch_with_checksums_are_read_fast(tmp_path):
     make_corpus(tmp_path / "corpus", [4_000_000], [], shard=1 << 20, block=1 << 18)
     opened = open_corpus(tmp_path / "corpus", "train")
     for seq_len, batch in ((256, 512), (2048, 64)):
         speeds = []
         for step in range(10):
             indices = sample_order(0, step * batch, batch, opened.n_samples(seq_len))
-            start = time.process_time()  # of this process: what else the machine does matters less
+            start = time.process_time()  # the time of this process, which depends less on other load
             opened.rows(indices, seq_len)
             speeds.append(batch * seq_len / (time.process_time() - start))
         assert max(speeds) > 50e6  # tokens a second; 117e6 and 743e6 measured
-
-
-@pytest.mark.alone
-def test_an_epoch_is_read_fast_with_every_checksum_compared(tmp_path):
-    make_corpus(tmp_path / "corpus", [4_000_000], [], shard=1 << 20, block=1 << 18)
     speeds = []
     for _ in range(3):
         start = time.process_time()

@@ -1,4 +1,4 @@
-"""The next step's batch: read while this one runs, the same as without, and one line where it cannot be read."""
+"""Prefetching: the next batch is read during a step, is the same as without, and a failure is one line."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from training_runs import in_processes
 
 from phi1.config import preset
-from phi1.train.data.batch_plan import Layout, micro_batches, samples_of_step
+from phi1.train.data.batch_plan import BatchPlan, micro_batches, samples_of_step
 from phi1.train.data.corpus import open_corpus
 from phi1.train.data.prefetch import Batch, Prefetch
 from phi1.train.evaluate.validation import HeldOut
@@ -45,10 +45,10 @@ def test_it_reads_one_step_ahead_in_another_thread_and_no_further():
 
 
 def test_what_it_reads_is_the_steps_batch(place):
-    corpus, layout = open_corpus(place / "data", verify=False), Layout.of(8, 2, 1, 2)
+    corpus, batch_plan = open_corpus(place / "data", verify=False), BatchPlan.of(8, 2, 1, 2)
     samples = samples_of_step(5, 8, 1, corpus.n_samples(32))
-    batch = Batch.read(corpus, samples, layout, 32, torch.device("cpu"))
-    expected = list(micro_batches(corpus, samples, layout, 32))
+    batch = Batch.read(corpus, samples, batch_plan, 32, torch.device("cpu"))
+    expected = list(micro_batches(corpus, samples, batch_plan, 32))
     assert len(batch.micro_batches) == len(expected) == 2
     for (ids, rows), (ids_expected, rows_expected) in zip(batch.micro_batches, expected, strict=True):
         assert np.array_equal(ids, ids_expected)
@@ -62,7 +62,7 @@ def losses_before_and_after_another_batch(rank, store, data):
     corpus, found = open_corpus(data, verify=False), []
     for first in (2, 4):
         trainer = Trainer(build_model(TINY, engine, 1), Train(batch_size=first, lr=1e-9), 32, corpus,
-                          Layout.of(first, 0, 0, 1), engine)
+                          BatchPlan.of(first, 0, 0, 1), engine)
         trainer.run_step()
         trainer.set_batch(4, 2)
         found.append(trainer.run_step())
@@ -88,8 +88,8 @@ def third_step_with_a_broken_disk(rank, store, data):
     os.preadv = breaking  # in this process, which ends with the test
     connect_processes(engine, rank, store)
     corpus, validation = (open_corpus(data, split, verify=False) for split in ("train", "val"))
-    model, layout = build_model(TINY, engine, 1), Layout.of(4, 0, rank.rank, 2)
-    trainer = Trainer(model, Train(batch_size=4), 32, corpus, layout, engine)
+    model, batch_plan = build_model(TINY, engine, 1), BatchPlan.of(4, 0, rank.rank, 2)
+    trainer = Trainer(model, Train(batch_size=4), 32, corpus, batch_plan, engine)
     trainer.run_step()
     trainer.run_step()
     with pytest.raises(RunError) as in_a_step:

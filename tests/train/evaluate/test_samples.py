@@ -1,4 +1,4 @@
-"""What a model under training writes, and that writing it changes nothing."""
+"""Completions and HumanEval during training; neither changes a bit of the run."""
 
 import json
 import tempfile
@@ -17,10 +17,10 @@ from phi1.train.metrics.ledger import read_ledger
 from phi1.train.recipe.file import read_recipe
 from phi1.train.run.preflight import check_recipe
 from phi1.train.runtime.all_ranks import Failed
-from phi1.train.runtime.launch import Place, RunError
+from phi1.train.runtime.launch import Rank, RunError
 
 
-def test_completions_are_written_and_change_no_bit(place, undisturbed):
+def test_completions_are_written_and_change_no_bit(place, uninterrupted):
     train(place, "sampled", eval__completions_every=20, eval__completions=2)
     assert sorted(path.name for path in (place / "sampled" / "samples").iterdir()) == ["step-20.md", "step-40.md"]
     early, late = ((place / "sampled" / "samples" / f"step-{step}.md").read_text() for step in (20, 40))
@@ -34,7 +34,7 @@ def test_completions_are_written_and_change_no_bit(place, undisturbed):
 
 
 def problems():
-    """Twenty, more than a process takes at once. What the model writes for every other one is part of a string."""
+    """Yield twenty problems, more than one batch. In every other one the completion becomes part of a string."""
     for i in range(20):
         prompt, test = f"def f{i}(x):\n    return x\n", f"def check(candidate):\n    assert candidate({i}) == {i}\n"
         if i % 2:
@@ -43,7 +43,7 @@ def problems():
             yield {"task_id": f"Own/{i}", "prompt": prompt, "test": f"{test}    raise NotImplementedError\n"}
 
 
-def test_two_processes_write_and_solve_together_and_keep_their_bits(place, undisturbed_pair):
+def test_two_processes_write_and_solve_together_and_keep_their_bits(place, uninterrupted_pair):
     (place / "own.jsonl").write_text("".join(json.dumps(
         problem | {"entry_point": f"f{i}", "canonical_solution": ""}) + "\n" for i, problem in enumerate(problems())))
     out = train(place, "pair-sampled", 2, eval__completions_every=30, eval__every=30, checkpoint__every=30,
@@ -101,7 +101,7 @@ def test_the_best_step_is_that_of_the_rule():
 ])
 def test_what_humaneval_needs_is_refused_in_one_line(changes, message):
     with pytest.raises(RunError, match=message) as refused:
-        check_recipe(read_recipe(None, changes), Place())
+        check_recipe(read_recipe(None, changes), Rank())
     assert "\n" not in str(refused.value)
 
 

@@ -1,4 +1,4 @@
-"""A run's ledger: how it is cut back, what it notes, and where it is drawn."""
+"""A run's ledger: cutting back, its lines, TensorBoard and W&B."""
 
 import importlib.util
 import itertools
@@ -10,10 +10,10 @@ import pytest
 from training_runs import killed_before
 
 from phi1.train.metrics.ledger import Ledger, cut_back, read_ledger
-from phi1.train.metrics.loggers import open_boards
+from phi1.train.metrics.loggers import open_loggers
 from phi1.train.recipe.file import read_recipe
 from phi1.train.run.preflight import check_recipe
-from phi1.train.runtime.launch import Place, RunError
+from phi1.train.runtime.launch import Rank, RunError
 from phi1.train.step.trainer import Outcome
 
 
@@ -29,7 +29,7 @@ def test_the_ledger_is_cut_back_to_a_step(tmp_path):
     assert not (tmp_path / "absent.jsonl").exists()
 
 
-def test_a_ledger_that_is_cut_back_says_what_it_did_or_what_it_is_to_say_whenever_that_is_killed(tmp_path):
+def test_a_killed_cut_leaves_the_old_ledger_or_the_new_one(tmp_path):
     path = tmp_path / "ledger.jsonl"
     lines = [{"start": {"finished": 0}}, {"step": 1}, {"step": 2}, {"saved": 1}]
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3'
@@ -45,13 +45,13 @@ def test_a_ledger_that_is_cut_back_says_what_it_did_or_what_it_is_to_say_wheneve
             return
 
 
-def test_what_is_done_again_after_a_stop_is_noted_once(tmp_path):
+def test_lines_that_a_resumed_run_repeats_are_noted_once(tmp_path):
     path = tmp_path / "ledger.jsonl"
     ledger = Ledger(path, 0)
     ledger.step(outcome(1), {})
     ledger.evaluation(1, {"loss": 3.0})
     ledger.step(outcome(2), {})
-    ledger.saved(1, {"bytes": 10})  # it was written meanwhile
+    ledger.saved(1, {"bytes": 10})  # the write ended during step 2
     ledger.step(outcome(3), {})
     ledger.close()
     left = read_ledger(path)
@@ -92,8 +92,8 @@ def outcome(step):
     return Outcome(step, 1.0, 0.1, 1.0, 1.0, False, "00")
 
 
-def boards(folder, finished=0, **wanted):
-    return open_boards(folder, finished, {"train": {"lr": 0.1}}, **({"tensorboard": False, "wandb": False} | wanted))
+def loggers(folder, finished=0, **wanted):
+    return open_loggers(folder, finished, {"train": {"lr": 0.1}}, **({"tensorboard": False, "wandb": False} | wanted))
 
 
 def test_a_tensorboard_that_does_not_start_or_end_is_left_out(tmp_path, monkeypatch, capsys):
@@ -101,11 +101,11 @@ def test_a_tensorboard_that_does_not_start_or_end_is_left_out(tmp_path, monkeypa
         raise OSError("No space left on device")
 
     monkeypatch.setattr("phi1.train.metrics.loggers.TensorBoard.__init__", broken)
-    assert boards(tmp_path, tensorboard=True) == []
+    assert loggers(tmp_path, tensorboard=True) == []
     assert capsys.readouterr().out == "warning: TensorBoard: No space left on device; it is left out\n"
     monkeypatch.setattr("phi1.train.metrics.loggers.TensorBoard.__init__", lambda *_: None)
     monkeypatch.setattr("phi1.train.metrics.loggers.TensorBoard.close", broken)
-    Ledger(tmp_path / "ledger.jsonl", 0, boards(tmp_path, tensorboard=True)).close()
+    Ledger(tmp_path / "ledger.jsonl", 0, loggers(tmp_path, tensorboard=True)).close()
     assert capsys.readouterr().out == "warning: TensorBoard: No space left on device\n"
 
 
@@ -125,11 +125,11 @@ def test_a_start_that_is_killed_as_it_notes_the_id_of_wandb_does_not_spoil_the_n
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         with pytest.raises(RunError, match=r"^run\.wandb: No space left on device$"):
-            boards(tmp_path, wandb=True)
+            loggers(tmp_path, wandb=True)
     assert os.listdir(tmp_path / "wandb") == []
-    known.write_text("")  # as it was left where it was written in place
+    known.write_text("")  # as left by an older version that wrote it in place
     for _ in range(2):
-        boards(tmp_path, wandb=True)
+        loggers(tmp_path, wandb=True)
     first, again = [json.loads(line)["id"] for line in (tmp_path / "logged.jsonl").read_text().splitlines()]
     assert first == again == known.read_text() != ""
 
@@ -138,7 +138,7 @@ def test_wandb_gets_every_tenth_step_and_the_evaluations_and_the_same_run_goes_o
                                                                                   fake_wandb):
     folder = tmp_path / "mine"
     folder.mkdir()
-    ledger = Ledger(folder / "ledger.jsonl", 0, boards(folder, wandb=True))
+    ledger = Ledger(folder / "ledger.jsonl", 0, loggers(folder, wandb=True))
     for step in range(1, 21):
         ledger.step(outcome(step), {"tokens_per_s": 9.0})
     ledger.evaluation(20, {"loss": 2.0})
@@ -150,7 +150,7 @@ def test_wandb_gets_every_tenth_step_and_the_evaluations_and_the_same_run_goes_o
                         "tokens_per_s": 9.0}
     assert (lines[2]["validation/loss"], end) == (2.0, "finished")
 
-    ledger = Ledger(folder / "ledger.jsonl", 20, boards(folder, 20, wandb=True))
+    ledger = Ledger(folder / "ledger.jsonl", 20, loggers(folder, 20, wandb=True))
     for step in range(21, 41):  # it fails at step 30, and the run goes on without it
         ledger.step(outcome(step), {"tokens_per_s": 9.0})
     ledger.close()
@@ -161,29 +161,29 @@ def test_wandb_gets_every_tenth_step_and_the_evaluations_and_the_same_run_goes_o
 
     monkeypatch.setenv("WANDB_API_KEY", "none")
     with pytest.raises(RunError, match=r"^run\.wandb: api_key not configured \(no-tty\). Call wandb login$"):
-        boards(folder, wandb=True)
+        loggers(folder, wandb=True)
 
 
 def test_wandb_that_is_not_installed_is_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RunError, match=r"^run\.wandb needs the package wandb, which is not installed: pip install"):
-        check_recipe(read_recipe(None, {"run.wandb": "true"}), Place())
-    check_recipe(read_recipe(None, {}), Place())
+        check_recipe(read_recipe(None, {"run.wandb": "true"}), Rank())
+    check_recipe(read_recipe(None, {}), Rank())
 
 
 def test_tensorboard_is_written_where_it_is_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert boards(tmp_path, tensorboard=True) == []
+    assert loggers(tmp_path, tensorboard=True) == []
     monkeypatch.undo()
     pytest.importorskip("tensorboard")
-    ledger = Ledger(tmp_path / "ledger.jsonl", 0, boards(tmp_path, tensorboard=True))
+    ledger = Ledger(tmp_path / "ledger.jsonl", 0, loggers(tmp_path, tensorboard=True))
     ledger.step(outcome(10), {"tokens_per_s": 9.0})
     ledger.close()
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"train/loss" in events.read_bytes()
 
 
-def test_a_damaged_line_is_said_and_costs_what_follows_it(tmp_path, capsys):
+def test_a_damaged_line_is_reported_and_costs_the_lines_after_it(tmp_path, capsys):
     path = tmp_path / "ledger.jsonl"
     lines = [json.dumps({"start": {"finished": 0}})] + [json.dumps({"step": step}) for step in range(1, 9)]
     path.write_text("\n".join([*lines[:5], lines[5].replace(":", ";"), *lines[6:]]) + "\n")

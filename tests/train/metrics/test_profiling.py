@@ -1,4 +1,4 @@
-"""Traces of steps, and what a run leaves behind where memory was not enough."""
+"""Traces of steps, and the report of a run that is out of memory."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ from phi1.train.metrics.profiling import Profiler, profiled_steps
 from phi1.train.plan.out_of_memory import explained
 from phi1.train.recipe.file import read_recipe
 from phi1.train.runtime.engine import Engine
-from phi1.train.runtime.launch import Place, RunError
+from phi1.train.runtime.launch import Rank, RunError
 
 
 def test_steps_to_profile_are_read():
@@ -27,7 +27,7 @@ def test_steps_to_profile_are_read():
             profiled_steps(text, 9)
 
 
-def test_a_trace_of_some_steps_is_written_and_summed_up(place, undisturbed):
+def test_a_trace_of_some_steps_is_written_and_summarised(place, uninterrupted):
     words = [*command("traced", 2, train__steps=4, train__schedule_steps=60, checkpoint__every=0), "--profile", "2-3"]
     done = subprocess.run(words, cwd=place, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -72,7 +72,7 @@ from phi1.train.step.trainer import Trainer
 whole = Trainer.run_step
 
 def run_step(self):
-    if self.finished == 2 and self.layout.rank in RANKS:
+    if self.finished == 2 and self.batch_plan.rank in RANKS:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     return whole(self)
 
@@ -107,7 +107,7 @@ def test_out_of_memory_is_a_line_with_the_setting_to_change_and_a_table(place):
 def test_too_little_memory_on_a_cpu_is_a_line_as_well(tmp_path, error, processes, setting):
     recipe = read_recipe(None, {"train.batch_size": f"{processes}", "train.activations": "block"})
     engine = Engine(torch.device("cpu"), "fp32", 1, processes)
-    with pytest.raises(RunError) as raised, explained(recipe, engine, tmp_path, Place(0, processes, 0, processes)):
+    with pytest.raises(RunError) as raised, explained(recipe, engine, tmp_path, Rank(0, processes, 0, processes)):
         error()
     assert str(raised.value) == (f"out of memory: no micro-batch fits: {setting}give each process more memory; the "
                                  f"plan's table is in {tmp_path}/out-of-memory-0.txt")
@@ -120,7 +120,7 @@ def test_too_little_memory_on_a_cpu_is_a_line_as_well(tmp_path, error, processes
 @pytest.mark.parametrize("error", [RuntimeError("a mistake"), FileNotFoundError(2, "No such file")])
 def test_what_is_no_lack_of_memory_stays_what_it_is(tmp_path, error):
     recipe, engine = read_recipe(None, {}), Engine(torch.device("cpu"), "fp32", 1, 1)
-    with pytest.raises(type(error)) as raised, explained(recipe, engine, tmp_path, Place()):
+    with pytest.raises(type(error)) as raised, explained(recipe, engine, tmp_path, Rank()):
         raise error
     assert raised.value is error
 
@@ -134,7 +134,7 @@ def test_on_a_gpu_the_record_of_allocations_is_left_as_well(tmp_path, monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=40 << 30))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 39 << 30)
     engine = Engine(torch.device("cuda", 0), "fp16", 1, 4, 2, True)
-    with pytest.raises(RunError) as raised, explained(recipe, engine, tmp_path, Place(2, 4, 0, 2)):
+    with pytest.raises(RunError) as raised, explained(recipe, engine, tmp_path, Rank(2, 4, 0, 2)):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     assert record
     assert dumped == [str(tmp_path / "out-of-memory-2.pickle")]
@@ -152,5 +152,3 @@ def test_a_rank_that_alone_runs_out_of_memory_says_so(place):
     assert done.returncode == 1
     assert "pretrain: error: rank 1: out of memory: set train.micro_batch_size to 1" in done.stderr
     assert (place / "uneven" / "out-of-memory-1.txt").exists()
-
-

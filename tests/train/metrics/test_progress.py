@@ -1,4 +1,4 @@
-"""What a run shows: a live line on rank 0's terminal, plain lines elsewhere, and nothing on the other ranks."""
+"""The output of a run: a live line on rank 0's terminal, plain lines elsewhere, and nothing from the other ranks."""
 
 import contextlib
 import io
@@ -43,7 +43,7 @@ def test_rank_0_shows_a_live_line_on_a_terminal(shown):
 def test_a_terminal_that_goes_away_ends_nothing(monkeypatch):
     (here, there), ended = os.openpty(), False
     monkeypatch.setenv("TERM", "xterm")
-    # What waits to be written when the terminal's file is closed is an error of the test's own.
+    # Closing the terminal's file may raise for unwritten output, which is the test's own error.
     with contextlib.suppress(OSError), open(there, "w") as terminal, monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", terminal)
         with Progress(10, 0, 100) as progress:

@@ -1,4 +1,4 @@
-"""`phi1 plan`: its states against what the trainer really holds, its arithmetic against published figures."""
+"""`phi1 plan`: its states against the bytes that the trainer holds, its arithmetic against published figures."""
 
 import json
 import resource
@@ -8,6 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from training_runs import in_processes
 
 from phi1.cli.main import main
 from phi1.config import preset
@@ -16,63 +19,51 @@ from phi1.train.commands import plan
 from phi1.train.plan.measured import measured_mfu
 from phi1.train.plan.plan import Cluster, activations, duration, largest_micro_batch, memory, report, states
 from phi1.train.recipe.file import read_recipe
-from phi1.train.recipe.recipe import ACTIVATIONS, Recipe
+from phi1.train.recipe.recipe import ACTIVATIONS, Recipe, Train
+from phi1.train.runtime import engine
+from phi1.train.step.trainer import make_optimizer
 
 BASE = read_recipe(Path(__file__).parents[3] / "train" / "configs" / "phi1-base.toml", {})
 A100S = Cluster(GPUS["a100-80"], 8)
-# Two micro-steps of one step, stopped where the gradients of the last one are reduced.
-MEASURE = """
-import json, os, torch, torch.distributed as dist
-from torch.distributed.tensor import DTensor
-from phi1 import preset
-from phi1.train.runtime import engine
-from phi1.train.runtime.launch import Place, connect, leave
-from phi1.train.recipe.recipe import Train
-from phi1.train.step.trainer import make_optimizer
 
-engine.Engine.is_alone = False  # FSDP at one process too, as on a GPU
-place = Place.from_environment()
-machine = engine.start(place, "cpu", "bf16", 1)
-engine.connect_processes(machine, place, connect(place))
-model = engine.build_model(preset("nano"), machine, seed=1)
-optimizer = make_optimizer(model, Train())
-ids = torch.randint(4096, (2, 33))
-held = {}
 
-def bytes_of(tensors):
-    return sum(x.numel() * x.element_size() for x in tensors)
+def held(rank, store):
+    """Return the bytes that a process holds in the second of two micro-steps, when the gradients have been reduced."""
+    engine.Engine.is_alone = False  # FSDP at one process too, as on a GPU
+    machine = engine.start(rank, "cpu", "bf16", 1)
+    engine.connect_processes(machine, rank, store)
+    model = engine.build_model(preset("nano"), machine, seed=1)
+    optimizer = make_optimizer(model, Train())
+    ids = torch.randint(4096, (2, 33))
+    found = {}
 
-for last in (False, True):
-    engine.set_last_micro_step(model, last)
-    loss = model.loss(ids[:, :-1], ids[:, 1:])
-    if not last:
-        held["gathered"] = bytes_of(p for p in model.parameters())
-    loss.backward()
-    if not last:
-        groups = [s._fsdp_param_group for m in engine._sharded_modules(model) for s in [m._get_fsdp_state()]]
-        held["accumulated"] = bytes_of(p.unsharded_accumulated_grad for g in groups if g for p in g.fsdp_params)
-held["parameters"] = bytes_of(p.to_local() for p in model.parameters())
-held["gradients"] = bytes_of(p.grad.to_local() for p in model.parameters())
-held["moments"] = bytes_of(s[k].to_local() for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq"))
-if place.rank == 0:
-    print(json.dumps(held))
-dist.destroy_process_group()
-leave(0)
-"""
+    def bytes_of(tensors):
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    for last in (False, True):
+        engine.set_last_micro_step(model, last)
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        if not last:
+            found["gathered"] = bytes_of(model.parameters())
+        loss.backward()
+        if not last:
+            groups = [module._get_fsdp_state()._fsdp_param_group for module in engine._sharded_modules(model)]
+            found["accumulated"] = bytes_of(p.unsharded_accumulated_grad for group in groups if group
+                                            for p in group.fsdp_params)
+    found["parameters"] = bytes_of(p.to_local() for p in model.parameters())
+    found["gradients"] = bytes_of(p.grad.to_local() for p in model.parameters())
+    found["moments"] = bytes_of(state[key].to_local() for state in optimizer.state.values()
+                                for key in ("exp_avg", "exp_avg_sq"))
+    dist.destroy_process_group()
+    return found
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_states_are_within_3_percent_of_what_the_trainer_holds(tmp_path, processes):
-    script = tmp_path / "measure.py"
-    script.write_text(MEASURE)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run([*launcher, script], capture_output=True, text=True, check=True)
-    held = json.loads(done.stdout.splitlines()[-1])
-    planned = dict(zip(("parameters", "gradients", "moments", "gathered", "accumulated"),
-                       states(preset("nano"), processes, 2, 2).values(), strict=True))
-    assert set(held) == set(planned)
-    for name, n_bytes in held.items():
-        assert planned[name] == pytest.approx(n_bytes, rel=0.03), name
+def test_states_are_within_3_percent_of_the_trainers_bytes(tmp_path, processes):
+    names = ("parameters", "gradients", "moments", "gathered", "accumulated")
+    planned = dict(zip(names, states(preset("nano"), processes, 2, 2).values(), strict=True))
+    for found in in_processes(processes, held, tmp_path):
+        assert found == {name: pytest.approx(n_bytes, rel=0.03) for name, n_bytes in planned.items()}
 
 
 def test_arithmetic_of_phi1():
@@ -96,7 +87,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not():
             assert sum(memory(BASE, cluster, 2 * best).values()) > gpu.memory_gib * 2**30
 
 
-def test_what_does_not_fit_is_said_with_the_setting_to_change():
+def test_a_plan_that_does_not_fit_names_the_setting_to_change():
     small = Cluster(GPUS["a100-40"], 8)
     text = "\n".join(report(BASE, small))
     assert "DOES NOT FIT" in text
@@ -116,7 +107,7 @@ def test_what_does_not_fit_is_said_with_the_setting_to_change():
     (96, 8, 1, 39.4, "set run.reshard to true, or "),  # a node is full
     (96, 1, 1, 8.0, ""),
 ])
-def test_where_nothing_fits_only_what_helps_is_proposed(layers, gpus, nodes, memory_gib, ways):
+def test_if_nothing_fits_only_helpful_settings_are_proposed(layers, gpus, nodes, memory_gib, ways):
     recipe = replace(BASE, model=replace(BASE.model, num_hidden_layers=layers))
     cluster = Cluster(replace(GPUS["a100-40"], memory_gib=memory_gib), gpus, nodes)
     assert f"no micro-batch fits: {ways}take GPUs with more memory" in report(recipe, cluster)
@@ -135,7 +126,7 @@ def test_keeping_less_is_proposed_with_its_price():
     assert "set train.activations to block: then 16 fits, for 20% more" in "\n".join(report(BASE, two))
     assert "set train.activations" not in "\n".join(report(with_mode("block"), replace(two, gpus=1)))
     assert largest_micro_batch(with_mode("recompute-mlp"), eight) == 16
-    # Where not one sequence fits, until a layer keeps but its input.
+    # Not one sequence fits until each layer keeps only its input.
     long = replace(BASE, data=replace(BASE.data, seq_len=32_768),
                    model=replace(BASE.model, max_position_embeddings=32_768))
     assert "no micro-batch fits: set train.activations to" in "\n".join(report(long, eight))

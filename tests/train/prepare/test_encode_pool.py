@@ -1,4 +1,4 @@
-"""The processes that tokenise: without their parent they end, and do so without a word."""
+"""The processes that tokenise: without their parent they end, and print nothing."""
 
 import contextlib
 import io
@@ -34,7 +34,7 @@ def test_a_worker_answers_until_its_input_ends_or_breaks_off(folder):
     assert {tokens.tobytes() for tokens, _ in answers} == {encode_chunk(train_bpe([], MIN_VOCAB), TEXTS)[0].tobytes()}
 
 
-def test_a_worker_says_nothing_where_the_tokenizer_is_gone_but_what_is_wrong_with_one(folder):
+def test_a_worker_is_silent_about_a_missing_tokenizer_but_not_about_a_damaged_one(folder):
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="no tokenizer can be read"):
         serve(str(folder), io.BytesIO(), io.BytesIO())
@@ -63,7 +63,7 @@ def test_stopped_while_its_processes_start_it_ends_them(folder, monkeypatch, cap
         return process
 
     monkeypatch.setattr(subprocess, "Popen", start)
-    pool = EncodePool(folder, 3)  # kept, as a traceback would: without it their pipes would end
+    pool = EncodePool(folder, 3)  # kept alive, as by a traceback; otherwise the workers' pipes would close
     with pytest.raises(KeyboardInterrupt), pool:
         pass
     for pid in started:

@@ -1,5 +1,5 @@
-"""What `phi1 prepare` puts into a corpus and what it leaves out: every document once, on its side of the split, as the
-same bytes for any number of workers."""
+"""The content of a prepared corpus: every document once, on its side of the split, and equal bytes for any number of
+workers."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ import pytest
 from training_runs import folder_content, write_files
 
 from phi1.tokenizer import EOS, MIN_VOCAB, load_tokenizer, train_bpe
+from phi1.train.commands.prepare import main
 from phi1.train.data.corpus import open_corpus
 from phi1.train.data.shards import DataError
 from phi1.train.prepare import prepare as prepare_module
-from phi1.train.prepare.prepare import main, prepare
+from phi1.train.prepare.prepare import prepare
 from phi1.train.prepare.selection import Selection
 from phi1.train.prepare.sources import content_hash, find_source, gather
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 BYTES = train_bpe([], MIN_VOCAB)
-"""The smallest tokenizer, which loads at once, for tests in which any will do."""
+"""The smallest tokenizer, which loads at once."""
 
 
 def texts_of(folder: Path) -> dict[str, list[bytes]]:
-    """The documents of a corpus, decoded again."""
+    """Return the decoded documents of a corpus."""
     found = {}
     for split in ("train", "val"):
         corpus = open_corpus(folder, split)
@@ -53,7 +54,7 @@ def test_every_document_comes_back(code, tmp_path):
         assert (stream == corpus.eos_id).sum() == len(texts[split])
         assert stream[-1] == corpus.eos_id
         assert [bytes(one["hash"]) for one in corpus.documents] == [content_hash(text) for text in texts[split]]
-    # In the order of the paths for training, of the hashes for validation.
+    # Training documents are in the order of their paths, validation documents in that of their hashes.
     paths = sorted(code.rglob("*.py"), key=lambda path: path.relative_to(code).as_posix())
     order = [path.read_bytes() for path in paths]
     assert texts["train"] == [text for text in dict.fromkeys(order) if text in set(texts["train"])]
@@ -76,16 +77,16 @@ def test_the_same_bytes_for_any_number_of_workers(code, tmp_path, monkeypatch):
 @pytest.mark.alone
 def test_one_core_tokenises_fast_enough(code, tmp_path):
     packages = ("concurrent", "http", "importlib", "logging", "multiprocessing", "unittest", "urllib", "xml", "xmlrpc")
-    sources = [str(code), *(str(STDLIB / name) for name in packages)]  # what no distribution of Python leaves out
+    sources = [str(code), *(str(STDLIB / name) for name in packages)]  # packages that every distribution of Python has
     speeds = []
-    for attempt in range(3):  # what else the machine does can only slow it down
+    for attempt in range(3):  # other load can only slow it down
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         summary = prepare(sources, tmp_path / str(attempt), workers=1)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         # The worker's start is part of it.
         speeds.append(summary.tokens / (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
         assert summary.tokens > 500_000
-    assert max(speeds) > 0.15e6  # 0.45e6 measured, which others on the same core's caches can halve
+    assert max(speeds) > 0.15e6  # 0.45e6 measured; other load on the same core can halve it
 
 
 def test_shards_are_cut_where_asked(code, tmp_path):
@@ -94,7 +95,7 @@ def test_shards_are_cut_where_asked(code, tmp_path):
     assert len(corpus.shards) == -(-corpus.n_tokens // (1 << 12)) > 2
 
 
-def test_what_is_left_out_is_counted(tmp_path, capsys):
+def test_skipped_files_are_counted(tmp_path, capsys):
     source = write_files(tmp_path / "src", {
         "a.py": "x = 1\n", "b/same.py": "x = 1\n", "c.py": "y = 'é'\r\n", "latin.py": "z = 'é'".encode("latin-1"),
         "empty.py": "", "notes.txt": "no", ".git/hook.py": "h = 1", "z.py": "\ufeffbom = 1\n",
@@ -174,7 +175,7 @@ def test_a_changed_file_is_read_again(tmp_path):
 
 
 def test_datasets_cache_is_not_stale(tmp_path):
-    """The same cache folder twice: what `datasets` finds in it must not be served for a changed file."""
+    """With the same cache folder, `datasets` must not return the old content of a changed file."""
     source = write_files(tmp_path / "src", {"a.py": "a = 1\n"})
     for text in ("a = 1\n", "a = 2\n", "a = 1\n"):
         (source / "a.py").write_text(text)

@@ -1,5 +1,5 @@
-"""What becomes of a corpus's folder, in real processes: nothing of another's is replaced, and nothing half made stays,
-whoever refuses, stops, kills or fills the disk."""
+"""The folder of a corpus, in real processes: other files are never replaced, and nothing half made stays after a
+refusal, a stop, a kill or a full disk."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ import pytest
 from training_runs import alive, folder_content, injected, wait_for, wait_until, write_files
 
 from phi1.tokenizer import MIN_VOCAB, train_bpe
+from phi1.train.commands import prepare as prepare_command
+from phi1.train.commands.prepare import main
 from phi1.train.data.corpus import open_corpus
 from phi1.train.data.shards import DataError
 from phi1.train.prepare import prepare as prepare_module
-from phi1.train.prepare.prepare import main, prepare
+from phi1.train.prepare.prepare import prepare
 
 BYTES = train_bpe([], MIN_VOCAB)
-"""The smallest tokenizer, which loads at once, for tests in which any will do."""
-COMMAND = [sys.executable, "-P", prepare_module.__file__]
+"""The smallest tokenizer, which loads at once."""
+COMMAND = [sys.executable, "-P", prepare_command.__file__]
 
 
 def run(*arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
@@ -176,7 +178,7 @@ if any(word.endswith("encode_pool.py") for word in sys.orig_argv):
 @pytest.fixture
 def tokenising(code: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
                ) -> Iterator[tuple[subprocess.Popen[str], list[Path]]]:
-    """A prepare into `out` that does not end: its two workers keep their reply while a file of their id is there."""
+    """A prepare into `out` whose two workers do not reply while a file named after their process id exists."""
     workers = tmp_path_factory.mktemp("workers")
     hook = injected(tmp_path_factory.mktemp("hook"), NO_REPLY.format(folder=str(workers)))
     process = subprocess.Popen([*COMMAND, "--source", str(code), "--out", str(tmp_path / "out"), "--workers", "2",
@@ -199,7 +201,7 @@ def test_stopped_it_leaves_nothing(how, tmp_path, tokenising):
     if how == "SIGTERM":
         process.terminate()
     else:
-        os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
     _, error = process.communicate(timeout=300)
     assert (process.returncode, error) == (130, "phi1 prepare: stopped; nothing was written\n")
     assert os.listdir(tmp_path) == []
@@ -229,7 +231,7 @@ def test_a_killed_worker_is_one_line(tmp_path, tokenising):
     assert os.listdir(tmp_path) == []
 
 
-def test_two_at_once_do_not_disturb_one_another(code, tmp_path):
+def test_two_at_once_do_not_break_each_other(code, tmp_path):
     same = [subprocess.Popen([*COMMAND, "--source", str(code), "--out", str(tmp_path / "out")], stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True) for _ in range(2)]
     other = subprocess.Popen([*COMMAND, "--source", str(code / "json"), "--out", str(tmp_path / "out")],
@@ -240,7 +242,7 @@ def test_two_at_once_do_not_disturb_one_another(code, tmp_path):
         for process in (*same, other):
             process.kill()
     codes = [process.returncode for process in (*same, other)]
-    # Whichever was first has its corpus there; those who asked for the same find it done, the others get one line.
+    # The first one makes its corpus; the same command then finds it done, another one gets one line.
     assert codes in ([0, 0, 2], [2, 2, 0])
     for code_, (_, error) in zip(codes, outputs, strict=True):
         assert error.count("\n") == (code_ == 2)
@@ -251,7 +253,7 @@ def test_two_at_once_do_not_disturb_one_another(code, tmp_path):
 
 
 def test_a_full_disk_is_one_line(code, tmp_path, monkeypatch, capsys):
-    """Wherever it strikes: while the documents are gathered, tokens written, or the manifest made."""
+    """The disk is full while documents are gathered, tokens written or the manifest made."""
     from phi1.train.prepare import sources, writer
 
     def full(*args, **options):
@@ -269,7 +271,7 @@ def test_a_full_disk_is_one_line(code, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("kilobytes", "found"), [(3_000, "beforehand"), (10_000, "on the way")])
 def test_a_disk_that_is_really_full(kilobytes, found, tmp_path):
-    """On a small file system of its own. Rare characters take a token a byte, more than the estimate foresees."""
+    """Fill a small file system. Rare characters take a token a byte, more than the estimate assumes."""
     random.seed(0)
     texts = ("".join(chr(random.randrange(0x4E00, 0x9FFF)) for _ in range(4000)) for _ in range(300))
     lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
@@ -277,7 +279,7 @@ def test_a_disk_that_is_really_full(kilobytes, found, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     script = (f"mount -t tmpfs -o size={kilobytes}k none {disk} || exit 77; "
-              f"'{sys.executable}' -P '{prepare_module.__file__}' --source {tmp_path}/han.jsonl --out {disk}/out; "
+              f"'{sys.executable}' -P '{prepare_command.__file__}' --source {tmp_path}/han.jsonl --out {disk}/out; "
               f"echo $? $(ls -A {disk})")
     done = subprocess.run(["unshare", "-Urm", "sh", "-c", script], capture_output=True, text=True)
     if done.returncode or "unshare" in done.stderr:

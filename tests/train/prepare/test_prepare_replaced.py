@@ -1,5 +1,4 @@
-"""A corpus that takes the place of another: what a file of the user's, a signal, a kill and another process that does
-the same come to at the moment when the two change places."""
+"""A corpus that replaces another: files of the user, signals, kills and other processes between the renames."""
 
 from __future__ import annotations
 
@@ -11,10 +10,11 @@ import pytest
 from training_runs import folder_content
 
 from phi1.tokenizer import MIN_VOCAB, train_bpe
+from phi1.train.commands.prepare import main
 from phi1.train.data.corpus import open_corpus
 from phi1.train.data.shards import DataError
 from phi1.train.prepare import prepare as prepare_module
-from phi1.train.prepare.prepare import main, prepare
+from phi1.train.prepare.prepare import prepare
 
 BYTES = train_bpe([], MIN_VOCAB)
 """The smallest tokenizer, which loads at once."""
@@ -37,7 +37,7 @@ def test_a_file_that_comes_while_a_corpus_is_made_anew_stays(code, tmp_path):
 
 
 def after_rename(monkeypatch, target, act):
-    """Do something when a folder has got that name."""
+    """Call `act` when a folder has been renamed to `target`."""
     def rename(source, to, rename=os.rename):
         rename(source, to)
         if os.path.basename(to) == target:
@@ -47,7 +47,7 @@ def after_rename(monkeypatch, target, act):
 
 
 @pytest.mark.parametrize(("after", "said"), [("old", "nothing was written"), ("out", "out is complete")])
-def test_stopped_while_two_corpora_change_places_it_says_which_is_there(code, tmp_path, monkeypatch, capsys, after,
+def test_stopped_between_the_renames_it_says_which_corpus_is_there(code, tmp_path, monkeypatch, capsys, after,
                                                                         said):
     def stop():
         raise KeyboardInterrupt
@@ -62,7 +62,7 @@ def test_stopped_while_two_corpora_change_places_it_says_which_is_there(code, tm
 
 
 def test_a_corpus_that_takes_the_name_at_the_last_moment_is_replaced_too(code, tmp_path, monkeypatch):
-    """Where no lock keeps them apart."""
+    """No lock keeps the two processes apart."""
     out, taken = tmp_path / "out", []
 
     def take():
@@ -80,9 +80,9 @@ def test_a_corpus_that_takes_the_name_at_the_last_moment_is_replaced_too(code, t
 
 @pytest.mark.parametrize(("module", "function", "then"), [
     (os, "listdir", "other"), (os, "listdir", "aside"), (prepare_module, "read_manifest", "other")])
-def test_a_corpus_moved_aside_while_it_is_looked_at_is_looked_at_again(code, tmp_path, monkeypatch, module, function,
+def test_a_corpus_moved_aside_while_it_is_read_is_read_again(code, tmp_path, monkeypatch, module, function,
                                                                        then):
-    """Whether another is put there after it, or it is put back."""
+    """The same holds if another corpus follows it, and if it is put back."""
     out, looked, look = tmp_path / "out", [], getattr(module, function)
     for name, source in (("out", "json"), ("other", "email")):
         prepare(str(code / source), tmp_path / name, tokenizer=BYTES)
@@ -101,7 +101,7 @@ def test_a_corpus_moved_aside_while_it_is_looked_at_is_looked_at_again(code, tmp
     assert looked
 
 
-def test_the_summary_is_of_what_was_made_not_of_what_took_its_place(code, tmp_path, monkeypatch):
+def test_the_summary_describes_the_corpus_that_was_made(code, tmp_path, monkeypatch):
     out = tmp_path / "out"
     expected = prepare(str(code / "json"), out, tokenizer=BYTES)
     after_rename(monkeypatch, "out", lambda: shutil.rmtree(out))
@@ -109,7 +109,7 @@ def test_the_summary_is_of_what_was_made_not_of_what_took_its_place(code, tmp_pa
     assert (made.fingerprint, made.splits) == (expected.fingerprint, expected.splits)
 
 
-def test_killed_while_two_corpora_change_places_it_leaves_the_old_one_to_the_next(code, tmp_path):
+def test_killed_between_the_renames_it_leaves_the_old_corpus_to_the_next_process(code, tmp_path):
     out, left = tmp_path / "out", tmp_path / ".out.0123abcd.tmp"
     old = prepare(str(code / "json"), out, tokenizer=BYTES).fingerprint
     (left / "new").mkdir(parents=True)

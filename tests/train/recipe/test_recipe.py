@@ -1,4 +1,4 @@
-"""A run's configuration: files, overrides, and what is said of each mistake."""
+"""Recipes: files, overrides, and one line for each mistake."""
 
 import dataclasses
 import re
@@ -31,9 +31,6 @@ def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     assert recipe.train.warmup_steps == Recipe().train.warmup_steps
     assert recipe.phi1_config().hidden_size == 128
     assert recipe.phi1_config().intermediate_size == PRESETS["nano"].intermediate_size
-
-
-def test_dropout_reaches_attention_and_residual():
     config = read_recipe(None, {"train.dropout": "0.1"}).phi1_config()
     assert (config.attention_dropout, config.residual_dropout) == (0.1, 0.1)
 
@@ -86,13 +83,6 @@ def test_a_wrong_value_is_named_with_its_rule(key, text, message):
         read_recipe(None, {key: text}).phi1_config()
 
 
-def test_a_wrong_value_in_a_file_names_the_file(tmp_path):
-    file = tmp_path / "mine.toml"
-    file.write_text('[train]\nsteps = "12"\n')
-    with pytest.raises(RunError, match=r"mine\.toml: train\.steps: input should be a valid integer; got '12'"):
-        read_recipe(file, {})
-
-
 @pytest.mark.parametrize(("content", "message"), [
     (None, r"absent\.toml: No such file"),
     (b"[train\nsteps = 1\n", r"absent\.toml: not valid TOML: .*line 1"),
@@ -100,8 +90,9 @@ def test_a_wrong_value_in_a_file_names_the_file(tmp_path):
     (b"train = 3\n", r"absent\.toml: train must be a section, a line \[train\] with the keys below it; got 3"),
     (b"[[train]]\nsteps = 3\n", r"absent\.toml: train must be a section, a line \[train\] .*; got \[\{'steps': 3\}\]"),
     (b"tarin = 3\n", r"absent\.toml: 'tarin' is not a key"),
+    (b'[train]\nsteps = "12"\n', r"absent\.toml: train\.steps: input should be a valid integer; got '12'"),
 ])
-def test_a_file_that_cannot_be_read_is_one_line(content, message, tmp_path):
+def test_a_wrong_file_is_one_line_with_its_name(content, message, tmp_path):
     file = tmp_path / "absent.toml"
     if content is not None:
         file.write_bytes(content)
@@ -160,7 +151,7 @@ def test_the_rate_where_phi_1_base_was_taken():
 
 
 def test_a_recipe_needs_no_package_until_it_is_read_or_written():
-    """A training step alone takes one on machines that have PyTorch and no more."""
+    """A training step takes a recipe also on machines that have only PyTorch."""
     code = ("import sys; sys.modules.update(dict.fromkeys(('pydantic', 'tomli_w', 'xxhash', 'datasets')))\n"
             "import phi1.train.data.corpus\n"
             "from phi1.train.recipe.recipe import KEYS, Train; Train(); print(len(KEYS))")

@@ -1,9 +1,8 @@
-"""What happens to a run when things go wrong: real processes, really killed, stopped, starved and restarted.
+"""The fault campaign: real processes that are killed, stopped, starved and restarted.
 
-Each fault must end with the weights and the ledger of the run that nothing disturbed. `pytest --slow` runs those of
-SHORT, `pytest --full tests/train/run/test_faults.py` all of tests/support/run_faults.py, those of BY_PROCESSES at 1, 2
-and 4 processes. A table of faults, outcomes and seconds lost is printed; --full also brings faults.json and the README
-up to date.
+After each fault the run must end with the weights and the ledger of the run without a fault. `pytest --slow` injects
+the faults of SHORT. `pytest --full tests/train/run/test_faults.py` injects all of tests/support/run_faults.py, those of
+BY_PROCESSES at 1, 2 and 4 processes, and writes faults.json and the table of docs/training.md.
 """
 
 import json
@@ -19,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import training_runs
-from run_faults import BY_PROCESSES, DISKS, FAULTS, SLOW, STEPS, Victim
+from run_faults import BY_PROCESSES, DISKS, FAULTS, SLOW, STEPS, Victim, markdown_table
 from safetensors.torch import load
 from training_runs import evaluations, finished, make_corpus, starts, steps, wait_for, weights
 
@@ -28,69 +27,59 @@ from phi1.train.runtime.provenance import commit
 
 pytestmark = pytest.mark.slow
 
-README, RESULTS = Path(__file__).parents[3] / "README.md", Path(__file__).with_name("faults.json")
+PAGE, RESULTS = Path(__file__).parents[3] / "docs" / "training.md", Path(__file__).with_name("faults.json")
 LAUNCHER = ("--max-restarts", "1", "--shutdown-timeout", "3", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1")
 WATCHDOG = {1: 6, 2: 6, 4: 20}  # four processes share the two cores of a CI machine
 WHERE = (f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, commit {commit()}, "
          f"{time.strftime('%Y-%m-%d')}")
-TABLE: dict[str, dict] = {}
-WHOLE: dict[int, str] = {}
+FOUND: dict[str, dict] = {}
+WITHOUT_FAULT: dict[int, str] = {}
 
 
-@pytest.fixture(scope="session")  # side by side, tests of other files come between these
+@pytest.fixture(scope="session")  # with -n, tests of other files run between these
 def place(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("faults")
     make_corpus(folder, val_fraction=0.2)
     yield folder
-    if not TABLE:
+    if not FOUND:
         return
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print("\n\n" + table(TABLE))
+        print("\n\n" + markdown_table(FOUND))
     if request.config.option.full:
-        found = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}) | TABLE
-        RESULTS.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-        text = README.read_text()
+        results = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}) | FOUND
+        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        text = PAGE.read_text(encoding="utf-8")
         begin, end = "<!-- faults: begin -->\n", "<!-- faults: end -->"
-        README.write_text(text[:text.index(begin)] + begin + table(found) + text[text.index(end):])
-
-
-def table(found):
-    """What was found, as the README has it."""
-    lines = ["| fault | ends by | seconds lost, 1, 2, 4 processes |", "|---|---|---|"]
-    for fault, what in FAULTS.items():
-        lost = [f"{found[key]['seconds']:.0f}" if (key := f"{fault}, {n}") in found else "-" for n in (1, 2, 4)]
-        if set(lost) != {"-"}:
-            lines.append(f"| {fault} | {what.way_out} | {', '.join(lost)} |")
-    where = sorted({each["where"] for each in found.values()})
-    return "\n".join(lines) + f"\n\n{'; '.join(where)}.\n"
+        page = text[:text.index(begin)] + begin + markdown_table(results) + text[text.index(end):]
+        PAGE.write_text(page, encoding="utf-8")
 
 
 def note(fault, processes, seconds):
-    TABLE[f"{fault}, {processes}"] = {"seconds": round(seconds, 1), "where": WHERE}
+    FOUND[f"{fault}, {processes}"] = {"seconds": round(seconds, 1), "where": WHERE}
 
 
-def start(place, run, processes, inject="", **changes):
-    """A run; its first attempt's workers run `inject` as they start."""
-    code = f"import os\nif os.environ.get('TORCHELASTIC_RESTART_COUNT') == '0':\n{inject}"
-    environment = training_runs.injected(place / f"{run}.hook", code) if inject else {}
+def start(place, run, processes, startup="", **changes):
+    """Start a run; each worker of its first attempt runs the code `startup` as it starts."""
+    code = f"import os\nif os.environ.get('TORCHELASTIC_RESTART_COUNT') == '0':\n{startup}"
+    environment = training_runs.injected(place / f"{run}.hook", code) if startup else {}
     return training_runs.start(place, run, processes, environment=environment,
                                **{"launcher": LAUNCHER} | STEPS | changes)
 
 
-def start_held(place, run, processes, inject="", **changes):
-    """A run whose first attempt comes no further than to its checkpoint of step 60 before it is released."""
+def start_held(place, run, processes, startup="", **changes):
+    """Start a run whose first attempt waits in its checkpoint of step 60 until it is released."""
     hold = textwrap.indent(training_runs.holding(place, run, "step-60"), "    ")
-    return start(place, run, processes, inject + hold, **changes)
+    return start(place, run, processes, startup + hold, **changes)
 
 
-def undisturbed(place, processes):
-    """The folder of a run in which nothing happens."""
-    if processes not in WHOLE:
+def without_fault(place, processes):
+    """Return the folder of a run without a fault."""
+    if processes not in WITHOUT_FAULT:
         process = start(place, f"whole-{processes}", processes)
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
-        WHOLE[processes] = f"whole-{processes}"
-    return WHOLE[processes]
+        WITHOUT_FAULT[processes] = f"whole-{processes}"
+    return WITHOUT_FAULT[processes]
 
 
 SHORT = [("SIGKILL of a rank in a step", 4), ("SIGKILL of a rank in a save", 2), ("a rank that hangs", 2),
@@ -101,33 +90,33 @@ EVERY = [(fault, processes) for fault in FAULTS for processes in ((1, 2, 4) if f
 def pytest_generate_tests(metafunc):
     if "fault" in metafunc.fixturenames:
         chosen = EVERY if metafunc.config.option.full else SHORT
-        of_disks = metafunc.function is test_a_disk_that_cannot_be_written_costs_checkpoints_alone
+        of_disks = metafunc.function is test_a_disk_that_cannot_be_written_costs_only_checkpoints
         metafunc.parametrize(("fault", "processes"), [case for case in chosen if (case[0] in DISKS) == of_disks])
 
 
-def assert_as_undisturbed(place, run, processes):
-    whole = undisturbed(place, processes)
+def assert_same_as_without_fault(place, run, processes):
+    whole = without_fault(place, processes)
     assert steps(place, run) == steps(place, whole)
     assert evaluations(place, run) == evaluations(place, whole)
     assert weights(place, run) == weights(place, whole)
 
 
-def test_a_run_ends_as_if_nothing_had_happened(place, fault, processes):
-    undisturbed(place, processes)
+def test_a_run_ends_as_without_the_fault(place, fault, processes):
+    without_fault(place, processes)
     what, run = FAULTS[fault], f"{'-'.join(re.findall('[A-Za-z]+', fault))}-{processes}"
     limit = {}
-    if "hangs" in fault:  # more restarts than one, as a busy machine may keep a process waiting for as long
+    if "hangs" in fault:  # more than one restart: a busy machine may delay a process beyond the limit
         limit = {"run__watchdog": WATCHDOG[processes], "launcher": (*LAUNCHER, "--max-restarts", "3")}
-    process = start_held(place, run, processes, what.inject, **limit)
-    victim, said, lost = Victim(place, run, process, processes), "", 0.0
+    process = start_held(place, run, processes, what.startup, **limit)
+    victim, printed, lost = Victim(place, run, process, processes), "", 0.0
     try:
-        what.disturb(victim)
+        what.inject(victim)
         victim.release()
         reached, began = finished(place, run), time.monotonic()
         if what.again:
-            said = "".join(process.communicate(timeout=300))
+            printed = "".join(process.communicate(timeout=300))
             process = start(place, run, processes)
-        if what.again or what.restarts:  # lost until the run is as far again
+        if what.again or what.restarts:  # the loss ends when the run is as far again
             wait_for(process, lambda: starts(place, run) > 1 and finished(place, run) >= reached)
             lost = time.monotonic() - began
         out, err = process.communicate(timeout=300)
@@ -135,21 +124,21 @@ def test_a_run_ends_as_if_nothing_had_happened(place, fault, processes):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, err
-    assert re.search(what.said, said + out + err), said + out + err
-    if what.inject == SLOW:
+    assert re.search(what.message, printed + out + err), printed + out + err
+    if what.startup == SLOW:
         saves = [line["measured"] for line in read_ledger(place / run / "ledger.jsonl") if "saved" in line]
         assert saves[0]["seconds"] > 2
         assert saves[0]["stall_seconds"] < saves[0]["seconds"]
-    assert_as_undisturbed(place, run, processes)
+    assert_same_as_without_fault(place, run, processes)
     assert not list((place / run / "checkpoints").glob(".*"))
     note(fault, processes, lost)
 
 
-def test_a_disk_that_cannot_be_written_costs_checkpoints_alone(place, fault, processes):
+def test_a_disk_that_cannot_be_written_costs_only_checkpoints(place, fault, processes):
     names = ["unshare", "--mount"] + (["--map-root-user"] if os.geteuid() else [])
     if subprocess.run([*names, "true"], capture_output=True).returncode:
         pytest.skip("mounting a small file system takes root or user namespaces")
-    undisturbed(place, processes)
+    without_fault(place, processes)
     disk = f"disk-{fault.split()[1]}-{processes}"
     (place / disk).mkdir()
     (place / f"{disk}-after").mkdir()
@@ -163,13 +152,13 @@ def test_a_disk_that_cannot_be_written_costs_checkpoints_alone(place, fault, pro
     assert re.search(rf"error: checkpoint \S+step-66 {failed}", done.stderr), done
     exits = re.findall(r"^exit (\d+)$", done.stdout, re.MULTILINE)
     assert exits == ["1", "0"], done  # torchrun's own code for a worker's 2
-    assert_as_undisturbed(place, f"{disk}-after", processes)
+    assert_same_as_without_fault(place, f"{disk}-after", processes)
     note(fault, processes, 0.0)
 
 
 def test_another_number_of_processes_goes_on_with_the_same_batches_and_masks(place):
     """Two processes are killed, four go on: shards are cut anew, sums are rounded otherwise, and no more than that."""
-    whole = undisturbed(place, 2)
+    whole = without_fault(place, 2)
     process = start_held(place, "resized", 2)
     victim = Victim(place, "resized", process, 2)
     victim.wait_for((victim.checkpoints / "step-40").exists)
@@ -186,5 +175,5 @@ def test_another_number_of_processes_goes_on_with_the_same_batches_and_masks(pla
     assert max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(before, after, strict=True)) <= 1e-5
     expected, got = load(weights(place, whole)), load(weights(place, "resized"))
     assert expected.keys() == got.keys()
-    for name, tensor in expected.items():  # 4e-6 was the most
+    for name, tensor in expected.items():  # 4e-6 was the largest
         assert torch.allclose(tensor, got[name], rtol=0, atol=1e-5 * float(tensor.abs().max())), name

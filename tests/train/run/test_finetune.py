@@ -13,7 +13,7 @@ from phi1.train.checkpoint.convert import read_weights
 from phi1.train.checkpoint.files import checkpoints
 
 
-def test_any_checkpoint_becomes_a_model(place, undisturbed, monkeypatch, capsys):
+def test_any_checkpoint_becomes_a_model(place, uninterrupted, monkeypatch, capsys):
     monkeypatch.chdir(place)
     assert main(["convert", "--model", "whole/checkpoints/step-60", "--out", "converted"]) == 0
     converted, exported = load("converted"), load("whole/export")
@@ -34,7 +34,7 @@ def finetune(place, name, **changes):
                data__source="stdlib", train__batch_size=4, train__micro_batch_size=0, **changes)
 
 
-def test_finetuning_starts_from_weights_and_exports_the_best(place, undisturbed):
+def test_finetuning_starts_from_weights_and_exports_the_best(place, uninterrupted):
     # A rate that grows and harms: the best of the evaluations is not the last.
     done = finetune(place, "tuned", model__init="whole/export", train__steps=40, train__lr=5, train__warmup_steps=40,
                     checkpoint__every=10, checkpoint__keep=1, checkpoint__keep_every=20, eval__every=10)
@@ -57,6 +57,6 @@ def test_finetuning_starts_from_weights_and_exports_the_best(place, undisturbed)
      "model.init whole/export is another model: its intermediate_size is 128, the run's is 64"),
     ({"model__init": "whole/export", "eval__every": 15}, "checkpoint.best needs eval.every to be a multiple of"),
 ])
-def test_finetuning_refuses_in_one_line(place, undisturbed, changes, message):
+def test_finetuning_refuses_in_one_line(place, uninterrupted, changes, message):
     line = error_line(finetune(place, "untuned", **({"eval__every": 20} | changes)), "finetune")
     assert re.search(message, line), line

@@ -1,4 +1,4 @@
-"""A run's folder, which one process has at a time, whatever a start that is refused removes meanwhile."""
+"""The run's folder: one process has it at a time, also while a refused start removes it."""
 
 import fcntl
 import os
@@ -13,20 +13,20 @@ from phi1.train.runtime.launch import RunError
 
 @pytest.fixture
 def refused(tmp_path):
-    """A start that has made the folder, and will be refused."""
+    """The folder that a start has made, before the start is refused."""
     folder = RunFolder(tmp_path / "runs" / "x")
     folder.lock()
     return folder
 
 
 def leave(folder):
-    """What a refused start does at its end, and what the end of its process does."""
+    """Discard a new folder and release its lock, as a refused start and the end of its process do."""
     folder.discard_if_new()
     os.close(folder._lock)
 
 
 def once(monkeypatch, owner, name, before=lambda: None, after=lambda: None):
-    """Let something happen right before or after the next call of a function, which may fail."""
+    """Call `before` and `after` around the next call of a function, which may fail."""
     call, acts = getattr(owner, name), [before, after]
 
     def acting(*args, **options):
@@ -42,17 +42,17 @@ def once(monkeypatch, owner, name, before=lambda: None, after=lambda: None):
 
 
 def assert_has(folder):
-    """A third process would be refused, and the run can begin."""
+    """Assert that a third process would be refused, and that the run can begin."""
     with pytest.raises(RunError, match=rf"is in use by process {os.getpid()}: wait"):
         RunFolder(folder.path).lock()
-    folder.store(Recipe())
+    folder.store(Recipe().to_toml())
     assert folder.config.exists()
 
 
 @pytest.mark.parametrize(("owner", "name"), [(os, "mkdir"), (os, "open"), (fcntl, "flock")])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_folder_that_is_removed_before_it_is_locked_is_made_again(refused, monkeypatch, owner, name, when):
-    if (name, when) == ("flock", "after"):  # then it is in use until the call, and not said to be so by a traceback
+    if (name, when) == ("flock", "after"):  # the folder is in use until the call, which is one line and no traceback
         once(monkeypatch, fcntl, "flock", after=lambda: leave(refused))
         with pytest.raises(RunError, match=r"runs/x is in use by process unknown: wait until it ends, or give another"):
             RunFolder(refused.path).lock()
@@ -78,7 +78,7 @@ def test_a_third_process_that_comes_between_has_the_folder_alone(refused, monkey
 
 @pytest.mark.parametrize("name", ["listdir", "unlink", "rmdir"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_what_another_start_makes_of_a_folder_while_it_is_removed_is_left(refused, monkeypatch, name, when):
+def test_a_start_during_the_removal_keeps_its_folder(refused, monkeypatch, name, when):
     other = RunFolder(refused.path)
 
     def come():

@@ -13,24 +13,24 @@ from training_runs import command
 from phi1.train.metrics.ledger import Ledger
 from phi1.train.metrics.progress import Progress
 from phi1.train.recipe.file import read_recipe, show_help
+from phi1.train.run.corpus import prepare_data
 from phi1.train.run.folder import RunFolder
-from phi1.train.run.preflight import prepare_data
 from phi1.train.run.report import Reached, show_complete, show_summary
 from phi1.train.run.run import weights_of_best
 from phi1.train.runtime import launch
-from phi1.train.runtime.launch import Place, RunError, leave, say, stop_with
+from phi1.train.runtime.launch import Rank, RunError, leave, say, stop_with
 from phi1.train.runtime.watchdog import HUNG
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 
 
 class Ended(Exception):
-    """In place of the end of this process."""
+    """Raised in place of the end of this process."""
 
 
 @contextmanager
 def full(monkeypatch):
-    """Standard output and standard error on a full disk, as `> log 2>&1` there, and an end that can be caught."""
+    """Put standard output and standard error on a full disk, and let the end of the process raise Ended."""
     def end(code):
         raise Ended(code)
 
@@ -39,7 +39,7 @@ def full(monkeypatch):
         patched.setattr(sys, "stderr", err)
         patched.setattr(launch.os, "_exit", end)
         yield
-        for file in (out, err):  # what waits to be written cannot be
+        for file in (out, err):  # buffered output cannot be written
             with suppress(OSError):
                 file.close()
 
@@ -60,12 +60,12 @@ def test_a_process_whose_output_is_lost_ends_as_it_would(monkeypatch, code):
             leave(code)
 
 
-def test_a_refusal_that_cannot_be_said_is_one_all_the_same(tmp_path, monkeypatch):
+def test_a_refusal_that_cannot_be_printed_has_the_same_exit_code(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     with full(monkeypatch):
         say("a line")
         with pytest.raises(Ended, match=r"^2$"):
-            stop_with("no such key", Place())
+            stop_with("no such key", Rank())
     assert "pretrain: error: no such key" in (tmp_path / "error.json").read_text()
 
 
@@ -102,27 +102,25 @@ def test_progress_is_shown_again_once_there_is_space(monkeypatch):
     assert sys.stdout.getvalue() == "one\ntwo\n"
 
 
-def test_the_watch_ends_what_hangs_though_it_cannot_say_so():
+def test_the_watchdog_ends_a_hang_that_it_cannot_report():
     with open("/dev/full", "w") as out:
         code = "from phi1.train.runtime.watchdog import _end\n_end('it hangs')"
         done = subprocess.run([sys.executable, "-c", code], stderr=out)
     assert done.returncode == HUNG
 
 
-def test_what_a_finished_run_says_may_be_lost(tmp_path, monkeypatch):
+def test_a_summary_a_warning_or_a_choice_that_cannot_be_printed_is_no_error(tmp_path, monkeypatch):
     reached = Reached(60, 2.5, 1.25, 1.5, 4000, 15_360, 900.0, 17.0, 0)
+    (tmp_path / "ledger.jsonl").write_text("{]\n")
+    last = {"head.bias": torch.zeros(1)}
     with full(monkeypatch):
         show_summary(reached, RunFolder(tmp_path), ["def f():"])
-        show_complete(vars(reached), RunFolder(tmp_path), Place())
-
-
-def test_a_warning_that_is_lost_is_no_ledger_that_cannot_be_written(tmp_path, monkeypatch):
-    (tmp_path / "ledger.jsonl").write_text("{]\n")
-    with full(monkeypatch):
+        show_complete(vars(reached), RunFolder(tmp_path), Rank())
         Ledger(tmp_path / "ledger.jsonl", 5).close()
+        assert weights_of_best(tmp_path / "step-3", last, "the best by validation") is last
 
 
-def test_a_preparation_that_cannot_say_how_far_it_is_goes_on(tmp_path, monkeypatch):
+def test_a_preparation_that_cannot_print_its_progress_goes_on(tmp_path, monkeypatch):
     def prepare(*_, report, **__):
         report("half")
         raise ValueError("its own mistake")
@@ -132,14 +130,8 @@ def test_a_preparation_that_cannot_say_how_far_it_is_goes_on(tmp_path, monkeypat
         prepare_data(read_recipe(None, {"data.folder": str(tmp_path / "new")}))
 
 
-def test_a_choice_of_weights_that_cannot_be_said_is_made(tmp_path, monkeypatch):
-    last = {"head.bias": torch.zeros(1)}
-    with full(monkeypatch):
-        assert weights_of_best(tmp_path / "step-3", last, "the best by validation") is last
-
-
 @pytest.mark.slow
-def test_a_run_whose_output_is_lost_is_trained_exported_and_a_success_then_and_later(place):
+def test_a_run_whose_output_is_lost_trains_exports_and_succeeds(place):
     for _ in range(2):  # the second time it is complete
         with open("/dev/full", "w") as out:
             done = subprocess.run(command("unheard", train__steps=4, train__warmup_steps=1), cwd=place, stdout=out,

@@ -1,4 +1,4 @@
-"""What `train/pretrain.py` refuses: one line that says what, where and the fix, and nothing left behind."""
+"""Refusals of `train/pretrain.py`: one line that names the mistake and the fix, and nothing left behind."""
 
 import fcntl
 import re
@@ -6,13 +6,14 @@ import shutil
 import sys
 
 import pytest
+import torch
 from training_runs import FUNCTION, error_line, run, steps, train, weights
 
-from phi1.train.data.batch_plan import Layout
+from phi1.train.data.batch_plan import BatchPlan
 from phi1.train.prepare.prepare import prepare
-from phi1.train.runtime.launch import Place, RunError
+from phi1.train.runtime.launch import Rank, RunError
 
-BEFORE_ANYTHING = {  # refused for what the command line says; no run folder appears
+MISTAKES = {  # of the command line: no run folder appears
     "unknown key": ({"train.step": 3}, "'train.step' is not a key; the nearest is train.steps"),
     "wrong value": ({"train.lr": "fast"}, "train.lr: input should be a valid number; got 'fast'"),
     "batch": ({"train.batch_size": 6, "train.micro_batch_size": 4}, "got 4; 1, 2, 3 or 6 would do"),
@@ -31,14 +32,12 @@ BEFORE_ANYTHING = {  # refused for what the command line says; no run folder app
 }
 
 
-@pytest.mark.parametrize(("changes", "message"), BEFORE_ANYTHING.values(), ids=BEFORE_ANYTHING)
+@pytest.mark.parametrize(("changes", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_one_line_and_leaves_nothing(place, changes, message):
+    if changes == MISTAKES["cuda"][0] and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
     (place / "bad.toml").write_text("[train\n")
     before = sorted(place.iterdir())
-    if "cuda" in str(changes):
-        torch = pytest.importorskip("torch")
-        if torch.cuda.is_available():
-            pytest.skip("this machine has CUDA")
     line = error_line(run(place, "refused", **changes))
     assert re.search(message, line), line
     assert sorted(place.iterdir()) == before
@@ -54,7 +53,7 @@ def test_under_torchrun_the_line_comes_once_and_is_the_root_cause(place):
     assert "pretrain.py\", line" not in done.stderr
 
 
-def test_mistakes_about_an_existing_run_are_one_line(place, undisturbed):
+def test_mistakes_about_an_existing_run_are_one_line(place, uninterrupted):
     shutil.copytree(place / "whole", place / "old")
     newest = place / "old" / "checkpoints" / "step-60"
 
@@ -76,7 +75,7 @@ def test_mistakes_about_an_existing_run_are_one_line(place, undisturbed):
     assert weights(place, "old") == weights(place, "whole")
 
 
-def test_other_data_are_refused(place, undisturbed):
+def test_other_data_are_refused(place, uninterrupted):
     shutil.copytree(place / "whole", place / "fed")
     (place / "more").mkdir()
     (place / "more" / "m.py").write_text("".join(FUNCTION.format(i=i, j=0) for i in range(900)))
@@ -87,23 +86,23 @@ def test_other_data_are_refused(place, undisturbed):
 
 
 @pytest.mark.parametrize(("batch", "micro", "world"), [(8, 0, 1), (8, 2, 1), (8, 2, 2), (8, 1, 4), (8, 2, 4)])
-def test_the_rows_of_all_processes_are_the_batch_once(batch, micro, world):
-    layouts = [Layout.of(batch, micro, rank, world) for rank in range(world)]
-    rows = [row for layout in layouts for m in range(layout.micro_steps) for row in range(batch)[layout.rows(m)]]
+def test_the_rows_of_all_processes_are_the_whole_batch_once(batch, micro, world):
+    plans = [BatchPlan.of(batch, micro, rank, world) for rank in range(world)]
+    rows = [row for plan in plans for m in range(plan.micro_steps) for row in range(batch)[plan.rows(m)]]
     assert sorted(rows) == list(range(batch))
 
 
-def test_a_world_that_does_not_divide_the_batch_is_told_what_would():
+def test_a_world_that_does_not_divide_the_batch_is_refused_with_one_that_does():
     with pytest.raises(RunError, match="must be a multiple of the number of processes, 4; got 2; 4 would do, or 1 or 2 "
                                        "processes"):
-        Layout.of(2, 0, 0, 4)
+        BatchPlan.of(2, 0, 0, 4)
 
 
-def test_a_place_names_the_command_that_started_it(monkeypatch):
+def test_a_rank_names_the_command_that_started_it(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train/pretrain.py"])
-    assert Place().command("--x 1") == "python train/pretrain.py --x 1"
-    nodes = Place(world_size=4, local_world_size=2, launcher=1)
+    assert Rank().command("--x 1") == "python train/pretrain.py --x 1"
+    nodes = Rank(world_size=4, local_world_size=2, launcher=1)
     assert nodes.command("--x 1") == ("torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:PORT "
                                       "--nproc-per-node 2 train/pretrain.py --x 1")
-    four = Place(world_size=4, local_world_size=4, launcher=1)
+    four = Rank(world_size=4, local_world_size=4, launcher=1)
     assert four.command("--x 1") == "torchrun --standalone --nproc-per-node 4 train/pretrain.py --x 1"

@@ -1,4 +1,4 @@
-"""`--prove-resume` and `--bitwise`: what is proven, what is not, what is refused; the run's folder stays as it is."""
+"""`--prove-resume` and `--bitwise`: proofs, differences and refusals; the run's folder stays as it is."""
 
 import json
 import re
@@ -8,17 +8,17 @@ import pytest
 from training_runs import error_line, run, start, steps
 
 from phi1.train.checkpoint.files import describe, write_manifest
-from phi1.train.pretrain import parse
+from phi1.train.recipe.command_line import parse
 from phi1.train.runtime.launch import RunError
 
 
 def contents(folder):
-    """Every file but the lock with its bytes."""
+    """Return the bytes of every file except the lock."""
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
 
 
 @pytest.mark.parametrize(("name", "processes"), [("whole", 0), ("pair", 2)])
-def test_the_last_steps_give_the_same_bits_again(place, undisturbed, undisturbed_pair, name, processes):
+def test_the_last_steps_give_the_same_bits_again(place, uninterrupted, uninterrupted_pair, name, processes):
     before = contents(place / name)
     done = run(place, name, processes, run__prove_resume=13)
     assert done.returncode == 0, done.stderr
@@ -27,7 +27,7 @@ def test_the_last_steps_give_the_same_bits_again(place, undisturbed, undisturbed
     assert contents(place / name) == before
 
 
-def test_what_differs_is_named(place, undisturbed):
+def test_a_difference_is_named(place, uninterrupted):
     shutil.copytree(place / "whole", place / "doubted")
     ledger = place / "doubted" / "ledger.jsonl"
     lines = ledger.read_text().splitlines(keepends=True)
@@ -42,7 +42,7 @@ def test_what_differs_is_named(place, undisturbed):
     restart = {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "1",
                "TORCHELASTIC_ERROR_FILE": str(place / "cause.json")}
     again = start(place, "doubted", environment=restart, run__prove_resume=20)
-    assert again.communicate() == ("", "")  # as for every error, attempt 0 has said it
+    assert again.communicate() == ("", "")  # attempt 0 has printed the error
     assert again.returncode == 2
     assert f"error: {done.stdout.strip()}" in (place / "cause.json").read_text()
 
@@ -58,7 +58,7 @@ def test_what_differs_is_named(place, undisturbed):
                      re.MULTILINE), done.stdout
 
 
-def test_what_cannot_be_proven_or_continued_bit_for_bit_is_refused(place, undisturbed):
+def test_a_proof_or_bitwise_resume_that_is_impossible_is_refused(place, uninterrupted):
     before = contents(place / "whole")
     line = error_line(run(place, "whole", run__prove_resume=21))
     assert ("--prove-resume 21 needs a checkpoint as many steps before the newest in whole/checkpoints; there: "

@@ -1,4 +1,4 @@
-"""What a finished run says of itself, where memory is short as well."""
+"""The report of a finished run, also when memory is short."""
 
 import json
 import lzma
@@ -20,14 +20,14 @@ from phi1.train.run.report import (
     show_summary,
     write_summary,
 )
-from phi1.train.runtime.launch import Place, RunError
+from phi1.train.runtime.launch import Rank, RunError
 
 SOURCE = Path(os.__file__).read_bytes() + Path(json.__file__).read_bytes()
 
 
 @contextmanager
 def memory(megabytes):
-    """So much more address space than is taken; what is freed meanwhile counts too."""
+    """Limit the address space to its present size and some megabytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (megabytes << 20), before[1]))
@@ -44,7 +44,7 @@ def test_xz_is_xz_9_to_the_byte(text):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
-def test_xz_takes_memory_by_the_text_and_gives_up_where_there_is_none():
+def test_xz_needs_memory_by_the_text_and_gives_up_without():
     with memory(64):
         assert xz_bits_per_byte(SOURCE[:50_000] * 20) is not None
         assert xz_bits_per_byte(os.urandom(16 << 20)) is None  # which takes 170 MB
@@ -62,7 +62,7 @@ def test_a_run_without_xz_is_complete(folder, capsys):
     folder.export.mkdir()
     write_summary(REACHED, folder)
     show_summary(REACHED, folder, [])
-    show_complete(folder.completed(60), folder, Place())
+    show_complete(folder.completed(60), folder, Rank())
     summed_up, again = capsys.readouterr().out.split(f"{folder.path} is complete: ")
     assert "1.2500 on 4,000 held-out bytes; xz -9 on the same bytes not known, for want of memory\n" in summed_up
     assert again.startswith("60 steps, validation loss 2.5000, 1.2500 bits per byte (xz -9 not known, for want of mem")
@@ -83,7 +83,7 @@ def test_an_export_that_cannot_be_written_is_one_line(folder, monkeypatch, error
     assert str(raised.value).endswith("; the last checkpoint is intact: run again to export it")
 
 
-def test_completions_that_memory_does_not_suffice_for_are_left_out(folder, monkeypatch, capsys):
+def test_completions_without_enough_memory_are_left_out(folder, monkeypatch, capsys):
     def fails(*_, **__):
         raise MemoryError
 
@@ -92,7 +92,7 @@ def test_completions_that_memory_does_not_suffice_for_are_left_out(folder, monke
     assert capsys.readouterr().out.endswith(":\n\nnot made, for want of memory\n\n")
 
 
-def test_a_mistake_of_ours_is_no_lack_of_memory(folder, monkeypatch):
+def test_our_own_mistake_is_not_reported_as_a_lack_of_memory(folder, monkeypatch):
     def fails(*_, **__):
         raise TypeError("a mistake")
 

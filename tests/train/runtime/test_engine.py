@@ -1,4 +1,4 @@
-"""Sharding: what is sent and when, and that no way of sharding changes what is computed. Real processes, with gloo."""
+"""Sharding: the collectives of a step, and equal results in each way of sharding. Real processes, with gloo."""
 
 import math
 from collections import Counter
@@ -12,11 +12,11 @@ from training_runs import in_processes, save_checkpoint
 
 from phi1.config import preset
 from phi1.train.checkpoint.checkpoint import gather_weights, load_checkpoint
-from phi1.train.data.batch_plan import Layout
+from phi1.train.data.batch_plan import BatchPlan
 from phi1.train.data.corpus import open_corpus
 from phi1.train.recipe.recipe import Train
 from phi1.train.runtime import engine as engine_module
-from phi1.train.runtime.launch import Place, RunError
+from phi1.train.runtime.launch import Rank, RunError
 from phi1.train.step import trainer as step_module
 from phi1.train.step.trainer import Trainer
 
@@ -26,18 +26,18 @@ TRAIN = Train(steps=20, warmup_steps=2, batch_size=8, lr=1e-2, clip=0.5)
 
 
 def make_trainer(rank, store, data, micro_batch, precision="fp32", **sharding):
-    """A trainer whose blocks are groups of their own; connects the processes when it is the first."""
+    """Return a trainer whose blocks are FSDP groups of their own. The first call connects the processes."""
     engine_module.GROUP_BYTES = 0
     engine = engine_module.start(rank, "cpu", precision, 1, **sharding)
     if not dist.is_initialized():
         engine_module.connect_processes(engine, rank, store)
-    layout = Layout.of(TRAIN.batch_size, micro_batch, rank.rank, rank.world_size)
+    batch_plan = BatchPlan.of(TRAIN.batch_size, micro_batch, rank.rank, rank.world_size)
     model = engine_module.build_model(CONFIG, engine, seed=1)
-    return Trainer(model, TRAIN, 32, open_corpus(data, verify=False), layout, engine)
+    return Trainer(model, TRAIN, 32, open_corpus(data, verify=False), batch_plan, engine)
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the collectives that carry parameters and gradients, by name and by the type that they carry."""
+    """A count of the collectives that carry parameters and gradients, by name and dtype."""
 
     def __init__(self):
         super().__init__()
@@ -62,7 +62,10 @@ def last_not_resharded(model, last, reshard):
 
 
 def collectives(rank, store, data, cases):
-    """Of each case, the collectives of the second step, and a row's loss after each of three, of 4 micro-steps each."""
+    """Return, for each case, the collectives of the second step and a row's loss after each of three steps.
+
+    A step has 4 micro-steps.
+    """
     found = []
     for mutation, sharding in cases:
         trainer = make_trainer(rank, store, data, 2 // rank.world_size, "bf16", **sharding)
@@ -79,7 +82,7 @@ def collectives(rank, store, data, cases):
 
 
 def held_loss(trainer):
-    """The loss of a row that every process takes, from the parameters as the next step would see them."""
+    """Return the loss of one row, the same in every process, with the parameters of the next step."""
     rows = torch.from_numpy(trainer.corpus.rows(np.arange(1), trainer.seq_len))
     trainer.model.eval()
     with torch.no_grad():
@@ -89,26 +92,21 @@ def held_loss(trainer):
 
 
 BLOCKS = CONFIG.num_hidden_layers
-GROUPS = BLOCKS + 1  # the embedding, the last norm and the head are one
+GROUPS = BLOCKS + 1  # the embedding, the last norm and the head are one group
 GATHER, REDUCE = ("allgather_base", "torch.bfloat16"), ("reduce_scatter_base", "torch.float32")
 
 
 def test_a_step_gathers_and_reduces_each_group_once_and_the_loss_moves(place, tmp_path):
-    cases = [(None, {}), (None, {"reshard": True}), ("always_last", {})]
+    cases = [(None, {}), (None, {"reshard": True}), ("always_last", {}), (None, {"shard_group": 1}),
+             (None, {"shard_group": 1, "reshard": True})]
     once = {GATHER: GROUPS, REDUCE: GROUPS}
     each_pass = {GATHER: 4 * (2 * BLOCKS + 1), REDUCE: 4 * GROUPS}
     each_micro_step = {GATHER: 4 * GROUPS, REDUCE: 4 * GROUPS}
     for found in in_processes(2, collectives, tmp_path, place / "data", cases):
-        assert [counts for counts, _ in found] == [once, each_pass, each_micro_step]
+        assert [counts for counts, _ in found[:3]] == [once, each_pass, each_micro_step]
+        assert [counts["allreduce", "torch.float32"] for counts, _ in found[3:]] == [GROUPS] * 2  # replicas
         for _, losses in found:
             assert losses[0] > losses[1] > losses[2]
-
-
-def test_replicas_add_their_gradients_once_a_step(place, tmp_path):
-    cases = [(None, {"shard_group": 1}), (None, {"shard_group": 1, "reshard": True})]
-    for found in in_processes(2, collectives, tmp_path, place / "data", cases):
-        for counts, _ in found:
-            assert counts["allreduce", "torch.float32"] == GROUPS
 
 
 def test_a_last_micro_step_that_does_not_reshard_is_noticed(place, tmp_path):
@@ -117,9 +115,9 @@ def test_a_last_micro_step_that_does_not_reshard_is_noticed(place, tmp_path):
 
 
 def trajectory(rank, store, data, folder, ways):
-    """Losses, norms, weights and bytes saved of four steps in each way of sharding.
+    """Return losses, norms, weights and saved bytes of four steps in each way of sharding.
 
-    Each way takes its last two steps from the checkpoint that the way before it has saved after two.
+    Each way takes its last two steps from the checkpoint that the way before it saved after two.
     """
     found, checkpoint = [], None
     for number, way in enumerate(ways):
@@ -145,7 +143,7 @@ def test_no_way_of_sharding_changes_what_is_computed(place, tmp_path):
     for way in two[0] + four[0]:
         assert way[0] == pytest.approx(losses, rel=1e-6)
         assert way[1] == pytest.approx(norms, rel=1e-5)
-        # As a whole: where a gradient is nothing but rounding, Adam makes a step of it.
+        # All weights together: Adam makes a whole step of a gradient that is only rounding.
         assert torch.linalg.vector_norm(way[2] - weights) <= 1e-3 * torch.linalg.vector_norm(weights)
         assert way[3] < 1.5 * size  # no shard is written twice; four times as many files have their headers
     for other in four[1:]:  # every process sees the same numbers
@@ -153,20 +151,20 @@ def test_no_way_of_sharding_changes_what_is_computed(place, tmp_path):
 
 
 def overflow_on_rank_1(rank, store, data, sharding):
-    """Outcomes and scales of four steps, in the second of which one process' loss has no finite gradient."""
+    """Return outcomes and scales of four steps; in the second the gradient of one process is not finite."""
     trainer, found = make_trainer(rank, store, data, 2, "fp16", **sharding), []
     trainer.scaler.patience = 1
     whole = trainer.model.loss
     for step in range(4):
         factor = math.inf if step == 1 and rank.rank == 1 else 1.0
-        trainer.model.loss = lambda *args, factor=factor, **kwargs: OfGradient.apply(whole(*args, **kwargs), factor)
+        trainer.model.loss = lambda *args, factor=factor, **kwargs: ScaleGradient.apply(whole(*args, **kwargs), factor)
         found.append((trainer.run_step(), trainer.scaler.scale))
     dist.destroy_process_group()
     return found
 
 
-class OfGradient(torch.autograd.Function):
-    """Multiplies a gradient and leaves the value alone."""
+class ScaleGradient(torch.autograd.Function):
+    """Multiply the gradient by a factor, and leave the value as it is."""
 
     @staticmethod
     def forward(ctx, value, factor):
@@ -189,12 +187,12 @@ def test_an_overflow_on_one_process_skips_the_step_on_all(place, tmp_path, shard
 
 
 def test_a_group_that_does_not_divide_is_refused():
-    assert Place(0, 8, 0, 4).shard_group(0) == 4
-    assert Place(0, 8, 0, 4).shard_group(2) == 2
+    assert Rank(0, 8, 0, 4).shard_group(0) == 4
+    assert Rank(0, 8, 0, 4).shard_group(2) == 2
     with pytest.raises(RunError, match=r"divide the number of processes, 6; got 4, the processes of this machine"):
-        Place(0, 6, 0, 4).shard_group(0)
+        Rank(0, 6, 0, 4).shard_group(0)
     with pytest.raises(RunError, match=r"run\.shard_group must divide the number of processes, 8; got 3$"):
-        Place(0, 8, 0, 4).shard_group(3)
+        Rank(0, 8, 0, 4).shard_group(3)
 
 
 def test_the_order_of_sums_is_part_of_what_equal_bits_need():

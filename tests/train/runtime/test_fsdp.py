@@ -1,4 +1,4 @@
-"""The model on its Triton kernels, in Triton's interpreter, sharded over two processes: one process's gradients."""
+"""The model on Triton kernels in the interpreter: two processes with FSDP have the gradients of one process."""
 
 import os
 import subprocess
@@ -46,7 +46,7 @@ leave(0)
 
 
 def gradients(folder, world):
-    """Of a batch of two samples, with dropout, one sample a process where there are two."""
+    """Return the gradients of a batch of two samples with dropout; each of two processes takes one sample."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     started = [subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(world), str(folder)], env=environment,
                                 stderr=subprocess.PIPE, text=True, cwd=folder) for rank in range(world)]

@@ -1,4 +1,4 @@
-"""What a process does whose torchrun has been killed, at each point at which it can notice."""
+"""Starting under torchrun: the rank, the store, and a process whose torchrun has been killed."""
 
 import os
 import socket
@@ -10,20 +10,20 @@ from torch.distributed import HashStore
 
 from phi1.train import pretrain
 from phi1.train.runtime import launch
-from phi1.train.runtime.launch import Place, RunError, connect
-from phi1.train.runtime.stop_signals import Control
+from phi1.train.runtime.launch import Rank, RunError, connect
+from phi1.train.runtime.stop_signals import StopSignals
 
 
 @pytest.fixture
 def started(monkeypatch):
-    """The place of the first of two processes that torchrun has started, and how torchrun ends."""
+    """The rank of the first of two processes under torchrun, and a function that ends torchrun."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_USE_AGENT_STORE": True,
                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, f"{value}")
-    return Place.from_environment(), lambda: monkeypatch.setattr(os, "getppid", lambda: 1)
+    return Rank.from_environment(), lambda: monkeypatch.setattr(os, "getppid", lambda: 1)
 
 
 @pytest.mark.parametrize(("option", "seconds"), [("--train.step=3", 180), ("--train.seed=3", 20)])
@@ -58,29 +58,29 @@ def test_numbers_that_torchrun_would_not_give_are_one_line(started, monkeypatch,
 
 
 def test_the_place_is_what_torchrun_says(started, monkeypatch):
-    assert started[0] == Place(0, 2, launcher=os.getppid())
+    assert started[0] == Rank(0, 2, launcher=os.getppid())
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "7")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert Place.from_environment() == Place(7, 8, 1, 2, 3, os.getppid())
+    assert Rank.from_environment() == Rank(7, 8, 1, 2, 3, os.getppid())
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    assert Place.from_environment() == Place(7, 8, 1, 2, 3)
+    assert Rank.from_environment() == Rank(7, 8, 1, 2, 3)
     monkeypatch.delenv("RANK")
-    assert Place.from_environment() == Place()
+    assert Rank.from_environment() == Rank()
 
 
 def test_the_end_of_torchrun_is_noticed_whenever_it_was(started):
     place, end = started
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
-        assert not Control(place).agreed_to_stop()
+        assert not StopSignals(place).agreed_to_stop()
         end()  # while the data are prepared, say
-        control = Control(place)
-        assert control.agreed_to_stop()
-        assert control.signal_name == "the end of torchrun"
-        assert not Control(Place()).agreed_to_stop()
+        stop_signals = StopSignals(place)
+        assert stop_signals.agreed_to_stop()
+        assert stop_signals.signal_name == "the end of torchrun"
+        assert not StopSignals(Rank()).agreed_to_stop()
     finally:
         dist.destroy_process_group()
 

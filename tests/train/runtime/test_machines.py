@@ -1,4 +1,4 @@
-"""Runs over two machines, each an agent of torchrun of its own: what they share, and what they must."""
+"""Runs over two machines, each with an agent of torchrun: the shared folder, and corpora that differ."""
 
 import shutil
 import socket
@@ -15,7 +15,7 @@ from phi1.train.runtime.engine import connect_processes, start
 
 
 def on_two_machines(places, run, processes, **changes):
-    """What the agent of each machine returns and prints; rank 0 is on the first."""
+    """Return the exit code and output of the agent of each machine; rank 0 is on the first."""
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     words = command(run, processes, **changes)
@@ -44,7 +44,7 @@ def other(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_machines_hold_a_replica_each(place, undisturbed):
+def test_two_machines_hold_a_replica_each(place, uninterrupted):
     (first, said), (second, silent) = on_two_machines([place, place], "machines", 2, train__steps=12,
                                                       train__schedule_steps=STEPS, checkpoint__every=0)
     assert (first, second) == (0, 0), said + silent
@@ -79,7 +79,7 @@ def test_a_damaged_corpus_of_another_machine_is_named(place, other):
 
 
 def folder_checked(rank, store, folders):
-    """What each process learns of its folder."""
+    """Return the error that each process finds in its folder, or None."""
     runfolder.NETWORK_SECONDS = 0.1
     connect_processes(start(rank, "cpu", "fp32", 1), rank, store)
     try:

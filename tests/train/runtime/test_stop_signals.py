@@ -16,15 +16,16 @@ from torch.distributed import HashStore
 from training_runs import SCRIPT, start, steps, train, weights
 
 from phi1.train import pretrain
-from phi1.train.data.batch_plan import Layout, micro_batches, samples_of_step
+from phi1.train.data.batch_plan import BatchPlan, micro_batches, samples_of_step
 from phi1.train.data.corpus import Corpus
 from phi1.train.data.shards import Shard, ShardHeader
 from phi1.train.evaluate.validation import Figures
 from phi1.train.recipe.file import read_recipe
 from phi1.train.run import run as run_module
 from phi1.train.run.folder import RunFolder
-from phi1.train.runtime.launch import Place
-from phi1.train.runtime.stop_signals import Control, _age
+from phi1.train.run.start import Start
+from phi1.train.runtime.launch import Rank
+from phi1.train.runtime.stop_signals import StopSignals, _age
 
 
 @pytest.fixture
@@ -41,14 +42,14 @@ def test_the_time_limit_counts_from_the_launch(alone):
     process.communicate(b"\n")
     assert _age(process.pid) == 0.0  # gone, so that the system does not say
     minutes = _age(os.getpid()) / 60
-    assert not Control(Place()).agreed_to_stop()
-    assert not Control(Place(), minutes + 1).agreed_to_stop()
-    over = Control(Place(), minutes / 2)
+    assert not StopSignals(Rank()).agreed_to_stop()
+    assert not StopSignals(Rank(), minutes + 1).agreed_to_stop()
+    over = StopSignals(Rank(), minutes / 2)
     assert over.agreed_to_stop()
     assert over.signal_name == "run.time_limit"
 
 
-def test_a_run_at_its_time_limit_saves_and_the_same_command_goes_on(place, undisturbed):
+def test_a_run_at_its_time_limit_saves_and_the_same_command_goes_on(place, uninterrupted):
     process = start(place, "limited", run__time_limit=0.0001)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -94,16 +95,17 @@ def test_a_signal_in_the_export_interrupts_it(tmp_path, monkeypatch, signalled):
 
     numbers, handlers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), []
     before = [signal.getsignal(number) for number in numbers]
-    loop = SimpleNamespace(
-        trainer=SimpleNamespace(finished=9, skipped=0), held_out=SimpleNamespace(text=b"x"), best=None,
-        samples=SimpleNamespace(tokenizer=None), control=SimpleNamespace(signal_name=signalled),
-        progress=SimpleNamespace(tokens=4, tokens_per_s=lambda finished: 1.0))
-    monkeypatch.setattr(run_module, "train", lambda *_: (loop, (Figures(1.0, 1.0, 1, 1), None), {}))
+    trained = SimpleNamespace(
+        trainer=SimpleNamespace(finished=9, skipped=0), saving=SimpleNamespace(best=None),
+        evaluation=SimpleNamespace(held_out=SimpleNamespace(text=b"x"), samples=SimpleNamespace(tokenizer=None)),
+        stop_signals=SimpleNamespace(signal_name=signalled),
+        monitor=SimpleNamespace(progress=SimpleNamespace(tokens=4, tokens_per_s=lambda finished: 1.0)))
+    monkeypatch.setattr(run_module, "train", lambda *_: (trained, (Figures(1.0, 1.0, 1, 1), None), {}))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(run_module, "export", export)
     try:
         with pytest.raises(KeyboardInterrupt):  # main's to say
-            run_module.run(read_recipe(None, {}), RunFolder(tmp_path), Place(), None, None)
+            run_module.run(read_recipe(None, {}), RunFolder(tmp_path), Rank(), None, Start())
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
@@ -117,10 +119,10 @@ def test_the_data_are_positioned_at_any_step_within_a_second(tmp_path):
     (tmp_path / "shard").write_bytes(header.pack())
     os.truncate(tmp_path / "shard", header.header_bytes + 2 * n_tokens)  # 14 GB that take no room
     corpus = Corpus(tmp_path, "train", "", n_tokens, 0, 51200, 50256, (Shard(tmp_path / "shard", "0" * 64),))
-    layout = Layout.of(batch, 16, 3, 8)
+    batch_plan = BatchPlan.of(batch, 16, 3, 8)
     began = time.process_time()  # of this process: what else the machine does has no part in it
     samples = samples_of_step(24_000, batch, 1, corpus.n_samples(seq_len))
-    _, rows = next(micro_batches(corpus, samples, layout, seq_len))
+    _, rows = next(micro_batches(corpus, samples, batch_plan, seq_len))
     assert time.process_time() - began < 1
     assert rows.shape == (16, seq_len + 1)
     assert len(set(samples.tolist())) == batch

@@ -1,13 +1,13 @@
 """fp16's loss scale: when it falls, how far, and when it grows."""
 
 from phi1.train.recipe.recipe import Train
-from phi1.train.step.grad_scaler import LossScale
+from phi1.train.step.grad_scaler import GradScaler
 
 
 def scales(events, enabled=True, **changes):
     """The scale after each step of a row such as "++-": + finite, - not."""
     given = {"loss_scale": 64.0, "loss_scale_window": 3, "loss_scale_hysteresis": 2, "loss_scale_floor": 16.0} | changes
-    scale, seen = LossScale(Train(**given), enabled), []
+    scale, seen = GradScaler(Train(**given), enabled), []
     for event in events:
         scale.update(event == "+")
         seen.append(scale.scale)
@@ -32,10 +32,10 @@ def test_it_does_not_fall_below_the_floor_nor_rise_to_it():
 
 
 def test_a_saved_scale_goes_on_as_it_would_have():
-    first = LossScale(Train(loss_scale_window=4), enabled=True)
+    first = GradScaler(Train(loss_scale_window=4), enabled=True)
     for finite in (True, True, False, True, True):
         first.update(finite)
-    second = LossScale(Train(loss_scale_window=4), enabled=True)
+    second = GradScaler(Train(loss_scale_window=4), enabled=True)
     second.load_state_dict(first.state_dict())
     for finite in (False, True, True, True, True):
         first.update(finite)
@@ -46,7 +46,7 @@ def test_a_saved_scale_goes_on_as_it_would_have():
 
 def test_outside_fp16_it_is_1_and_saves_nothing():
     assert scales("-++++", enabled=False) == [1] * 5
-    plain = LossScale(Train(), enabled=False)
+    plain = GradScaler(Train(), enabled=False)
     assert plain.state_dict() == {}
     plain.load_state_dict({"scale": 4.0, "clean": 1, "patience": 1})
     assert plain.scale == 1

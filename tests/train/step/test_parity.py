@@ -1,4 +1,4 @@
-"""The trainer's losses: against plain PyTorch, between precisions, and between ways of cutting a batch."""
+"""The trainer's losses against plain PyTorch, between precisions, and between cuts of a batch."""
 
 import asyncio
 import email
@@ -15,7 +15,7 @@ from training_runs import in_processes
 
 from phi1.config import preset
 from phi1.train.checkpoint.checkpoint import gather_weights
-from phi1.train.data.batch_plan import Layout, samples_of_step
+from phi1.train.data.batch_plan import BatchPlan, samples_of_step
 from phi1.train.data.corpus import open_corpus
 from phi1.train.prepare.prepare import prepare
 from phi1.train.recipe.recipe import Train
@@ -28,7 +28,7 @@ TRAIN = Train(steps=60, warmup_steps=20, batch_size=8)
 
 
 def plain(weights, rows, config, train):
-    """Losses of tests/support/plain_phi1.py, which is imported by path, as pytest does."""
+    """Return the losses of tests/support/plain_phi1.py, which is imported by path, as pytest does."""
     spec = importlib.util.spec_from_file_location("plain_phi1", Path(__file__).parents[2] / "support" / "plain_phi1.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -38,7 +38,7 @@ def plain(weights, rows, config, train):
 
 
 def losses(rank, store, data, config, train, seq_len, cases):
-    """Losses of whole runs, one for each (precision, micro-batch); and plain PyTorch's, from the same weights."""
+    """Return the losses of a run for each (precision, micro-batch), with plain PyTorch as one of the precisions."""
     engine = start(rank, "cpu", "fp32", 1)
     connect_processes(engine, rank, store)
     corpus, found = open_corpus(data, verify=False), []
@@ -50,9 +50,9 @@ def losses(rank, store, data, config, train, seq_len, cases):
                     for step in range(train.steps))
             found.append(plain(weights, rows, config, train))
             continue
-        layout = Layout.of(train.batch_size, micro_batch, 0, 1)
+        batch_plan = BatchPlan.of(train.batch_size, micro_batch, 0, 1)
         machine = replace(engine, precision=precision)
-        trainer = Trainer(build_model(config, machine, 1), train, seq_len, corpus, layout, machine)
+        trainer = Trainer(build_model(config, machine, 1), train, seq_len, corpus, batch_plan, machine)
         outcomes = [trainer.run_step() for _ in range(train.steps)]
         assert not any(outcome.skipped for outcome in outcomes)
         found.append([outcome.loss for outcome in outcomes])
@@ -65,11 +65,11 @@ def largest_difference(one, other):
 
 
 def final(run):
-    """Mean over the last steps, at which the learning rate is all but 0: one batch is easier than another."""
+    """Return the mean loss of the last steps, whose rate is nearly 0; a mean, because batches differ."""
     return sum(run[-10:]) / 10
 
 
-def test_losses_are_those_of_plain_pytorch_however_a_batch_is_cut_and_in_every_precision(place, tmp_path):
+def test_losses_equal_plain_pytorch_for_any_cut_of_the_batch_and_any_precision(place, tmp_path):
     cases = [("fp32", 8), ("plain", 0), ("fp32", 1), ("bf16", 8), ("fp16", 8)]
     [[whole, expected, ones, bf16, fp16]] = in_processes(1, losses, tmp_path, place / "data", SMALL, TRAIN, 32, cases)
     assert final(whole) < 0.5 * whole[0]
@@ -81,7 +81,7 @@ def test_losses_are_those_of_plain_pytorch_however_a_batch_is_cut_and_in_every_p
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_200_steps_of_nano_are_those_of_plain_pytorch_and_alike_in_every_precision(tmp_path):
+def test_200_steps_of_nano_equal_plain_pytorch_in_any_precision(tmp_path):
     (tmp_path / "source").mkdir()
     for package in (asyncio, email, unittest):
         for file in Path(package.__file__).parent.glob("*.py"):

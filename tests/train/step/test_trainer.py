@@ -1,4 +1,4 @@
-"""One optimizer step: what it changes, what it skips and why, and that the cutting of a batch changes nothing."""
+"""One optimizer step: updates, skipped steps and their reasons, and equal results for any cut of the batch."""
 
 import math
 import re
@@ -9,7 +9,7 @@ import torch
 from training_runs import make_trainer, save_checkpoint, weights_of
 
 from phi1.train.checkpoint.checkpoint import load_checkpoint
-from phi1.train.data.batch_plan import Layout
+from phi1.train.data.batch_plan import BatchPlan
 from phi1.train.recipe.recipe import Train
 from phi1.train.step.schedule import learning_rate
 
@@ -24,25 +24,20 @@ def test_the_loss_falls_and_every_parameter_moves(small_corpus, engines):
         assert not torch.equal(before[name], after[name]), name
 
 
-def test_accumulation_changes_nothing_but_rounding(small_corpus, engines):
+def test_accumulation_and_resharding_change_nothing_but_rounding(small_corpus, engines):
     losses = {}
     for micro in (1, 2, 4):
         trainer = make_trainer(small_corpus, engines, micro_batch_size=micro)
-        trainer.layout = Layout.of(4, micro, 0, 1)
+        trainer.batch_plan = BatchPlan.of(4, micro, 0, 1)
         losses[micro] = torch.tensor([trainer.run_step().loss for _ in range(8)])
-    assert ((losses[1] / losses[4]) - 1).abs().max() < 1e-5
-    assert ((losses[2] / losses[4]) - 1).abs().max() < 1e-5
-
-
-def test_reducing_after_each_micro_step_changes_nothing_but_rounding(small_corpus, engines):
-    trainers = [make_trainer(small_corpus, {"fp32": replace(engines["fp32"], reshard=reshard)})
-                for reshard in (False, True)]
-    once, twice = (torch.tensor([trainer.run_step().loss for _ in range(8)]) for trainer in trainers)
-    assert ((once / twice) - 1).abs().max() < 1e-5
+    trainer = make_trainer(small_corpus, {"fp32": replace(engines["fp32"], reshard=True)})
+    losses["reduced after each micro-step"] = torch.tensor([trainer.run_step().loss for _ in range(8)])
+    for found in losses.values():
+        assert ((found / losses[4]) - 1).abs().max() < 1e-5
 
 
 def poisoned(loss):
-    """The same loss with a gradient that overflows."""
+    """Return the same loss with a gradient that overflows."""
     class Overflow(torch.autograd.Function):
         @staticmethod
         def forward(ctx, value):
@@ -56,7 +51,7 @@ def poisoned(loss):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_step_that_is_not_finite_is_skipped_and_consumes_its_place(small_corpus, engines, precision, monkeypatch):
+def test_a_step_that_is_not_finite_is_skipped_and_uses_up_its_batch(small_corpus, engines, precision, monkeypatch):
     trainer = make_trainer(small_corpus, engines, precision)
     trainer.run_step()
     healthy = weights_of(trainer)
@@ -125,17 +120,15 @@ def test_the_first_tensor_that_is_not_finite_is_named(small_corpus, engines):
     assert not trainer.run_step().skipped
 
 
-def test_an_overflow_in_the_backward_pass_is_named(small_corpus, engines):
-    trainer = make_trainer(small_corpus, engines, "fp16", find_nonfinite=True, loss_scale=2.0**40)
+@pytest.mark.parametrize(("loss_scale", "first"), [
+    (2.0**40, r"the loss, phi1::linear_cross_entropy_backward, backward: result \[64, 32\] float16, largest finite "
+              r"value .*; samples \[\d+, \d+\], micro-step 1, rank 0"),
+    (2.0**18, r"blocks\.\d, phi1::parallel_block_backward, backward: "),
+])
+def test_an_overflow_in_the_backward_pass_is_named(small_corpus, engines, loss_scale, first):
+    trainer = make_trainer(small_corpus, engines, "fp16", find_nonfinite=True, loss_scale=loss_scale)
     assert trainer.run_step().skipped
-    assert re.search(r"first not finite: the loss, phi1::linear_cross_entropy_backward, backward: result \[64, 32\] "
-                     r"float16, largest finite value .*; samples \[\d+, \d+\], micro-step 1, rank 0", trainer.problem)
-
-
-def test_an_overflow_in_the_backward_pass_of_a_block_is_named(small_corpus, engines):
-    trainer = make_trainer(small_corpus, engines, "fp16", find_nonfinite=True, loss_scale=2.0**18)
-    assert trainer.run_step().skipped
-    assert re.search(r"first not finite: blocks\.\d, phi1::parallel_block_backward, backward: ", trainer.problem)
+    assert re.search(f"first not finite: {first}", trainer.problem)
 
 
 def test_a_jump_of_the_loss_is_skipped_on_request_and_its_measure_is_saved(small_corpus, engines, tmp_path):
