@@ -42,7 +42,7 @@ WIDE = 16
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a kernel, or why it did not.
+    """The compiler's result for a kernel, or why there is none.
 
     Args:
         registers: of a thread.

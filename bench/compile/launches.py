@@ -45,7 +45,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a program does on a GPU: the Triton kernels that it launches, and its questions to the tables."""
+    """A program on a GPU: the Triton kernels that it launches, and its lookups in the tables of tiles."""
 
     launches: tuple[Launch, ...]
     lookups: tuple[Lookup, ...]

@@ -60,7 +60,7 @@ def benchmarks() -> Iterator[Program]:
 
 
 def variants() -> Iterator[Program]:
-    """What changes a kernel's code besides phi-1's own use of it."""
+    """Calls that change a kernel's code and that phi-1 itself does not make."""
     yield from ((str(variant), variant) for variant in ATTENTIONS)
     for dtype in DTYPES:
         yield from _small(dtype)
@@ -97,7 +97,7 @@ def _small(dtype: str) -> Iterator[Program]:
 
 
 def others(arch: str) -> Iterator[Program]:
-    """What GPUs without rows of their own launch: phi-1's steps, and on NVIDIA's, which are many, more of attention."""
+    """Programs of GPUs without rows of their own: phi-1's steps, and more of attention on NVIDIA's, which are many."""
     phi1 = replace(preset("phi1"), num_hidden_layers=1)
     for dtype in ("fp16", "fp32"):
         for dropout in (False, True):
@@ -148,7 +148,7 @@ def _generate(config: Phi1Config, dtype: str, batch: int, padded: bool) -> None:
 
 @dataclass(frozen=True)
 class Attention:
-    """What changes the code of attention's kernels besides the tile. rotary: "", "inside" or "applied"."""
+    """Everything that changes the code of attention's kernels, except the tile. rotary: "", "inside" or "applied"."""
 
     dtype: str = "fp16"
     head_size: int = 64

@@ -1,4 +1,4 @@
-"""What the compiler makes of every Triton kernel, on every GPU, at each tile that a table can pick. No GPU is needed.
+"""Compile every Triton kernel for every GPU, at each tile that a table can pick. No GPU is needed.
 
 Results are kept in a committed table, by Triton version, with a key of the kernel's source, of what the compiler is
 told of its launch, of the target, and of how the compiler is called and its output read. What the table does not hold,

@@ -160,7 +160,7 @@ def counting(arch: str = "sm_90") -> Iterator[Counter]:
 
 @dataclass(frozen=True)
 class OnPaper:
-    """What our side of a benchmark's case does on a GPU. forward, backward: what each pass looks up."""
+    """Our side of a benchmark's case on a GPU. forward, backward: the lookups of each pass."""
 
     launches: list[Launch]
     forward: list[tiles.Lookup]

@@ -20,7 +20,7 @@ from phi1.kernels.core.tiles import Lookup
 
 UNITS = ("kernel", "block")
 Lookups = tuple[list[Lookup], list[Lookup]]
-"""Of a case's forward, and of its backward."""
+"""(lookups of a case's forward, lookups of its backward)."""
 
 
 def tunable() -> list[str]:
@@ -42,7 +42,7 @@ def chosen_cases(kind: str, ops: Sequence[str], dtype: str) -> list[Case]:
 
 
 def lookups_on_paper(case: Case, arch: str) -> Lookups:
-    """What a case would look up on a GPU; nothing is compiled for it."""
+    """Lookups that a case would make on a GPU; nothing is compiled for it."""
     found = run_on_paper(case, arch)
     return found.forward, found.backward
 
@@ -62,17 +62,17 @@ class Task:
     tiles: tuple[Tile, ...]
     """The table's own tile first."""
     direction: str
-    """What is timed: what looks the tile up, and no more, as the rest would hide in its noise how tiles differ."""
+    """The timed pass: the one that looks the tile up, and no more. The noise of the rest would hide the tile."""
 
     @property
     def timed(self) -> str:
-        """What is timed, by name."""
+        """Name of the timed pass."""
         name = self.case.name.replace(f" {self.case.direction}", f" {self.direction}")
         wants = self.direction == "forward" and self.case.direction in check.GRADIENTS
         return name + ", gradients wanted" * wants
 
     def call(self, device: torch.device, inputs: Inputs) -> Call:
-        """What is timed. The forward of a case that takes gradients leaves what the backward needs, as in training."""
+        """The timed call. The forward of a case that takes gradients saves what the backward needs, as in training."""
         function = self.case.providers[0].prepare(self.case, device)
         if self.direction != "forward":
             return bind(replace(self.case, direction=self.direction), function, [inputs])

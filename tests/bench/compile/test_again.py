@@ -59,7 +59,7 @@ def again(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def committed(again, tmp_path):
-    """As `again`, with the table committed."""
+    """The command as in `again`, with the table committed."""
     git(tmp_path, "init")
     git(tmp_path, "add", TABLE.name)
     git(tmp_path, "commit", "-m", "the table")

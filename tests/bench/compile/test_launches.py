@@ -1,4 +1,4 @@
-"""What the gate compiles: whatever phi-1, the benchmarks, the tables of tiles and the tuner may launch."""
+"""The gate compiles all that phi-1, the benchmarks, the tables of tiles and the tuner may launch."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""Which cases the tuner times, what of them, and which tiles it tries."""
+"""The cases that the tuner times, the pass that is timed, and the tiles that it tries."""
 
 from types import SimpleNamespace
 
