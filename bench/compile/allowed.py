@@ -4,9 +4,10 @@ Refused are: a kernel that does not compile; spilled registers, and accesses to 
 than the GPU has, which Triton itself does not refuse; global loads or stores under 16 bytes; a product without tensor
 instructions; wgmma instructions that ptxas has serialised. How fast a kernel is, the gate cannot say.
 
-`allowed.toml` holds what is known and accepted, with a reason: for a kernel, and its candidates apart from the cases
-that a table picks, [kernel.fault] has a number for each architecture, the most in any case of the kernel or, by case,
-in one. It can only shrink by itself: what is allowed and not needed is refused as well. `--accept REASON` rewrites it.
+`allowed.toml` holds what is known and accepted, with a reason. [kernel.fault] has a number for each architecture: the
+most in any case of the kernel or, by case, in one. A kernel's tiles that no table picks, and its cases of odd sizes,
+stand apart from the others. The file only shrinks: what is allowed and not needed is refused as well, and
+`--accept REASON` writes exactly what the table needs.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ MESSAGES = {
 }
 OF_A_KERNEL = ("narrow_loads", "narrow_stores")
 """Allowed for a whole kernel: statistics of rows and columns, which each case has a few of."""
+ODD = "odd sizes"
+"""In the names of programs whose rows are not aligned, and are read element by element."""
 Allowed = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Kernel -> fault -> {"reason": words, architecture: number, or case -> number}."""
 
@@ -80,7 +83,9 @@ def _faults(case: Case, arch: str, report: Report) -> dict[str, int]:
 
 
 def _group(case: Case) -> str:
-    return case.launch.name.removesuffix("_kernel") + (" candidate" if case.candidate else "")
+    kernel = case.launch.name.removesuffix("_kernel")
+    kind = " candidate" if case.candidate else f" {ODD}" if ODD in case.name else ""
+    return kernel + kind
 
 
 def _short(case: Case) -> str:

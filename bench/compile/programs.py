@@ -250,7 +250,7 @@ def _mlp(dtype: str, rows: int, width: int, inner: int) -> None:
 
 def _loss(dtype: str, vocab: int, **rule: Any) -> None:
     x, weight, bias = (meta(*shape, dtype=dtype, grad=True) for shape in ((ROWS, WIDTH), (vocab, WIDTH), (vocab,)))
-    linear_cross_entropy(x, weight, bias, meta(ROWS), **rule).backward()
+    _backward(linear_cross_entropy(x, weight, bias, meta(ROWS), **rule))
 
 
 def _block(dtype: str, width: int, inner: int, heads: int, packed: bool, dropout: bool) -> None:
