@@ -16,6 +16,6 @@ setup(
         "phi1": ["py.typed", "assets/*"],
         "phi1.kernels": ["tuned/*.json", "tuned/gpus/*.json"],
         "phi1.train": ["configs/*.toml"],
-        "phi1.bench.compile": ["table.json"],
+        "phi1.bench.compile": ["table.json", "allowed.toml"],
     },
 )

@@ -6,18 +6,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import triton
 
-from phi1.bench.compile.case import Case
 from phi1.bench.compile.pool import compile_all
-from phi1.bench.compile.table import Rows, load, load_at, report_of, stale
+from phi1.bench.compile.table import Chosen, Rows, load, load_at, report_of, stale
 
-Chosen = Sequence[tuple[str, Case]]
-COMPILE_SECONDS = 4  # of a case: 2 to 5
+COMPILE_SECONDS = 3  # of a case: 1 to 5
 CHANGED_SECONDS = 120  # for rows that have changed, about; what takes longer is left to other days
 
 
@@ -34,10 +31,9 @@ def compile_again(chosen: Chosen, options: argparse.Namespace) -> int:
     changed = _changed(rows, held, options) if options.changed else []
     sample = [job for job in held if job not in changed][: options.sample]
     why = dict.fromkeys(sample, f"sample of {today}") | dict.fromkeys(changed, f"changed since {options.changed}")
-    os.environ["TRITON_ALWAYS_COMPILE"] = "1"
-    failures = 0
-    for job, report in compile_all([*changed, *sample], options.jobs):
-        arch, name = job
+    failures, by_job = 0, {(arch, case.name): case for arch, case in chosen}
+    for (arch, case), report in compile_all([(job[0], by_job[job]) for job in (*changed, *sample)], options.jobs):
+        job = arch, name = arch, case.name
         before = report_of(rows[arch][name])
         same = report == before
         print(f"{why[job]}, Triton {triton.__version__}: {name} on {arch}: "

@@ -1,8 +1,8 @@
-"""What a row of the table depends on, as a short key: the kernel's source, its callees', its types, constants and tile;
-the target; and how the compiler is called and its output read, which is what `static_read.py` says.
+"""A short key of all that a row of the table depends on: the sources of the kernel and of what it calls, what the
+compiler is told of a launch, the target, and `read.py`, which calls the compiler and reads its output.
 
-Source counts as Python understands it, so that comments, docstrings and a move within the file change no key, and the
-key is the same under every Triton version.
+Sources count as Python understands them, so that comments, docstrings and a move, even to another file, change no key,
+and the key is the same under every Triton version.
 """
 
 from __future__ import annotations
@@ -18,27 +18,30 @@ from typing import Any
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from phi1.bench.compile.case import Case
-from phi1.bench.compile.gate import ARCHS
+from phi1.bench.compile.arch import ARCHS
+from phi1.bench.harness.counting import Launch
 
 READER = Path(__file__).with_name("read.py")
 
 
-def key_of(case: Case, arch: str) -> str:
+def key_of(launch: Launch, arch: str) -> str:
     """12 hexadecimal digits that change when the compiled code may change, or what is read off it."""
-    types, constants, multiples = case.arguments()
     gpu = ARCHS[arch]
     parts = {
         "reading": _meaning(READER),
         "target": [gpu.backend, gpu.version, gpu.warp, gpu.tensor_instruction],
-        "source": sorted(_sources(case.kernel).items()),
-        "types": sorted(types.items()),
-        "constexprs": sorted((name, _constant(value)) for name, value in constants.items()),
-        "multiples": multiples,
-        "unaligned": sorted(case.unaligned),
-        "tile": [case.num_warps, case.num_stages],
+        "source": _sources(launch.kernel),
+        "types": sorted(launch.types.items()),
+        "constants": sorted((name, repr(value)) for name, value in launch.constants.items()),
+        "aligned": sorted(launch.aligned),
+        "options": sorted(launch.options.items()),
     }
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def multiplies(kernel: JITFunction) -> bool:
+    """True where a kernel, or a function that it calls, multiplies matrices."""
+    return any("tl.dot(" in source for _, source in _sources(kernel))
 
 
 @lru_cache
@@ -52,23 +55,21 @@ def _meaning(path: Path) -> str:
 
 
 @lru_cache
-def _sources(kernel: JITFunction) -> dict[str, str]:
-    """Name -> meaning of a kernel, of each jit function that it calls and of each global constant that it reads."""
-    found: dict[str, str] = {}
-    waiting = [kernel]
+def _sources(kernel: JITFunction) -> tuple[tuple[str, str], ...]:
+    """(name, source without comments) of a kernel, of each jit function that it calls and of each global constant."""
+    found: set[tuple[str, str]] = set()
+    seen, waiting = {kernel.fn}, [kernel]
     while waiting:
         function = waiting.pop()
-        name = f"{function.fn.__module__}.{function.fn.__qualname__}"
-        if name in found:
-            continue
-        tree = _without_docstrings(ast.parse(function.src))
-        found[name] = ast.unparse(tree)
+        name, tree = function.fn.__qualname__, _without_docstrings(ast.parse(function.src))
+        found.add((name, ast.unparse(tree)))
         for used, value in _globals_of(tree, function.fn.__globals__):
-            if isinstance(value, JITFunction):
+            if not isinstance(value, JITFunction):
+                found.add((f"{name}:{used}", repr(value.value if isinstance(value, tl.constexpr) else value)))
+            elif value.fn not in seen:
+                seen.add(value.fn)
                 waiting.append(value)
-            else:
-                found[f"{name}:{used}"] = _constant(value)
-    return found
+    return tuple(sorted(found))
 
 
 def _globals_of(tree: ast.AST, names: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -86,12 +87,6 @@ def _globals_of(tree: ast.AST, names: dict[str, Any]) -> list[tuple[str, Any]]:
         if ours or isinstance(value, tl.constexpr | int | float | str):
             found.append((ast.unparse(node), value))
     return found
-
-
-def _constant(value: Any) -> str:
-    if isinstance(value, JITFunction):
-        return json.dumps(sorted(_sources(value).items()))
-    return repr(value.value if isinstance(value, tl.constexpr) else value)
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:

@@ -12,21 +12,22 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
 
-from phi1.bench.compile.gate import Report
+from phi1.bench.compile.arch import Report
+from phi1.bench.compile.launches import Case
 from phi1.bench.compile.read import measure
 from phi1.bench.harness.processes import begin_worker
 
-Job = tuple[str, str]
-"""(architecture, name of the case)."""
+Job = tuple[str, Case]
+"""(architecture, what is compiled for it)."""
 
 
 def compile_all(jobs: Sequence[Job], processes: int = 2) -> Iterator[tuple[Job, Report]]:
-    """Compile cases, known by name, in processes of their own; what fails, or kills the compiler, has an error.
+    """Compile cases in processes of their own; the report of what fails, or kills the compiler, is its error.
 
-    Where it is closed or interrupted, it ends them all, and returns when they have ended.
+    All of them have ended when it returns, also where it is closed or interrupted.
 
     Raises:
-        Exception: a case is wrong, which is a mistake of ours.
+        Exception: a mistake of ours in one of these processes.
     """
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
     finished: queue.SimpleQueue[tuple[Job, Report] | Exception] = queue.SimpleQueue()
@@ -62,7 +63,7 @@ def _work(waiting: queue.SimpleQueue[Job], finished: queue.SimpleQueue[tuple[Job
         while True:
             job = waiting.get_nowait()
             try:
-                report = pool.submit(_measure_named, job).result()
+                report = pool.submit(_measure, job).result()
             except BrokenProcessPool:  # LLVM aborts the process on some inputs
                 pool.shutdown()
                 report, pool = Report(error="the compiler crashed"), _pool(ended)
@@ -79,17 +80,10 @@ def _pool(ended: Connection) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, get_context("spawn"), begin_worker, (ended,))
 
 
-def _measure_named(job: Job) -> Report:
-    from phi1.bench.compile.cases import cases
-
-    arch, name = job
-    case = next(case for case in cases(arch) if case.name == name)
+def _measure(job: Job) -> Report:
+    arch, case = job
     try:
-        return measure(case, arch)
-    except AssertionError as error:
-        if str(error).startswith(case.name):  # a wrong case is a mistake of ours
-            raise
-        return Report(error=_line(error))
+        return measure(case.launch, arch)
     except Exception as error:  # whatever the compiler raises is a refusal, and the other kernels are still compiled
         return Report(error=_line(error))
 

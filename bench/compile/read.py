@@ -1,44 +1,43 @@
-"""Compile one kernel for a GPU that this machine need not have, and read registers, spills and accesses off the result.
+"""Compile one launch for a GPU that this machine need not have, and read what the assembler has made of it: registers,
+spills, accesses, tensor instructions, and its complaint of serialised ones.
 
-The table's keys depend on all that is said here, as what is measured does: see `static_key.py`.
+The table's keys depend on this file, because a row is what this file reads: see `key.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from phi1.bench.compile.case import Case
-from phi1.bench.compile.gate import ARCHS, Report
+from phi1.bench.compile.arch import ARCHS, Report
+from phi1.bench.harness.counting import Launch
 
 
-def measure(case: Case, arch: str) -> Report:
-    """Compile one case for one GPU. Raises what the compiler raises."""
-    names = case.kernel.arg_names
-    unknown = (set(case.types) | set(case.constexprs)) - set(names)
-    assert not unknown, f"{case.name}: the kernel has no argument {sorted(unknown)}"
-    # Without the alignment that a launch finds out, vector loads vanish.
-    types, constants, multiples = case.arguments()
-    aligned = [i for i, n in enumerate(names)
-               if n in multiples or (types.get(n, "").startswith("*") and n not in case.unaligned)]
+def measure(launch: Launch, arch: str) -> Report:
+    """Compile one launch for one GPU. Raises what the compiler raises."""
+    names = launch.kernel.arg_names
     source = ASTSource(
-        case.kernel,
-        signature={name: types.get(name, "constexpr") for name in names},
-        constexprs=constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        launch.kernel,
+        signature={name: launch.types.get(name, "constexpr") for name in names},
+        constexprs=dict(launch.constants),
+        # Without the alignment that a launch finds out, vector loads vanish.
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
     gpu = ARCHS[arch]
-    compiled = triton.compile(source, target=GPUTarget(gpu.backend, gpu.version, gpu.warp), options=options)
-    warps = case.num_warps
+    target = GPUTarget(gpu.backend, gpu.version, gpu.warp)
+    compiled, log = _compiled(source, target, launch.options)
+    warps = compiled.metadata.num_warps
     if "cubin" in compiled.asm:
         assembly = compiled.asm["ptx"]
         registers, stack, loop_spills = _nvidia_usage(compiled.asm["cubin"])
@@ -53,8 +52,20 @@ def measure(case: Case, arch: str) -> Report:
         registers, stack, loop_spills, compiled.metadata.shared, warps,
         tensor_instructions=len(re.findall(gpu.tensor_instruction, assembly)),
         register_moves=len(re.findall(r"\bsetmaxnreg\b", assembly)),
+        serialised=len(re.findall(r"wgmma\.mma_async instructions are serialized", log)),
         loads=_widths(accesses, "load"), stores=_widths(accesses, "store"),
     )
+
+
+def _compiled(source: ASTSource, target: GPUTarget, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """(what Triton has compiled, what ptxas has said). Triton prints the log where it is asked to, and only of what it
+    compiles: nothing is taken from its cache."""
+    out = io.StringIO()
+    knobs = triton.knobs
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(out):
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True
+        return triton.compile(source, target=target, options=dict(options)), out.getvalue()
 
 
 def _nvidia_usage(cubin: bytes) -> tuple[int, int, int]:

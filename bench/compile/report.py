@@ -1,8 +1,9 @@
-"""What the compiler makes of every Triton kernel, on every GPU, at each tile that a table can pick. No GPU is needed.
+"""Compile every Triton kernel for every GPU, at each tile that a table can pick. No GPU is needed.
 
-Results are kept in a committed table, by Triton version, with a key of the kernel's source, types and tile, the target,
-and how the compiler is called and its output read. What the table does not hold, or holds with another key, is compiled
-again. Ends in one line, and exit code 1 if a kernel is refused (static_gate.py says for what).
+Results are kept in a committed table, by Triton version, with a key of the kernel's source, of what the compiler is
+told of its launch, of the target, and of how the compiler is called and its output read. What the table does not hold,
+or holds with another key, is compiled again. Ends in one line, and in exit code 1 if a kernel is refused: `allowed.py`
+says for what.
 """
 
 from __future__ import annotations
@@ -13,41 +14,45 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import triton
 
 from phi1.bench.compile.again import COMPILE_SECONDS, compile_again
-from phi1.bench.compile.case import Case
-from phi1.bench.compile.cases import cases as cases_of
-from phi1.bench.compile.gate import ARCHS, WIDE, Report, complaints, narrow
-from phi1.bench.compile.measured import not_compiled
+from phi1.bench.compile.allowed import FILE, allowed, complaints, dumps, needed, unneeded
+from phi1.bench.compile.arch import ARCHS, WIDE, Report, narrow
+from phi1.bench.compile.launches import Case, measured
 from phi1.bench.compile.pool import compile_all
-from phi1.bench.compile.roof import print_roofs
-from phi1.bench.compile.table import VERSIONS, Rows, left_over, load, report_of, row_of, save, stale
+from phi1.bench.compile.table import (
+    VERSIONS,
+    Chosen,
+    Rows,
+    chosen_cases,
+    left_over,
+    load,
+    report_of,
+    row_of,
+    save,
+    stale,
+)
+from phi1.bench.harness.files import replace
 from phi1.bench.harness.parser import MakeParser, plain_parser
 
-Chosen = list[tuple[str, Case]]
 SHOWN_STALE = 5
 UPDATE = "`phi1 bench static --update` under each Triton version mends it"
 
 
 def main(argv: Sequence[str], make_parser: MakeParser = plain_parser) -> int:
     options = _parse(argv, make_parser)
-    chosen = [(arch, case) for arch in options.arch or ARCHS for case in cases_of(arch) if options.only in case.name]
+    chosen = chosen_cases(triton.__version__, options.arch, options.only)
     if not chosen:
         return _refuse(f"--only {options.only!r}: no case has this in its name")
-    if options.check:
-        failures = _check_table(chosen, whole=not (options.arch or options.only))
-    else:
-        failures = _report(chosen, options)
-    again = bool(options.sample or options.changed)
-    if again:
+    if options.accept:
+        return _accept(options.accept)
+    failures, total = _check_table(options) if options.check else (_report(chosen, options), len(chosen))
+    if options.sample or options.changed:
         failures += compile_again(chosen, options)
-    if not (options.check or again or options.only or options.arch):
-        print_roofs()
-    total = len(chosen) * (len(VERSIONS) if options.check else 1)
     outcome = f"{failures} of {total} refused" if failures else f"all {total} pass"
     versions = " and ".join(VERSIONS) if options.check else triton.__version__
     print(f"static gate, Triton {versions}: {outcome}", flush=True)
@@ -71,11 +76,16 @@ def _parse(argv: Sequence[str], make_parser: MakeParser = plain_parser) -> argpa
     parser.add_argument("--triton", action="append", default=[], metavar="DIR", type=Path,
                         help="do the same with the Triton in this folder afterwards; may be repeated (made by "
                              "pip install --no-deps --target DIR triton==VERSION)")
+    parser.add_argument("--accept", metavar="REASON",
+                        help=f"compile nothing, and write what the table needs, and no more, into {FILE.name}; the "
+                             "reason is for what is new there")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: an interpreted kernel cannot be compiled; unset it")
     if options.check and (options.update or options.all):
         parser.error("--check compiles nothing: leave out --update and --all")
+    if options.accept is not None and (len(argv) > 2 or not options.accept.strip()):
+        parser.error("--accept takes a reason, and goes alone")
     if options.changed == "":
         parser.error("--changed: must name a commit; got ''")
     if options.jobs < 1 or options.sample < 0:
@@ -106,12 +116,11 @@ def _report(chosen: Chosen, options: argparse.Namespace) -> int:
     for arch, case in chosen:
         if (arch, case.name) not in fresh:
             refused += _print(case, arch, report_of(rows[arch][case.name]))
-    by_name = {(arch, case.name): case for arch, case in due}
     compiled: Rows = {}
     saved = time.monotonic()
-    for job, report in compile_all(list(by_name), options.jobs):
-        refused += _print(by_name[job], job[0], report)
-        compiled.setdefault(job[0], {})[job[1]] = row_of(by_name[job], job[0], report)
+    for (arch, case), report in compile_all(due, options.jobs):
+        refused += _print(case, arch, report)
+        compiled.setdefault(arch, {})[case.name] = row_of(case, arch, report)
         if options.update and time.monotonic() - saved > 60:  # the whole matrix takes long; nothing of it is lost
             save(triton.__version__, compiled)
             saved = time.monotonic()
@@ -138,11 +147,13 @@ def _print(case: Case, arch: str, report: Report) -> bool:
     return bool(found)
 
 
-def _check_table(chosen: Chosen, whole: bool) -> int:
-    """Hold the table against the sources, for each version, without compiling; returns how many cases fail."""
-    failures = 0
+def _check_table(options: argparse.Namespace) -> tuple[int, int]:
+    """Hold the table against the sources, for each version, without compiling: how many cases fail, of how many."""
+    whole = not (options.arch or options.only)
+    failures = total = 0
     for version in VERSIONS:
-        rows = load(version)
+        rows, chosen = load(version), chosen_cases(version, options.arch, options.only)
+        total += len(chosen)
         old = {(arch, case.name) for arch, case in stale(rows, chosen)}
         lines: list[str] = []
         for arch, case in chosen:
@@ -151,7 +162,7 @@ def _check_table(chosen: Chosen, whole: bool) -> int:
                 lines += [f"{case.name} on {arch}: {'; '.join(found)}"] if found else []
         if whole:
             lines += [f"{name} is in the table, but no case of this name is left" for name in left_over(rows, chosen)]
-            lines += not_compiled()
+            lines += [f"{row.name} {row.fault}" for row in measured() if row.fault]
         for line in lines:
             print(f"Triton {version}: {line}")
         failures += len(lines) + len(old)
@@ -160,7 +171,26 @@ def _check_table(chosen: Chosen, whole: bool) -> int:
             more = f" and {len(names) - SHOWN_STALE} more" if len(names) > SHOWN_STALE else ""
             print(f"Triton {version}: {len(old)} of {len(chosen)} are stale: {', '.join(names[:SHOWN_STALE])}{more}; "
                   f"{UPDATE}")
-    return failures
+    if whole and not failures:
+        lines = unneeded(_compiled(), allowed())
+        failures += len(lines)
+        print("".join(f"{line}\n" for line in lines), end="")
+    return failures, total
+
+
+def _compiled() -> Iterator[tuple[Case, str, Report]]:
+    """Every case of the table with its report, of every version."""
+    for version in VERSIONS:
+        rows = load(version)
+        for arch, case in chosen_cases(version):
+            if case.name in rows.get(arch, {}):
+                yield case, arch, report_of(rows[arch][case.name])
+
+
+def _accept(reason: str) -> int:
+    replace(FILE, dumps(needed(_compiled(), allowed(), reason)))
+    print(f"phi1 bench static: {FILE} allows what the table needs")
+    return 0
 
 
 def _under_others(argv: Sequence[str], folders: Sequence[Path], code: int) -> int:
@@ -171,6 +201,10 @@ def _under_others(argv: Sequence[str], folders: Sequence[Path], code: int) -> in
         del rest[at : at + (2 if rest[at] == "--triton" else 1)]
     for folder in folders:
         path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [sys.executable, str(Path(__file__).with_name("gate.py")), *rest]
+        command = [sys.executable, "-m", "phi1.bench.compile.report", *rest]
         code = max(code, subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode)
     return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

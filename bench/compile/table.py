@@ -1,7 +1,4 @@
-"""The committed results of the compiler: Triton version -> architecture -> case -> key and report.
-
-They lie in `static_table.json`, beside this file.
-"""
+"""The committed results of the compiler in `table.json`: Triton version -> architecture -> case -> key and report."""
 
 from __future__ import annotations
 
@@ -12,17 +9,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from phi1.bench.compile.case import Case
-from phi1.bench.compile.gate import ARCHS, Report
+from phi1.bench.compile.arch import ARCHS, Report
 from phi1.bench.compile.key import key_of
+from phi1.bench.compile.launches import Case, cases
 from phi1.bench.harness.files import locked, replace
 
 TABLE = Path(__file__).parent / "table.json"
 VERSIONS = ("3.9.0", "3.6.0")
 """The Triton versions whose results are kept: the newest, and the oldest that the package takes."""
+Chosen = list[tuple[str, Case]]
+"""(architecture, case)."""
 
 Rows = dict[str, dict[str, dict[str, Any]]]
 """Architecture -> case -> {"key", and what differs from an empty Report}."""
+
+
+def chosen_cases(version: str, archs: Sequence[str] = (), text: str = "") -> Chosen:
+    """The cases of a version whose names contain a text. The tuner's candidates are compiled by all but the oldest."""
+    return [(arch, case) for arch in archs or ARCHS for case in cases(arch)
+            if text in case.name and not (case.candidate and version == VERSIONS[-1])]
 
 
 def load(version: str, path: Path = TABLE) -> Rows:
@@ -82,7 +87,7 @@ def _dumps(table: Mapping[str, Rows]) -> str:
 
 def row_of(case: Case, arch: str, report: Report) -> dict[str, Any]:
     """A report with its key, without what is empty."""
-    return {"key": key_of(case, arch)} | {name: value for name, value in asdict(report).items() if value}
+    return {"key": key_of(case.launch, arch)} | {name: value for name, value in asdict(report).items() if value}
 
 
 def report_of(row: Mapping[str, Any]) -> Report:
@@ -91,13 +96,13 @@ def report_of(row: Mapping[str, Any]) -> Report:
     return Report(**{name: value for name, value in row.items() if name != "key"} | widths)
 
 
-def stale(rows: Rows, cases: Sequence[tuple[str, Case]]) -> list[tuple[str, Case]]:
+def stale(rows: Rows, chosen: Chosen) -> Chosen:
     """The (architecture, case) that the rows do not hold, or hold with another key."""
-    return [(arch, case) for arch, case in cases
-            if rows.get(arch, {}).get(case.name, {}).get("key") != key_of(case, arch)]
+    return [(arch, case) for arch, case in chosen
+            if rows.get(arch, {}).get(case.name, {}).get("key") != key_of(case.launch, arch)]
 
 
-def left_over(rows: Rows, cases: Sequence[tuple[str, Case]]) -> list[str]:
+def left_over(rows: Rows, chosen: Chosen) -> list[str]:
     """Rows of cases that there are no more."""
-    known = {(arch, case.name) for arch, case in cases}
+    known = {(arch, case.name) for arch, case in chosen}
     return [f"{name} on {arch}" for arch, named in rows.items() for name in named if (arch, name) not in known]

@@ -1,17 +1,15 @@
-"""Count the kernels that a computation launches, and the bytes and flops of each, without a GPU and without computing.
+"""Record the kernels that a computation launches, without a GPU and without computing.
 
 The computation runs on meta tensors, which have shapes and no values. Every PyTorch operator that is no view counts as
-one launch that reads its arguments and writes its results once; every Triton kernel as one launch that touches each
-tensor it is given once, or twice where it writes what it has read. That is the least traffic of this sequence of
-launches: what caches save between launches is not taken off, and what a launch reads twice is not added.
+one launch, and every Triton kernel as one, with the arguments and options that a GPU would be given.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -19,59 +17,48 @@ import torch
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from phi1.bench.harness import check
+from phi1.bench.harness.case import Case
 from phi1.kernels.core import tiles
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel."""
+    """One kernel.
+
+    Args:
+        name: PyTorch's name of the operator, or the Triton kernel's function.
+        kernel: the Triton kernel; None for an operator of PyTorch, of which nothing more is known.
+        types: Triton's type of each argument whose value the compiler does not know: "*fp16", "i32", "fp32".
+        constants: the other arguments, which are compiled into the kernel.
+        aligned: arguments that the compiler takes for multiples of 16, pointers included.
+        options: the compiler's options of this launch ("num_warps").
+    """
 
     name: str
-    n_bytes: float
-    n_flops: float = 0.0
+    kernel: Any = None
+    types: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    aligned: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a kernel does not go to another process, and its name does
+        kernel = self.kernel and (self.kernel.fn.__module__, self.kernel.fn.__name__)
+        return _loaded, (self.name, kernel, self.types, self.constants, self.aligned, self.options)
 
 
-# Where these write their first argument they do not read it.
-OVERWRITES = {"copy_", "fill_", "zero_", "normal_"}
-# Of these first arguments only as many rows are read as are written.
-SELECTS = {"embedding", "index_select", "gather", "index"}
+def _loaded(name: str, kernel: tuple[str, str] | None, *facts: Any) -> Launch:
+    return Launch(name, kernel and getattr(importlib.import_module(kernel[0]), kernel[1]), *facts)
+
+
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
+         torch.int8: "i8", torch.bool: "i1"}
 NO_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "scalar_tensor", "lift_fresh", "_local_scalar_dense")
-RIGHT_FACTORS = {"mat2", "batch2", "vec2", "vec"}
-"""What PyTorch's schemas call the right factor of a product, with every form of it (in place, `out=`, a wider result);
-the argument before it is the left one."""
-
-
-def _size(x: torch.Tensor) -> int:
-    return x.numel()
-
-
-# Kernel -> its flops from its arguments by name. Causal attention needs half of each product; its backward makes seven
-# products where five would do, which is the price of determinism without a second pass.
-TRITON_FLOPS: dict[str, Callable[[Mapping[str, Any]], float]] = {
-    "linear_forward_kernel": lambda a: 2.0 * _size(a["x_ptr"]) * a["weight_ptr"].shape[0],
-    "dgelu_kernel": lambda a: 2.0 * _size(a["dout_ptr"]) * a["weight_ptr"].shape[1],
-    "in_proj_kernel": lambda a: 2.0 * _size(a["h_ptr"]) * (a["weight_ptr"].shape[0] - _columns_left_out(a)),
-    "out_proj_kernel": lambda a: 2.0 * (_size(a["att_ptr"]) + _size(a["act_ptr"])) * a["weight_ptr"].shape[0],
-    "attention_forward_kernel": lambda a: 4.0 * _causal_part(a) * _size(a["q_ptr"]) * a["k_ptr"].shape[1],
-    "attention_backward_dq_kernel": lambda a: 6.0 * _causal_part(a) * _size(a["q_ptr"]) * a["k_ptr"].shape[1],
-    "attention_backward_dkdv_kernel": lambda a: 8.0 * _causal_part(a) * _size(a["q_ptr"]) * a["k_ptr"].shape[1],
-}
-
-# Tensors that a kernel reads and then writes: they move twice.
-TRITON_IN_PLACE = {"loss_rows_kernel": ("logits_ptr",), "column_sums_kernel": ("sums_ptr",)}
-
-
-def _causal_part(arguments: Mapping[str, Any]) -> float:
-    return 0.5 if arguments["IS_CAUSAL"] else 1.0
-
-
-def _columns_left_out(arguments: Mapping[str, Any]) -> int:
-    """q, k and v, where only pre is computed again."""
-    return 3 * arguments["WIDTH"] if arguments["qkv_ptr"] is None else 0
+NO_OPTION = ("grid", "warmup")
 
 
 class Counter(TorchDispatchMode):
-    """Notes every launch of the operators inside the block; phi1's own are opened, and their kernels counted."""
+    """Notes every launch of the operators inside the block; phi1's own are opened, and their kernels noted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,43 +71,55 @@ class Counter(TorchDispatchMode):
                 return OPDEFS[f"phi1::{func._opname}"]._init_fn(*args, **kwargs)
         # torch 2.11 has no addmm with a wider result on meta tensors, and there is nothing to compute.
         out = kwargs["out"] if func._overloadname == "dtype_out" else func(*args, **kwargs)
-        name = func._opname
-        if name not in NO_KERNEL:
-            self._note(func, name, args, kwargs, out)
+        if func._opname not in NO_KERNEL and _computes(func, args, kwargs, out):
+            self.launches.append(Launch(func._opname))
         return out
 
-    def record(self, name: str, tensors: Iterable[torch.Tensor | None], n_flops: float = 0.0, again: int = 0) -> None:
-        """A launch of somebody's kernel that touches each of these tensors once, and moves some bytes again."""
-        self.launches.append(Launch(name, sum(n_bytes(x) for x in _distinct(tensors)) + again, n_flops))
-
-    def _note(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
-        read: list[torch.Tensor] = []
-        written: list[torch.Tensor] = []
-        values = [*zip(func._schema.arguments, args, strict=False),
-                  *((a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs)]
-        for i, (argument, value) in enumerate(values):
-            writes = argument.alias_info is not None and argument.alias_info.is_write
-            written += tensors_of(value) if writes else []
-            if not argument.is_out and not (writes and name in OVERWRITES) and not (i == 0 and name in SELECTS):
-                read += tensors_of(value)
-        known = {storage(x) for x in (*read, *written)}
-        fresh = [x for x in tensors_of(out) if storage(x) not in known]
-        if not fresh and not written:
-            return  # a view
-        moved = sum(map(n_bytes, _distinct(read))) + sum(map(n_bytes, _distinct(written + fresh)))
-        if name in SELECTS:
-            moved += sum(map(n_bytes, fresh))
-        self.launches.append(Launch(name, moved, _product_flops({a.name: value for a, value in values})))
+    def note(self, kernel: Any, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+        """A launch of a Triton kernel, with what its `run` was given."""
+        arguments = dict(zip(kernel.arg_names, args, strict=False))
+        arguments |= {name: value for name, value in given.items() if name in kernel.arg_names}
+        options = {name: value for name, value in given.items() if name not in (*kernel.arg_names, *NO_OPTION)}
+        self.launches.append(Launch(kernel.fn.__name__, kernel, *specialised(kernel, arguments), options))
 
 
-def _product_flops(arguments: Mapping[str, Any]) -> float:
-    """Of an operator by its arguments in the schema's order; 0 where it is no product."""
-    names = list(arguments)
-    at = next((i for i, name in enumerate(names) if name in RIGHT_FACTORS), 0)
-    if not at:
-        return 0.0
-    left, right = arguments[names[at - 1]], arguments[names[at]]
-    return 2.0 * left.numel() * (1 if names[at] == "vec" else right.shape[-1])
+def specialised(kernel: Any, arguments: Mapping[str, Any]) -> \
+        tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
+    """(types, constants, multiples of 16): what the compiler is told of the arguments, as Triton's launcher tells it.
+
+    Of an integer that the kernel does not declare constant it is told whether it is 1, which becomes a constant, and
+    whether it is a multiple of 16; of a tensor, whether its address is one. An address counts from its memory's begin,
+    which is aligned.
+    """
+    types: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned = []
+    for parameter in kernel.params:
+        name, value = parameter.name, arguments[parameter.name]
+        if isinstance(value, torch.Tensor):
+            types[name] = f"*{TYPES[value.dtype]}"
+            multiple = value.storage_offset() * value.element_size() % 16 == 0
+        elif hasattr(value, "block_shape"):  # a tensor descriptor
+            types[name], multiple = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>", False
+        elif parameter.is_constexpr or value is None or (value == 1 and type(value) is int
+                                                         and not parameter.do_not_specialize):
+            constants[name], multiple = value, False
+        elif type(value) is int:
+            types[name], multiple = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+        else:
+            assert type(value) is float, f"{kernel.fn.__name__}: {name} is {value!r}"
+            types[name], multiple = "fp32", False
+        if multiple and not parameter.do_not_specialize:
+            aligned.append(name)
+    return types, constants, tuple(aligned)
+
+
+def _computes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> bool:
+    """False for a view: an operator that writes no argument and whose results share memory with its arguments."""
+    if any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments):
+        return True
+    known = {storage(x) for x in tensors_of([*args, *kwargs.values()])}
+    return any(storage(x) not in known for x in tensors_of(out))
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
@@ -134,37 +133,19 @@ def storage(x: torch.Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-def n_bytes(x: torch.Tensor) -> int:
-    """Bytes that the tensor's elements take; repeated ones (stride 0) once."""
-    sizes = [size for size, stride in zip(x.shape, x.stride(), strict=True) if stride]
-    return math.prod(sizes) * x.element_size()
-
-
-def _distinct(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
-    """Tensors without those that are the same part of the same memory."""
-    found = {(storage(x), x.storage_offset(), x.shape): x for x in tensors if x is not None}
-    return list(found.values())
-
-
 @contextmanager
 def counting(arch: str = "sm_90") -> Iterator[Counter]:
     """Inside the block meta tensors pass for CUDA tensors, and launches are noted, not made.
 
     Args:
-        arch: whose tiles the launches take.
+        arch: whose tiles the launches take, one of `tiles.ARCHITECTURES` or "any".
     """
     from triton.runtime.jit import JITFunction
 
     counter = Counter()
 
-    def launch(kernel: Any, *args: Any, **options: Any) -> None:
-        given = dict(zip(kernel.arg_names, args, strict=False)) | options
-        # A tensor descriptor stands for its tensor.
-        arguments: dict[str, Any] = {name: getattr(value, "base", value) for name, value in given.items()}
-        name = kernel.fn.__name__
-        flops = TRITON_FLOPS[name](arguments) if name in TRITON_FLOPS else 0.0
-        counter.record(name, tensors_of(list(arguments.values())), flops,
-                       again=sum(n_bytes(arguments[x]) for x in TRITON_IN_PLACE.get(name, ())))
+    def launch(kernel: Any, *args: Any, **given: Any) -> None:
+        counter.note(kernel, args, given)
 
     with ExitStack() as stack:
         for target, name, value in (
@@ -175,3 +156,31 @@ def counting(arch: str = "sm_90") -> Iterator[Counter]:
             stack.enter_context(mock.patch.object(target, name, value))
         stack.enter_context(counter)
         yield counter
+
+
+@dataclass(frozen=True)
+class OnPaper:
+    """Our side of a benchmark's case on a GPU. forward, backward: the lookups of each pass."""
+
+    launches: list[Launch]
+    forward: list[tiles.Lookup]
+    backward: list[tiles.Lookup]
+
+
+def run_on_paper(case: Case, arch: str) -> OnPaper:
+    """Run a case as on a GPU of an architecture; nothing is compiled or computed for it."""
+    with counting(arch) as counter, tiles.recorded() as lookups:
+        ends = run_inside(case, lookups)
+        return OnPaper(counter.launches, lookups[:ends], lookups[ends:])
+
+
+def run_inside(case: Case, lookups: Sequence[object] = ()) -> int:
+    """Run a case inside of `counting`; returns how many lookups its forward has made."""
+    device = torch.device("meta")
+    inputs = check.leaves_of(case, case.inputs(device, torch.Generator()))
+    outputs = check.as_tuple(case.providers[0].prepare(case, device)(inputs))
+    ends = len(lookups)
+    if case.direction in check.GRADIENTS:
+        leaves = [inputs[name] for name in case.leaves if inputs[name] is not None]
+        torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs])
+    return ends

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-import phi1.kernels
 from phi1.bench.cases.registry import select
 from phi1.bench.harness import check
 from phi1.bench.harness.case import DIRECTIONS, Case, Inputs
-from phi1.bench.harness.on_paper import run_on_paper
+from phi1.bench.harness.counting import run_on_paper
 from phi1.bench.harness.runner import bind
 from phi1.bench.harness.timing import Call
 from phi1.bench.tune.store import Tile
@@ -24,7 +20,7 @@ from phi1.kernels.core.tiles import Lookup
 
 UNITS = ("kernel", "block")
 Lookups = tuple[list[Lookup], list[Lookup]]
-"""Of a case's forward, and of its backward."""
+"""(lookups of a case's forward, lookups of its backward)."""
 
 
 def tunable() -> list[str]:
@@ -46,27 +42,14 @@ def chosen_cases(kind: str, ops: Sequence[str], dtype: str) -> list[Case]:
 
 
 def lookups_on_paper(case: Case, arch: str) -> Lookups:
-    """What a case would look up on a GPU; nothing is compiled for it."""
+    """Lookups that a case would make on a GPU; nothing is compiled for it."""
     found = run_on_paper(case, arch)
     return found.forward, found.backward
 
 
-def all_candidates() -> dict[str, dict[str, list[Tile]]]:
-    """Module -> kernel -> tiles: the CANDIDATES of every file of kernels."""
-    found = pkgutil.walk_packages(phi1.kernels.__path__, "phi1.kernels.")
-    names = [module.name for module in found if module.name.endswith("_triton")]
-    modules = {name.removeprefix("phi1.kernels."): importlib.import_module(name) for name in names}
-    return {name: module.CANDIDATES for name, module in modules.items() if hasattr(module, "CANDIDATES")}
-
-
 def candidates_of(lookup: Lookup) -> list[Tile]:
-    """The tiles to try for a kernel: those of the file that has a kernel of this name, and where several have, of the
-    file whose name has most in common with the operation's and the kernel's."""
-    words = set(f"{lookup.op}_{lookup.kernel}".split("_"))
-    found = [(len(words & set(re.split("[._]", name))), tiles[lookup.kernel])
-             for name, tiles in all_candidates().items() if lookup.kernel in tiles]
-    shared, tiles = max(found, key=lambda item: item[0], default=(0, []))
-    return tiles if shared or len(found) == 1 else []
+    """The tiles to try for a kernel; its file, which looks them up, has made them known."""
+    return [*_tuned.TILES.get((lookup.op, lookup.kernel), [])]
 
 
 @dataclass(frozen=True)
@@ -79,17 +62,17 @@ class Task:
     tiles: tuple[Tile, ...]
     """The table's own tile first."""
     direction: str
-    """What is timed: what looks the tile up, and no more, as the rest would hide in its noise how tiles differ."""
+    """The timed pass: the one that looks the tile up, and no more. The noise of the rest would hide the tile."""
 
     @property
     def timed(self) -> str:
-        """What is timed, by name."""
+        """Name of the timed pass."""
         name = self.case.name.replace(f" {self.case.direction}", f" {self.direction}")
         wants = self.direction == "forward" and self.case.direction in check.GRADIENTS
         return name + ", gradients wanted" * wants
 
     def call(self, device: torch.device, inputs: Inputs) -> Call:
-        """What is timed. The forward of a case that takes gradients leaves what the backward needs, as in training."""
+        """The timed call. The forward of a case that takes gradients saves what the backward needs, as in training."""
         function = self.case.providers[0].prepare(self.case, device)
         if self.direction != "forward":
             return bind(replace(self.case, direction=self.direction), function, [inputs])

@@ -1,4 +1,4 @@
-"""What the tuner keeps: every trial in a log, so that it can go on where it was stopped, and the winners in a table.
+"""The tuner's files: every trial in a log, so that it can go on where it was stopped, and the winners in a table.
 
 `<gpu>.trials.jsonl` has a line when a trial starts and one when it ends: a trial without an end took the process with
 it and is not tried again. `<gpu>.json` is what `phi1.kernels.core.tiles` reads.
@@ -24,7 +24,7 @@ CRASHED = "it took the process with it"
 
 @lru_cache
 def sources_hash() -> str:
-    """Of all kernels: a trial says nothing about other code."""
+    """Hash of all kernels' files: a trial says nothing about other code."""
     digest = hashlib.sha256()
     for path in sorted(Path(phi1.kernels.__path__[0]).rglob("*_triton.py")):
         digest.update(path.read_bytes())
@@ -69,7 +69,7 @@ class Store:
         os.close(self._lock)
 
     def trial(self, key: str) -> dict[str, Any] | None:
-        """What came of a trial: its "ms", or its "error". None if it has not been tried."""
+        """A trial's outcome: its "ms", or its "error". None if it has not been tried."""
         entry = self._trials.get(key)
         if entry is None or "forgotten" in entry:
             return None
@@ -103,7 +103,7 @@ def _dumps(table: Mapping[str, Mapping[str, list[dict[str, Any]]]]) -> str:
 
 
 def when_of(lookup: Lookup, row: Mapping[str, Any]) -> dict[str, Any]:
-    """For which shapes a tile that was measured at one is taken: the range of the table's row where that has one (its
+    """Shapes that take a tile that was measured at one of them: the range of the table's row where that has one (its
     author has drawn the borders), and else the value itself."""
     rules = row["when"]
     return {name: rules[name] if isinstance(rules.get(name), list) else value for name, value in lookup.shape}

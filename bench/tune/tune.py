@@ -95,7 +95,7 @@ class Tuner:
         return len(finished) == len(task.tiles)
 
     def _try(self, task: Task, key: str, tile: Tile, inputs: Inputs, judge: Callable[[], str]) -> dict[str, Any]:
-        """What came of a tile, as it is noted. Before, its start is: one without an end has ended the process."""
+        """The outcome of a tile, as it is noted. Its start is noted first: one without an end has ended the process."""
         facts = {"op": task.lookup.op, "kernel": task.lookup.kernel, "shape": dict(task.lookup.shape),
                  "tile": dict(tile), "case": task.timed}
         broke = False
@@ -137,7 +137,7 @@ class Tuner:
 
 
 def _judge(case: Case, inputs: Inputs) -> Callable[[], str]:
-    """What is wrong with the results that the forced tile gives; "" if nothing. Against float64 where that fits into
+    """The fault of the results that the forced tile gives; "" if there is none. Against float64 where that fits into
     memory, and else against the table's own tile, which the tests have checked."""
     function = case.providers[0].prepare(case, next(x.device for x in inputs.values() if hasattr(x, "device")))
     try:

@@ -33,7 +33,8 @@ from phi1.kernels.attention.device_triton import (
 from phi1.kernels.core.philox_triton import keep_mask, keep_mask_transposed
 
 
-@triton.jit(do_not_specialize=["n_queries", "n_keys", "n_blocks", "n_samples", "n_positions", "stream", "threshold"])
+@triton.jit(do_not_specialize=["n_queries", "n_keys", "n_rows", "n_blocks", "n_samples", "n_positions",
+                               "stream", "threshold"])
 def attention_backward_dq_kernel(
     dout_ptr,  # [N, H, K] contiguous
     q_ptr,  # [B, Tq, H, K]
@@ -157,7 +158,8 @@ def add_keys(
     return dq
 
 
-@triton.jit(do_not_specialize=["n_queries", "n_keys", "n_blocks", "n_samples", "n_positions", "stream", "threshold"])
+@triton.jit(do_not_specialize=["n_queries", "n_keys", "n_rows", "n_blocks", "n_samples", "n_positions",
+                               "stream", "threshold"])
 def attention_backward_dkdv_kernel(
     dout_ptr,  # [N, H, K] contiguous
     q_ptr,  # [B, Tq, H, K]

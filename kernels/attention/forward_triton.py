@@ -40,7 +40,8 @@ from phi1.kernels.attention.device_triton import (
 from phi1.kernels.core.philox_triton import keep_mask
 
 
-@triton.jit(do_not_specialize=["n_queries", "n_keys", "n_blocks", "n_samples", "n_positions", "stream", "threshold"])
+@triton.jit(do_not_specialize=["n_queries", "n_keys", "n_rows", "n_blocks", "n_samples", "n_positions",
+                               "stream", "threshold"])
 def attention_forward_kernel(
     q_ptr,  # [B, Tq, H, K]
     k_ptr,  # [B, Tk, H, K], or its descriptor if TMA

@@ -23,7 +23,7 @@ from phi1.kernels.attention.forward_triton import attention_forward_kernel
 from phi1.kernels.attention.spec import AttentionSpec
 from phi1.kernels.core.constants import FP_FUSION, LOG2E
 from phi1.kernels.core.philox import threshold
-from phi1.kernels.core.tiles import tile
+from phi1.kernels.core.tiles import TILES, tile
 
 MAX_HEAD_SIZE = 128
 MAX_STRIDE = (2**31 - 1) // 256  # of tokens, in elements; a tile has at most 256 tokens
@@ -38,18 +38,18 @@ def _tiles(*tiles: tuple[int, ...], more: tuple[str, ...] = ()) -> list[dict[str
 # What rotates on load reads half as much as what rotates into scratch first, and rotates each row for each tile.
 # "tma" reads k and v by TMA (sm_90 and later), "warp_specialize" leaves these reads to warps of their own: 4 that read
 # and 8 that compute, of which the 4 of "num_warps" are the first. Both only where `_Call.described` says so.
-CANDIDATES = {
-    "forward": _tiles(
+TILES |= {
+    ("attention", "forward"): _tiles(
         (128, 128, 0, 8, 3, 0, 0), (128, 128, 1, 8, 3, 0, 0), (128, 128, 0, 8, 2, 0, 0), (256, 64, 0, 8, 3, 0, 0),
         (128, 64, 0, 8, 3, 0, 0), (128, 64, 1, 8, 3, 0, 0), (128, 64, 0, 4, 3, 0, 0), (128, 64, 1, 4, 3, 0, 0),
         (128, 64, 0, 4, 2, 0, 0), (128, 32, 0, 4, 3, 0, 0), (64, 128, 0, 4, 3, 0, 0), (64, 64, 0, 4, 3, 0, 0),
         (128, 128, 0, 8, 3, 1, 0), (128, 128, 0, 8, 2, 1, 0), (128, 64, 0, 8, 3, 1, 0), (128, 128, 0, 4, 2, 1, 1),
         (128, 128, 0, 4, 3, 1, 1), (128, 64, 0, 4, 2, 1, 1),
         more=("tma", "warp_specialize")),
-    "backward_dq": _tiles(
+    ("attention", "backward_dq"): _tiles(
         (128, 128, 0, 8, 2), (128, 128, 1, 8, 2), (128, 64, 0, 8, 2), (128, 64, 1, 8, 2), (128, 64, 0, 8, 3),
         (128, 32, 0, 4, 2), (64, 128, 0, 8, 2), (64, 64, 0, 4, 2), (64, 64, 0, 8, 2), (64, 32, 0, 4, 2)),
-    "backward_dkdv": _tiles(
+    ("attention", "backward_dkdv"): _tiles(
         (64, 128, 0, 8, 2), (64, 128, 1, 8, 2), (32, 128, 0, 8, 2), (32, 128, 1, 8, 2), (32, 128, 0, 8, 3),
         (64, 128, 0, 8, 1), (128, 64, 0, 8, 2), (64, 64, 0, 4, 2), (64, 64, 0, 8, 2), (32, 64, 0, 4, 2),
         (32, 64, 0, 8, 2), (16, 128, 0, 8, 2)),

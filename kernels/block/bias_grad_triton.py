@@ -28,7 +28,7 @@ BRANCH_ROWS = 4  # with two masks: 80 registers a thread on sm_90; 8 rows take 1
 SUM_BLOCK_P, SUM_BLOCK_F = 64, 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_partials"])
 def bias_partials_kernel(
     dqkv_ptr,  # [N, 3D] input
     dy_ptr,  # [N, D] input, or None
@@ -79,7 +79,8 @@ def add_rows(
     tl.store(partial_ptr + pid_p.to(tl.int64) * N_COLS + offs_f, tl.sum(total, axis=0), mask=mask_f)
 
 
-@triton.jit(do_not_specialize=["n_samples"])
+@triton.jit(do_not_specialize=["n_rows", "n_partials", "n_samples", "dense_stream", "dense_threshold",
+                               "fc2_stream", "fc2_threshold"])
 def branch_gradients_kernel(
     dy_ptr,  # [N, D] input
     dense_ptr,  # [N, D] output, gradient of the dense branch
@@ -127,7 +128,7 @@ def branch_gradients_kernel(
     tl.store(fc2_partial_ptr + offs, tl.sum(fc2_sum, axis=0), mask=mask_f)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_dqkv", "n_dpre", "n_dense", "n_fc2"])
 def bias_sums_kernel(
     dqkv_partial_ptr,  # [Pq, 3D] float32
     dpre_partial_ptr,  # [Pf, F] float32

@@ -3,9 +3,8 @@
     in_proj    [q | k | v | pre] = h W_in^T + b_in; q and k are rotated, act = gelu_new(pre)
     out_proj   y = x + [att | act] W_out^T + b_dense + b_fc2, both operands into one accumulator
 
-Operands are loaded in their own dtype and accumulated in float32. Bias, rotation and residual are float32, rounded
-once. pre is rounded before gelu_new, because the backward computes act again from the saved pre. Operands are loaded by
-TMA, from descriptors made on the host, if the tile says so.
+Operands are loaded in their own dtype, by TMA if the tile says so, and accumulated in float32. Bias, rotation and
+residual are float32, rounded once. pre is rounded before gelu_new: the backward computes act from the saved pre.
 
 A tile of in_proj lies within q and k, within v, or within fc1, which decides its epilogue. The epilogues work on the
 columns of a tile in halves or quarters if the accumulator and the outputs do not fit the registers together.
@@ -20,21 +19,22 @@ import triton
 import triton.language as tl
 
 from phi1.kernels.core.constants import FP_FUSION
-from phi1.kernels.core.tiles import tile
+from phi1.kernels.core.tiles import TILES, tile
 from phi1.kernels.gemm.matmul_triton import add_product, column_halves, grouped_tile, wrapped
 from phi1.kernels.gemm.tma_triton import add_described_product, describable, operand
 from phi1.kernels.pointwise.gelu_triton import gelu_new
 
 _TILES = ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4))
-CANDIDATES: dict[str, list[dict[str, int]]] = {
-    kernel: [{"cublas": 1}, *({"block_m": m, "block_n": n, "block_k": k, "group_m": 8, "parts": parts if n > 128 else 1,
-                               "tma": tma, "num_warps": warps, "num_stages": stages}
-                              for m, n, k, warps, stages in _TILES for tma in (0, 1))]
+TILES |= {
+    ("block", kernel): [{"cublas": 1}, *({"block_m": m, "block_n": n, "block_k": k, "group_m": 8,
+                                          "parts": parts if n > 128 else 1, "tma": tma, "num_warps": warps,
+                                          "num_stages": stages}
+                                         for m, n, k, warps, stages in _TILES for tma in (0, 1))]
     for kernel, parts in (("in_proj", 2), ("out_proj", 4))
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_positions"])
 def in_proj_kernel(
     h_ptr,  # [N, D], or its descriptor if TMA
     weight_ptr,  # [3D + F, D] rows q, k, v, fc1, or its descriptor if TMA
@@ -161,7 +161,7 @@ def rotate_heads(
     return tl.reshape(turned, (BLOCK_M, HEADS * HEAD_DIM))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def out_proj_kernel(
     att_ptr,  # [N, D], or its descriptor if TMA
     act_ptr,  # [N, F], or its descriptor if TMA

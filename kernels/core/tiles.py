@@ -38,6 +38,8 @@ class Lookup:
     shape: tuple[tuple[str, Value], ...]
 
 
+TILES: dict[tuple[str, str], list[dict[str, int]]] = {}
+"""(operation, kernel) -> the tiles that `phi1 tune` may try. Each file of kernels adds its own when it is imported."""
 _forced: dict[tuple[str, str], dict[str, int]] = {}
 _record: list[Lookup] | None = None
 
@@ -139,11 +141,14 @@ def first_fit(op: str, kernel: str, gpu: str, arch: str, shape: tuple[tuple[str,
     rows = measured(gpu).get(op, {}).get(kernel, [])
     rows = rows + [row for row in table(op)[kernel] if row["gpu"] in (arch, "any")]
     for row in rows:
-        if all(_fits(dict(shape)[name], rule) for name, rule in row["when"].items()):
+        if fits(shape, row["when"]):
             return row
     what = ", ".join(f"{name} {value}" for name, value in shape)
     raise NotImplementedError(f"{op}: no tile for the {kernel} kernel at {what}; see kernels/tuned/{op}.json")
 
 
-def _fits(value: Value, rule: Any) -> bool:
-    return rule[0] <= value <= rule[1] if isinstance(rule, list) else value == rule
+def fits(shape: tuple[tuple[str, Value], ...], when: Mapping[str, Any]) -> bool:
+    """True where a row is for a shape."""
+    sizes = dict(shape)
+    return all(rule[0] <= sizes[name] <= rule[1] if isinstance(rule, list) else sizes[name] == rule
+               for name, rule in when.items())

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from phi1.kernels.core import constants
 from phi1.kernels.core.constants import FP_FUSION
-from phi1.kernels.core.tiles import tile
+from phi1.kernels.core.tiles import TILES, tile
 from phi1.kernels.cross_entropy.spec import LossRule, Needs, gradient_dtype, scale_of
 
 LOG2E = tl.constexpr(constants.LOG2E)
@@ -29,11 +29,14 @@ COLUMN_MULTIPLE = 128
 # The product for dX of 2048 rows is 128 tiles of 128 x 256 at D = 2048: one wave of an H100's 132 SMs.
 WAVE_ROWS, TILE_ROWS = 2048, 128
 
-CANDIDATES = {
-    "rows": [{"block": block, "num_warps": warps}
-             for block, warps in ((2048, 8), (4096, 8), (4096, 16), (8192, 8), (8192, 16), (8192, 32), (16384, 32))],
-    "column_sums": [{"rows": rows, "num_warps": warps} for rows in (32, 64, 128) for warps in (4, 8)],
-    "scale": [{"block": block, "num_warps": warps} for block, warps in ((2048, 4), (4096, 4), (4096, 8), (8192, 8))],
+TILES |= {
+    ("linear_cross_entropy", "rows"): [
+        {"block": block, "num_warps": warps}
+        for block, warps in ((2048, 8), (4096, 8), (4096, 16), (8192, 8), (8192, 16), (8192, 32), (16384, 32))],
+    ("linear_cross_entropy", "column_sums"): [
+        {"rows": rows, "num_warps": warps} for rows in (32, 64, 128) for warps in (4, 8)],
+    ("linear_cross_entropy", "scale"): [
+        {"block": block, "num_warps": warps} for block, warps in ((2048, 4), (4096, 4), (4096, 8), (8192, 8))],
 }
 
 
@@ -126,7 +129,7 @@ def loss_rows_kernel(
             tl.store(logits_ptr + offs_v, dl.to(logits_ptr.dtype.element_ty), mask=offs_v < STRIDE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def column_sums_kernel(
     dlogits_ptr,  # [C, STRIDE] dl
     sums_ptr,  # [V] float32 input and output

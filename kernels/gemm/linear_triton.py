@@ -24,7 +24,7 @@ import triton.language as tl
 
 from phi1.kernels.core.constants import FP_FUSION
 from phi1.kernels.core.philox import Dropout, is_active
-from phi1.kernels.core.tiles import tile
+from phi1.kernels.core.tiles import TILES, tile
 from phi1.kernels.gemm.matmul_triton import (
     check_rows,
     column_parts,
@@ -38,8 +38,8 @@ from phi1.kernels.pointwise.dropout_triton import dropped_tile, mask_arguments
 from phi1.kernels.pointwise.epilogue_triton import launch_epilogue_forward
 from phi1.kernels.pointwise.gelu_triton import gelu_new
 
-CANDIDATES = {
-    "forward": [
+TILES |= {
+    ("linear", "forward"): [
         {"cublas": 1},
         *({"block_m": m, "block_n": n, "block_k": k, "group_m": 8, "parts": parts, "tma": tma,
            "num_warps": warps, "num_stages": stages} | persistent
@@ -55,7 +55,7 @@ CANDIDATES = {
 }
 
 
-@triton.jit(do_not_specialize=["n_samples"])
+@triton.jit(do_not_specialize=["n_rows", "n_samples", "stream", "threshold"])
 def linear_forward_kernel(
     x_ptr,  # [N, K] input, or its descriptor if TMA
     weight_ptr,  # [M, K], or its descriptor

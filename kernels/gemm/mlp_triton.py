@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from phi1.kernels.core.constants import FP_FUSION
-from phi1.kernels.core.tiles import tile
+from phi1.kernels.core.tiles import TILES, tile
 from phi1.kernels.gemm.matmul_triton import (
     check_rows,
     column_parts,
@@ -31,8 +31,8 @@ from phi1.kernels.gemm.tma_triton import describable, operand, tile_product
 from phi1.kernels.pointwise.epilogue_triton import column_sum, launch_epilogue_backward_partial
 from phi1.kernels.pointwise.gelu_triton import gelu_new_and_slope
 
-CANDIDATES = {
-    "dgelu": [
+TILES |= {
+    ("mlp", "dgelu"): [
         {"cublas": 1},
         *({"block_m": m, "block_n": n, "block_k": k, "group_m": 8, "tma": tma, "num_warps": warps,
            "num_stages": stages} | persistent
@@ -46,7 +46,7 @@ CANDIDATES = {
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def dgelu_kernel(
     dout_ptr,  # [N, D], or its descriptor if TMA
     weight_ptr,  # [D, F], or its descriptor

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from phi1.kernels.core.constants import FP_FUSION
 from phi1.kernels.core.philox import Dropout
-from phi1.kernels.core.tiles import tile
+from phi1.kernels.core.tiles import TILES, tile
 from phi1.kernels.pointwise.dropout_triton import dropped_tile, mask_arguments
 from phi1.kernels.pointwise.gelu_triton import gelu_new, gelu_new_and_slope
 
@@ -29,15 +29,16 @@ from phi1.kernels.pointwise.gelu_triton import gelu_new, gelu_new_and_slope
 MAX_PARTIALS = 128
 SUM_BLOCK_P, SUM_BLOCK_F = 64, 32
 
-CANDIDATES = {
-    kernel: [{"rows": rows, "cols": cols, "num_warps": warps}
-             for rows, cols, warps in ((1, 1024, 4), (1, 2048, 4), (1, 4096, 8), (2, 1024, 4), (4, 512, 4),
-                                       (8, 256, 4), (8, 512, 4), (8, 512, 8), (16, 256, 8))]
+TILES |= {
+    ("epilogue", kernel): [
+        {"rows": rows, "cols": cols, "num_warps": warps}
+        for rows, cols, warps in ((1, 1024, 4), (1, 2048, 4), (1, 4096, 8), (2, 1024, 4), (4, 512, 4), (8, 256, 4),
+                                  (8, 512, 4), (8, 512, 8), (16, 256, 8))]
     for kernel in ("forward", "backward")
 }
 
 
-@triton.jit(do_not_specialize=["n_samples"])
+@triton.jit(do_not_specialize=["n_rows", "n_samples", "stream", "threshold"])
 def epilogue_forward_kernel(
     x_ptr,  # [N, F] input
     residual_ptr,  # [N, F], or None
@@ -76,7 +77,7 @@ def epilogue_forward_kernel(
     tl.store(out_ptr + offs_n[:, None] * stride_out_n + offs_f[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_samples"])
+@triton.jit(do_not_specialize=["n_rows", "n_partials", "n_samples", "stream", "threshold"])
 def epilogue_backward_kernel(
     dout_ptr,  # [N, F] gradient of the output
     pre_ptr,  # [N, F] input of gelu_new, or None without it
@@ -130,7 +131,7 @@ def epilogue_backward_kernel(
         tl.store(db_partial_ptr + pid_p.to(tl.int64) * n_cols + offs_f, tl.sum(db, axis=0), mask=mask_f)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_partials"])
 def column_sum_kernel(
     partial_ptr,  # [P, F] float32 input
     out_ptr,  # [F] output

@@ -21,21 +21,21 @@ import triton
 import triton.language as tl
 
 from phi1.kernels.core.constants import FP_FUSION
-from phi1.kernels.core.tiles import tile
+from phi1.kernels.core.tiles import TILES, tile
 
 # At phi-1's N = 16,384 the partial sums are 5 % of the backward's memory traffic. 132 SMs hold 512 programs of 4 warps
 # and up to 128 registers a thread at once, so there is no second wave.
 MAX_PARTIALS = 512
 SUM_BLOCK_P, SUM_BLOCK_D = 64, 16
-CANDIDATES = {
-    "forward": [{"rows": rows, "num_warps": warps} for rows in (1, 2, 4, 8) for warps in (4, 8)],
-    "backward": [{"rows": rows, "stages": stages, "num_warps": warps}
-                 for rows, warps in ((1, 4), (2, 4), (1, 8), (2, 8)) for stages in (1, 2, 3)],
+TILES |= {
+    ("layer_norm", "forward"): [{"rows": rows, "num_warps": warps} for rows in (1, 2, 4, 8) for warps in (4, 8)],
+    ("layer_norm", "backward"): [
+        {"rows": rows, "stages": stages, "num_warps": warps}
+        for rows, warps in ((1, 4), (2, 4), (1, 8), (2, 8)) for stages in (1, 2, 3)],
 }
-"""Tiles that `phi1 tune` tries at phi-1's width."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def layer_norm_forward_kernel(
     x_ptr,  # [N, D] input
     residual_ptr,  # [N, D] added to the input, or None
@@ -77,7 +77,7 @@ def layer_norm_forward_kernel(
     tl.store(rstd_ptr + offs_n, rstd, mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_partials"])
 def layer_norm_backward_kernel(
     dy_ptr,  # [N, D] gradient of the output
     x_ptr,  # [N, D] h of the forward
@@ -129,7 +129,7 @@ def layer_norm_backward_kernel(
     tl.store(db_partial_ptr + offs_partial, db, mask=mask_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_partials"])
 def sum_partials_kernel(
     dw_partial_ptr,  # [P, D] float32
     db_partial_ptr,  # [P, D] float32

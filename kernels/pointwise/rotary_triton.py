@@ -15,18 +15,18 @@ import triton
 import triton.language as tl
 
 from phi1.kernels.core.constants import FP_FUSION
-from phi1.kernels.core.tiles import tile
+from phi1.kernels.core.tiles import TILES, tile
 
 NAN = tl.constexpr(float("nan"))
 
-CANDIDATES = {
-    "rotate": [{"rows": rows, "heads": heads, "num_warps": warps}
-               for rows, heads, warps in ((1, 32, 4), (2, 32, 4), (4, 32, 4), (4, 32, 8), (8, 32, 8), (4, 16, 4),
-                                          (8, 8, 4))]
+TILES |= {
+    ("rotary", "rotate"): [
+        {"rows": rows, "heads": heads, "num_warps": warps}
+        for rows, heads, warps in ((1, 32, 4), (2, 32, 4), (4, 32, 4), (4, 32, 8), (8, 32, 8), (4, 16, 4), (8, 8, 4))]
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_positions"])
 def rotary_kernel(
     x_ptr,  # [N, S, H, K] input
     out_ptr,  # [N, S, H, K] output; x itself if IN_PLACE

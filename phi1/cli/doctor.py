@@ -28,7 +28,7 @@ class Finding:
 
 def examine() -> Iterator[Finding]:
     """Run the checks and yield each finding at once. A check that raises becomes a FAIL with its reason."""
-    yield Finding("ok", "phi1", f"{importlib.metadata.version('phi1')} in {Path(__file__).parent}")
+    yield Finding("ok", "phi1", f"{importlib.metadata.version('phi1')} in {Path(__file__).parents[1]}")
     yield Finding("ok", "python", f"{platform.python_version()} on {platform.platform()}")
     yield from _packages()
     checks: dict[str, Callable[[], Iterator[Finding]]] = {

@@ -17,7 +17,7 @@ from phi1.bench.compile import report
 from phi1.bench.compile import table as static_table
 from phi1.bench.compile.table import TABLE, VERSIONS
 
-CASES = "column_sum"  # of linear and of the loss, in three types each
+CASES = "sum_partials"  # 9: phi-1's width in three types, and six widths
 ARCH = "sm_90"
 
 
@@ -36,8 +36,8 @@ def again(tmp_path, monkeypatch, capsys):
     compiled = []
 
     def compile_all(jobs, processes):
-        compiled.extend(name for _, name in jobs)
-        return [(job, static_table.report_of(true[job[1]])) for job in jobs]
+        compiled.extend(case.name for _, case in jobs)
+        return [(job, static_table.report_of(true[job[1].name])) for job in jobs]
 
     monkeypatch.setattr(static_again.triton, "__version__", version)
     monkeypatch.setattr(static_again, "compile_all", compile_all)
@@ -59,7 +59,7 @@ def again(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def committed(again, tmp_path):
-    """As `again`, with the table committed."""
+    """The command as in `again`, with the table committed."""
     git(tmp_path, "init")
     git(tmp_path, "add", TABLE.name)
     git(tmp_path, "commit", "-m", "the table")
@@ -74,15 +74,16 @@ def test_nothing_is_compiled_where_nothing_has_changed(committed):
 
 def test_a_row_that_the_compiler_did_not_write_is_found(committed):
     code, out, compiled = committed("--changed", "HEAD",
-                                    change=lambda rows: rows["column_sum fp16"].update(registers=11))
-    assert (code, compiled) == (1, ["column_sum fp16"])
-    assert "changed since HEAD, Triton 3.9.0: column_sum fp16 on sm_90: REFUSED: it is now Report(registers=" in out
+                                    change=lambda rows: rows["sum_partials train fp16"].update(registers=11))
+    assert (code, compiled) == (1, ["sum_partials train fp16"])
+    said = "changed since HEAD, Triton 3.9.0: sum_partials train fp16 on sm_90: REFUSED: it is now Report(registers="
+    assert said in out
     assert "in the table Report(registers=11" in out
 
 
 def test_a_row_that_the_commit_lacks_is_compiled_and_one_of_todays_is_kept(committed, tmp_path):
     def without(rows):
-        del rows["column_sum bf16"]
+        del rows["sum_partials train bf16"]
 
     kept = (tmp_path / TABLE.name).read_text()
     committed(change=without)
@@ -90,9 +91,9 @@ def test_a_row_that_the_commit_lacks_is_compiled_and_one_of_todays_is_kept(commi
     (tmp_path / TABLE.name).write_text(kept)
     code, out, compiled = committed("--changed", "HEAD", "--sample", "1")
     assert code == 0
-    assert "column_sum bf16" in compiled
+    assert "sum_partials train bf16" in compiled
     assert len(compiled) == 2, "the sample is of the other rows"
-    assert "changed since HEAD, Triton 3.9.0: column_sum bf16 on sm_90: as in the table" in out
+    assert "changed since HEAD, Triton 3.9.0: sum_partials train bf16 on sm_90: as in the table" in out
 
 
 def test_what_there_is_no_time_for_is_counted(committed, monkeypatch):
@@ -100,7 +101,7 @@ def test_what_there_is_no_time_for_is_counted(committed, monkeypatch):
     code, out, compiled = committed("--changed", "HEAD", "--jobs", "2",
                                     change=lambda rows: [row.update(warps=5) for row in rows.values()])
     assert (code, len(compiled)) == (1, 2)
-    assert "6 rows are not as they were there, 2 of them compiled again, 4 left out for want of time" in out
+    assert "9 rows are not as they were there, 2 of them compiled again, 7 left out for want of time" in out
 
 
 @pytest.mark.parametrize("reason", ["no repository", "no commit", "no git", "no JSON"])
@@ -124,11 +125,12 @@ def test_where_the_commit_cannot_be_read_the_sample_alone_is_taken_and_one_line_
 
 
 def test_a_sample_that_differs_from_the_table_is_refused(again):
-    code, out, compiled = again("--sample", "99", change=lambda rows: rows["column_sum fp16"].update(registers=11))
+    code, out, compiled = again("--sample", "99",
+                                change=lambda rows: rows["sum_partials train fp16"].update(registers=11))
     assert code == 1
-    assert len(compiled) == 6
-    assert out.count("as in the table") == 5
-    assert "column_sum fp16 on sm_90: REFUSED: it is now Report(registers=" in out
+    assert len(compiled) == 9
+    assert out.count("as in the table") == 8
+    assert "sum_partials train fp16 on sm_90: REFUSED: it is now Report(registers=" in out
 
 
 def test_the_sample_of_another_day_is_another(again, monkeypatch):

@@ -12,10 +12,11 @@ if sys.platform != "linux" or os.environ.get("TRITON_INTERPRET", "0") not in (""
     pytest.skip("Triton compiles on Linux, and not in its interpreter", allow_module_level=True)
 
 
+from phi1.bench.compile import allowed, report, table
 from phi1.bench.compile import key as static_key
-from phi1.bench.compile import report, table
-from phi1.bench.compile.case import Case
-from phi1.bench.compile.gate import ARCHS, Report
+from phi1.bench.compile.arch import ARCHS, Report
+from phi1.bench.compile.launches import Case
+from phi1.bench.harness.counting import Launch
 
 SOURCE = '''
 import triton
@@ -39,22 +40,23 @@ def copy_case(folder, source=SOURCE, **changes):
     """A case of the kernel in `source`, which has to lie in a file."""
     path = folder / f"kernel{len(list(folder.iterdir()))}.py"
     path.write_text(source)
-    spec = importlib.util.spec_from_file_location("kernel_under_test", path)
+    spec = importlib.util.spec_from_file_location(f"kernel_under_test{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    case = Case("copy", module.copy_kernel, {"x_ptr": "*fp16", "y_ptr": "*fp16"}, {"BLOCK": 256}, narrow_loads=1)
-    return replace(case, **changes)
+    launch = Launch("copy_kernel", module.copy_kernel, {"x_ptr": "*fp16", "y_ptr": "*fp16"}, {"BLOCK": 256},
+                    ("x_ptr", "y_ptr"), {"num_warps": 4, "num_stages": 3})
+    return Case("copy", replace(launch, **changes))
 
 
 def key(case):
-    return static_key.key_of(case, "sm_90")
+    return static_key.key_of(case.launch, "sm_90")
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [('"""Copies."""', '"""Copies all."""'), ("    offs =", "    # all of them\n\n    offs ="),
-     ("@triton.jit\ndef double", "# moved\n\n\n@triton.jit\ndef double")],
-    ids=["docstring", "comment", "line"],
+     ("@triton.jit\ndef double", "# moved\n\n\n@triton.jit\ndef double"), ("", "")],
+    ids=["docstring", "comment", "line", "another file"],
 )
 def test_what_changes_no_code_changes_no_key(tmp_path, old, new):
     assert key(copy_case(tmp_path)) == key(copy_case(tmp_path, SOURCE.replace(old, new)))
@@ -71,27 +73,29 @@ def test_what_changes_the_code_changes_the_key(tmp_path, old, new):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"num_warps": 8}, {"num_stages": 2}, {"constexprs": {"BLOCK": 512}}, {"unaligned": ("x_ptr",)},
+    [{"options": {"num_warps": 8, "num_stages": 3}}, {"options": {"num_warps": 4, "num_stages": 2}},
+     {"options": {"num_warps": 4}}, {"constants": {"BLOCK": 512}}, {"aligned": ("y_ptr",)},
      {"types": {"x_ptr": "*bf16", "y_ptr": "*bf16"}}],
-    ids=lambda changes: next(iter(changes)),
+    ids=["warps", "stages", "no stages", "constant", "alignment", "types"],
 )
 def test_another_specialisation_has_another_key(tmp_path, changes):
     assert key(copy_case(tmp_path)) != key(copy_case(tmp_path, **changes))
 
 
-def test_rules_of_the_gate_are_no_part_of_the_key(tmp_path):
-    assert key(copy_case(tmp_path)) == key(copy_case(tmp_path, narrow_loads=9, spill_bytes=8, name="other"))
+def test_a_name_is_no_part_of_the_key(tmp_path):
+    case = copy_case(tmp_path)
+    assert key(case) == key(replace(case, name="other", candidate=True))
 
 
 def test_another_target_has_another_key(tmp_path):
-    assert len({static_key.key_of(copy_case(tmp_path), arch) for arch in ARCHS}) == len(ARCHS)
+    assert len({static_key.key_of(copy_case(tmp_path).launch, arch) for arch in ARCHS}) == len(ARCHS)
 
 
 @pytest.mark.parametrize(("old", "new", "same"), [
     (r"LDL|STL", r"LDL", False),
-    ('"enable_fp_fusion": True', '"enable_fp_fusion": False', False),
+    ("options=dict(options)", "options={}", False),
     ("# Without the alignment", "# Lacking the alignment", True),
-    ('"""Compile one kernel', '"""Compiles one kernel', True),
+    ('"""Compile one launch', '"""Compiles one launch', True),
     ("cuobjdump says nothing of registers", "cuobjdump is silent about registers", True),
 ], ids=["what a spill is", "an option", "a comment", "the docstring", "a message"])
 def test_how_the_compiler_is_called_and_read_is_part_of_the_key(tmp_path, monkeypatch, old, new, same):
@@ -125,19 +129,32 @@ def checked(tmp_path, monkeypatch, capsys):
     case = copy_case(tmp_path)
     path = tmp_path / "table.json"
     rows = {arch: {"copy": table.row_of(case, arch, REPORT)} for arch in ARCHS}
-    monkeypatch.setattr(report, "cases_of", lambda arch: [case])
+    monkeypatch.setattr(table, "cases", lambda arch: [case])
     monkeypatch.setattr(report, "load", lambda version: table.load(version, path))
+    known = {"copy": {"narrow_loads": {"reason": "a test's"} | dict.fromkeys(ARCHS, 1)}}
+    monkeypatch.setattr(report, "allowed", lambda: known)
+    monkeypatch.setattr(allowed, "allowed", lambda: known)
 
-    def check(change=None, versions=table.VERSIONS, *more):
+    def check(change=None, versions=table.VERSIONS, words=("--arch", "sm_90")):
         for version in versions:
             changed = {arch: {name: dict(row) for name, row in named.items()} for arch, named in rows.items()}
             if change:
                 change(changed)
             table.save(version, changed, path)
-        code = report.main(["--check", "--arch", "sm_90", *more])
+        code = report.main(["--check", *words])
         return code, capsys.readouterr().out
 
     return check
+
+
+@pytest.mark.parametrize(("loads", "code"), [({"16": 2, "4": 1}, 0), ({"16": 3}, 1)])
+def test_what_is_allowed_and_not_needed_fails_where_the_whole_table_is_checked(checked, loads, code):
+    change = [row for row in ARCHS if row != "sm_80"]
+    found, out = checked(lambda rows: [rows[arch]["copy"].update(loads=loads) for arch in change], words=())
+    assert found == code
+    assert ("allows narrow_loads 1 of copy on sm_90, and 0 is needed; --accept mends it" in out) == bool(code)
+    assert "sm_80" not in out
+    assert checked(lambda rows: rows["sm_90"]["copy"].update(loads=loads))[0] == 0, "a part cannot know"
 
 
 def test_a_fresh_table_passes_without_compiling(checked, monkeypatch):
@@ -191,7 +208,6 @@ def test_an_update_keeps_what_another_has_written_while_it_compiled(checked, tmp
 
     monkeypatch.setattr(report, "save", lambda *rows, **known: table.save(*rows, path, **known))
     monkeypatch.setattr(report, "compile_all", compile_all)
-    monkeypatch.setattr(report, "print_roofs", lambda: None)
     assert report.main(words) == 0
     rows = table.load(version, path)
     assert rows["sm_80"]["copy"] == {"key": "theirs"}

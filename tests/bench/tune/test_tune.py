@@ -1,4 +1,4 @@
-"""What the tuner keeps and writes, and what its command line refuses; test_tune_kernels.py runs a search."""
+"""The tuner's files, and what its command line refuses; test_tune_kernels.py runs a search."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Which cases the tuner times, what of them, and which tiles it tries."""
+"""The cases that the tuner times, the pass that is timed, and the tiles that it tries."""
 
 from types import SimpleNamespace
 
@@ -9,26 +9,25 @@ from phi1.bench.harness.counting import counting
 from phi1.bench.tune import cases as tune_cases
 from phi1.bench.tune import tune
 from phi1.kernels.core import tiles as _tuned
+from phi1.kernels.core.backend import load_kernels
 from phi1.kernels.core.tiles import Lookup
 
 LOOKUP = Lookup("layer_norm", "forward", (("dtype", "float16"), ("rows", 16384), ("width", 2048)))
 
 
 def test_each_kernel_with_candidates_finds_its_own(monkeypatch):
-    tiles = {"_attention_triton": {"forward": ["a"], "dq": ["b"]}, "_layer_norm_triton": {"forward": ["c"]},
-             "_cross_entropy_triton": {"rows": ["d"]}, "_projections_triton": {"in_proj": ["e"]}}
-    monkeypatch.setattr(tune_cases, "all_candidates", lambda: tiles)
-    wanted = {("attention", "forward"): ["a"], ("attention", "dq"): ["b"], ("layer_norm", "forward"): ["c"],
-              ("linear_cross_entropy", "rows"): ["d"], ("block", "in_proj"): ["e"],
-              ("gelu", "forward"): [], ("gelu", "other"): []}
+    monkeypatch.setattr(_tuned, "TILES", {("attention", "forward"): ["a"], ("layer_norm", "forward"): ["c"]})
+    wanted = {("attention", "forward"): ["a"], ("layer_norm", "forward"): ["c"], ("gelu", "forward"): []}
     assert {key: tune_cases.candidates_of(Lookup(*key, ())) for key in wanted} == wanted
 
 
 def test_every_shipped_table_has_candidates_of_its_own_form():
+    load_kernels()
     names = [path.stem for path in (tune.TABLES.parent).glob("*.json")]
     assert "layer_norm" in names
     for op in names:
         for kernel, rows in _tuned.table(op).items():
+            assert tune_cases.candidates_of(Lookup(op, kernel, ())), f"{op} {kernel}"
             forms = {frozenset(row["tile"]) for row in rows}
             for tile in tune_cases.candidates_of(Lookup(op, kernel, ())):
                 form = frozenset(tile) - {"persistent"}  # a way of running a tile that no table takes yet
@@ -44,7 +43,7 @@ def test_a_backward_without_a_case_of_its_own_is_tuned_with_its_forward():
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_what_a_tile_is_chosen_by_is_the_pass_that_looks_it_up_as_training_runs_it(arch):
-    (rows, width, inner), meta = (16384, 2048, 8192), torch.device("meta")
+    meta = torch.device("meta")
     cases = tune.chosen_cases("cuda", ["parallel_block"], "float16")
     tasks = tune.tasks_of(cases, arch, lambda case: tune_cases.lookups_on_paper(case, arch))
     by_kernel = {task.lookup.kernel: task for task in reversed(tasks)}
@@ -53,12 +52,11 @@ def test_what_a_tile_is_chosen_by_is_the_pass_that_looks_it_up_as_training_runs_
         task = by_kernel[kernel]
         with counting(arch) as counter, _tuned.forced(task.lookup.op, kernel, tile):
             task.call(meta, task.case.inputs(meta, torch.Generator()))(0)
-        return {launch.name: launch.n_bytes for launch in counter.launches}
+        return {launch.name: launch for launch in counter.launches}
 
     ours = next(tile for tile in by_kernel["in_proj"].tiles if "cublas" not in tile)
     forward = launches("in_proj", ours)
-    parameters = 2 * ((3 * width + inner) * (width + 1)) + 4 * 2 * 2048 * 16 + 8 * rows  # and tables and positions
-    assert forward["in_proj_kernel"] == 2 * rows * (width + 3 * width + inner + inner) + parameters, "act and pre"
+    assert {"qkv_ptr", "pre_ptr", "act_ptr"} <= set(forward["in_proj_kernel"].types), "what the backward needs as well"
     assert not any("backward" in name for name in forward)
     assert "epilogue_forward_kernel" in launches("in_proj", {"cublas": 1})
     assert by_kernel["in_proj"].timed.endswith(" forward, gradients wanted")

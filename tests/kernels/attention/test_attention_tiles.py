@@ -24,7 +24,7 @@ from kernel_checks import (
 from phi1.kernels import Dropout, attention, attention_qkv, check_values
 from phi1.kernels.attention.attention import attention_reference
 from phi1.kernels.attention.attention_qkv import attention_qkv_reference
-from phi1.kernels.core.tiles import table
+from phi1.kernels.core.tiles import TILES, table
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("device")]
 DEVICE = kernel_device()
@@ -184,11 +184,10 @@ def test_operators_are_sound_and_compile_whole():
 
 
 def test_every_tile_of_the_table_and_of_the_tuner_can_hold_a_dropout_mask():
-    from phi1.kernels.attention.launch_triton import CANDIDATES
-
     for kernel, rows in table("attention").items():
         assert (rows[-1]["gpu"], rows[-1]["when"]) == ("any", {}), kernel
-        for tile in [row["tile"] for row in rows] + CANDIDATES[kernel]:
-            assert tile.keys() == CANDIDATES[kernel][0].keys(), (kernel, tile)
+        candidates = TILES["attention", kernel]
+        for tile in [row["tile"] for row in rows] + candidates:
+            assert tile.keys() == candidates[0].keys(), (kernel, tile)
             assert tile["block_m"] >= 16, (kernel, tile)
             assert tile["block_n"] == 32 or tile["block_n"] % 64 == 0, (kernel, tile)

@@ -8,7 +8,7 @@ from kernel_checks import empty_is_nan, kernel_device, rotary_tables
 
 from phi1.kernels import backend, gelu
 from phi1.kernels.block import projections_triton as projections
-from phi1.kernels.core.tiles import ARCHITECTURES, tile_for
+from phi1.kernels.core.tiles import ARCHITECTURES, TILES, tile_for
 from phi1.kernels.pointwise.gelu import gelu_new
 from phi1.kernels.pointwise.rotary import rotate_reference
 
@@ -86,4 +86,4 @@ def test_the_table_has_candidates(kernel, arch):
     t = tile_for("block", kernel, arch, dtype="float16", rows=16384, width=2048, inner=8192)
     assert t.keys() in ({"cublas"}, {*SMALL, "parts"})
     if arch in ("sm_80", "sm_90", "sm_100"):
-        assert t in projections.CANDIDATES[kernel]
+        assert t in TILES["block", kernel]

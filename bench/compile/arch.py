@@ -1,19 +1,9 @@
-"""What the compile gate refuses: kernels that would run badly, or not at all, on a GPU that this machine need not have.
-
-    python bench/static_gate.py [--arch sm_90 ...] [--only layer_norm]     the same as `phi1 bench static`
-
-Refused are: a kernel that does not compile; one that spills registers to memory, or does so in a main loop; more shared
-memory than the GPU has, which Triton itself does not refuse; global loads or stores under 16 bytes, beyond those the
-case allows; a product without tensor instructions. What the gate cannot say is how fast a kernel is.
-"""
+"""The GPUs that kernels are compiled for, and what the compiler makes of a kernel there."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-from phi1.bench.compile.case import Case
 
 
 @dataclass(frozen=True)
@@ -52,7 +42,7 @@ WIDE = 16
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a kernel, or why it did not.
+    """The compiler's result for a kernel, or why there is none.
 
     Args:
         registers: of a thread.
@@ -62,6 +52,7 @@ class Report:
         warps: of a program, those that the compiler added included.
         tensor_instructions: how many are in the code.
         register_moves: how often the code moves registers between warps (`setmaxnreg`), as warp-specialised code does.
+        serialised: how often ptxas says that it has serialised wgmma instructions: none runs beside other work then.
         loads, stores: width in bytes -> how many global accesses are in the code.
         error: why it does not compile; the other fields are then 0.
     """
@@ -73,6 +64,7 @@ class Report:
     warps: int = 0
     tensor_instructions: int = 0
     register_moves: int = 0
+    serialised: int = 0
     loads: Mapping[int, int] = field(default_factory=dict)
     stores: Mapping[int, int] = field(default_factory=dict)
     error: str = ""
@@ -94,37 +86,5 @@ def narrow(accesses: Mapping[int, int]) -> int:
     return sum(count for width, count in accesses.items() if width < WIDE)
 
 
-def complaints(case: Case, arch: str, report: Report) -> list[str]:
-    """Why this kernel is refused on this GPU; empty if it is not."""
-    if report.error:
-        return [f"does not compile: {report.error}"]
-    limit = ARCHS[arch].shared_limit
-    found = []
-    if case.tensor_core and not report.tensor_instructions:
-        found.append("has no tensor instruction")
-    if case.warp_specialized and not report.register_moves:
-        found.append("is not warp-specialised: the compiler ignored the request")
-    if report.stack > case.spill_bytes:
-        found.append(f"spills {report.stack} bytes a thread, {case.spill_bytes} allowed")
-    elif report.stack and report.loop_spills > case.loop_spills:
-        found.append(f"{report.loop_spills} accesses to spilled registers in a main loop, {case.loop_spills} allowed")
-    if report.shared > limit:
-        found.append(f"needs {report.shared} bytes of shared memory, over {limit}")
-    for kind, accesses, allowed in (
-        ("loads", report.loads, case.narrow_loads), ("stores", report.stores, case.narrow_stores)
-    ):
-        if narrow(accesses) > allowed:
-            found.append(f"{narrow(accesses)} global {kind} under {WIDE} bytes, {allowed} allowed")
-        if not accesses:
-            found.append(f"no global {kind} were found in the assembly")
-    return found
-
-
 def _up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
-
-
-if __name__ == "__main__":
-    from phi1.bench.compile.report import main
-
-    sys.exit(main(sys.argv[1:]))
