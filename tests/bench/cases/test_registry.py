@@ -21,10 +21,10 @@ def draw(case):
 
 
 @pytest.mark.parametrize("op", sorted(set(kernels.__all__) - NOT_OPERATIONS))
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_public_operation_has_cases_both_ways(op, device):
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_every_public_operation_has_cases_both_ways(op, kind):
     """A new public operation without a case fails here."""
-    directions = {case.direction for case in select(device, [op], quick=True)}
+    directions = {case.direction for case in select(kind, [op], quick=True)}
     # What writes in place has no backward, nor what decoding alone needs.
     forward_only = op.endswith("_") or op in ("parallel_block_prefill", "parallel_block_decode")
     assert ({"forward"} if forward_only else {"forward", "forward+backward"}) <= directions
