@@ -79,6 +79,8 @@ def variants() -> Iterator[Program]:
     yield "loss fp16 smoothed", partial(_loss, "fp16", vocab=51_200, label_smoothing=0.1, z_loss=1e-4)
     for dropout in (False, True):
         yield f"block fp16 packed{' dropout' * dropout}", partial(_block, "fp16", WIDTH, INNER, HEADS, True, dropout)
+    for dtype in ("bf16", "fp32"):
+        yield f"block {dtype} packed dropout", partial(_block, dtype, WIDTH, INNER, HEADS, True, True)
     yield "block fp16 D=96", partial(_block, "fp16", 96, 160, 3, False, False)  # divided by no tile
 
 
@@ -210,6 +212,8 @@ def _elementwise(dtype: str) -> None:
     x, weight, bias = (meta(*shape, dtype=dtype, grad=True) for shape in ((ROWS, WIDTH), (INNER, WIDTH), (INNER,)))
     _backward(gelu(x))
     _backward(linear(x, weight, bias, activation="gelu_new"))
+    _backward(linear(x, weight, bias, activation="gelu_new", dropout=_dropout(True)))
+    _backward(gelu(meta(ROWS, 3 * WIDTH + INNER, dtype=dtype)[:, 3 * WIDTH :].requires_grad_()))
     for dropout in (False, True):
         _backward(dropout_add(x, meta(ROWS, WIDTH, dtype=dtype, grad=True), _dropout(dropout)))
 
@@ -234,13 +238,15 @@ def _linears(dtype: str, rows: int, width: int, inner: int) -> None:
     linear(x, w1, b1, activation="gelu_new")
     linear(act, w2, b2)
     linear(act, w2, b2, residual=residual)
-    linear(act, w2, b2, residual=residual, dropout=_dropout(True, 1))
+    _backward(linear(act.requires_grad_(), w2.requires_grad_(), b2.requires_grad_(), residual=residual,
+                     dropout=_dropout(True, 1)))
 
 
 def _transposed() -> None:
     """Operands that TMA cannot take."""
     x, weight, bias = meta(WIDTH, ROWS, dtype="fp16").t(), meta(INNER, WIDTH, dtype="fp16"), meta(INNER, dtype="fp16")
     linear(x, weight, bias, activation="gelu_new")
+    linear(x, weight, bias, residual=meta(ROWS, INNER, dtype="fp16"), dropout=_dropout(True))
 
 
 def _mlp(dtype: str, rows: int, width: int, inner: int) -> None:
