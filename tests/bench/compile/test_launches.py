@@ -6,7 +6,7 @@ import os
 import pickle
 import pkgutil
 import sys
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -38,6 +38,7 @@ WHOLE = {
 }
 
 
+@cache
 def compiled(arch):
     """Keys of the rows that the committed table has of every version."""
     return set.intersection(*({row["key"] for row in load(version)[arch].values()} for version in VERSIONS))
@@ -48,7 +49,8 @@ def compiled(arch):
 def test_every_launch_of_the_whole_phi1_is_in_the_table(what, arch):
     made = recorded((what, WHOLE[what]), arch).launches
     assert len(made) >= PHI1.num_hidden_layers
-    assert [launch.name for launch in made if key_of(launch, arch) not in compiled(arch)] == []
+    distinct = {content(launch): launch for launch in made}.values()  # layers launch alike
+    assert [launch.name for launch in distinct if key_of(launch, arch) not in compiled(arch)] == []
 
 
 def test_the_forward_of_a_layer_has_the_rotary_tables_of_its_backward():
