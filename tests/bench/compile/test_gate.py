@@ -208,12 +208,6 @@ def test_a_product_without_tensor_instructions_is_refused(whole_copy):
     assert refused(case(product_kernel, {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {"BLOCK": 64}), "sm_90", whole_copy) == []
 
 
-def test_a_request_for_warps_of_their_own_that_is_ignored_is_refused(whole_copy):
-    asked = case(copy_kernel, POINTERS, {"WARP_SPECIALIZE": True})
-    assert refused(asked, "sm_90", whole_copy) == ["is not warp-specialised: the compiler ignored the request"]
-    assert refused(asked, "sm_90", replace(whole_copy, register_moves=2)) == []
-
-
 def test_the_command_passes_phi1s_kernels_on_one_gpu():
     command = [sys.executable, *GATE, "--all", "--arch", "sm_90", "--only", "layer_norm_forward train bf16"]
     done = subprocess.run(command, capture_output=True, text=True)
