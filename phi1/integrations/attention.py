@@ -9,7 +9,7 @@ B batch, H heads, G key heads, T tokens, K head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,14 +81,22 @@ def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     (dropped,) = draw_dropouts((dropout,), query.device)
-    return attention(q, k, v, causal=causal, scale=scaling, dropout=dropped, **attention_limits(attention_mask)), None
+    limits = Limits.of(attention_mask)
+    return attention(q, k, v, causal=causal, scale=scaling, dropout=dropped, cu_seqlens=limits.cu_seqlens,
+                     seq_starts=limits.seq_starts), None
 
 
-def attention_limits(mask: Tensor | None) -> dict[str, Tensor]:
-    """Return what `attention_mask` has returned as arguments of the operations."""
-    if mask is None:
-        return {}
-    return {"cu_seqlens": mask[0]} if mask.dim() == 2 else {"seq_starts": mask}
+class Limits(NamedTuple):
+    """What a mask is to the operations: at most one of the two is a tensor."""
+
+    cu_seqlens: Tensor | None
+    seq_starts: Tensor | None
+
+    @classmethod
+    def of(cls, mask: Tensor | None) -> Limits:
+        """Read what `attention_mask` has returned."""
+        packed = mask is not None and mask.dim() == 2
+        return cls(mask[0], None) if mask is not None and packed else cls(None, mask)
 
 
 def draw_dropouts(rates: Sequence[float], device: torch.device) -> tuple[Dropout | None, ...]:

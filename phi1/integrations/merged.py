@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.models.phi import modeling_phi
 
-from phi1.integrations.attention import attention_limits, draw_dropouts
+from phi1.integrations.attention import Limits, draw_dropouts
 from phi1.integrations.phi import in_autocast
 from phi1.kernels import attention, gelu, layer_norm, linear, parallel_block, rotary
 
@@ -34,39 +34,50 @@ class Projection(nn.Module):
 class PhiDecoderLayer(modeling_phi.PhiDecoderLayer):
     """The layer as one parallel block: x + drop(attention(h)) + drop(mlp(h)), h = layer_norm(x)."""
 
+    in_proj: Projection
+    out_proj: Projection
+    input_layernorm: nn.LayerNorm
+    resid_dropout: nn.Dropout
+    n_heads: int
+    layer_idx: int
+    attention_dropout: float
+    config: Any
+    hooks: tuple[Any, Any]
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
                 past_key_values: Any = None, use_cache: bool | None = False,
-                position_embeddings: tuple[Tensor, Tensor, Tensor] | None = None, **kwargs: Any) -> Tensor:
+                position_embeddings: tuple[Tensor, ...] | None = None, **kwargs: Any) -> Tensor:
         """Return x' [B, T, D]."""
         assert position_embeddings is not None
         batch, tokens, _ = hidden_states.shape
         norm, d = self.input_layernorm, hidden_states.shape[2]
-        x, *weights = in_autocast(hidden_states.flatten(0, 1), norm.weight, norm.bias, self.in_proj.weight,
-                                  self.in_proj.bias, self.out_proj.weight, self.out_proj.bias)
+        x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias = in_autocast(
+            hidden_states.flatten(0, 1), norm.weight, norm.bias, self.in_proj.weight, self.in_proj.bias,
+            self.out_proj.weight, self.out_proj.bias)
         cos, sin, rows = position_embeddings
-        limits = attention_limits(attention_mask)
+        limits = Limits.of(attention_mask)
         p_attention, p_out = (self.attention_dropout, self.resid_dropout.p) if self.training else (0.0, 0.0)
         if past_key_values is None:
-            dropouts = draw_dropouts((p_attention, p_out, p_out), x.device)
-            rows_of = {} if "cu_seqlens" in limits else {"batch": batch}
-            out = parallel_block(x, *weights, cos, sin, n_heads=self.n_heads, positions=rows, eps=norm.eps,
-                                 dropouts=dropouts, **rows_of, **limits)
+            drop_attention, drop_dense, drop_fc2 = draw_dropouts((p_attention, p_out, p_out), x.device)
+            out = parallel_block(x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, cos, sin,
+                                 n_heads=self.n_heads, batch=batch if limits.cu_seqlens is None else None,
+                                 cu_seqlens=limits.cu_seqlens, seq_starts=limits.seq_starts, positions=rows,
+                                 eps=norm.eps, dropouts=(drop_attention, drop_dense, drop_fc2))
             return out.view_as(hidden_states)
         if p_attention or p_out:
             raise ValueError("phi1.patch: a merged layer drops out without a cache alone; pass use_cache=False in "
                              "training")
-        norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias = weights
         merged = linear(layer_norm(x, norm_weight, norm_bias, norm.eps), in_weight, in_bias)  # [N, 3D + F]
         qkv = rotary(merged[:, : 3 * d].unflatten(1, (3, self.n_heads, -1)), cos, sin, rows)
         q, k, v = qkv.unflatten(0, (batch, tokens)).permute(2, 0, 3, 1, 4)  # [B, H, T, K] each
         k, v = past_key_values.update(k, v, self.layer_idx)
-        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **limits)
+        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seq_starts=limits.seq_starts)
         both = torch.cat((out.flatten(0, 1).flatten(1), gelu(merged[:, 3 * d :])), dim=1)  # [N, D + F]
         return linear(both, out_weight, out_bias.sum(0), residual=x).view_as(hidden_states)
 
 
 @torch.no_grad()
-def merge(layer: modeling_phi.PhiDecoderLayer) -> None:
+def merge(layer: Any) -> None:
     """Turn a layer's six projections into two, in place. At no time are there two copies of more than one layer.
 
     Raises:
@@ -110,7 +121,7 @@ def split(layer: PhiDecoderLayer) -> None:
         layer._modules[name] = layer._modules.pop(name)
     del layer.in_proj, layer.out_proj, layer.hooks, layer.n_heads, layer.layer_idx, layer.attention_dropout
     del layer.config
-    layer.__class__ = modeling_phi.PhiDecoderLayer
+    layer.__class__ = modeling_phi.PhiDecoderLayer  # type: ignore[assignment]
 
 
 def _split(layer: PhiDecoderLayer) -> dict[str, Tensor]:

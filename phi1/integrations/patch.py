@@ -91,7 +91,7 @@ def patch_transformers() -> None:
         elif type(self) in OURS:
             self.__class__ = OURS[type(self)]
 
-    modeling_phi.PhiPreTrainedModel.post_init = post_init
+    modeling_phi.PhiPreTrainedModel.post_init = post_init  # type: ignore[method-assign]
 
 
 def unpatch_transformers() -> None:

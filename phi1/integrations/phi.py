@@ -6,7 +6,7 @@ Each class here replaces transformers' class of the same name, whose instances t
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,8 @@ class PhiRotaryEmbedding(modeling_phi.PhiRotaryEmbedding):
 class PhiAttention(modeling_phi.PhiAttention):
     """Attention with one rotation of q and one of k, in place of cuts, products and concatenations."""
 
-    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor, Tensor],
-                attention_mask: Tensor | None, past_key_values: Any = None, **kwargs: Any) -> \
-            tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, ...], attention_mask: Tensor | None,
+                past_key_values: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Return the output [B, T, D] and the probabilities, if the chosen implementation has them."""
         batch, tokens, _ = hidden_states.shape
         q, k, v = (project(hidden_states).unflatten(2, (-1, self.head_dim))
@@ -75,8 +74,9 @@ class LayerNorm(nn.LayerNorm):
 class PhiForCausalLM(modeling_phi.PhiForCausalLM):
     """The model whose loss in training needs no logits."""
 
-    @functools.wraps(modeling_phi.PhiForCausalLM.forward)
-    def forward(self, *args: Any, labels: Tensor | None = None, logits_to_keep: int | Tensor = 0, **kwargs: Any):
+    @functools.wraps(modeling_phi.PhiForCausalLM.forward)  # Trainer reads the signature
+    def forward(  # type: ignore[override]
+            self, *args: Any, labels: Tensor | None = None, logits_to_keep: int | Tensor = 0, **kwargs: Any):
         whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
         ours = self.training and whole and is_plain(self.lm_head) and \
             self.loss_function is LOSS_MAPPING["ForCausalLM"]
@@ -94,8 +94,8 @@ class PhiForCausalLM(modeling_phi.PhiForCausalLM):
             targets = F.pad(labels, (0, 1), value=-100)[..., 1:]
         items = kwargs.get("num_items_in_batch")
         h, weight, bias = in_autocast(outputs.last_hidden_state.flatten(0, 1), self.lm_head.weight, self.lm_head.bias)
-        loss = linear_cross_entropy(h, weight, bias, targets.to(h.device).flatten(),
-                                    reduction="mean" if items is None else "sum")
+        loss = cast(Tensor, linear_cross_entropy(h, weight, bias, targets.to(h.device).flatten(),
+                                                 reduction="mean" if items is None else "sum"))
         if items is not None:
             loss = loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
         return CausalLMOutputWithPast(loss=loss, past_key_values=outputs.past_key_values,
