@@ -28,7 +28,7 @@ def chosen(dtype: torch.dtype) -> list[Case]:
 
 def inputs_of(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
     """The case's inputs in another precision, except those that are always float32."""
-    given = case.inputs(device, torch.Generator("cpu" if device.type == "meta" else device).manual_seed(1))
+    given = case.draw(device)
     return {name: value.to(dtype) if isinstance(value, torch.Tensor) and value.dtype is torch.float32
             and name not in ALWAYS_FLOAT32 else value for name, value in given.items()}
 
@@ -44,7 +44,7 @@ def main() -> int:
     n_cases = 0
     for dtype in (torch.float32, torch.float16):
         for case in chosen(dtype):
-            found = check.results(case, case.providers[0].prepare(case, device), inputs_of(case, device, dtype), None)
+            found = check.results(case, case.providers[0].prepare(case, device), inputs_of(case, device, dtype))
             name = case.name.replace("float32", str(dtype).removeprefix("torch."))
             for result, tensor in found.items():
                 assert tensor.isfinite().all(), f"{name}: {result} is not finite"

@@ -158,29 +158,19 @@ def counting(arch: str = "sm_90") -> Iterator[Counter]:
         yield counter
 
 
-@dataclass(frozen=True)
-class OnPaper:
-    """Our side of a benchmark's case on a GPU. forward, backward: the lookups of each pass."""
-
-    launches: list[Launch]
-    forward: list[tiles.Lookup]
-    backward: list[tiles.Lookup]
-
-
-def run_on_paper(case: Case, arch: str) -> OnPaper:
-    """Run a case as on a GPU of an architecture; nothing is compiled or computed for it."""
-    with counting(arch) as counter, tiles.recorded() as lookups:
+def lookups_on_paper(case: Case, arch: str) -> tuple[list[tiles.Lookup], list[tiles.Lookup]]:
+    """(lookups of the forward, lookups of the backward) of a case on a GPU; nothing is compiled or computed for it."""
+    with counting(arch), tiles.recorded() as lookups:
         ends = run_inside(case, lookups)
-        return OnPaper(counter.launches, lookups[:ends], lookups[ends:])
+        return lookups[:ends], lookups[ends:]
 
 
 def run_inside(case: Case, lookups: Sequence[object] = ()) -> int:
     """Run a case inside of `counting`; returns how many lookups its forward has made."""
     device = torch.device("meta")
-    inputs = check.leaves_of(case, case.inputs(device, torch.Generator()))
+    inputs = check.leaves_of(case, case.draw(device))
     outputs = check.as_tuple(case.providers[0].prepare(case, device)(inputs))
     ends = len(lookups)
     if case.direction in check.GRADIENTS:
-        leaves = [inputs[name] for name in case.leaves if inputs[name] is not None]
-        torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs])
+        check.gradients(case, inputs, outputs, [torch.empty_like(out) for out in outputs])
     return ends

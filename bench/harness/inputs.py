@@ -13,13 +13,14 @@ class Draw:
     """Draws tensors of one dtype on one device.
 
     Args:
-        device: where they are made.
-        generator: of that device; the same state gives the same values.
-        dtype: name of a floating-point dtype.
+        device: where they are made; on "meta" they have no values.
+        seed: the same seed gives the same values.
+        dtype: name of a floating-point dtype, unless integers alone are drawn.
     """
 
-    def __init__(self, device: torch.device, generator: torch.Generator, dtype: str) -> None:
-        self.device, self.generator, self.dtype = device, generator, getattr(torch, dtype)
+    def __init__(self, device: torch.device, seed: int, dtype: str) -> None:
+        self.device, self.dtype = device, getattr(torch, dtype, None)
+        self.generator = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(1000 + seed)
 
     def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         """Normal numbers of mean 0 and deviation `scale`."""

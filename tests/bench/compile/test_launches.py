@@ -23,7 +23,7 @@ from phi1.bench.compile.arch import ARCHS
 from phi1.bench.compile.key import key_of
 from phi1.bench.compile.launches import cases, content, recorded
 from phi1.bench.compile.table import VERSIONS, load
-from phi1.bench.harness.counting import run_on_paper
+from phi1.bench.harness.counting import lookups_on_paper
 from phi1.bench.tune.cases import candidates_of, chosen_cases
 from phi1.bench.tune.store import Store, when_of
 from phi1.cli.main import main
@@ -181,7 +181,7 @@ def test_a_product_that_is_left_to_cublas_is_no_fault(measured):
 
 def test_whatever_the_tuner_writes_has_a_case_with_its_tile(measured, tmp_path):
     lookups = {lookup for case in chosen_cases("cuda", [], "float16") if case.quick
-               for found in (run_on_paper(case, "sm_90"),) for lookup in (*found.forward, *found.backward)}
+               for found in lookups_on_paper(case, "sm_90") for lookup in found}
     with Store(tmp_path, GPU) as store:
         for lookup in lookups:
             row = tiles.first_fit(lookup.op, lookup.kernel, "", "sm_90", lookup.shape)
