@@ -53,7 +53,8 @@ def _loaded(name: str, kernel: tuple[str, str] | None, *facts: Any) -> Launch:
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
          torch.int8: "i8", torch.bool: "i1"}
-NO_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "scalar_tensor", "lift_fresh", "_local_scalar_dense")
+NO_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "scalar_tensor", "_local_scalar_dense",
+             "_unsafe_view")
 NO_OPTION = ("grid", "warmup")
 
 
@@ -71,7 +72,7 @@ class Counter(TorchDispatchMode):
                 return OPDEFS[f"phi1::{func._opname}"]._init_fn(*args, **kwargs)
         # torch 2.11 has no addmm with a wider result on meta tensors, and there is nothing to compute.
         out = kwargs["out"] if func._overloadname == "dtype_out" else func(*args, **kwargs)
-        if func._opname not in NO_KERNEL and _computes(func, args, kwargs, out):
+        if func._opname not in NO_KERNEL and not func.is_view:
             self.launches.append(Launch(func._opname))
         return out
 
@@ -112,25 +113,6 @@ def specialised(kernel: Any, arguments: Mapping[str, Any]) -> \
         if multiple and not parameter.do_not_specialize:
             aligned.append(name)
     return types, constants, tuple(aligned)
-
-
-def _computes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> bool:
-    """False for a view: an operator that writes no argument and whose results share memory with its arguments."""
-    if any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments):
-        return True
-    known = {storage(x) for x in tensors_of([*args, *kwargs.values()])}
-    return any(storage(x) not in known for x in tensors_of(out))
-
-
-def tensors_of(value: Any) -> list[torch.Tensor]:
-    """The tensors in an argument or a result."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [x for item in value for x in tensors_of(item)] if isinstance(value, list | tuple) else []
-
-
-def storage(x: torch.Tensor) -> int:
-    return x.untyped_storage()._cdata
 
 
 @contextmanager

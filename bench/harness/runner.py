@@ -249,9 +249,9 @@ def bind(case: Case, function: Function | None, copies: list[Inputs]) -> Call:
 
 
 def release(device: torch.device) -> None:
-    """Give memory back."""
-    gc.collect()
+    """Give a GPU's memory back."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -35,7 +35,6 @@ class Machine:
         monkeypatch.setattr(timing, "SHORTEST_SAMPLE", 0.0)  # one call a round
         monkeypatch.setattr(runner, "Probes", lambda *arguments: NoProbes())
         monkeypatch.setattr(runner, "measure", lambda *arguments: Roof(20.0, 0.1))
-        monkeypatch.setattr(runner, "release", lambda device: None)
         monkeypatch.setenv(environment.COMMIT_VARIABLE, "abc1234")
         monkeypatch.setattr(registry, "select", lambda *selection: [self.case(name) for name in "abc"])
 

@@ -1,7 +1,6 @@
 """The compile gate: it passes the kernels, and refuses those that spill, lose vector loads or do not compile."""
 
 import os
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -14,11 +13,11 @@ if sys.platform != "linux" or os.environ.get("TRITON_INTERPRET", "0") not in (""
 import triton
 import triton.language as tl
 
-from phi1.bench.compile import allowed, arch, pool, programs, read
+from phi1.bench.compile import allowed, arch, pool, programs, read, table
 from phi1.bench.compile.launches import Case, recorded
 from phi1.bench.harness.counting import Launch
+from phi1.cli.main import main
 
-GATE = ("-m", "phi1.bench.compile.report")
 ARCHS = list(arch.ARCHS)
 
 
@@ -190,8 +189,7 @@ def test_spills_in_a_loop_are_found_in_the_machine_code(gpu):
 
 def test_a_kernel_that_does_not_compile_is_refused():
     wrong = case(wrong_kernel, POINTERS, {"BLOCK": 4})
-    ((_, report),) = pool.compile_all([("sm_90", wrong)])
-    assert refused(wrong, "sm_90", report)[0].startswith("does not compile: ")
+    assert refused(wrong, "sm_90", pool._measure(("sm_90", wrong)))[0].startswith("does not compile: ")
 
 
 @triton.jit
@@ -214,11 +212,18 @@ def test_a_request_for_warps_of_their_own_that_is_ignored_is_refused(whole_copy)
     assert refused(asked, "sm_90", replace(whole_copy, register_moves=2)) == []
 
 
-def test_the_command_passes_phi1s_kernels_on_one_gpu():
-    command = [sys.executable, *GATE, "--all", "--arch", "sm_90", "--only", "layer_norm_forward train bf16"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == f"static gate, Triton {triton.__version__}: all 1 pass"
+@pytest.fixture
+def of_one_step(monkeypatch):
+    """The command's cases are the launches of one training step."""
+    step = dict(programs.units())["train bf16"]
+    made = [Case(f"{launch.name.removesuffix('_kernel')} train bf16", launch)
+            for launch in {launch.name: launch for launch in recorded(("", step), "sm_90").launches}.values()]
+    monkeypatch.setattr(table, "cases", lambda arch: made)
+
+
+def test_the_command_passes_phi1s_kernels_on_one_gpu(of_one_step, capsys):
+    assert main(["bench", "static", "--all", "--arch", "sm_90", "--only", "layer_norm_forward train bf16"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"static gate, Triton {triton.__version__}: all 1 pass"
 
 
 @pytest.mark.parametrize(
@@ -234,12 +239,15 @@ def test_the_command_passes_phi1s_kernels_on_one_gpu():
         (["--triton", "/nowhere"], "0", "there is no triton in this folder"),
     ],
 )
-def test_bad_usage_exits_with_2_and_a_line(arguments, interpret, message):
-    environment = os.environ | {"TRITON_INTERPRET": interpret}
-    done = subprocess.run([sys.executable, *GATE, *arguments], capture_output=True, text=True, env=environment)
-    assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+def test_bad_usage_exits_with_2_and_a_line(of_one_step, monkeypatch, capsys, arguments, interpret, message):
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    with pytest.raises(SystemExit) as stop:
+        raise SystemExit(main(["bench", "static", *arguments]))
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("phi1 bench static: error: ")
+    assert message in err
 
 
 def test_kernel_device_is_not_the_interpreter_here():
