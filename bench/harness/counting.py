@@ -65,13 +65,16 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.launches: list[Launch] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to tell torch.compile so takes longer than a note
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "phi1":
             with self:
                 return OPDEFS[f"phi1::{func._opname}"]._init_fn(*args, **kwargs)
-        # torch 2.11 has no addmm with a wider result on meta tensors, and there is nothing to compute.
-        out = kwargs["out"] if func._overloadname == "dtype_out" else func(*args, **kwargs)
+        out = _result(func, args, kwargs)
         if func._opname not in NO_KERNEL and not func.is_view:
             self.launches.append(Launch(func._opname))
         return out
@@ -82,6 +85,17 @@ class Counter(TorchDispatchMode):
         arguments |= {name: value for name, value in given.items() if name in kernel.arg_names}
         options = {name: value for name, value in given.items() if name not in (*kernel.arg_names, *NO_OPTION)}
         self.launches.append(Launch(kernel.fn.__name__, kernel, *specialised(kernel, arguments), options))
+
+
+def _result(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The operator's result. There is nothing to compute, so what takes PyTorch long on meta tensors is left out."""
+    if "out" in kwargs:
+        return kwargs["out"]
+    if func._opname == "addmm":  # of a product's shape; it would import torch.compile
+        return torch.mm(*args[1:])
+    if func._opname == "empty_like" and args[0].is_contiguous() and not kwargs:
+        return args[0].new_empty(args[0].shape)
+    return func(*args, **kwargs)
 
 
 def specialised(kernel: Any, arguments: Mapping[str, Any]) -> \

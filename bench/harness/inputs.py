@@ -24,6 +24,8 @@ class Draw:
 
     def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         """Normal numbers of mean 0 and deviation `scale`."""
+        if self.device.type == "meta":
+            return torch.empty(shape, device="meta", dtype=self.dtype)
         values = torch.randn(shape, device=self.device, generator=self.generator, dtype=torch.float32)
         return (values * scale).to(self.dtype)
 
