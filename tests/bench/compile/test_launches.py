@@ -160,7 +160,7 @@ def test_a_file_that_was_cut_short_is_named_in_one_line(measured, tmp_path, caps
     (tmp_path / f"{STEM}.json").write_text('{"block": {"in_proj": [')
     assert main(["bench", "static", "--check", "--only", "rotary"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("phi1 bench: error: ")
+    assert error.startswith("phi1 bench static: error: ")
     assert f"{STEM}.json is no JSON: " in error
     assert error.count("\n") == 1
 

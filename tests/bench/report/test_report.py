@@ -49,8 +49,8 @@ def test_plots_are_drawn_where_matplotlib_is_and_refused_in_one_line_elsewhere(t
                f"sys.exit(main(['bench', 'report', {str(path)!r}, '--page', {str(page)!r}]))")
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == ("phi1 bench: error: plots need matplotlib: pip install 'phi1[bench]', or --no-plots for the "
-                           "tables alone\n")
+    assert done.stderr == ("phi1 bench report: error: plots need matplotlib: pip install 'phi1[bench]', or --no-plots "
+                           "for the tables alone\n")
     assert page.read_text() == f"{report.BEGIN}\n{report.END}\n"
 
 
