@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import shutil
 import sysconfig
@@ -31,13 +32,11 @@ def cases() -> list[Case]:
 
 
 @cache
-def _temporary() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="phi1-bench-")
-
-
 def _scratch() -> Path:
     """A folder that lives as long as the process."""
-    return Path(_temporary().name)
+    folder = tempfile.mkdtemp(prefix="phi1-bench-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _case(op: str, shape: dict[str, Any], dtype: str, devices: tuple[str, ...] = BOTH, **fields: Any) -> Case:
@@ -162,12 +161,17 @@ def _load(devices: tuple[str, ...], name: str, config: Phi1Config, quick: bool) 
         loader: Any = PhiForCausalLM
         return lambda inputs: _touched(loader.from_pretrained(_saved(config), dtype=torch.float16).to(on))
 
-    return _case("load", {"model": name, "P": config.num_parameters}, "float16", devices, bytes="2*P*e", quick=quick,
-                 inputs=lambda draw: {},
-                 providers=(ours_prepared(prepare),
-                            Provider("transformers", theirs, package="transformers")),
+    return _parameters("load", devices, name, config, quick, lambda function, inputs: function(inputs).state_dict(),
+                       ours_prepared(prepare), Provider("transformers", theirs, package="transformers"))
+
+
+def _parameters(op: str, devices: tuple[str, ...], name: str, config: Phi1Config, quick: bool,
+                state: Callable[[Function, Inputs], dict[str, torch.Tensor]], *providers: Provider) -> Case:
+    """A case that reads or writes every parameter, of which each bit is compared."""
+    return _case(op, {"model": name, "P": config.num_parameters}, "float16", devices, bytes="2*P*e", quick=quick,
+                 inputs=lambda draw: {}, exclusive=op == "save" and not quick, providers=providers,
                  reference=lambda inputs: _bits(_model(config).state_dict(), config),
-                 asked=lambda function, inputs: _bits(function(inputs).state_dict(), config))
+                 asked=lambda function, inputs: _bits(state(function, inputs), config))
 
 
 def _touched(model: Any) -> Any:
@@ -224,10 +228,5 @@ def _save(devices: tuple[str, ...], name: str, config: Phi1Config, quick: bool) 
         model = _on(on, config)
         return writer(lambda path: torch.save(model.state_dict(), path), _scratch() / f"{name}.pt")
 
-    return _case("save", {"model": name, "P": config.num_parameters}, "float16", devices, bytes="2*P*e", quick=quick,
-                 inputs=lambda draw: {}, exclusive=not quick,
-                 providers=(ours_prepared(prepare),
-                            Provider("transformers", theirs, package="transformers"),
-                            Provider("torch.save", torch_save)),
-                 reference=lambda inputs: _bits(_model(config).state_dict(), config),
-                 asked=lambda function, inputs: _bits(_written(function, inputs), config))
+    return _parameters("save", devices, name, config, quick, _written, ours_prepared(prepare),
+                       Provider("transformers", theirs, package="transformers"), Provider("torch.save", torch_save))

@@ -110,23 +110,19 @@ def _attention_peers(wrap: Callable[[Attend], Function], causal: bool, p: float)
 def packed_peers(batch: int, rotary: bool, p: float) -> tuple[Provider, ...]:
     """Peers of `attention_qkv`: rotary in PyTorch, then attention on views of q, k and v."""
     def wrap(attend: Attend) -> Function:
-        return _packed(attend, batch, rotary)
+        def run(inputs: Inputs) -> torch.Tensor:
+            qkv = inputs["qkv"]
+            if rotary:
+                positions = torch.arange(qkv.shape[0] // batch, device=qkv.device).repeat(batch)
+                qkv = torch_rotary(qkv, inputs["cos"], inputs["sin"], positions)
+            q, k, v = qkv.unflatten(0, (batch, -1)).unbind(2)  # [B, T, H, K] each
+            return attend(q, k, v).reshape(qkv.shape[0], -1)
+
+        return run
 
     eager = wrap(sdpa(True, p))
     return (plain("torch", eager, comparable=not p), *compiled(eager, comparable=not p),
             *_attention_peers(wrap, True, p))
-
-
-def _packed(attend: Attend, batch: int, rotary: bool) -> Function:
-    def run(inputs: Inputs) -> torch.Tensor:
-        qkv = inputs["qkv"]
-        if rotary:
-            positions = torch.arange(qkv.shape[0] // batch, device=qkv.device).repeat(batch)
-            qkv = torch_rotary(qkv, inputs["cos"], inputs["sin"], positions)
-        q, k, v = qkv.unflatten(0, (batch, -1)).unbind(2)  # [B, T, H, K] each
-        return attend(q, k, v).reshape(qkv.shape[0], -1)
-
-    return run
 
 
 def document_peers(lengths: list[int]) -> tuple[Provider, ...]:
