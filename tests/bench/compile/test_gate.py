@@ -41,8 +41,8 @@ POINTERS = {"x_ptr": "*fp16", "y_ptr": "*fp16"}
 
 
 def case(kernel, types, constants, num_warps=4, aligned=("x_ptr", "y_ptr")):
-    return Case("kernel of a test", Launch(kernel.fn.__name__, kernel, types, constants, tuple(aligned),
-                                           {"num_warps": num_warps}))
+    launch = Launch(kernel.fn.__name__, kernel, types, constants, tuple(aligned), {"num_warps": num_warps})
+    return Case(f"{launch.name.removesuffix('_kernel')} of a test", launch)
 
 
 # n is not known to be a multiple of 8, so that the mask may cut a vector: one element a time.
@@ -52,11 +52,11 @@ WHOLE_COPY = case(copy_kernel, POINTERS | {"n": "i32"}, {"BLOCK": 2048}, aligned
 
 def accepted(**faults):
     """Allowances of the copy on sm_90; a number for the kernel, or {case: number}."""
-    return {"copy": {fault: {"reason": "a test's", "sm_90": value} for fault, value in faults.items()}}
+    return allowed.parsed({"copy": {fault: {"reason": "a test's", "sm_90": value} for fault, value in faults.items()}})
 
 
 def refused(case, gpu, report, known=None):
-    return allowed.complaints(case, gpu, report, known or {})
+    return allowed.complaints(case, gpu, report, known or allowed.Allowed())
 
 
 def verdict(case, gpu="sm_90", known=None):
@@ -137,7 +137,7 @@ def test_a_fault_is_refused_unless_it_is_allowed_and_an_allowance_only_shrinks(w
     assert allowed.unneeded(iter([(WHOLE_COPY, "sm_90", report)]), accepted(**known)) == []
     (*_, line) = allowed.unneeded(iter([(WHOLE_COPY, "sm_90", whole_copy)]), accepted(**known))
     assert "is needed; --accept mends it" in line
-    assert allowed.needed(iter([(WHOLE_COPY, "sm_90", report)]), {}, "a test's") == accepted(**known)
+    assert allowed.needed(iter([(WHOLE_COPY, "sm_90", report)]), allowed.Allowed(), "a test's") == accepted(**known)
 
 
 def test_a_case_has_no_share_in_what_another_may_do(whole_copy):
@@ -151,13 +151,14 @@ def test_reasons_stay_when_allowances_are_written_again(tmp_path, whole_copy):
     before = accepted(stack={"of a test": 16})
     found = allowed.needed(iter([(WHOLE_COPY, "sm_90", report), (WHOLE_COPY, "sm_80", report)]), before, 'new: "x"')
     (tmp_path / "allowed.toml").write_text(allowed.dumps(found))
-    assert allowed.allowed(tmp_path / "allowed.toml") == found == {"copy": {
+    assert allowed.allowed(tmp_path / "allowed.toml") == found == allowed.parsed({"copy": {
         "stack": {"reason": "a test's", "sm_90": {"of a test": 8}, "sm_80": {"of a test": 8}},
-        "narrow_loads": {"reason": 'new: "x"', "sm_90": 1, "sm_80": 1}}}
+        "narrow_loads": {"reason": 'new: "x"', "sm_90": 1, "sm_80": 1}}})
 
 
-def test_every_allowance_has_a_reason():
-    assert all(len(entry["reason"].split()) >= 3 for faults in allowed.allowed().values() for entry in faults.values())
+def test_every_allowance_has_a_reason_and_the_file_is_as_it_is_written():
+    assert allowed.FILE.read_text() == allowed.dumps(allowed.allowed())
+    assert all(len(reason.split()) >= 3 for reason in allowed.allowed().reasons.values())
 
 
 def test_wgmmas_that_ptxas_serialises_are_found_in_what_it_says():
