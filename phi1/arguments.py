@@ -12,7 +12,7 @@ import os
 from decimal import Decimal
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any
 
 _SHOWN = 200  # characters of a value that a message repeats
 
@@ -21,6 +21,24 @@ def require(holds: bool, op: str, rule: str, got: object) -> None:
     """Raise ValueError "op: rule; got ..." unless `holds`."""
     if not holds:
         raise ValueError(f"{op}: {rule}; got {got}")
+
+
+def is_whole(x: object) -> bool:
+    """True for an int or a whole number of NumPy, and not for True and False."""
+    return isinstance(x, int | Integral) and not isinstance(x, bool)
+
+
+def is_real(x: object) -> bool:
+    """True for a number of Python or NumPy, and not for True and False."""
+    return isinstance(x, float | int | Real | Decimal) and not isinstance(x, bool)
+
+
+def is_finite(x: Any) -> bool:
+    """True for a number that a float can hold, neither infinite nor NaN."""
+    try:
+        return -math.inf < float(x) < math.inf
+    except OverflowError:  # a whole number too large for a float
+        return False
 
 
 def check_flag(op: str, **flags: object) -> None:
@@ -36,7 +54,7 @@ def check_whole(op: str, *, low: int | None = None, **numbers: object) -> None:
     True and False are not numbers.
     """
     for name, x in numbers.items():
-        if isinstance(x, bool) or not isinstance(x, int | Integral):
+        if not is_whole(x):
             raise TypeError(f"{op}: {name} must be a whole number; got {shown(x)}")
         if not -(2**63) <= x < 2**63:  # type: ignore[operator]
             raise ValueError(f"{op}: {name} must fit in 64 bits; got {shown(x)}")
@@ -47,9 +65,9 @@ def check_whole(op: str, *, low: int | None = None, **numbers: object) -> None:
 def check_real(op: str, **numbers: object) -> None:
     """Raise unless every argument is a finite number. True and False are not numbers."""
     for name, x in numbers.items():
-        if isinstance(x, bool) or not isinstance(x, float | int | Real | Decimal):
+        if not is_real(x):
             raise TypeError(f"{op}: {name} must be a number; got {shown(x)}")
-        if not -math.inf < _as_float(x) < math.inf:
+        if not is_finite(x):
             raise ValueError(f"{op}: {name} must be finite; got {shown(x)}")
 
 
@@ -107,10 +125,3 @@ def shown(x: Any) -> str:
     except Exception:  # an object whose repr is broken, such as one half made
         return f"a {type(x).__name__}"
     return text if len(text) <= _SHOWN and "\n" not in text else f"a {type(x).__name__}"
-
-
-def _as_float(x: SupportsFloat) -> float:
-    try:
-        return float(x)
-    except OverflowError:  # a whole number too large for a float
-        return math.inf

@@ -21,7 +21,8 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
-from phi1.tokenizer import MERGES_FILE, byte_chars, byte_level_vocab, read_merges
+from phi1.tokenizer import MERGES_FILE
+from phi1.tokenizer_rules import byte_chars, byte_level_vocab, read_merges
 
 PACKAGE = "openai-whisper==20250625"
 MEMBER = "whisper/assets/gpt2.tiktoken"

@@ -12,14 +12,16 @@ from contextlib import contextmanager
 import torch
 from torch.autograd import forward_ad
 
-from phi1.arguments import check_flag, check_real, check_whole, require
+from phi1.arguments import check_flag, check_real, check_whole, require, shown
 from phi1.kernels.core.backend import reference_forced
 
 __all__ = [
     "check_alike",
     "check_device",
+    "check_device_option",
     "check_differentiable",
     "check_dtype",
+    "check_dtype_option",
     "check_flag",
     "check_float",
     "check_range",
@@ -99,6 +101,33 @@ def check_differentiable(op: str, **tensors: object) -> None:
         if transforms and x.requires_grad and torch._C._functorch.is_gradtrackingtensor(x):
             raise NotImplementedError(f"{op}: torch.func's grad and vjp are not supported, torch.autograd.grad is, and "
                                       f"{use}; got {name} under torch.func")
+
+
+def check_dtype_option(op: str, dtype: object) -> None:
+    """Raise unless dtype is None or one that a model can have: float16, bfloat16, float32 or float64."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{op}: dtype must be a torch.dtype or None; got {shown(dtype)}")
+    require(dtype in (None, *FLOAT_DTYPES, torch.float64), op, "dtype must be float16, bfloat16, float32 or float64",
+            dtype)
+
+
+def check_device_option(op: str, device: object) -> None:
+    """Raise unless device is None or names a device that PyTorch can use here."""
+    if device is None:
+        return
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"{op}: device must be a str, a torch.device or None; got {shown(device)}")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"{op}: device must be one such as 'cpu' or 'cuda'; got {shown(device)}") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"{op}: device {found} is not there; PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    if found.type not in ("cpu", "cuda", "meta"):
+        try:
+            torch.empty(0, device=found)
+        except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+            raise ValueError(f"{op}: device {found} is not there") from None
 
 
 def check_float(op: str, name: str, x: torch.Tensor) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 
 import phi1
 from phi1.atomic import NEW, publish, read_unreplaced, sweep
-from phi1.tokenizer import MIN_VOCAB, Tokenizer, load_tokenizer, train_bpe
+from phi1.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from phi1.tokenizer_rules import MIN_VOCAB
 from phi1.train.data.corpus import SPLITS, open_corpus
 from phi1.train.data.shards import BLOCK_TOKENS, MANIFEST, SHARD_TOKENS, VERSION, DataError, read_manifest
 from phi1.train.prepare.encode_pool import EncodePool
