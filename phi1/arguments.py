@@ -106,12 +106,22 @@ def user_path(op: str, name: str, x: object) -> Path:
     return Path(path)
 
 
+def expanded(name: str) -> str:
+    """Return a folder's name, or an id that stands in its place, with `~` expanded."""
+    return str(user_path("", "the path", name)) if name.startswith("~") else name
+
+
 def path_option(text: str) -> Path:
     """Return the path of a command's option, for `type=` of argparse."""
     try:
-        return user_path("", "", text)
+        return user_path("", "the path", text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix(": ").strip()) from None
+        raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from None
+
+
+def name_option(text: str) -> str:
+    """Return the folder or id of a command's option, for `type=` of argparse."""
+    return str(path_option(text)) if text.startswith("~") else text
 
 
 def shown(x: Any) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from phi1 import Phi1, preset
+from phi1.arguments import path_option
 from phi1.bench.cases.registry import select
 from phi1.bench.report import trace
 from phi1.train.metrics.profiling import check_place
@@ -69,7 +70,8 @@ def count(name: str, out: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder of the trace and the reports (%(default)s)")
+    parser.add_argument("--out", type=path_option, default=Path("."),
+                        help="folder of the trace and the reports (%(default)s)")
     parser.add_argument("--step", action="store_true", help="run one micro-step of two layers")
     parser.add_argument("--rehearse", action="store_true", help="a tiny model on the CPU")
     options = parser.parse_args()

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from phi1 import Phi1Config, preset
+from phi1.arguments import path_option
 from phi1.bench.harness.environment import ROOT, environment
 from phi1.bench.harness.files import replace
 from phi1.train.metrics.ledger import read_ledger
@@ -135,7 +136,7 @@ def shape(recipe: dict[str, Any]) -> Phi1Config:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, required=True, help="folder of train.json, the logs and the corpus")
+    parser.add_argument("--out", type=path_option, required=True, help="folder of train.json, the logs and the corpus")
     parser.add_argument("--micro-batches", type=int, nargs="+", metavar="N", help="sizes to try, growing")
     parser.add_argument("--rehearse", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--minutes", type=float, default=8.0, help="end after this long (%(default)s)")

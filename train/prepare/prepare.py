@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import phi1
+from phi1.arguments import user_path
 from phi1.atomic import NEW, publish, read_unreplaced, sweep
 from phi1.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from phi1.tokenizer_rules import MIN_VOCAB
@@ -105,7 +106,7 @@ def prepare(sources: str | Sequence[str], out: str | Path, *, tokenizer: str | P
         raise ValueError(f"prepare: val_fraction must be at least 0 and less than 1; got {val_fraction}")
     if workers < 0:
         raise ValueError(f"prepare: workers must be 0 or more; got {workers}")
-    out = Path(out)
+    out = user_path("prepare", "out", out)
     chosen = _chosen_tokenizer(tokenizer, vocab_size)
     names = [sources] if isinstance(sources, str) else list(sources)
     found = [find_source(name, column) for name in names]
