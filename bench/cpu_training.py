@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from phi1.arguments import path_option
 from phi1.bench.harness.environment import environment
 from phi1.bench.harness.files import replace
 from phi1.bench.harness.parser import plain_parser
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, nargs="+", default=[51200, 4096], help="vocabulary sizes")
     parser.add_argument("--rounds", type=int, default=12, help="timed rounds for each vocabulary size")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, each in its own process")
-    parser.add_argument("--json", help="write the results to this file as well")
+    parser.add_argument("--json", type=path_option, help="write the results to this file as well")
     parser.add_argument("--peak-of", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--compare", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from phi1 import Phi1, preset
+from phi1.arguments import path_option
 from phi1.bench.cases.registry import select
 from phi1.bench.harness.parser import on_a_gpu, plain_parser
 from phi1.bench.report import trace
@@ -70,7 +71,8 @@ def count(name: str, out: Path) -> bool:
 
 def main() -> int:
     parser = plain_parser("counters", __doc__)
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder of the trace and the reports (%(default)s)")
+    parser.add_argument("--out", type=path_option, default=Path("."),
+                        help="folder of the trace and the reports (%(default)s)")
     parser.add_argument("--step", action="store_true", help="run one micro-step of two layers")
     return on_a_gpu(parser, run)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from phi1 import Phi1Config, preset
+from phi1.arguments import path_option
 from phi1.bench.harness.environment import ROOT, environment
 from phi1.bench.harness.files import replace
 from phi1.bench.harness.parser import on_a_gpu, plain_parser
@@ -132,7 +133,7 @@ def shape(recipe: dict[str, Any]) -> Phi1Config:
 
 def main() -> int:
     parser = plain_parser("train_sweep", __doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of train.json, the logs and the corpus")
+    parser.add_argument("--out", type=path_option, required=True, help="folder of train.json, the logs and the corpus")
     parser.add_argument("--micro-batches", type=int, nargs="+", metavar="N", help="sizes to try, growing")
     parser.add_argument("--minutes", type=float, default=8.0, help="end after this long (%(default)s)")
     return on_a_gpu(parser, run)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from phi1.arguments import path_option
 from phi1.bench.harness.environment import device_name
 from phi1.bench.harness.parser import MakeParser
 from phi1.bench.report.results import read, right
@@ -92,8 +92,8 @@ def _in_units(record: dict[str, Any], entry: dict[str, Any], unit: str) -> list[
 
 def main(argv: list[str], make_parser: MakeParser) -> int:
     parser = make_parser("phi1 bench compare", "What got faster or slower from results file A to B, beyond noise.")
-    parser.add_argument("a", type=Path, metavar="A", help="results before")
-    parser.add_argument("b", type=Path, metavar="B", help="results after")
+    parser.add_argument("a", type=path_option, metavar="A", help="results before")
+    parser.add_argument("b", type=path_option, metavar="B", help="results after")
     parser.add_argument("--peers", action="store_true", help="also the peers, which should not have moved")
     parser.add_argument("--strict", action="store_true", help="exit code 1 if anything is slower")
     args = parser.parse_args(argv)

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from phi1.arguments import path_option
 from phi1.bench.harness.environment import ROOT, about
 from phi1.bench.harness.files import locked, replace
 from phi1.bench.harness.parser import MakeParser
@@ -83,10 +84,10 @@ def newest() -> list[Path]:
 
 def main(argv: list[str], make_parser: MakeParser) -> int:
     parser = make_parser("phi1 bench report", "Write the tables of docs/benchmarks.md, and plots beside the results.")
-    parser.add_argument("files", type=Path, nargs="*", metavar="FILE",
+    parser.add_argument("files", type=path_option, nargs="*", metavar="FILE",
                         help="results files (the newest of each machine in bench/results/). The results in a folder, "
                              "such as OUT of bench/gpu.sh, become one file there, beside the others' newest")
-    parser.add_argument("--page", "--readme", type=Path, default=PAGE, metavar="FILE",
+    parser.add_argument("--page", "--readme", type=path_option, default=PAGE, metavar="FILE",
                         help="the file with the markers (docs/benchmarks.md)")
     parser.add_argument("--no-plots", action="store_true", help="write no plots, which need matplotlib")
     parser.add_argument("--print", action="store_true", help="print the tables; write neither the page nor plots")

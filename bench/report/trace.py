@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 
+from phi1.arguments import path_option
 from phi1.bench.harness.case import Case
 from phi1.bench.harness.environment import ROOT
 from phi1.bench.harness.parser import MakeParser, choose_device
@@ -120,7 +121,7 @@ def main(argv: list[str], make_parser: MakeParser) -> int:
     parser.add_argument("--unit", required=True, metavar="NAME", help=f"one of {', '.join(operations())}")
     parser.add_argument("--case", default="", metavar="TEXT", help="the case whose name contains this; else the first")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="without it cuda where there is a device")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the trace (trace-NAME.json), for chrome://tracing")
+    parser.add_argument("--out", type=path_option, metavar="FILE", help="the trace (trace-NAME.json), for chrome://tracing")
     args = parser.parse_args(argv)
     if args.unit not in operations():
         parser.error(f"argument --unit: there is no {args.unit!r}; there are {', '.join(operations())}")

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 import phi1.kernels
+from phi1.arguments import path_option
 from phi1.bench.harness import check
 from phi1.bench.harness.case import Case, Inputs
 from phi1.bench.harness.counting import lookups_on_paper
@@ -194,7 +195,7 @@ def _parse(argv: Sequence[str], make_parser: MakeParser) -> argparse.Namespace:
                         help=f"tune this one alone; may be repeated: {', '.join(tunable())}")
     parser.add_argument("--minutes", type=float, default=30.0, help="start no trial after this long (%(default)s)")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"), help="(%(default)s)")
-    parser.add_argument("--out", type=Path, default=TABLES, help="folder of the tables (%(default)s)")
+    parser.add_argument("--out", type=path_option, default=TABLES, help="folder of the tables (%(default)s)")
     parser.add_argument("--compilers", type=int, default=4, help="processes that compile ahead (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="list what would be tried; needs no GPU")
     parser.add_argument("--compile-share", help=argparse.SUPPRESS)
