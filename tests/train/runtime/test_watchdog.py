@@ -18,8 +18,8 @@ from phi1.train.run import run as run_module
 from phi1.train.run.folder import RunFolder
 from phi1.train.run.start import Start
 from phi1.train.runtime import watchdog as watch_module
-from phi1.train.runtime.launch import Rank, RunError
-from phi1.train.runtime.watchdog import HUNG, Watchdog
+from phi1.train.runtime.launch import GO_ON, Rank, RunError
+from phi1.train.runtime.watchdog import Watchdog
 
 
 def look_on(watchdog, looks, between):
@@ -74,7 +74,7 @@ def test_a_process_that_hangs_ends_with_its_stack():
             "def wait_for_nothing():\n    time.sleep(60)\n"
             "watchdog = Watchdog(1, 0.3)\nwatchdog.report('step 2')\nwith watchdog:\n    wait_for_nothing()\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == HUNG
+    assert done.returncode == GO_ON
     assert done.stderr.startswith("finetune: error: rank 1 has been in step 2 for ")
     assert "where run.watchdog allows 0.3: it hangs, or waits for a rank that does; its threads:" in done.stderr
     assert "in wait_for_nothing" in done.stderr
