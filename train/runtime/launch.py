@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -232,6 +232,15 @@ def connect(rank: Rank) -> Store:
     except OSError as error:
         raise RunError(f"torchrun does not answer at {where[0]}:{where[1]}: {error.strerror or error}") from None
     return PrefixStore(f"phi1/attempt{rank.attempt}", tcp)
+
+
+def exchange(store: Store, rank: Rank, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the facts, JSON values, of all processes in the order of their ranks, before any process group exists."""
+    store.set(f"facts{rank.rank}", json.dumps(facts))
+    names = [f"facts{other}" for other in range(rank.world_size)]
+    store.wait(names, LONGEST_PREPARATION)  # the watchdog is earlier
+    texts = store.multi_get(names) if store.has_extended_api() else map(store.get, names)
+    return [json.loads(text) for text in texts]
 
 
 def announce(store: Store, rank: Rank, decision: str) -> str:

@@ -29,7 +29,7 @@ class StopSignals:
 
     def __init__(self, rank: Rank, time_limit: float = 0.0) -> None:
         self.reason: str | None = None
-        """What this process has seen; once all have agreed to stop, the reason of the first process that has one."""
+        """This process's reason to stop; once all have agreed to stop, the reason of the first process that has one."""
         self.failure: RunError | None = None
         """Set if this process alone has failed; agreed_to_stop raises it once every process knows."""
         self.any_writes = False
