@@ -84,7 +84,9 @@ def build(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: St
             _announce_start(progress, recipe, trainer, stored, environment)
             ledger = _ledger(folder, recipe, trainer, stop_signals, environment) if rank.rank == 0 else None
             monitor = Monitor(watchdog, progress, ledger, Mfu.of_run(trainer.model.config, recipe.data.seq_len, engine))
-            saver = Saver(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
+            # Half of the watchdog's limit: a save that fails on one process costs a save, and not the run.
+            saver = Saver(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every,
+                          recipe.run.watchdog / 2)
             profiler = Profiler(profiled_steps(recipe.run.profile if rank.rank == 0 else "", recipe.train.steps),
                                 folder.path, progress.say, trainer.finished)
             saving = Saving(saver, recipe.checkpoint, recipe.train.steps, _facts(recipe, environment, corpus, stored),

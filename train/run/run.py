@@ -67,7 +67,14 @@ def run(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: Star
         if rule and best and best.beats(last, rule):
             weights = weights_of_best(folder.checkpoints / checkpoint_name(best.step), weights,
                                       f"the best by {rule}: {best}; the last step: {last}")
-        export(weights, recipe.phi1_config(), samples.tokenizer, folder)
+        failure = trained.saving.failure
+        try:
+            export(weights, recipe.phi1_config(), samples.tokenizer, folder)
+        except RunError as error:
+            raise (RunError(f"{failure}; nor could the export: {error}") if failure else error) from None
+        if failure:  # without a summary the run is not complete
+            raise RunError(f"{failure}; the weights of the last step are in {folder.export}; once that is mended, the "
+                           "same command trains from the newest checkpoint to the end again, for its optimizer")
         write_summary(reached, folder)
         show_completions(folder, samples.headers, samples.seed)
         show_summary(reached, folder, samples.headers)

@@ -72,7 +72,7 @@ class Rank:
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return cls(*map(int, found.values()))
         launcher_options(os.getppid())
-        return cls(*map(int, found.values()), os.getppid())
+        return cls(*map(int, found.values()), launcher=os.getppid())
 
     def is_orphan(self) -> bool:
         """Return True once torchrun has ended."""
@@ -239,7 +239,8 @@ def exchange(store: Store, rank: Rank, facts: dict[str, Any]) -> list[dict[str, 
     store.set(f"facts{rank.rank}", json.dumps(facts))
     names = [f"facts{other}" for other in range(rank.world_size)]
     store.wait(names, LONGEST_PREPARATION)  # the watchdog is earlier
-    texts = store.multi_get(names) if store.has_extended_api() else map(store.get, names)
+    at_once = store.has_extended_api()  # type: ignore[attr-defined]  # the stubs lack it; a FileStore cannot
+    texts = store.multi_get(names) if at_once else map(store.get, names)
     return [json.loads(text) for text in texts]
 
 
