@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
+from phi1.arguments import expanded
 from phi1.train.recipe.recipe import KEYS, Recipe
 from phi1.train.runtime.launch import RunError
 
@@ -48,6 +49,12 @@ def read_recipe(file: Path | None, overrides: dict[str, str], shown: str | None 
         if key not in KEYS:
             raise RunError(unknown(key))
         flat[key] = _from_text(key, text)
+    for key, value in flat.items():
+        if isinstance(value, str) and _is_text(KEYS[key]):
+            try:
+                flat[key] = expanded(value)
+            except ValueError as error:
+                raise RunError(f"{key}{str(error).removeprefix(': the path')}") from None
     sections: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         section, leaf = key.split(".", 1)
