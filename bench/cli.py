@@ -97,7 +97,7 @@ def list_cases(args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from phi1.bench.harness.environment import environment
+    from phi1.bench.harness.environment import about, environment
     from phi1.bench.harness.runner import DeviceLostError, Runner
     from phi1.bench.report.results import ResultsFile, lost_in, read, standard_path
 
@@ -156,10 +156,3 @@ def measure(cases: list[Any], runner: Any, file: Any, minutes: float | None) -> 
             print(table.heading(unit))
         print(table.block(record), flush=True)
     return []
-
-
-def about(facts: dict[str, Any]) -> str:
-    """One line on the machine."""
-    where = f"{facts['gpu']}, driver {facts['driver']}" if facts["device"] == "cuda" else \
-        f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads"
-    return f"{where}; torch {facts['torch']}, Triton {facts['triton']}, commit {facts['commit']}"

@@ -2,7 +2,8 @@
 
 Without arguments it trains `nano` on the standard library of this Python: data, tokenizer, model, evaluation,
 checkpoint and a Hugging Face export in runs/nano. `python train/pretrain.py` is the same in one process. The same
-command resumes a run that was stopped.
+command resumes a run that was stopped. Exit codes: 0 complete, 75 saved and the same command goes on, 2 a mistake to
+mend, 1 a mistake of ours, 130 interrupted with nothing saved, 141 the reader of the output is gone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING
 
 from phi1.train.checkpoint.files import checkpoints
 from phi1.train.runtime.launch import (
+    GO_ON,
+    INTERRUPTED,
     Rank,
     RunError,
     announce,
@@ -24,6 +27,8 @@ from phi1.train.runtime.launch import (
     on_signals,
     say,
     stop_with,
+    time_left,
+    write_root_cause,
 )
 
 if TYPE_CHECKING:  # main imports the slow modules, where it can catch Ctrl-C
@@ -50,6 +55,8 @@ def main(file: Path | None = None, purpose: str | None = __doc__) -> int:  # typ
             if rank.rank == 0:
                 show_help(purpose, file)
             return 0
+        if rank.attempt and time_left(rank, recipe.run.time_limit) < 0:  # torchrun restarts what exits with GO_ON
+            leave(GO_ON)
         check_recipe(recipe, rank)
         folder = RunFolder(recipe.run.folder)
         try:
@@ -60,15 +67,15 @@ def main(file: Path | None = None, purpose: str | None = __doc__) -> int:  # typ
         stop_with(str(error), rank, program, alike=folder is None)
     except KeyboardInterrupt:
         on_signals(signal.SIG_IGN)  # Ctrl-C comes twice under torchrun: from the terminal and from it
+        resumes = folder and checkpoints(folder.checkpoints) and recipe and not recipe.run.prove_resume
         if rank.rank == 0:
-            resumes = folder and checkpoints(folder.checkpoints) and recipe and not recipe.run.prove_resume
             then = "goes on from the newest checkpoint" if resumes else "begins anew"
             say(f"{program}: interrupted; the same command {then}", sys.stderr)
-        return 130
+        return GO_ON if resumes else INTERRUPTED
     except RuntimeError:
         if not rank.is_orphan():
             raise
-        stop_with("torchrun has ended; the same command goes on, or begins anew", rank, program)
+        stop_with("torchrun has ended; the same command goes on, or begins anew", rank, program, code=GO_ON)
     except BrokenPipeError:  # the reader of our output has gone away
         return 141
 
@@ -97,9 +104,13 @@ def start_or_resume(recipe: Recipe, folder: RunFolder, rank: Rank) -> int:
     from phi1.train.run.run import run  # only now, since it imports torch
 
     stopped = run(recipe, folder, rank, store, start)
-    if stopped and rank.rank == 0:
-        say(f"{stopped}; go on with: {rank.command(f'--config {shlex.quote(str(folder.config))}')}")
-    return 0
+    if not stopped:
+        return 0
+    line = f"{stopped}; go on with: {rank.command(f'--config {shlex.quote(str(folder.config))}')}"
+    if rank.rank == 0:
+        say(line)
+    write_root_cause(line)
+    return GO_ON
 
 
 if __name__ == "__main__":

@@ -101,8 +101,7 @@ def record(case: Case, device: torch.device, out: Path) -> list[Line]:
     """Run phi1's side of a case under the profiler; writes the trace to `out`."""
     from torch.profiler import ProfilerActivity, profile
 
-    inputs = case.inputs(device, torch.Generator(device).manual_seed(1000))
-    call = bind(case, case.providers[0].prepare(case, device), [inputs])
+    call = bind(case, case.providers[0].prepare(case, device), [case.draw(device)])
     for number in range(WARM_UP):
         call(number)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]

@@ -42,6 +42,7 @@ MAY_IMPORT = {  # room -> the other rooms of its own folder that it may import
     "phi1.kernels": {f"phi1.kernels.{room}" for room in KERNEL_ROOMS},
     "phi1": set(),
     "phi1.weights": {"phi1"},
+    "phi1.integrations": set(),
     "phi1.evaluate": {"phi1", "phi1.weights"},
     "phi1.cli": {"phi1", "phi1.weights", "phi1.evaluate"},
     **below(TRAIN, "phi1.train"),

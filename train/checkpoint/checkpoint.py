@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from phi1 import Phi1
 from phi1.train.checkpoint.files import STATE, Notes, checkpoint_name, checkpoints, commit, describe, prune, step_of
-from phi1.train.runtime.all_ranks import Failed, all_ranks, attempt, fail, reason_of
+from phi1.train.runtime.all_ranks import Failed, all_ranks, fail, reason_of
 from phi1.train.runtime.engine import PATIENCE, all_sum, gather
 from phi1.train.runtime.launch import RunError
 from phi1.train.step.trainer import Trainer
@@ -42,12 +44,14 @@ class Saver:
         folder: the run's checkpoints/, on a disk that all processes share.
         keep: newest checkpoints to keep.
         keep_every: also keep those whose step is a multiple of this; 0 for none.
+        patience: seconds for which a process waits in a save for another one, which may write longer, or have failed;
+            0 for no limit.
     """
 
-    def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0, patience: float = 0.0) -> None:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
-        # A process group of its own, because its collectives run in another thread beside the training's.
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.get_world_size() > 1 else None
+        self._patience = timedelta(seconds=patience) if patience else PATIENCE
+        self._group = self._new_group()
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._flying: _InFlight | None = None
 
@@ -87,7 +91,7 @@ class Saver:
             (copied,) = all_ranks(lambda: self._copy(state, writer), keep=True)
         except Failed as error:
             raise self._given_up(flying, error) from None
-        flying.job = self._pool.submit(attempt, lambda: self._write(copied, writer, notes))
+        flying.job = self._pool.submit(self._try_to_write, copied, writer, notes)
         flying.stall = time.perf_counter() - began
         self._flying = flying
 
@@ -102,7 +106,13 @@ class Saver:
         began = time.perf_counter()
         error, files = flying.job.result()
         try:
-            parts = all_ranks(lambda: fail(error) if error else files)
+            try:
+                parts = all_ranks(lambda: fail(error) if error else files)
+            except Failed:
+                if self._group:  # messages of the failed save may still be under way in it
+                    dist.destroy_process_group(self._group)
+                    self._group = self._new_group()
+                raise
             listed = {name: description for part in parts for name, description in (part or {}).items()}
             all_ranks(lambda: self._commit(flying, listed) if dist.get_rank() == 0 else None)
         except Failed as failure:
@@ -118,6 +128,17 @@ class Saver:
         """
         self._pool.submit(int).result()
         return writer.stage(state)
+
+    def _new_group(self) -> dist.ProcessGroup | None:
+        """Collective: make a process group for saves alone, since they run in a thread beside the training."""
+        return dist.new_group(backend="gloo", timeout=self._patience) if dist.get_world_size() > 1 else None
+
+    def _try_to_write(self, *args: Any) -> tuple[str | None, dict[str, list[int | str]] | None]:
+        """Write in the thread: return (None, files) or (reason, None), whatever fails; nobody would catch it there."""
+        try:
+            return None, self._write(*args)
+        except BaseException as error:
+            return reason_of(error), None
 
     def _write(self, copied: dict[str, Any], writer: dcp.FileSystemWriter,
                notes: dict[str, Any]) -> dict[str, list[int | str]]:
@@ -244,9 +265,14 @@ def _make_room(temporary: Path, needed: int) -> None:
 
 
 def _shortage(folder: Path, needed: int) -> str:
-    """Say how much space the disk lacks, which PyTorch's message does not; "" if it has enough."""
-    free, needed = shutil.disk_usage(folder if folder.exists() else folder.parent).free, needed + MARGIN
+    """Say how much space or how many inodes the disk lacks, which no error does; "" if it has enough."""
+    there = folder if folder.exists() else folder.parent
+    free, needed = shutil.disk_usage(there).free, needed + MARGIN
     if free >= needed:
+        files, of = os.statvfs(there), dist.get_world_size() + 4  # a shard each; metadata, notes, manifest, the folder
+        if files.f_files and files.f_favail < of:
+            return (f"no inodes: it takes {of} files, the disk has room for {files.f_favail} (df -i); remove "
+                    f"{of - files.f_favail} files, or give another --run.folder")
         return ""
     return (f"no disk space: it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; free "
             f"{(needed - free) / 1e6:.1f} MB more, or give another --run.folder")

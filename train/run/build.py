@@ -28,10 +28,11 @@ from phi1.train.run.corpus import open_on_all_ranks
 from phi1.train.run.evaluation import Evaluation
 from phi1.train.run.folder import RunFolder
 from phi1.train.run.monitor import Monitor
-from phi1.train.run.resume import defining, environment_of, notes, start_engine
+from phi1.train.run.ranks import meet
+from phi1.train.run.resume import check_bitwise, defining, notes
 from phi1.train.run.saving import Saving
 from phi1.train.run.start import Start
-from phi1.train.runtime.engine import Engine, build_model, connect_processes
+from phi1.train.runtime.engine import Engine, build_model
 from phi1.train.runtime.launch import Rank, RunError, on_signals
 from phi1.train.runtime.stop_signals import StopSignals
 from phi1.train.runtime.watchdog import Watchdog
@@ -66,26 +67,29 @@ def build(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: St
     """
     if rank.world_size > 1:  # a process that waits for another would not run a handler in Python
         on_signals(signal.SIG_DFL)
-    engine = start_engine(recipe, rank)
-    connect_processes(engine, rank, store)
+    engine, environment = meet(recipe, rank, store)
     folder.check_shared(rank.rank)
     corpus, validation, tokenizer = open_on_all_ranks(recipe, start.fingerprint, rank)
     checkpoint = folder.checkpoints / start.checkpoints[0] if start.checkpoints else None
     stop_signals = StopSignals(rank, recipe.run.time_limit)
     with explained(recipe, engine, folder.path, rank):
         trainer, stored = make_trainer(recipe, engine, corpus, rank, checkpoint)
+        if checkpoint and recipe.run.bitwise:
+            check_bitwise(checkpoint, stored, environment)
         held_out = HeldOut(validation, tokenizer, recipe.data.seq_len, recipe.eval.sequences)  # waits for all ranks
         on_signals(stop_signals.note)
         samples, humaneval = _tasks(recipe, folder, tokenizer, held_out)
         with Progress(recipe.train.steps, trainer.finished, recipe.train.batch_size * recipe.data.seq_len,
                       silent=rank.rank > 0) as progress:
-            _announce_start(progress, recipe, trainer, stored)
-            ledger = _ledger(folder, recipe, trainer, stop_signals) if rank.rank == 0 else None
+            _announce_start(progress, recipe, trainer, stored, environment)
+            ledger = _ledger(folder, recipe, trainer, stop_signals, environment) if rank.rank == 0 else None
             monitor = Monitor(watchdog, progress, ledger, Mfu.of_run(trainer.model.config, recipe.data.seq_len, engine))
-            saver = Saver(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
+            # Half of the watchdog's limit: a save that fails on one process costs a save, and not the run.
+            saver = Saver(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every,
+                          recipe.run.watchdog / 2)
             profiler = Profiler(profiled_steps(recipe.run.profile if rank.rank == 0 else "", recipe.train.steps),
                                 folder.path, progress.say, trainer.finished)
-            saving = Saving(saver, recipe.checkpoint, recipe.train.steps, _facts(recipe, engine, corpus, stored),
+            saving = Saving(saver, recipe.checkpoint, recipe.train.steps, _facts(recipe, environment, corpus, stored),
                             monitor, checkpoint)
             evaluation = Evaluation(held_out, samples, humaneval, recipe.eval, recipe.checkpoint.every,
                                     recipe.train.steps, rank.rank, stop_signals, monitor)
@@ -115,16 +119,17 @@ def _tasks(recipe: Recipe, folder: RunFolder, tokenizer: Tokenizer,
     return samples, HumanEval(folder.samples, tokenizer, read_problems(rules.humaneval), rules.timeout)
 
 
-def _facts(recipe: Recipe, engine: Engine, corpus: Corpus, stored: dict[str, Any]) -> dict[str, Any]:
+def _facts(recipe: Recipe, environment: dict[str, Any], corpus: Corpus, stored: dict[str, Any]) -> dict[str, Any]:
     """Return the facts of the run for its checkpoints, and those of the step that it resumes from."""
     facts = {"defining": defining(recipe), "schedule": schedule_end(recipe.train), "data": corpus.fingerprint,
-             "environment": environment_of(recipe, engine)}
+             "environment": environment}
     return facts | {key: stored[key] for key in ("best", "due") if key in stored}
 
 
-def _announce_start(progress: Progress, recipe: Recipe, trainer: Trainer, stored: dict[str, Any]) -> None:
+def _announce_start(progress: Progress, recipe: Recipe, trainer: Trainer, stored: dict[str, Any],
+                    environment: dict[str, Any]) -> None:
     """Say what is trained on which hardware, and what has changed since the checkpoint."""
-    environment, train = environment_of(recipe, trainer.engine), recipe.train
+    train = recipe.train
     what = f"{recipe.model.preset}, {recipe.phi1_config().num_parameters:,} parameters"
     copies = f" in {environment['replicas']} replicas" if trainer.engine.replicas > 1 else ""
     where = (f"{environment['world_size']} x {environment['device']}{copies}, {environment['threads']} threads, "
@@ -138,14 +143,15 @@ def _announce_start(progress: Progress, recipe: Recipe, trainer: Trainer, stored
         progress.say(f"note: {note}")
 
 
-def _ledger(folder: RunFolder, recipe: Recipe, trainer: Trainer, stop_signals: StopSignals) -> Ledger | None:
+def _ledger(folder: RunFolder, recipe: Recipe, trainer: Trainer, stop_signals: StopSignals,
+            environment: dict[str, Any]) -> Ledger | None:
     """Open rank 0's ledger; if it cannot be written, all processes stop before the first step."""
     try:
         loggers = open_loggers(folder.path, trainer.finished, recipe.as_dict(), tensorboard=recipe.run.tensorboard,
                              wandb=recipe.run.wandb)
         ledger = Ledger(folder.ledger, trainer.finished, loggers)
-        ledger.start({"finished": trainer.finished, "environment": environment_of(recipe, trainer.engine),
-                      "data": trainer.corpus.fingerprint}, recipe.as_dict())
+        ledger.start({"finished": trainer.finished, "environment": environment, "data": trainer.corpus.fingerprint},
+                     recipe.as_dict())
         return ledger
     except RunError as error:
         stop_signals.failure = error

@@ -13,8 +13,8 @@ def train(run: Run) -> bool:
     """Collective: train to the last step. Returns False if the run was stopped before.
 
     Raises:
-        RunError: a process has failed, too many steps in a row were skipped, or the checkpoint at the end cannot be
-            written.
+        RunError: a process has failed, too many steps in a row were skipped, or the checkpoint at a stop cannot be
+            written. If the last step's cannot, `saving.failure` is set, so that the weights are exported all the same.
     """
     trainer, saver = run.trainer, run.saving.saver
     going = run.saving.pending is None or _follow_up(run)
@@ -23,8 +23,14 @@ def train(run: Run) -> bool:
             run.monitor.attempt(run.saving.finish)
         _step(run)
         going = _follow_up(run)
-    run.saving.save(trainer)
-    return going and trainer.finished == trainer.train.steps
+    complete = going and trainer.finished == trainer.train.steps
+    try:
+        run.saving.save(trainer)
+    except RunError as error:
+        if not complete:
+            raise
+        run.saving.failure = error
+    return complete
 
 
 def _step(run: Run) -> None:

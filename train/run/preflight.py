@@ -68,7 +68,8 @@ def check_untrained(folder: RunFolder) -> None:
     left = [path for path in (folder.summary, folder.export) if path.exists()]
     if has_saved(folder.ledger):
         left.append(folder.ledger)
-    if left:
+    # Where no checkpoint could ever be written, the run has an export all the same, and the ledger of this very run.
+    if left and not (left == [folder.export] and folder.ledger.exists()):
         names = ", ".join(map(str, left))
         raise RunError(f"run.folder {folder.path}: it was trained before, but no checkpoint is left in "
                        f"{folder.checkpoints} to go on from; give another --run.folder, or remove {names} to "

@@ -21,10 +21,10 @@ from phi1.train.recipe.recipe import Recipe
 from phi1.train.run.build import make_trainer
 from phi1.train.run.corpus import open_on_all_ranks
 from phi1.train.run.folder import RunFolder
-from phi1.train.run.resume import start_engine
+from phi1.train.run.ranks import meet
+from phi1.train.run.resume import check_bitwise
 from phi1.train.run.start import Start
 from phi1.train.runtime.all_ranks import all_ranks
-from phi1.train.runtime.engine import connect_processes
 from phi1.train.runtime.launch import Rank, say
 from phi1.train.runtime.watchdog import Watchdog
 from phi1.train.step.trainer import Trainer
@@ -40,11 +40,11 @@ def replay(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: S
     """
     first, newest = (folder.checkpoints / name for name in start.checkpoints)
     with Watchdog(rank.rank, recipe.run.watchdog) as watchdog:
-        engine = start_engine(recipe, rank)
-        connect_processes(engine, rank, store)
+        engine, environment = meet(recipe, rank, store)
         folder.check_shared(rank.rank)
         corpus, _, _ = open_on_all_ranks(recipe, start.fingerprint, rank)
-        trainer, _ = make_trainer(recipe, engine, corpus, rank, first)
+        trainer, stored = make_trainer(recipe, engine, corpus, rank, first)
+        check_bitwise(first, stored, environment)
         wrong = _compare(trainer, newest, read_ledger(folder.ledger), watchdog)
         # On all ranks together, since torchrun stops the others, rank 0 too, when one ends with an error.
         all_ranks(lambda: _say(wrong, folder, first, newest) if rank.rank == 0 else None)

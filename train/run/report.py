@@ -54,7 +54,7 @@ def export(weights: Mapping[str, Tensor], config: Phi1Config, tokenizer: Tokeniz
         if not isinstance(error, OSError | ValueError) and not _lacks_memory(error):
             raise
         what = str(error) or "not enough memory"
-        raise RunError(f"{folder.export}: {what}; the last checkpoint is intact: run again to export it") from None
+        raise RunError(f"{folder.export}: {what}; the same command goes on from the newest checkpoint") from None
 
 
 def show_completions(folder: RunFolder, headers: list[str], seed: int) -> None:

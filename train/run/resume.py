@@ -29,8 +29,11 @@ def start_engine(recipe: Recipe, rank: Rank) -> Engine:
     return start(rank, run.device, train.precision, train.threads, run.shard_group, run.reshard)
 
 
-def environment_of(recipe: Recipe, engine: Engine) -> dict[str, str | int]:
-    """Return what may change when a run resumes, but must be equal for equal bits: the engine and the micro-batch."""
+def environment_of(recipe: Recipe, engine: Engine) -> dict[str, Any]:
+    """Return what may change when a run resumes, but must be equal for equal bits: the engine and the micro-batch.
+
+    `ranks.meet` adds the hardware of the other processes.
+    """
     micro_batch = recipe.train.micro_batch_size or recipe.train.batch_size // engine.world_size
     return engine.environment() | {"micro_batch": micro_batch}
 
@@ -74,9 +77,13 @@ def check_bitwise(checkpoint: Path, stored: dict[str, Any], environment: dict[st
 
 
 def _changed_environment(stored: dict[str, Any], environment: dict[str, Any]) -> str:
-    before = stored["environment"]
-    return "; ".join(f"{key} was {before.get(key, 'not recorded')}, is {value}" for key, value in environment.items()
-                     if before.get(key) != value)
+    from phi1.train.runtime.environment import differences  # imports torch, which a complete run does not need
+
+    before = {key: value for key, value in stored["environment"].items() if key in environment}
+    changed = [f"{key} was {old}, is {new}" for key, (old, new) in
+               differences(before, {key: environment[key] for key in before}).items()]
+    unknown = [key for key in environment if key not in before]
+    return "; ".join(changed + ([f"{', '.join(unknown)} not recorded"] if unknown else []))
 
 
 def check_data(checkpoint: Path, stored: dict[str, Any], train: Corpus) -> None:

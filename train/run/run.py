@@ -41,7 +41,7 @@ def run(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: Star
         start: the corpus that rank 0 has verified, and the checkpoint to resume from, if any.
 
     Returns:
-        None if the run is complete; else the step and the reason of its stop, for rank 0 to print.
+        None if the run is complete; else the step and the reason of its stop.
 
     Raises:
         RunError: the run cannot continue; every process raises it.
@@ -52,11 +52,11 @@ def run(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: Star
     dist.destroy_process_group()
     trainer, stop_signals = trained.trainer, trained.stop_signals
     if found is None:
-        return (f"stopped by {stop_signals.signal_name or 'a signal'} after step {trainer.finished:,} of "
+        return (f"stopped by {stop_signals.reason} after step {trainer.finished:,} of "
                 f"{recipe.train.steps:,}, which is saved in {trained.saving.saved}")
     if rank.rank == 0:
         on_signals(signal.default_int_handler)  # from here on a stop has nothing to save
-        if stop_signals.signal_name:  # a signal since all ranks last agreed to continue
+        if stop_signals.reason:  # a signal since all ranks last agreed to continue
             raise KeyboardInterrupt
         figures, solved = found
         held_out, samples, progress = trained.evaluation.held_out, trained.evaluation.samples, trained.monitor.progress
@@ -67,7 +67,14 @@ def run(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: Star
         if rule and best and best.beats(last, rule):
             weights = weights_of_best(folder.checkpoints / checkpoint_name(best.step), weights,
                                       f"the best by {rule}: {best}; the last step: {last}")
-        export(weights, recipe.phi1_config(), samples.tokenizer, folder)
+        failure = trained.saving.failure
+        try:
+            export(weights, recipe.phi1_config(), samples.tokenizer, folder)
+        except RunError as error:
+            raise (RunError(f"{failure}; nor could the export: {error}") if failure else error) from None
+        if failure:  # without a summary the run is not complete
+            raise RunError(f"{failure}; the weights of the last step are in {folder.export}; once that is mended, the "
+                           "same command trains from the newest checkpoint to the end again, for its optimizer")
         write_summary(reached, folder)
         show_completions(folder, samples.headers, samples.seed)
         show_summary(reached, folder, samples.headers)

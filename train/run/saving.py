@@ -11,6 +11,7 @@ from phi1.train.checkpoint.checkpoint import Saver
 from phi1.train.checkpoint.files import checkpoint_name
 from phi1.train.recipe.recipe import Checkpoint
 from phi1.train.run.monitor import Monitor
+from phi1.train.runtime.launch import RunError
 from phi1.train.step.trainer import Trainer
 
 
@@ -32,6 +33,8 @@ class Saving:
         self.saver, self.rules, self.steps, self.monitor = saver, rules, steps, monitor
         self.saved = saved
         """The newest checkpoint."""
+        self.failure: RunError | None = None
+        """The error for which the last step of a complete run has no checkpoint."""
         self.pending: dict[str, Any] | None = facts.get("due")
         """Results of the evaluations after the finished step that a stop interrupted; None if it did not."""
         self._facts = {key: value for key, value in facts.items() if key != "due"}

@@ -50,4 +50,5 @@ def reason_of(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(f"{error}".split())[:500] or type(error).__name__
+    text, kind = " ".join(f"{error}".split())[:500], type(error).__name__
+    return text if text and isinstance(error, Exception | CheckpointException) else f"{kind} {text}".strip()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,9 @@ from torch.distributed.tensor import DTensor, Shard
 from phi1 import Phi1, Phi1Config, load
 from phi1.mixed_precision import WorkingCopies
 from phi1.train.runtime.all_ranks import all_ranks, attempt, fail
+from phi1.train.runtime.environment import surroundings
 from phi1.train.runtime.launch import Rank, RunError, cores
-from phi1.train.runtime.provenance import cpu, sources, versions
+from phi1.train.runtime.provenance import sources
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -58,14 +59,12 @@ class Engine:
         """True for a single process on a CPU: there is nothing to shard and nothing to overlap."""
         return self.world_size == 1 and self.device.type == "cpu"
 
-    def environment(self) -> dict[str, str | int]:
+    def environment(self) -> dict[str, Any]:
         """Return what must be equal for a bitwise replay; checkpoints and the ledger store it."""
-        hardware = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu()
         # Resharding changes the order in which gradients are added, and so the bits; but not with a single process.
         return {"world_size": self.world_size, "replicas": self.replicas, "threads": self.threads,
-                "precision": self.precision, "device": self.device.type, "hardware": hardware,
-                "torch": torch.__version__, "triton": versions().get("triton", "none"), "numpy": versions()["numpy"],
-                "phi1": sources(), "reshard": self.reshard and self.world_size > 1}
+                "precision": self.precision, "device": self.device.type, "phi1": sources(),
+                "reshard": self.reshard and self.world_size > 1} | surroundings(self.device)
 
 
 def start(rank: Rank, device_name: str, precision: str, threads: int, shard_group: int = 0,

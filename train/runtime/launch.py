@@ -3,12 +3,17 @@
 torchrun prints a block of its own for every worker that fails, and always exits with 1. Therefore a run is refused
 before any process group exists: rank 0 prints one line, writes the same line where torchrun looks for the root cause,
 and exits with 2; the other ranks wait until torchrun stops them.
+
+torchrun itself exits with 1 whenever a worker exits with anything but 0. The worker's code is in torchrun's report.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -17,12 +22,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+# Exit codes beside 0 (complete), 1 (our mistake) and 141 (128 + SIGPIPE).
+MISTAKE = 2  # the user can mend it
+GO_ON = 75  # EX_TEMPFAIL: saved, or nothing lost; the same command goes on
+INTERRUPTED = 130  # 128 + SIGINT; nothing is saved
 LONGEST_PREPARATION = timedelta(days=2)  # rank 0 may have to tokenise a large corpus while the others wait
 # torchrun stops the other ranks about a second after rank 0 has exited, and names the first that exits as the cause.
 # If all ranks refuse alike, the others give rank 0 longer, since a busy machine may delay its message.
@@ -30,6 +40,7 @@ GRACE_SECONDS, ALIKE_SECONDS = 20, 180
 # The variables that torchrun sets for each process, with their values without it, in the order of Rank's fields.
 _ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
                 "TORCHELASTIC_RESTART_COUNT": "0"}
+_LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "run.py")
 
 
 class RunError(Exception):
@@ -58,7 +69,10 @@ class Rank:
         if not all(map(str.isdecimal, found.values())) or int(found["RANK"]) >= int(found["WORLD_SIZE"]):
             raise RunError("torchrun numbers the processes it starts; for one alone unset RANK and WORLD_SIZE; got "
                            + ", ".join(f"{name}={text}" for name, text in found.items()))
-        return cls(*map(int, found.values()), *([os.getppid()] if "TORCHELASTIC_RUN_ID" in os.environ else []))
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return cls(*map(int, found.values()))
+        launcher_options(os.getppid())
+        return cls(*map(int, found.values()), launcher=os.getppid())
 
     def is_orphan(self) -> bool:
         """Return True once torchrun has ended."""
@@ -70,20 +84,57 @@ class Rank:
         Raises:
             RunError: the number of processes is not a multiple of it.
         """
-        group = asked or self.local_world_size
-        if self.world_size % group:
-            raise RunError(f"run.shard_group must divide the number of processes, {self.world_size}; got {group}"
-                           + ("" if asked else ", the processes of this machine"))
-        return group
+        if asked and self.world_size % asked:
+            raise RunError(f"run.shard_group must divide the number of processes, {self.world_size}; got {asked}")
+        return asked or self.local_world_size  # machines of unequal size are refused once all processes have met
 
     def command(self, arguments: str) -> str:
-        """Return the command line that starts this script in the same way, with other arguments."""
+        """Return the command line that starts this script in the same way, with other arguments, on every machine."""
         if not self.launcher:
             return f"python {sys.argv[0]} {arguments}"
+        if given := launcher_options(self.launcher):
+            return f"torchrun {given} {sys.argv[0]} {arguments}"
         nodes = self.world_size // self.local_world_size
         where = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:PORT" if nodes > 1 else "--standalone"
         processes = f" --nproc-per-node {self.local_world_size}" if self.local_world_size > 1 else ""
         return f"torchrun {where}{processes} {sys.argv[0]} {arguments}"
+
+
+@functools.cache  # the first call is made while torchrun runs
+def launcher_options(process: int) -> str:
+    """Return the options that torchrun was given, as text for a shell; "" if the system does not tell them.
+
+    A machine's own number is replaced by NUMBER, so that the line serves on every machine.
+    """
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_bytes().decode().split("\0")
+        given = words[:words.index(sys.argv[0])]
+    except (OSError, ValueError):
+        return ""
+    first = next((at + 1 for at, word in enumerate(given) if word.split("/")[-1] in _LAUNCHERS), len(given))
+    options: list[str] = []
+    for word in given[first:]:
+        name, equals, _ = word.replace("_", "-").partition("=")
+        if name == "--node-rank" and equals:
+            word = "--node-rank=NUMBER"
+        elif options and options[-1].replace("_", "-") == "--node-rank":
+            word = "NUMBER"
+        options.append(word)
+    return shlex.join(options)
+
+
+def time_left(rank: Rank, limit: float) -> float:
+    """Return the seconds until a limit of minutes since the launch; infinity for 0, no limit."""
+    return 60 * limit - _age(rank.launcher or os.getpid()) if limit else math.inf
+
+
+def _age(process: int) -> float:
+    """Return the seconds since a process was started; 0 if the system does not say."""
+    try:
+        started = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return 0.0
 
 
 def say(text: str = "", to: TextIO | None = None, end: str = "\n") -> None:
@@ -99,8 +150,9 @@ def say(text: str = "", to: TextIO | None = None, end: str = "\n") -> None:
             raise
 
 
-def stop_with(message: str, rank: Rank, program: str = "pretrain", alike: bool = False) -> NoReturn:
-    """End this process with exit code 2, after rank 0 has said why; `alike`: every process has found the same error.
+def stop_with(message: str, rank: Rank, program: str = "pretrain", alike: bool = False,
+              code: int = MISTAKE) -> NoReturn:
+    """End this process with an exit code, after rank 0 has said why; `alike`: every process has found the same error.
 
     A restarted attempt meets the same error again, so only attempt 0 prints it.
     """
@@ -108,14 +160,14 @@ def stop_with(message: str, rank: Rank, program: str = "pretrain", alike: bool =
     if rank.rank == 0:
         if rank.attempt == 0:
             say(f"{program}: error: {line}", sys.stderr)
-        _write_root_cause(f"{program}: error: {line}")
+        write_root_cause(f"{program}: error: {line}")
     elif rank.launcher:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(ALIKE_SECONDS if alike else GRACE_SECONDS)
         # Not stopped by torchrun: rank 0 has no such error, and waits for this process.
         say(f"{program}: error: rank {rank.rank}: {line}", sys.stderr)
-        _write_root_cause(f"{program}: error: rank {rank.rank}: {line}")
-    leave(2)  # a rank that waits inside a collective would otherwise be joined at exit
+        write_root_cause(f"{program}: error: rank {rank.rank}: {line}")
+    leave(code)  # a rank that waits inside a collective would otherwise be joined at exit
 
 
 def leave(code: int) -> NoReturn:
@@ -128,7 +180,8 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _write_root_cause(line: str) -> None:
+def write_root_cause(line: str) -> None:
+    """Write why this process ends where torchrun looks for the root cause."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         detail = {"py_callstack": line, "timestamp": str(int(time.time()))}  # torchrun shows the "call stack" alone
         with suppress(OSError), open(path, "w") as file:  # the line is on stderr already
@@ -181,6 +234,16 @@ def connect(rank: Rank) -> Store:
     return PrefixStore(f"phi1/attempt{rank.attempt}", tcp)
 
 
+def exchange(store: Store, rank: Rank, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the facts, JSON values, of all processes in the order of their ranks, before any process group exists."""
+    store.set(f"facts{rank.rank}", json.dumps(facts))
+    names = [f"facts{other}" for other in range(rank.world_size)]
+    store.wait(names, LONGEST_PREPARATION)  # the watchdog is earlier
+    at_once = store.has_extended_api()  # type: ignore[attr-defined]  # the stubs lack it; a FileStore cannot
+    texts = store.multi_get(names) if at_once else map(store.get, names)
+    return [json.loads(text) for text in texts]
+
+
 def announce(store: Store, rank: Rank, decision: str) -> str:
     """Return rank 0's decision on all processes, after it has checked the run and prepared the data.
 
@@ -195,4 +258,4 @@ def announce(store: Store, rank: Rank, decision: str) -> str:
         return store.get("start").decode()
     except RuntimeError:  # DistStoreError and DistNetworkError derive from it
         time.sleep(GRACE_SECONDS)
-        os._exit(2)
+        os._exit(MISTAKE)

@@ -9,15 +9,14 @@ but only on Linux; it also fires when just the forking thread ends, and never if
 
 from __future__ import annotations
 
-import math
-import os
 import signal
+import socket
 import time
-from pathlib import Path
 from types import FrameType
 
+from phi1.train.runtime.all_ranks import all_ranks
 from phi1.train.runtime.engine import all_sum
-from phi1.train.runtime.launch import Rank, RunError
+from phi1.train.runtime.launch import Rank, RunError, time_left
 
 
 class StopSignals:
@@ -29,21 +28,21 @@ class StopSignals:
     """
 
     def __init__(self, rank: Rank, time_limit: float = 0.0) -> None:
-        self.signal_name: str | None = None
+        self.reason: str | None = None
+        """This process's reason to stop; once all have agreed to stop, the reason of the first process that has one."""
         self.failure: RunError | None = None
         """Set if this process alone has failed; agreed_to_stop raises it once every process knows."""
         self.any_writes = False
         """True if any process, this one included, was writing a checkpoint when all last agreed."""
         self._rank = rank
-        launched = time.monotonic() - _age(rank.launcher or os.getpid())
-        self._deadline = launched + 60 * time_limit if time_limit else math.inf
+        self._deadline = time.monotonic() + time_left(rank, time_limit)
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal: it is a request to stop.
 
         A second signal changes nothing: a terminal sends Ctrl-C to the workers, and torchrun sends them another one.
         """
-        self.signal_name = signal.Signals(number).name
+        self.reason = signal.Signals(number).name
 
     def agreed_to_stop(self, writes: bool = False) -> bool:
         """Collective: return True if any process wants to stop.
@@ -52,23 +51,19 @@ class StopSignals:
             writes: this process still writes a checkpoint; `any_writes` is set to True if any process does.
 
         Raises:
-            RunError: a process has failed. The message names the reason on that process alone.
+            RunError: a process has failed; every process raises the error of the first.
         """
         if self._rank.is_orphan():
-            self.signal_name = self.signal_name or "the end of torchrun"
+            self.reason = self.reason or f"the end of torchrun on {socket.gethostname()}"
         if time.monotonic() > self._deadline:
-            self.signal_name = self.signal_name or "run.time_limit"
-        requests, failures, writers = all_sum(self.signal_name is not None, self.failure is not None, writes)
+            self.reason = self.reason or "run.time_limit"
+        requests, failures, writers = all_sum(self.reason is not None, self.failure is not None, writes)
         self.any_writes = writers > 0
         if failures:
-            raise self.failure or RunError("another process has failed")
+            raise RunError(self._first(str(self.failure) if self.failure else None))
+        if requests:
+            self.reason = self._first(self.reason)
         return requests > 0
 
-
-def _age(process: int) -> float:
-    """Return the seconds since a process was started; 0 if the system does not say."""
-    try:
-        started = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError):
-        return 0.0
+    def _first(self, own: str | None) -> str:
+        return next(text for text in all_ranks(lambda: own) if text is not None)

@@ -21,9 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from phi1.train.runtime.launch import say
+from phi1.train.runtime.launch import GO_ON, say
 
-HUNG = 75  # exit code EX_TEMPFAIL: trying again may help
 HEARTBEAT_SECONDS = 5.0
 
 
@@ -86,4 +85,4 @@ class Watchdog:
 def _end(message: str) -> NoReturn:
     say(f"{Path(sys.argv[0]).stem}: error: {message}", sys.stderr)
     faulthandler.dump_traceback(sys.stderr, all_threads=True)
-    os._exit(HUNG)
+    os._exit(GO_ON)

@@ -19,11 +19,13 @@ from phi1.train.run import loop
 from phi1.train.run import run as run_module
 from phi1.train.run.build import Run
 from phi1.train.run.evaluation import Evaluation
+from phi1.train.run.folder import RunFolder
 from phi1.train.run.monitor import Monitor
 from phi1.train.run.run import weights_of_best, weights_of_last
 from phi1.train.run.saving import Saving
+from phi1.train.run.start import Start
 from phi1.train.runtime.all_ranks import Failed
-from phi1.train.runtime.launch import RunError
+from phi1.train.runtime.launch import Rank, RunError
 from phi1.train.step.trainer import Outcome
 
 RULES = {"train.steps": "6", "checkpoint.every": "1", "checkpoint.keep": "1", "eval.every": "1"}
@@ -156,3 +158,30 @@ def test_a_run_goes_on_without_a_humaneval_that_cannot_be_run(small_corpus, engi
     assert "warning: HumanEval after step 2 is missing: No space left on device; the run goes on" in scene.said
     assert scene.run.saving.best is None
     assert scene.run.evaluation.at_the_end(scene.run.trainer) == (Figures(1.0, 1.0, 1, 1), None)
+
+
+def test_the_weights_are_exported_without_a_last_checkpoint(small_corpus, engines, tmp_path, monkeypatch):
+    scene = Scene(make_trainer(small_corpus, engines), tmp_path / "checkpoints", LOSSES | {6: 1.0})
+    begin = scene.run.saving.saver.begin
+
+    def begin_but_6(trainer, facts):
+        if trainer.finished == 6:
+            raise RunError("checkpoint step-6 could not be written: no disk space")
+        begin(trainer, facts)
+
+    monkeypatch.setattr(scene.run.saving.saver, "begin", begin_but_6)
+    assert loop.train(scene.run)
+    exported, folder = [], RunFolder(tmp_path)
+    scene.run.evaluation.held_out.text = b"x"
+    scene.run.evaluation.samples.tokenizer = None
+    scene.run.monitor.progress.tokens_per_s = lambda finished: 1.0
+    monkeypatch.setattr(run_module, "train", lambda *_: (scene.run, (Figures(1.0, 1.0, 1, 1), None), {}))
+    monkeypatch.setattr(run_module, "on_signals", lambda handler: None)
+    monkeypatch.setattr(run_module.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(run_module, "export", lambda *_: exported.append(True))
+    scene.run.stop_signals.reason = None
+    with pytest.raises(RunError, match=r"checkpoint step-6 could not be written: no disk space; the weights of the "
+                                       r"last step are in .*export; once that is mended, the same command trains from"):
+        run_module.run(read_recipe(None, {}), folder, Rank(), None, Start())
+    assert exported
+    assert not folder.summary.exists(), "the run is not complete"

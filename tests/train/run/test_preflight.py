@@ -42,8 +42,11 @@ def test_a_trained_run_without_checkpoints_is_not_begun_anew(tmp_path, left):
         f"from; give another --run.folder, or remove {folder.path / left} to start over")
 
 
-def test_a_run_killed_before_its_first_checkpoint_may_begin_anew(tmp_path):
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_run_that_never_saved_a_checkpoint_may_begin_anew(tmp_path, exported):
     folder = RunFolder(tmp_path)
+    if exported:
+        folder.export.mkdir()
     folder.ledger.write_text('{"start": {}}\n{"step": 1}\n{"sav')
     check_untrained(folder)
 

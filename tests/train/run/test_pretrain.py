@@ -28,6 +28,7 @@ from training_runs import (
 
 from phi1.train.checkpoint.files import checkpoints, find_damage
 from phi1.train.metrics.ledger import read_ledger
+from phi1.train.runtime.launch import GO_ON
 
 
 def test_a_run_ends_with_a_summary_an_export_and_a_falling_loss(place, uninterrupted):
@@ -99,7 +100,7 @@ def test_a_signal_saves_and_says_how_to_go_on(place, uninterrupted, number):
     process.send_signal(number)
     release(place, name)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    assert process.returncode == GO_ON, err
     match = re.search(rf"stopped by {number.name} after step (\d+) of {STEPS}, which is saved in \S+; go on with: "
                       rf"python (\S+) --config (\S+)$", out, re.MULTILINE)
     assert match, out

@@ -80,7 +80,7 @@ def test_an_export_that_cannot_be_written_is_one_line(folder, monkeypatch, error
     with pytest.raises(RunError) as raised:
         export({}, None, None, folder)
     assert str(raised.value).startswith(f"{folder.export}: {message}")
-    assert str(raised.value).endswith("; the last checkpoint is intact: run again to export it")
+    assert str(raised.value).endswith("; the same command goes on from the newest checkpoint")
 
 
 def test_completions_without_enough_memory_are_left_out(folder, monkeypatch, capsys):

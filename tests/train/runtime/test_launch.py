@@ -2,11 +2,13 @@
 
 import os
 import socket
+import subprocess
 import sys
 
 import pytest
 import torch.distributed as dist
 from torch.distributed import HashStore
+from training_runs import wait_until
 
 from phi1.train import pretrain
 from phi1.train.runtime import launch
@@ -79,7 +81,7 @@ def test_the_end_of_torchrun_is_noticed_whenever_it_was(started):
         end()  # while the data are prepared, say
         stop_signals = StopSignals(place)
         assert stop_signals.agreed_to_stop()
-        assert stop_signals.signal_name == "the end of torchrun"
+        assert stop_signals.reason == f"the end of torchrun on {socket.gethostname()}"
         assert not StopSignals(Rank()).agreed_to_stop()
     finally:
         dist.destroy_process_group()
@@ -109,7 +111,8 @@ def test_what_fails_for_want_of_torchrun_is_one_line_and_what_else_fails_is_a_mi
             started[1]()
         raise RuntimeError("Connection reset by peer\nframe #0: c10::Error")
 
-    def stop_with(line, *_):
+    def stop_with(line, *_, code):
+        assert code == launch.GO_ON
         raise SystemExit(line)
 
     monkeypatch.setattr(pretrain, "start_or_resume", loses)
@@ -118,3 +121,19 @@ def test_what_fails_for_want_of_torchrun_is_one_line_and_what_else_fails_is_a_mi
     with pytest.raises((SystemExit, RuntimeError)) as error:
         pretrain.main()
     assert str(error.value).startswith("torchrun has ended; the same command goes on" if ended else "Connection reset")
+
+
+@pytest.mark.parametrize(("given", "shown"), [
+    ("torchrun --nnodes 1:2 --max-restarts 3 --nproc_per_node=2", "--nnodes 1:2 --max-restarts 3 --nproc_per_node=2"),
+    ("-m torch.distributed.run --node_rank 1 --nnodes=2", "--node_rank NUMBER --nnodes=2"),
+    ("/bin/torchrun --node-rank=1 --rdzv-id a", "--node-rank=NUMBER --rdzv-id a"),
+])
+def test_the_command_to_go_on_has_the_options_that_torchrun_was_given(monkeypatch, given, shown):
+    words = [sys.executable, "-c", "input()", *given.split(), "train/finetune.py", "--train.steps", "3"]
+    monkeypatch.setattr(sys, "argv", ["train/finetune.py"])
+    with subprocess.Popen(words, stdin=subprocess.PIPE) as process:
+        rank = Rank(world_size=4, local_world_size=2, launcher=process.pid)
+        wait_until(lambda: launch.launcher_options.__wrapped__(process.pid))
+        assert rank.command("--x 1") == f"torchrun {shown} train/finetune.py --x 1"
+        process.communicate(b"\n")
+    assert rank.command("--x 1") == f"torchrun {shown} train/finetune.py --x 1", "as well once torchrun has ended"

@@ -5,7 +5,7 @@ import socket
 import subprocess
 
 import pytest
-from training_runs import STEPS, command, in_processes, steps
+from training_runs import STEPS, command, finished, in_processes, starts, steps, wait_for
 
 from phi1.train.metrics.ledger import read_ledger
 from phi1.train.run import folder as runfolder
@@ -76,6 +76,36 @@ def test_a_damaged_corpus_of_another_machine_is_named(place, other):
     assert code == 1
     assert f"error: rank 1 on {socket.gethostname()}: data/train-00000.bin: damaged: its content hash is wrong" in said
     assert not (place / "shared" / "ledger.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_when_one_machine_s_torchrun_dies_the_others_save_and_are_restarted(place):
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    agents = []
+    for host in (1, 0):
+        launcher = ("--nnodes", "1:2", "--max-restarts", "2", "--rdzv-backend", "c10d", "--rdzv-id", "machines",
+                    "--rdzv-endpoint", f"localhost:{port}", "--local-addr", "localhost", "--rdzv-conf",
+                    f"is_host={host},last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2")
+        words = command("survivor", 1, launcher=launcher, train__steps=200, train__schedule_steps=STEPS,
+                        checkpoint__every=0)
+        words.remove("--standalone")
+        agents.append(subprocess.Popen(words, cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                       start_new_session=True))
+    survivor, dying = agents
+    try:
+        wait_for(survivor, lambda: finished(place, "survivor") >= 3)
+        dying.kill()
+        out, err = survivor.communicate(timeout=300)
+    finally:
+        for agent in agents:
+            agent.terminate()
+            agent.communicate()
+    assert survivor.returncode == 0, err
+    said = out + err  # rank 0 may have been on either
+    assert starts(place, "survivor") == 2
+    assert [step["step"] for step in steps(place, "survivor")] == list(range(1, 201))
+    assert "world_size was 2, is 1" in said
 
 
 def folder_checked(rank, store, folders):

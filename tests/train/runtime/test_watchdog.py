@@ -18,8 +18,9 @@ from phi1.train.run import run as run_module
 from phi1.train.run.folder import RunFolder
 from phi1.train.run.start import Start
 from phi1.train.runtime import watchdog as watch_module
-from phi1.train.runtime.launch import Rank, RunError
-from phi1.train.runtime.watchdog import HUNG, Watchdog
+from phi1.train.runtime.engine import Engine
+from phi1.train.runtime.launch import GO_ON, Rank, RunError
+from phi1.train.runtime.watchdog import Watchdog
 
 
 def look_on(watchdog, looks, between):
@@ -74,7 +75,7 @@ def test_a_process_that_hangs_ends_with_its_stack():
             "def wait_for_nothing():\n    time.sleep(60)\n"
             "watchdog = Watchdog(1, 0.3)\nwatchdog.report('step 2')\nwith watchdog:\n    wait_for_nothing()\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == HUNG
+    assert done.returncode == GO_ON
     assert done.stderr.startswith("finetune: error: rank 1 has been in step 2 for ")
     assert "where run.watchdog allows 0.3: it hangs, or waits for a rank that does; its threads:" in done.stderr
     assert "in wait_for_nothing" in done.stderr
@@ -92,7 +93,7 @@ def test_a_process_that_was_suspended_is_not_one_that_hangs():
     assert process.returncode == 0, err
 
 
-@pytest.mark.parametrize("hangs", ["connect_processes", "open_on_all_ranks", "make_trainer"])
+@pytest.mark.parametrize("hangs", ["meet", "open_on_all_ranks", "make_trainer"])
 def test_a_process_that_hangs_before_the_first_step_is_found(tmp_path, monkeypatch, hangs):
     said = []
 
@@ -103,7 +104,7 @@ def test_a_process_that_hangs_before_the_first_step_is_found(tmp_path, monkeypat
         raise RunError("enough")
 
     monkeypatch.setattr(watch_module, "_end", said.append)
-    monkeypatch.setattr(build_module, "connect_processes", lambda *_: None)
+    monkeypatch.setattr(build_module, "meet", lambda *_: (Engine(torch.device("cpu"), "fp32", 1, 1), {}))
     monkeypatch.setattr(RunFolder, "check_shared", lambda *_: None)
     monkeypatch.setattr(build_module, "open_on_all_ranks", lambda *_: (None, None, None))
     monkeypatch.setattr(build_module, hangs, hang)
