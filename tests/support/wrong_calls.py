@@ -44,7 +44,7 @@ WRONG: dict[str, tuple[Any, ...]] = {  # annotation without `| None` -> values t
     "int": NO_WHOLE, "float": NO_REAL, "bool": NO_FLAG, "torch.Tensor": NO_TENSOR, "Tensor": NO_TENSOR,
     "Dropout": NO_OBJECT, "tuple[Dropout | None, Dropout | None, Dropout | None]": (*NO_OBJECT, [None], [5, 5, 5]),
     "tuple[torch.Tensor, torch.Tensor]": (*NO_OBJECT, [None, None], (1, 2)), "str": NO_WORD, "Phi1Config": NO_OBJECT,
-    "Cache": NO_OBJECT, "Phi1": (*NO_OBJECT, torch.nn.Linear(1, 1)), "Tokenizer": NO_OBJECT,
+    "Cache": NO_OBJECT, "nn.Module": NO_OBJECT, "Phi1": (*NO_OBJECT, torch.nn.Linear(1, 1)), "Tokenizer": NO_OBJECT,
     "tokenizers.Tokenizer": NO_OBJECT, "str | Path": NO_PATH, "torch.device | str": (5, True, 1.5, "nonsense", "", [1]),
     "torch.dtype": (5, True, "float", [1], torch.int8, torch.bool, torch.complex64, torch.float8_e5m2),
     "torch.dtype | str": (5, True, "x", "", [1], torch.int8, torch.complex64), "Iterable[int]": NO_IDS,
@@ -114,7 +114,8 @@ FINE: dict[tuple[str, str], Callable[[Any], bool]] = {  # what a function does t
 def wrong_tensors(x: torch.Tensor, shaped: bool) -> list[torch.Tensor]:
     """Return tensors that are no dense ones of x's dtype, device and shape."""
     dtypes = (torch.bool, torch.complex64) + ((torch.int32, torch.int8) if x.is_floating_point() else (torch.float32,))
-    wrong = [x.to_sparse(), x.to("meta"), torch.nested.nested_tensor([x, x]), *(x.to(dtype) for dtype in dtypes)]
+    wrong = [x.to_sparse(), x.to("meta"), torch.nested.nested_tensor([x, x]),
+             *(x.to(dtype) for dtype in dtypes if dtype != x.dtype)]
     if x.is_floating_point():
         wrong += [x.double(), torch.quantize_per_tensor(x.detach(), 0.1, 0, torch.qint8)]
     return wrong + ([x[None], torch.cat((x, x), -1)] if shaped else [])
@@ -182,6 +183,8 @@ def model_calls(folder: Path) -> Iterator[Call]:
     yield Call(tokenizer.save, {"folder": folder / "tokenizer"}, r"Tokenizer\.save")
     yield Call(Tokenizer.from_folder, {"folder": folder / "model"}, "load_tokenizer")
     yield Call(train_bpe, {"texts": ["x"], "vocab_size": 300}, "train_bpe")
+    yield Call(phi1.patch, {"model": small}, r"phi1\.patch", {"model": "nn.Module"})
+    yield Call(phi1.unpatch, {"model": small}, r"phi1\.unpatch", {"model": "nn.Module"})
     yield Call(phi1.WorkingCopies, {"model": small, "dtype": torch.float32}, "WorkingCopies",
                {"dtype": "torch.dtype"})
 
