@@ -39,13 +39,12 @@ def test_case(benchmark, case: Case, provider: Provider) -> None:
 
 def measure(benchmark, case: Case, provider: Provider) -> None:
     device = torch.device(KIND)
-    copies = [case.inputs(device, torch.Generator(device).manual_seed(1000 + seed)) for seed in range(2)]
+    copies = [case.draw(device, seed) for seed in range(2)]
     torch._dynamo.reset()  # or what earlier cases compiled counts against torch's limit of recompiles
     function = provider.prepare(case, device)
     if case.reference is not None and provider.comparable:
         exact = check.Exact(case, copies[0])
-        yardstick = next((p for p in case.providers if p.name == check.YARDSTICK and p.comparable), None)
-        if yardstick is not None:
+        if yardstick := check.yardstick_of(case):
             exact.judge(yardstick.prepare(case, device), check.YARDSTICK)
         verdict = exact.judge(function, provider.name)
         assert not verdict.complaint, verdict.complaint

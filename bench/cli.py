@@ -8,9 +8,9 @@ import importlib
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+from phi1.arguments import path_option
 from phi1.bench.harness.parser import MakeParser, choose_device
 from phi1.bench.harness.processes import sigterm_as_ctrl_c
 
@@ -56,9 +56,9 @@ def parse(argv: list[str], make_parser: MakeParser) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="without it cuda where there is a device")
     parser.add_argument("--seconds", type=float, help="time for the rounds of a case (4; 1 with --quick)")
     parser.add_argument("--minutes", type=float, help="start no case after this long; those not reached are named")
-    parser.add_argument("--last", type=Path, metavar="FILE",
+    parser.add_argument("--last", type=path_option, metavar="FILE",
                         help="cases that this results file has come last, without those who lost the GPU there")
-    parser.add_argument("--json", type=Path, metavar="FILE",
+    parser.add_argument("--json", type=path_option, metavar="FILE",
                         help="write the results to this file, case by case; after exit code 3, a peer that lost the "
                              "GPU, the same command goes on without it")
     parser.add_argument("--save", action="store_true",
@@ -97,7 +97,7 @@ def list_cases(args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from phi1.bench.harness.environment import environment
+    from phi1.bench.harness.environment import about, environment
     from phi1.bench.harness.runner import DeviceLostError, Runner
     from phi1.bench.report.results import ResultsFile, lost_in, read, standard_path
 
@@ -156,10 +156,3 @@ def measure(cases: list[Any], runner: Any, file: Any, minutes: float | None) -> 
             print(table.heading(unit))
         print(table.block(record), flush=True)
     return []
-
-
-def about(facts: dict[str, Any]) -> str:
-    """One line on the machine."""
-    where = f"{facts['gpu']}, driver {facts['driver']}" if facts["device"] == "cuda" else \
-        f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads"
-    return f"{where}; torch {facts['torch']}, Triton {facts['triton']}, commit {facts['commit']}"

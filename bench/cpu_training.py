@@ -22,8 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from phi1.arguments import path_option
 from phi1.bench.harness.environment import environment
 from phi1.bench.harness.files import replace
+from phi1.bench.harness.parser import plain_parser
 from phi1.bench.peers.training import Phi1Step, Step, TransformersStep, cpu_plan
 
 STEPS: dict[str, Callable[[int], Step]] = {
@@ -70,11 +72,11 @@ def own_peak_mib() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = plain_parser("cpu_training", __doc__)
     parser.add_argument("--vocab", type=int, nargs="+", default=[51200, 4096], help="vocabulary sizes")
     parser.add_argument("--rounds", type=int, default=12, help="timed rounds for each vocabulary size")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, each in its own process")
-    parser.add_argument("--json", help="write the results to this file as well")
+    parser.add_argument("--json", type=path_option, help="write the results to this file as well")
     parser.add_argument("--peak-of", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--compare", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -33,7 +33,8 @@ done
 [ -d "${WHEELS:-/}" ] || fail "WHEELS=$WHEELS is no folder"
 [[ $python != */* || $python == /* ]] || python=$PWD/$python
 has() { "$python" -c "import $1" 2> /dev/null; }
-has 'torch, triton, numpy' || fail "$python has no torch, triton and numpy; PYTHON names another interpreter"
+"$python" -c 'import importlib.util as i, sys; sys.exit(None in map(i.find_spec, ("torch", "triton", "numpy")))' \
+    2> /dev/null || fail "$python has no torch, triton and numpy; PYTHON names another interpreter"
 [ $device = cpu ] || has 'torch; torch.cuda.current_device()' ||
     fail "$python finds no CUDA device; --rehearse runs on a CPU"
 out=$(mkdir -p "${OUT:=$root/runs/gpu}" && cd "$OUT" && pwd) && exec 9> "$out/.lock" || exit 2
@@ -56,7 +57,7 @@ ln -s "$root"/phi1/* "$root"/{kernels,train,bench} "$scratch/phi1/"
 printf '#!/bin/sh\nexec "%s" -c "import sys; from phi1.cli.main import main; sys.exit(main())" "$@"\n' "$python" \
     > "$scratch/bin/phi1" && chmod +x "$scratch/bin/phi1"
 export PYTHONPATH="$scratch:$scratch/site${PYTHONPATH:+:$PYTHONPATH}" PATH="$scratch/bin:$PATH"
-export PYTHONPYCACHEPREFIX="$scratch/cache" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 for wheel in ${WHEELS:+"$WHEELS"/*.whl}; do
     name=${wheel##*/} name=${name%%-*}
     has "importlib.metadata as m; m.version('$name')" || "$python" -m pip install --quiet --no-index \

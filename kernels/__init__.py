@@ -19,7 +19,6 @@ from phi1.kernels.block.parallel_block import parallel_block
 from phi1.kernels.block.prefill import parallel_block_prefill
 from phi1.kernels.core.backend import backend, built_for_gpus, load_kernels
 from phi1.kernels.core.checks import check_values
-from phi1.kernels.core.cpu_memory import empty
 from phi1.kernels.core.philox import Dropout
 from phi1.kernels.cross_entropy.linear_cross_entropy import linear_cross_entropy
 from phi1.kernels.gemm.linear import linear
@@ -40,7 +39,6 @@ __all__ = [
     "backend",
     "check_values",
     "dropout_add",
-    "empty",
     "gelu",
     "layer_norm",
     "linear",

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from phi1.config import PRESETS, Phi1Config, preset
     from phi1.generation import generate
+    from phi1.integrations.attention import register_attention
+    from phi1.integrations.patch import patch, patch_transformers, unpatch, unpatch_transformers
     from phi1.mixed_precision import WorkingCopies
     from phi1.model import Cache, Phi1
     from phi1.tokenizer import load_tokenizer
@@ -21,12 +23,14 @@ _HOME = {
     "PRESETS": "config", "Phi1Config": "config", "preset": "config",
     "Cache": "model", "Phi1": "model",
     "generate": "generation",
+    "patch": "integrations.patch", "patch_transformers": "integrations.patch", "unpatch": "integrations.patch",
+    "unpatch_transformers": "integrations.patch", "register_attention": "integrations.attention",
     "load": "weights.huggingface", "save": "weights.huggingface",
     "load_tokenizer": "tokenizer",
     "WorkingCopies": "mixed_precision",
 }
-__all__ = ["PRESETS", "Cache", "Phi1", "Phi1Config", "WorkingCopies", "generate", "load", "load_tokenizer", "preset",
-           "save"]
+__all__ = ["PRESETS", "Cache", "Phi1", "Phi1Config", "WorkingCopies", "generate", "load", "load_tokenizer", "patch",
+           "patch_transformers", "preset", "register_attention", "save", "unpatch", "unpatch_transformers"]
 
 
 def __getattr__(name: str) -> Any:

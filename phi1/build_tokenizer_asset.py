@@ -21,7 +21,9 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
-from phi1.tokenizer import MERGES_FILE, byte_chars, byte_level_vocab, read_merges
+from phi1.arguments import path_option
+from phi1.tokenizer import MERGES_FILE
+from phi1.tokenizer_rules import byte_chars, byte_level_vocab, read_merges
 
 PACKAGE = "openai-whisper==20250625"
 MEMBER = "whisper/assets/gpt2.tiktoken"
@@ -81,8 +83,9 @@ def rebuild_vocab_bpe(tiktoken_file: bytes) -> bytes:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Rebuild and check the compressed GPT-2 merges that phi1 ships.")
-    parser.add_argument("--archive", type=Path, help=f"source archive of {PACKAGE}; the default downloads it with pip")
-    parser.add_argument("--out", type=Path, default=MERGES_FILE, help="file to write (default: %(default)s)")
+    parser.add_argument("--archive", type=path_option,
+                        help=f"source archive of {PACKAGE}; the default downloads it with pip")
+    parser.add_argument("--out", type=path_option, default=MERGES_FILE, help="file to write (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         with tempfile.TemporaryDirectory() as folder:

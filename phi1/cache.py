@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from phi1.arguments import check_instance, check_whole, require
 from phi1.config import Phi1Config
+from phi1.kernels.core.checks import check_device_option, check_dtype_option
 
 
 class Cache:
@@ -13,17 +17,26 @@ class Cache:
 
     Args:
         config: the model's configuration.
-        batch: B, the number of sequences that are decoded together.
+        batch: B, the number of sequences that are decoded together, 1 or more.
         max_length: T, the tokens that fit, at most config.max_position_embeddings.
         device, dtype: the model's device and dtype.
+
+    Raises:
+        TypeError: an argument has another type.
+        ValueError: a number is out of its range, or there is no such device.
     """
 
     def __init__(self, config: Phi1Config, batch: int, max_length: int, *,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
-        if not 1 <= max_length <= config.max_position_embeddings:
-            raise ValueError(f"Cache: max_length must be between 1 and {config.max_position_embeddings}, the model's "
-                             f"context; got {max_length}")
+        check_instance("Cache", "config", config, Phi1Config, "a phi1.Phi1Config")
+        check_whole("Cache", batch=batch, max_length=max_length)
+        require(batch >= 1, "Cache", "batch must be 1 or more", batch)
+        require(1 <= max_length <= config.max_position_embeddings, "Cache",
+                f"max_length must be between 1 and {config.max_position_embeddings}, the model's context", max_length)
+        check_device_option("Cache", device)
+        check_dtype_option("Cache", dtype)
         shape = (config.num_hidden_layers, 2, batch, max_length, config.num_attention_heads, config.head_dim)
+        require(math.prod(shape) < 2**60, "Cache", "batch must leave the cache a size that memory can have", batch)
         self.kv = torch.empty(shape, device=device, dtype=dtype)  # [L, 2, B, T, H, K]
         self.length = 0
         self.starts: Tensor | None = None  # [B] first real token of each left-padded row
@@ -34,10 +47,11 @@ class Cache:
         return self.kv.shape[3]
 
     def crop(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"Cache.crop: length must be between 0 and {self.length}, the tokens held; got {length}")
-        self.length = length
+        """Forget all but the first `length` tokens. Raises TypeError or ValueError unless so many are held."""
+        check_whole("Cache.crop", length=length)
+        require(0 <= length <= self.length, "Cache.crop",
+                f"length must be between 0 and {self.length}, the tokens held", length)
+        self.length = int(length)
 
     def room(self, layer: int, tokens: int) -> Tensor:
         """Return a view [2, B, length + tokens, H, K] of a layer's cache, whose last `tokens` the caller fills."""

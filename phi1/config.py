@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from phi1.arguments import check_real, is_finite, is_real, is_whole, require, shown
+
 
 @dataclass(frozen=True, kw_only=True)
 class Phi1Config:
@@ -38,23 +40,30 @@ class Phi1Config:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "max_position_embeddings"):
-            value = getattr(self, name)
-            self._require(type(value) is int and value >= 1, name, "must be a whole number, 1 or more")
+            self._require_whole(name)
         self._require(self.hidden_size % self.num_attention_heads == 0, "hidden_size",
                       f"must be a multiple of num_attention_heads ({self.num_attention_heads})")
-        self._require(type(self.rotary_dim) is int and self.rotary_dim % 2 == 0
-                      and 2 <= self.rotary_dim <= self.head_dim,
-                      "rotary_dim", f"must be even and between 2 and the head size ({self.head_dim})")
+        self._require_whole("rotary_dim")
+        self._require(self.rotary_dim % 2 == 0 and 2 <= self.rotary_dim <= self.head_dim, "rotary_dim",
+                      f"must be even and between 2 and the head size ({self.head_dim})")
         for name in ("rope_theta", "layer_norm_eps", "initializer_range", "attention_dropout", "residual_dropout"):
-            self._require(type(getattr(self, name)) in (int, float), name, "must be a number")
+            value = getattr(self, name)
+            self._require(is_real(value), name, "must be a number")
+            self._require(is_finite(value), name, "must be finite")
+            if not isinstance(value, int):  # a number of NumPy has no JSON
+                object.__setattr__(self, name, float(value))
         for name in ("rope_theta", "layer_norm_eps", "initializer_range"):
             self._require(getattr(self, name) > 0, name, "must be greater than 0")
         for name in ("attention_dropout", "residual_dropout"):
             self._require(0 <= getattr(self, name) < 1, name, "must be at least 0 and less than 1")
 
     def _require(self, holds: bool, name: str, rule: str) -> None:
-        if not holds:
-            raise ValueError(f"Phi1Config: {name} {rule}; got {getattr(self, name)!r}")
+        require(holds, "Phi1Config", f"{name} {rule}", shown(getattr(self, name)))
+
+    def _require_whole(self, name: str) -> None:
+        value = getattr(self, name)
+        self._require(is_whole(value) and 1 <= value < 2**63, name, "must be a whole number, 1 or more")
+        object.__setattr__(self, name, int(value))  # a number of NumPy has no JSON
 
     @property
     def head_dim(self) -> int:
@@ -75,6 +84,7 @@ class Phi1Config:
         They are 6 a parameter, without the input embedding, and 12 L D T for attention. Published tables count so
         (PaLM, arXiv 2204.02311, appendix B). With `causal`, attention counts half, as a causal kernel computes it.
         """
+        check_real("Phi1Config.flops_per_token", seq_len=seq_len)
         parameters = self.num_parameters - self.vocab_size * self.hidden_size
         attention = 12 * self.num_hidden_layers * self.hidden_size * seq_len
         return 6 * parameters + attention / (2 if causal else 1)
@@ -102,8 +112,8 @@ def preset(name: str, **changes: object) -> Phi1Config:
     Raises:
         ValueError: no such preset or field, or a value that breaks its field's rule.
     """
-    if name not in PRESETS:
-        raise ValueError(f"preset: name must be one of {', '.join(PRESETS)}; got {name!r}")
+    require(isinstance(name, str) and name in PRESETS, "preset", f"name must be one of {', '.join(PRESETS)}",
+            shown(name))
     known = {field.name for field in fields(Phi1Config)}
     unknown = sorted(set(changes) - known)
     if unknown:

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from phi1.kernels import empty
+from phi1.kernels.core.checks import check_differentiable
+from phi1.kernels.core.cpu_memory import empty
 
 
 def embed(weight: Tensor, ids: Tensor) -> Tensor:
     """weight[ids]: [V, D] and [N] int64 -> [N, D]."""
     if weight.is_cpu and weight.dtype in (torch.bfloat16, torch.float16):
+        check_differentiable("Phi1", weight=weight)
         return torch.ops.phi1.embedding(weight, ids)
     return F.embedding(ids, weight)
 

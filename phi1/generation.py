@@ -11,16 +11,16 @@ from __future__ import annotations
 import codecs
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from phi1.arguments import check_instance, check_text, check_whole, is_whole, shown
+from phi1.config import Phi1Config
 from phi1.model import Cache, Phi1
 from phi1.sampling import SamplingParams, prompt_seed, sample_tokens, uniform_numbers
-
-if TYPE_CHECKING:
-    from phi1.tokenizer import Tokenizer
+from phi1.tokenizer import Tokenizer
+from phi1.tokenizer_rules import check_tokenizer
 
 
 class Completion(str):
@@ -29,7 +29,8 @@ class Completion(str):
     token_ids: list[int]
     """The generated ids without the end of text; those of a stop string are included."""
     finish_reason: str
-    """`eos` (end of text), `stop` (a stop string) or `length` (max_new_tokens, or the context is full)."""
+    """`eos` (end of text, or one of the model's `end_ids`), `stop` (a stop string) or `length` (max_new_tokens, or the
+    context is full)."""
     prompt_tokens: int
     """Tokens of the prompt."""
     seed: int | None
@@ -50,7 +51,8 @@ def generate(model: Phi1, tokenizer: Tokenizer, prompts: str | Sequence[str | Se
 
     Args:
         model: on any device, in any dtype. Sampling is float32 arithmetic.
-        tokenizer: the model's tokenizer. Ids from len(tokenizer) on are never drawn.
+        tokenizer: the model's tokenizer. Ids from len(tokenizer) on are never drawn. A completion ends at its
+            end-of-text token and at the model's `end_ids`.
         prompts: a text, or a list whose elements are texts or lists of token ids. An empty prompt starts a new document
             from `<|endoftext|>`.
         max_new_tokens: upper bound for each prompt; fewer if the model's context ends before.
@@ -66,15 +68,17 @@ def generate(model: Phi1, tokenizer: Tokenizer, prompts: str | Sequence[str | Se
         One `Completion`, a str, for each prompt, in the order of the prompts.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: an argument out of its range, a prompt that leaves no room in the context, or a token id outside
             the model's vocabulary.
         FloatingPointError: the model computed nan or inf.
     """
+    _check_pair("generate", model, tokenizer)
     params = SamplingParams.check("generate", max_new_tokens, temperature, top_k, top_p, seed, stop)
-    if batch_size < 1:
-        raise ValueError(f"generate: batch_size must be 1 or more; got {batch_size}")
+    check_whole("generate", low=1, batch_size=batch_size)
     if isinstance(prompts, str):
         prompts = [prompts]
+    check_instance("generate", "prompts", prompts, (list, tuple), "a str or a list")
     requests = [_request("generate", f"prompts[{i}]", model, tokenizer, prompt, params, i)
                 for i, prompt in enumerate(prompts)]
     for batch in _batches(requests, model.config.max_position_embeddings, batch_size):
@@ -102,9 +106,10 @@ def stream(model: Phi1, tokenizer: Tokenizer, prompt: str | Sequence[int], *,
         A generator of pieces of text, whose return value (`result = yield from stream(...)`) is the `Completion`.
 
     Raises:
-        ValueError: as `generate`, before the first piece.
+        TypeError, ValueError: as `generate`, before the first piece.
         FloatingPointError: the model computed nan or inf.
     """
+    _check_pair("stream", model, tokenizer)
     params = SamplingParams.check("stream", max_new_tokens, temperature, top_k, top_p, seed, stop)
     return _pieces(model, _request("stream", "prompt", model, tokenizer, prompt, params, 0), params, len(tokenizer))
 
@@ -117,6 +122,12 @@ def _pieces(model: Phi1, request: _Request, params: SamplingParams, n_ids: int) 
         if request.finish_reason:
             break
     return request.completion()
+
+
+def _check_pair(caller: str, model: object, tokenizer: object) -> None:
+    if not callable(model) or not isinstance(getattr(model, "config", None), Phi1Config):  # compiled or not
+        raise TypeError(f"{caller}: model must be a phi1.Phi1; got {shown(model)}")
+    check_tokenizer(caller, tokenizer, "eos_id", "encode", "decode_bytes", "__len__")
 
 
 class _Text:
@@ -162,7 +173,7 @@ class _Request:
     ids: list[int]
     limit: int  # the most new tokens
     seed: int | None
-    eos_id: int
+    end_ids: frozenset[int]
     text: _Text
     token_ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
@@ -173,7 +184,7 @@ class _Request:
         if self.finish_reason:
             return ""
         piece = ""
-        if token == self.eos_id:
+        if token in self.end_ids:
             self.finish_reason = "eos"
         else:
             self.token_ids.append(token)
@@ -205,21 +216,20 @@ def _request(caller: str, what: str, model: Phi1, tokenizer: Tokenizer, prompt: 
         raise ValueError(f"{caller}: {what} has {len(ids)} tokens, which leaves no room in the model's context of "
                          f"{context}; shorten it to {context - 1} or fewer")
     seed = None if params.seed is None else prompt_seed(params.seed, index)
-    return _Request(ids, min(params.max_new_tokens, context - len(ids)), seed, tokenizer.eos_id,
-                    _Text(tokenizer, params.stop))
+    return _Request(ids, min(params.max_new_tokens, context - len(ids)), seed,
+                    frozenset((tokenizer.eos_id, *getattr(model, "end_ids", ()))), _Text(tokenizer, params.stop))
 
 
 def _encode(caller: str, what: str, tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
     if isinstance(prompt, str):
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{caller}: {what} is not valid Unicode text: {error}") from error
+        check_text(caller, **{what: prompt})
         return tokenizer.encode(prompt)
-    ids = [i for i in prompt if isinstance(i, int)] if isinstance(prompt, Sequence) else None
-    if ids is None or len(ids) < len(prompt):
+    if not isinstance(prompt, list | tuple):
         raise TypeError(f"{caller}: {what} must be a str or a list of int token ids; got {type(prompt).__name__}")
-    return ids
+    wrong = next((i for i in prompt if not is_whole(i)), None)
+    if wrong is not None or None in prompt:
+        raise TypeError(f"{caller}: {what} must be a str or a list of int token ids; got {shown(wrong)} in it")
+    return [int(i) for i in prompt]
 
 
 def _batches(requests: list[_Request], context: int, size: int) -> Iterator[list[_Request]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from phi1.arguments import check_instance, shown
 from phi1.model import Phi1
 
 
@@ -29,12 +30,13 @@ class WorkingCopies:
         dtype: dtype of the copies: float16, bfloat16, or float32, which uses the parameters' own memory.
 
     Raises:
-        TypeError: a parameter is not float32, or dtype is none of the three.
+        TypeError: model is no Phi1, a parameter is not float32, or dtype is none of the three.
     """
 
     def __init__(self, model: Phi1, dtype: torch.dtype) -> None:
+        check_instance("WorkingCopies", "model", model, Phi1, "a phi1.Phi1")
         if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            raise TypeError(f"WorkingCopies: dtype must be float16, bfloat16 or float32; got {dtype}")
+            raise TypeError(f"WorkingCopies: dtype must be float16, bfloat16 or float32; got {shown(dtype)}")
         for name, parameter in model.named_parameters():
             if parameter.dtype != torch.float32:
                 raise TypeError(f"WorkingCopies: parameters must be float32; got {parameter.dtype} of {name}")

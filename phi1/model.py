@@ -18,10 +18,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from phi1.arguments import check_instance, check_whole, require
 from phi1.cache import Cache
 from phi1.config import Phi1Config
 from phi1.embedding import embed
-from phi1.inputs import check_ids, row_starts
+from phi1.inputs import check_ids, check_positions, check_targets, row_starts
 from phi1.kernels import (
     Dropout,
     attention,
@@ -34,6 +35,7 @@ from phi1.kernels import (
     parallel_block_prefill,
     rotary,
 )
+from phi1.kernels.core.checks import check_device_option, check_dtype_option
 
 ATTENTION, DENSE, FC2 = 0, 1, 2  # the kinds of dropout; each is a part of its mask's counter
 
@@ -140,14 +142,23 @@ class Phi1(nn.Module):
     Attributes:
         recompute: the part that the backward of each block computes again to save memory: "none", "mlp" or "block",
             as in `parallel_block`. It may change at any time, and it changes no bit.
+        end_ids: ids that end a completion beside the tokenizer's own; `load` reads them from generation_config.json.
+
+    Raises:
+        TypeError: an argument has another type.
+        ValueError: dtype is not of floating point, or there is no such device.
     """
 
     rotary_tables: Tensor
     recompute = "none"
+    end_ids: tuple[int, ...] = ()
 
     def __init__(self, config: Phi1Config, *, device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        check_instance("Phi1", "config", config, Phi1Config, "a phi1.Phi1Config")
+        check_device_option("Phi1", device)
+        check_dtype_option("Phi1", dtype)
         factory = {"device": device, "dtype": dtype}
         self.config = config
         # nn.Embedding(...) would draw values for nothing; on "meta" its first normal_ imports 900 modules in 1.4 s.
@@ -178,7 +189,9 @@ class Phi1(nn.Module):
         Args:
             seed: seed of the values; None takes PyTorch's global generator.
         """
-        generator = None if seed is None else torch.Generator(self.embed.weight.device).manual_seed(seed)
+        if seed is not None:
+            check_whole("Phi1.init_weights", seed=seed)
+        generator = None if seed is None else torch.Generator(self.embed.weight.device).manual_seed(int(seed))
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
@@ -213,17 +226,19 @@ class Phi1(nn.Module):
             [B, T or logits_to_keep, V] logits in the model's dtype. Rows of padding are meaningless.
 
         Raises:
-            ValueError: an id outside the vocabulary, more tokens than the context or the cache holds, or a mask that
-                is not left padding.
+            TypeError: an argument has another type.
+            ValueError: an id outside the vocabulary, more tokens than the context or the cache holds, a mask that is
+                not left padding, or a tensor of another shape or device.
         """
-        batch, tokens = check_ids(self.config, ids, cache)
-        if logits_to_keep < 0:
-            raise ValueError(f"Phi1: logits_to_keep must be at least 0; got {logits_to_keep}")
+        batch, tokens = check_ids(self.config, ids, self.rotary_tables, cache)
+        check_whole("Phi1", low=0, logits_to_keep=logits_to_keep)
+        if positions is not None:
+            check_positions(ids, positions)
         starts = row_starts(ids, attention_mask, cache)
         x = self._blocks(ids, starts, positions, cache)
         x = x.unflatten(0, (batch, tokens))[:, -logits_to_keep:] if logits_to_keep else x.unflatten(0, (batch, tokens))
         h = layer_norm(x, self.norm.weight, self.norm.bias, self.config.layer_norm_eps)
-        return linear(h.flatten(0, 1), self.head.weight, self.head.bias).unflatten(0, (batch, -1))
+        return linear(h.flatten(0, 1), self.head.weight, self.head.bias).unflatten(0, h.shape[:2])
 
     def loss(self, ids: Tensor, targets: Tensor, *, reduction: str = "mean", ignore_index: int = -100,
              rng: Tensor | None = None, sample_ids: Tensor | None = None, valid_vocab: int | None = None) -> Tensor:
@@ -240,11 +255,15 @@ class Phi1(nn.Module):
 
         Returns:
             float32 scalar, nats.
+
+        Raises:
+            TypeError: an argument has another type, or a tensor another dtype.
+            ValueError: an id or a target outside the vocabulary, a tensor of another shape or device, or a number out
+                of its range.
         """
-        check_ids(self.config, ids, None)
-        if targets.shape != ids.shape:
-            raise ValueError(f"Phi1.loss: targets.shape must be ids.shape {tuple(ids.shape)}; "
-                             f"got {tuple(targets.shape)}")
+        check_ids(self.config, ids, self.rotary_tables, None)
+        check_targets(ids, targets, rng, sample_ids)
+        require(reduction in ("mean", "sum"), "Phi1.loss", "reduction must be mean or sum", repr(reduction))
         x = self._blocks(ids, None, None, None, rng=rng, sample_ids=sample_ids)
         h = layer_norm(x, self.norm.weight, self.norm.bias, self.config.layer_norm_eps)
         return cast(Tensor, linear_cross_entropy(  # one tensor, because return_lse is False
@@ -255,6 +274,9 @@ class Phi1(nn.Module):
                 rng: Tensor | None = None, sample_ids: Tensor | None = None) -> Tensor:
         """Return the residual stream [N, D] after the last block, for ids [B, T]."""
         batch, tokens = ids.shape
+        if not batch:  # no sequence at all is one without tokens
+            batch, starts, positions, sample_ids, ids = 1, None, None, None, ids.new_empty(1, 0)
+            tokens = 0
         cos, sin = self.rotary_tables.unbind(0)
         x = embed(self.embed.weight, ids.flatten())
         if positions is None:

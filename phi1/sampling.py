@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from phi1.arguments import check_real, check_text, check_whole, require, shown
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -30,22 +32,30 @@ class SamplingParams:
     @classmethod
     def check(cls, caller: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int | None,
               stop: str | Sequence[str]) -> SamplingParams:
+        check_whole(caller, low=1, max_new_tokens=max_new_tokens)
+        check_real(caller, temperature=temperature, top_p=top_p)
+        check_whole(caller, top_k=top_k)
+        if seed is not None:
+            check_whole(caller, seed=seed)
+        if not isinstance(stop, str | tuple | list):
+            raise TypeError(f"{caller}: stop must be a str or a list of them; got {shown(stop)}")
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        check_text(caller, **{f"stop[{i}]": text for i, text in enumerate(stop)})
         for name, value, holds, rule in (
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
-            ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or more"),
+            ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
             ("top_k", top_k, top_k >= 0, "0 (off) or more"),
             ("top_p", top_p, 0 < top_p <= 1, "greater than 0 and at most 1"),
             ("seed", seed, seed is None or seed >= 0, "0 or more"),
-            ("stop", stop, all(isinstance(text, str) and text for text in stop), "texts that are not empty"),
+            ("stop", stop, all(stop), "texts that are not empty"),
         ):
-            if not holds:
-                raise ValueError(f"{caller}: {name} must be {rule}; got {value!r}")
+            require(holds, caller, f"{name} must be {rule}", shown(value))
         if temperature == 0:
             seed = None
         elif seed is None:
             seed = secrets.randbits(32)
-        return cls(max_new_tokens, temperature, top_k, top_p, seed, stop)
+        # Numbers of NumPy would count in 8 bits, or give another seed to `random`.
+        seed = None if seed is None else int(seed)
+        return cls(int(max_new_tokens), float(temperature), int(top_k), float(top_p), seed, stop)
 
 
 def prompt_seed(seed: int, index: int) -> int:

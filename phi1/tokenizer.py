@@ -13,6 +13,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from functools import cached_property
@@ -20,21 +21,30 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from phi1.arguments import check_flag, check_instance, check_text, check_whole, require, shown, user_path
 from phi1.atomic import write_file
+from phi1.tokenizer_rules import (
+    EOS,
+    MIN_VOCAB,
+    RUN_PATTERN,
+    RUNS,
+    byte_chars,
+    byte_level_vocab,
+    read_backend,
+    read_merges,
+    texts_of,
+    whole_ids,
+    with_rules,
+)
 
-EOS = "<|endoftext|>"
-RUNS = tuple(" " * n for n in range(31, 1, -1)) + tuple("\t" * n for n in range(9, 1, -1))
-"""The whitespace runs that are tokens, in the order of their ids."""
 BUILT_IN = ("microsoft/phi-1", "microsoft/phi-1_5", "microsoft/phi-2")
 """Hub ids whose tokenizer is the built-in one."""
 MERGES_FILE = Path(__file__).with_name("assets") / "gpt2-merges.gz"
 HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json")
-MIN_VOCAB = 256 + 1 + len(RUNS)
-
-# The greedy pattern matches exactly what a leftmost-longest search for the tokens of RUNS matches.
-_RUN_PATTERN = re.compile(r" {2,31}|\t{2,9}")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+"""Ids of the Hugging Face Hub; those of its first models have no owner."""
 
 
 class Tokenizer:
@@ -46,10 +56,13 @@ class Tokenizer:
         pad: the padding token; None pads with `eos`.
 
     Raises:
+        TypeError: an argument has another type.
         ValueError: `backend` is not a byte-level BPE, or lacks one of these tokens.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, *, eos: str = EOS, pad: str | None = None) -> None:
+        check_instance("Tokenizer", "backend", backend, tokenizers.Tokenizer, "a tokenizers.Tokenizer")
+        check_text("Tokenizer", eos=eos, pad=eos if pad is None else pad)
         if not isinstance(backend.model, models.BPE) or not isinstance(backend.decoder, decoders.ByteLevel):
             raise ValueError("Tokenizer: backend must be a BPE with a ByteLevel decoder; got "
                              f"{type(backend.model).__name__} with {type(backend.decoder).__name__}")
@@ -61,6 +74,8 @@ class Tokenizer:
         self.pad_token = pad
         self.eos_id = self._id_of(eos)
         self.pad_id = self.eos_id if pad is None else self._id_of(pad)
+        special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._special_ids = frozenset(special | {self.eos_id, self.pad_id})
 
     def _id_of(self, token: str) -> int:
         found = self._backend.token_to_id(token)
@@ -78,13 +93,32 @@ class Tokenizer:
         Args:
             text: any text.
             special: if True, `<|endoftext|>` in the text is the token, as in Hugging Face; if False, it is plain text.
+
+        Raises:
+            TypeError: text is no str.
+            ValueError: text holds half of a surrogate pair, which no text of UTF-8 can.
         """
+        if not isinstance(text, str):
+            check_text("Tokenizer.encode", text=text)
         return self.encode_batch([text], special=special)[0]
 
     def encode_batch(self, texts: list[str], *, special: bool = True) -> list[list[int]]:
-        """Return the token ids of each text. TOKENIZERS_PARALLELISM=false in the environment keeps it on one core."""
+        """Return the token ids of each text. TOKENIZERS_PARALLELISM=false in the environment keeps it on one core.
+
+        Raises:
+            TypeError, ValueError: as `encode`.
+        """
+        check_flag("Tokenizer.encode", special=special)
+        check_instance("Tokenizer.encode_batch", "texts", texts, (list, tuple), "a list of str")
         backend = self._backend if special else self._literal_backend
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        # The backend would take a pair of texts too. It looks for surrogates itself, so we look only if it refuses.
+        if not all(isinstance(text, str) for text in texts):
+            list(texts_of("Tokenizer.encode_batch", texts))
+        try:
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except TypeError:
+            list(texts_of("Tokenizer.encode", texts))
+            raise
 
     @cached_property
     def _literal_backend(self) -> tokenizers.Tokenizer:
@@ -98,14 +132,17 @@ class Tokenizer:
 
         Args:
             ids: token ids, each from 0 to len - 1.
-            skip_special: leave out `<|endoftext|>` and the padding token.
+            skip_special: leave out the special tokens, as Hugging Face does: `<|endoftext|>`, the end-of-text and
+                padding tokens, and added tokens that are marked special.
 
         Raises:
+            TypeError: an id is no whole number.
             ValueError: an id is outside the vocabulary.
         """
-        ids = list(map(int, ids))
+        check_flag("Tokenizer.decode", skip_special=skip_special)
+        ids = whole_ids(ids)
         if skip_special:
-            ids = [i for i in ids if i != self.eos_id and i != self.pad_id]
+            ids = [i for i in ids if i not in self._special_ids]
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -115,13 +152,14 @@ class Tokenizer:
         with an incremental UTF-8 decoder, `codecs.getincrementaldecoder("utf-8")`.
 
         Raises:
+            TypeError: an id is no whole number.
             ValueError: an id is outside the vocabulary.
         """
-        ids = list(map(int, ids))
+        ids = whole_ids(ids)
         table = self._token_bytes
         if ids and not 0 <= min(ids) <= max(ids) < len(table):
             wrong = next(i for i in ids if not 0 <= i < len(table))
-            raise ValueError(f"decode: ids must be from 0 to {len(table) - 1}; got {wrong}")
+            raise ValueError(f"decode: ids must be from 0 to {len(table) - 1}; got {shown(wrong)}")
         return b"".join(table[i] for i in ids)
 
     @cached_property
@@ -155,8 +193,13 @@ class Tokenizer:
 
         Args:
             folder: made if it does not exist. Each of the two files is replaced atomically.
+
+        Raises:
+            TypeError, ValueError: folder is no path.
+            OSError: a file cannot be written.
         """
-        write_file(Path(folder) / "tokenizer.json", self._backend.to_str())
+        folder = user_path("Tokenizer.save", "folder", folder)
+        write_file(folder / "tokenizer.json", self._backend.to_str())
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",  # the class that takes tokenizer.json as it stands
             "bos_token": self.eos_token, "eos_token": self.eos_token, "unk_token": self.eos_token,
@@ -165,26 +208,22 @@ class Tokenizer:
         }
         if self.pad_token is not None:
             config["pad_token"] = self.pad_token
-        write_file(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+        write_file(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
         """Read a tokenizer from a folder with tokenizer.json, or vocab.json and merges.txt (and added_tokens.json).
 
+        The added tokens of tokenizer_config.json count too.
+
         Raises:
+            TypeError: folder is no path.
             ValueError: the files are missing, damaged or not a byte-level BPE.
         """
-        folder = Path(folder)
+        folder = user_path("load_tokenizer", "folder", folder)
         try:
-            if (folder / "tokenizer.json").is_file():
-                backend = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-            elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-                backend = _from_vocab_files(folder)
-            else:
-                raise ValueError("it has neither tokenizer.json nor vocab.json with merges.txt")
-            config = _read_json(folder / "tokenizer_config.json")
-            eos, pad = _content(config.get("eos_token")), _content(config.get("pad_token"))
-            tokenizer = cls(backend, eos=eos or EOS, pad=pad)
+            backend, eos, pad = read_backend(folder)
+            tokenizer = cls(backend, eos=eos, pad=pad)
             tokenizer._token_bytes  # noqa: B018  (builds the table, which checks the vocabulary)
         except Exception as error:  # `tokenizers` raises bare Exceptions
             raise ValueError(f"load_tokenizer: no tokenizer can be read from {folder}: {error}") from error
@@ -195,28 +234,34 @@ def load_tokenizer(name_or_folder: str | Path = "microsoft/phi-1", *, revision: 
     """Load phi-1's tokenizer, or the one in a folder or a Hub repository.
 
     Args:
-        name_or_folder: "microsoft/phi-1", "microsoft/phi-1_5" and "microsoft/phi-2" give the built-in tokenizer with no
-            network; a folder is read; any other "owner/name" is fetched from the Hugging Face Hub.
-        revision: branch, tag or commit, for a Hub repository.
+        name_or_folder: a folder is read, as `load` reads it. "microsoft/phi-1", "microsoft/phi-1_5" and
+            "microsoft/phi-2" give the built-in tokenizer with no network. Any other Hub id is fetched.
+        revision: branch, tag or commit of the Hub repository, which is then fetched even if its tokenizer is built in.
 
     Raises:
-        ValueError: no such folder or repository, or it holds no byte-level BPE.
+        TypeError: an argument has another type.
+        ValueError: no such folder or repository, it holds no byte-level BPE, or a folder with a revision.
     """
-    name = str(name_or_folder)
-    if name in BUILT_IN:
+    folder = user_path("load_tokenizer", "name_or_folder", name_or_folder)
+    if revision is not None:
+        check_text("load_tokenizer", revision=revision)
+    name = os.fspath(name_or_folder)
+    if folder.is_dir():
+        require(revision is None, "load_tokenizer", "revision goes with a Hub id", f"{revision!r}, {folder}")
+        return Tokenizer.from_folder(folder)
+    if name in BUILT_IN and revision is None:
         return _phi1_tokenizer()
-    if name and Path(name).is_dir():
-        return Tokenizer.from_folder(name)
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is None:
-        raise ValueError(f"load_tokenizer: name_or_folder must be a folder or a Hub id (owner/name); got {name!r}")
+    if not HUB_ID.fullmatch(name) or folder.exists():
+        raise ValueError("load_tokenizer: name_or_folder must be a folder or a Hub id (owner/name); got "
+                         f"{shown(name)}")
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES))
+        fetched = snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES))
     except Exception as error:  # a connection, authorisation or repository error has a class of its own
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"load_tokenizer: {name!r} is no folder, and the Hub did not give it: {reason}") from error
-    return Tokenizer.from_folder(folder)
+    return Tokenizer.from_folder(fetched)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -230,71 +275,26 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size: the number of tokens of all kinds, 295 or more.
 
     Raises:
-        ValueError: vocab_size is too small.
+        TypeError: texts are no texts, or vocab_size is no whole number.
+        ValueError: vocab_size is too small, or a text holds half of a surrogate pair.
     """
+    check_whole("train_bpe", vocab_size=vocab_size)
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        raise TypeError(f"train_bpe: texts must be an iterable of str; got {shown(texts)}")
     if vocab_size < MIN_VOCAB:
         raise ValueError(f"train_bpe: vocab_size must be at least {MIN_VOCAB} (256 bytes, {EOS} and {len(RUNS)} "
                          f"whitespace runs); got {vocab_size}")
+    require(vocab_size < 2**31, "train_bpe", "vocab_size must be less than 2**31", vocab_size)
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1 - len(RUNS), min_frequency=2, show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=int(vocab_size) - 1 - len(RUNS), min_frequency=2, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     # Encoding splits runs off before the merges apply, so training does too.
-    backend.train_from_iterator((piece for text in texts for piece in _RUN_PATTERN.split(text)), trainer)
-    return Tokenizer(_with_rules(backend, RUNS))
-
-
-def byte_level_vocab(merges: list[tuple[str, str]]) -> dict[str, int]:
-    """Return GPT-2's vocabulary for the merges: the 256 bytes, one token a merge, `<|endoftext|>`."""
-    tokens = sorted(byte_chars()) + [left + right for left, right in merges] + [EOS]
-    return {token: i for i, token in enumerate(tokens)}
-
-
-def read_merges(text: str) -> list[tuple[str, str]]:
-    """Return the pairs of a merges.txt (GPT-2's vocab.bpe), in order."""
-    pairs = [tuple(line.split(" ")) for line in text.split("\n") if line and not line.startswith("#version")]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ValueError("merges.txt must have two tokens a line")
-    return pairs  # type: ignore[return-value]
+    pieces = (piece for text in texts_of("train_bpe", texts) for piece in RUN_PATTERN.split(text))
+    backend.train_from_iterator(pieces, trainer)
+    return Tokenizer(with_rules(backend, RUNS))
 
 
 def _phi1_tokenizer() -> Tokenizer:
     merges = read_merges(gzip.decompress(MERGES_FILE.read_bytes()).decode())
-    return Tokenizer(_with_rules(tokenizers.Tokenizer(models.BPE(byte_level_vocab(merges), merges)), RUNS))
-
-
-def _from_vocab_files(folder: Path) -> tokenizers.Tokenizer:
-    vocab = _read_json(folder / "vocab.json")
-    merges = read_merges((folder / "merges.txt").read_text(encoding="utf-8"))
-    added = sorted(_read_json(folder / "added_tokens.json").items(), key=lambda item: int(item[1]))
-    backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
-    backend = _with_rules(backend, [token for token, _ in added if token != EOS])
-    moved = [token for token, i in added if backend.token_to_id(token) != i]
-    if moved:
-        raise ValueError(f"the id of {moved[0]!r} in added_tokens.json does not follow those before it")
-    return backend
-
-
-def _with_rules(backend: tokenizers.Tokenizer, added: Iterable[str]) -> tokenizers.Tokenizer:
-    """Add byte-level splitting and decoding, `<|endoftext|>` and the tokens of `added`."""
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    backend.add_special_tokens([AddedToken(EOS, normalized=False)])
-    backend.add_tokens([AddedToken(token, normalized=True) for token in added])
-    return backend
-
-
-def byte_chars() -> list[str]:
-    """Return GPT-2's character for each byte: the byte itself if printable, else one from U+0100 on."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    spare = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _content(token: str | dict[str, Any] | None) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
+    return Tokenizer(with_rules(tokenizers.Tokenizer(models.BPE(byte_level_vocab(merges), merges)), RUNS))

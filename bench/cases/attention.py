@@ -6,15 +6,14 @@ products for the backward, whatever an implementation computes twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from phi1.bench.harness.case import Case, Function, Inputs, Provider, family
+from phi1.bench.harness.case import Case, Function, Inputs, family
 from phi1.bench.harness.inputs import Draw, dropout_of, with_sample
 from phi1.bench.harness.providers import ours, part_of_reference
-from phi1.bench.peers.attention import packed_peers, peers
+from phi1.bench.peers.attention import document_peers, packed_peers, peers
 from phi1.kernels import attention, attention_qkv
 
 TOKENS = 16384
@@ -43,9 +42,10 @@ def cases() -> list[Case]:
     found += _attention(2, 256, 4, 64, dtype="float32", device="cpu", quick=True)
     for tokens, rotary in ((2048, True), (2048, False), (8192, True)):
         found += _packed(TOKENS // tokens, tokens, 32, 64, rotary=rotary, quick=tokens == 2048 and rotary)
-    found += _packed(8, 2048, 32, 64, rotary=True, p=0.1)
-    found += _documents(TOKENS, 32, 64, "float16", "cuda") + _documents(512, 4, 64, "float32", "cpu")
-    found += _packed(2, 256, 4, 64, rotary=True, dtype="float32", device="cpu", quick=True)
+    found += _packed(8, 2048, 32, 64, p=0.1)
+    found += _packed(1, TOKENS, 32, 64, packed=True, quick=True)
+    for packed in (False, True):
+        found += _packed(2, 256, 4, 64, dtype="float32", device="cpu", quick=True, packed=packed)
     return found
 
 
@@ -62,7 +62,7 @@ def _attention(batch: int, tokens: int, heads: int, size: int, *, causal: bool =
     return family("attention", shape, dtype, device, inputs,
                   costs("B*T*T//2" if causal else "B*T*T", FORWARD_BYTES, BACKWARD_BYTES, alone=tokens == 2048),
                   leaves=("q", "k", "v"), providers=(ours(run), *peers(causal, p)), reference=_by_parts(causal, p),
-                  kernels=("attention",), quick=quick)
+                  quick=quick)
 
 
 def _by_parts(causal: bool, p: float) -> Function:
@@ -82,43 +82,37 @@ def _by_parts(causal: bool, p: float) -> Function:
     return run
 
 
-def _packed(batch: int, tokens: int, heads: int, size: int, *, rotary: bool, p: float = 0.0, dtype: str = "float16",
-            device: str = "cuda", quick: bool = False) -> list[Case]:
-    n_rows = batch * tokens
-    shape = {"N": n_rows, "T": tokens, "H": heads, "K": size, "rotary": rotary} | ({"dropout": p} if p else {})
+def _packed(batch: int, tokens: int, heads: int, size: int, *, rotary: bool = True, p: float = 0.0,
+            dtype: str = "float16", device: str = "cuda", quick: bool = False, packed: bool = False) -> list[Case]:
+    """Samples of `tokens` rows each, or documents of their own lengths that fill the rows."""
+    rows = batch * tokens
+    lengths = document_lengths(rows) if packed else [tokens] * batch
+    shape = {"N": rows, **({"documents": len(lengths)} if packed else {"T": tokens}), "H": heads, "K": size,
+             **({"S": sum(n * n for n in lengths)} if packed else {"rotary": rotary}), **({"dropout": p} if p else {})}
 
     def inputs(draw: Draw) -> Inputs:
-        return {"qkv": draw.normal(n_rows, 3, heads, size), **_tables(draw, tokens, size, rotary),
-                **draw.dropout(batch, p)}
+        cos, sin = draw.tables(max(lengths), size // 2) if rotary else (None, None)
+        ends = {"cu_seqlens": torch.tensor([0, *lengths], device=draw.device).cumsum(0).int()} if packed else {}
+        return {"qkv": draw.normal(rows, 3, heads, size), "cos": cos, "sin": sin, **ends, **draw.dropout(batch, p)}
+
+    def angles(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return (inputs["cos"], inputs["sin"]) if rotary else None
 
     def run(inputs: Inputs) -> torch.Tensor:
-        return attention_qkv(inputs["qkv"], batch=batch, rotary=_angles(inputs), dropout=dropout_of(inputs, p, 0))
+        split: dict[str, Any] = {"cu_seqlens": inputs["cu_seqlens"]} if packed else {"batch": batch}
+        return attention_qkv(inputs["qkv"], rotary=angles(inputs), dropout=dropout_of(inputs, p, 0), **split)
 
     part = part_of_reference(lambda qkv, angles, dropout: attention_qkv(qkv, rotary=angles, dropout=dropout))
 
-    def by_sample(inputs: Inputs) -> torch.Tensor:
-        return torch.cat([part(qkv, _angles(inputs), dropout_of(with_sample(inputs, b), p, 0))
-                          for b, qkv in enumerate(inputs["qkv"].split(tokens))])
+    def by_document(inputs: Inputs) -> torch.Tensor:
+        return torch.cat([part(qkv, angles(inputs), dropout_of(with_sample(inputs, number), p, 0))
+                          for number, qkv in enumerate(inputs["qkv"].split(lengths))])
 
-    return _qkv_family(shape, dtype, device, inputs, costs("N*T//2", PACKED_FORWARD_BYTES, PACKED_BACKWARD_BYTES,
-                                                           alone=tokens == 2048),
-                       run, by_sample, packed_peers(batch, rotary, p), quick)
-
-
-def _qkv_family(shape: dict[str, Any], dtype: str, device: str, inputs: Callable[[Draw], Inputs],
-                costs: dict[str, tuple[str, str]], run: Function, reference: Function, others: tuple[Provider, ...],
-                quick: bool) -> list[Case]:
-    return family("attention_qkv", shape, dtype, device, inputs, costs, leaves=("qkv",), providers=(ours(run), *others),
-                  reference=reference, kernels=("attention",), quick=quick)
-
-
-def _tables(draw: Draw, tokens: int, size: int, rotary: bool) -> Inputs:
-    cos, sin = draw.tables(tokens, size // 2) if rotary else (None, None)
-    return {"cos": cos, "sin": sin}
-
-
-def _angles(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor] | None:
-    return None if inputs["cos"] is None else (inputs["cos"], inputs["sin"])
+    others = document_peers(lengths) if packed else packed_peers(batch, rotary, p)
+    return family("attention_qkv", shape, dtype, device, inputs,
+                  costs("S//2" if packed else "N*T//2", PACKED_FORWARD_BYTES, PACKED_BACKWARD_BYTES,
+                        alone=tokens == 2048 and not packed),
+                  leaves=("qkv",), providers=(ours(run), *others), reference=by_document, quick=quick)
 
 
 def document_lengths(rows: int) -> list[int]:
@@ -129,25 +123,3 @@ def document_lengths(rows: int) -> list[int]:
         drawn = int(torch.empty(()).log_normal_(5.5, 1.0, generator=generator))
         lengths.append(max(1, min(drawn, 2048, rows - sum(lengths))))
     return lengths
-
-
-def _documents(rows: int, heads: int, size: int, dtype: str, device: str) -> list[Case]:
-    lengths = document_lengths(rows)
-    shape = {"N": rows, "documents": len(lengths), "H": heads, "K": size, "S": sum(n * n for n in lengths)}
-
-    def inputs(draw: Draw) -> Inputs:
-        return {"qkv": draw.normal(rows, 3, heads, size),
-                "cu_seqlens": torch.tensor([0, *lengths], device=draw.device).cumsum(0).int(),
-                **_tables(draw, max(lengths), size, True)}
-
-    def run(inputs: Inputs) -> torch.Tensor:
-        return attention_qkv(inputs["qkv"], cu_seqlens=inputs["cu_seqlens"], rotary=_angles(inputs))
-
-    document = part_of_reference(lambda qkv, angles: attention_qkv(qkv, rotary=angles))
-
-    def by_document(inputs: Inputs) -> torch.Tensor:
-        return torch.cat([document(qkv, _angles(inputs)) for qkv in inputs["qkv"].split(lengths)])
-
-    return _qkv_family(shape, dtype, device, inputs,
-                       costs("S//2", PACKED_FORWARD_BYTES, PACKED_BACKWARD_BYTES, alone=False), run, by_document,
-                       packed_peers(1, True, 0.0, lengths=lengths), quick=True)

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from phi1.bench.harness.case import Case, Function, Inputs, Provider, family
+from phi1.bench.harness.case import BOTH, Case, Function, Inputs, Prepare, Provider, family
 from phi1.bench.harness.inputs import Draw, dropout_of, with_sample
-from phi1.bench.harness.providers import ours, part_of_reference, peer, plain, reference_of
+from phi1.bench.harness.providers import MAX_AUTOTUNE, ours, part_of_reference, peer, plain, reference_of
 from phi1.bench.peers.attention import BACKENDS, Attend, forced, sdpa
 from phi1.bench.peers.hf_transformers import decoder_layer
-from phi1.bench.peers.rotary import torch_rotary
+from phi1.bench.peers.pointwise import liger_layer_norm, torch_rotary
 from phi1.kernels import parallel_block, parallel_block_decode, parallel_block_prefill
 
 NAMES = ("norm_weight", "norm_bias", "in_weight", "in_bias", "out_weight", "out_bias")
 # Weights of 4 D^2 + 2 D F, read; their gradients, written. Between: x in and out; saved and read again are x, qkv, att
 # and pre. Scores are half of T^2 a head.
 WEIGHTS = "(4*D*D + 2*D*F)*e"
-MAX = "max-autotune-no-cudagraphs"
 COSTS = {
     "forward": (f"2*N*D*e + {WEIGHTS}", "2*N*(4*D*D + 2*D*F) + 2*N*T*D"),
     "forward+backward": (f"3*{WEIGHTS} + (14*D + 2*F)*N*e", "6*N*(4*D*D + 2*D*F) + 7*N*T*D"),
@@ -78,9 +79,7 @@ def _block(batch: int, tokens: int, width: int, inner: int, heads: int, *, p: fl
                           for sample, x in enumerate(inputs["x"].split(tokens))])
 
     return family("parallel_block", shape, dtype, device, inputs, COSTS, unit="block", leaves=("x", *NAMES),
-                  providers=(ours(run), *_peers(batch, heads, p)), reference=by_sample, quick=quick,
-                  kernels=("layer_norm_", "sum_partials", "in_proj", "out_proj", "attention", "linear",
-                           "parallel_block"))
+                  providers=(ours(run), *_peers(batch, heads, p)), reference=by_sample, quick=quick)
 
 
 def _parameters(draw: Draw, tokens: int, width: int, inner: int, heads: int) -> Inputs:
@@ -104,8 +103,7 @@ def _decode(batch: int, tokens: int, width: int, inner: int, heads: int, *, dtyp
     return family("parallel_block_decode", {"N": batch, "T": tokens, "D": width, "F": inner, "H": heads}, dtype, device,
                   inputs, {"forward": (f"2*N*D*e + {WEIGHTS} + 2*N*T*D*e", "2*N*(4*D*D + 2*D*F) + 4*N*T*D")},
                   unit="block", leaves=("x", *NAMES, "kv"), providers=(ours(run), plain("torch", _composed_decode)),
-                  quick=quick, reference=reference_of(run),
-                  kernels=("layer_norm_", "linear", "rotary", "attention", "epilogue"))
+                  quick=quick, reference=reference_of(run))
 
 
 def _composed_decode(inputs: Inputs) -> torch.Tensor:
@@ -115,8 +113,8 @@ def _composed_decode(inputs: Inputs) -> torch.Tensor:
     h = F.layer_norm(x, (width,), inputs["norm_weight"], inputs["norm_bias"])
     merged = F.linear(h, inputs["in_weight"], inputs["in_bias"])
     positions = torch.full((rows,), kv.shape[2] - 1, device=x.device)
-    q, *new = torch_rotary({"x": merged[:, : 3 * width].unflatten(1, (3, *kv.shape[3:])), "cos": inputs["cos"],
-                            "sin": inputs["sin"], "positions": positions}).unbind(1)
+    qkv = merged[:, : 3 * width].unflatten(1, (3, *kv.shape[3:]))
+    q, *new = torch_rotary(qkv, inputs["cos"], inputs["sin"], positions).unbind(1)
     with torch.no_grad():
         kv[:, :, -1] = torch.stack(new)
     keys, values = kv.transpose(2, 3)
@@ -128,39 +126,28 @@ def _composed_decode(inputs: Inputs) -> torch.Tensor:
 def _peers(batch: int, heads: int, p: float) -> tuple[Provider, ...]:
     same: dict[str, Any] = {"comparable": not p}
     best: dict[str, Any] = {"by_default": ("cuda",), **same}
-    composition = _composed(sdpa(True, p), batch, heads, p, F.layer_norm)
+    hf: dict[str, Any] = {"package": "transformers", **best}
+    layer = partial(_compiled_layer, batch, heads, p)
+
+    def composed(backend: str = "", liger: bool = False) -> Prepare:
+        attend = forced(sdpa(True, p), backend) if backend else sdpa(True, p)
+        return lambda case, device: _composed(attend, batch, heads, p, liger_layer_norm() if liger else F.layer_norm)
+
+    flash, cudnn = BACKENDS["sdpa-flash"], BACKENDS["sdpa-cudnn"]
     return (
-        plain("torch", composition, **same),
-        *(Provider(f"torch+{name}", _with_backend(backend, batch, heads, p), devices=("cuda",), **best)
-          for name, backend in BACKENDS.items() if name in ("sdpa-flash", "sdpa-cudnn")),
-        Provider("liger+cudnn", _with_liger(batch, heads, p), package="liger-kernel", devices=("cuda",), **best),
-        peer("transformers", "transformers", lambda case: decoder_layer(case, batch, heads, p), ("cpu", "cuda"),
-             **same),
-        Provider("transformers-compiled", _compiled_layer(batch, heads, p, "default"), package="transformers", **best),
-        Provider("transformers-max", _compiled_layer(batch, heads, p, MAX), package="transformers", slow=True, **best),
+        Provider("torch", composed(), **same),
+        Provider("torch+sdpa-flash", composed(flash), devices=("cuda",), **best),
+        Provider("torch+sdpa-cudnn", composed(cudnn), devices=("cuda",), **best),
+        Provider("liger+cudnn", composed(cudnn, liger=True), package="liger-kernel", devices=("cuda",), **best),
+        peer("transformers", "transformers", lambda case: decoder_layer(case, batch, heads, p), BOTH, **same),
+        Provider("transformers-compiled", layer("default"), **hf),
+        Provider("transformers-max", layer(MAX_AUTOTUNE), slow=True, **hf),
         # PyTorch does not choose cuDNN's attention, which is the faster one on some GPUs.
-        Provider("transformers-max+sdpa-cudnn", _compiled_layer(batch, heads, p, MAX, BACKENDS["sdpa-cudnn"]),
-                 package="transformers", devices=("cuda",), slow=True, **best),
+        Provider("transformers-max+sdpa-cudnn", layer(MAX_AUTOTUNE, cudnn), devices=("cuda",), slow=True, **hf),
     )
 
 
-def _with_backend(backend: str, batch: int, heads: int, p: float):
-    return lambda case, device: _composed(forced(sdpa(True, p), backend), batch, heads, p, F.layer_norm)
-
-
-def _with_liger(batch: int, heads: int, p: float):
-    def prepare(case: Case, device: torch.device) -> Function:
-        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
-
-        def norm(x: torch.Tensor, shape: tuple[int, ...], weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-            return LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
-
-        return _composed(forced(sdpa(True, p), BACKENDS["sdpa-cudnn"]), batch, heads, p, norm)
-
-    return prepare
-
-
-def _compiled_layer(batch: int, heads: int, p: float, mode: str, backend: str = ""):
+def _compiled_layer(batch: int, heads: int, p: float, mode: str, backend: str = "") -> Prepare:
     def prepare(case: Case, device: torch.device) -> Function:
         layer = decoder_layer(case, batch, heads, p)
         # Within what is compiled: around it, torch.compile would take what it has compiled of the layer without it.
@@ -169,7 +156,7 @@ def _compiled_layer(batch: int, heads: int, p: float, mode: str, backend: str = 
     return prepare
 
 
-def _composed(attend: Attend, batch: int, heads: int, p: float, norm) -> Function:
+def _composed(attend: Attend, batch: int, heads: int, p: float, norm: Callable[..., torch.Tensor]) -> Function:
     """The block from parts, its projections merged as ours are: cuBLAS products and someone's attention and norm."""
     def run(inputs: Inputs) -> torch.Tensor:
         x = inputs["x"]
@@ -177,8 +164,8 @@ def _composed(attend: Attend, batch: int, heads: int, p: float, norm) -> Functio
         h = norm(x, (width,), inputs["norm_weight"], inputs["norm_bias"])
         merged = F.linear(h, inputs["in_weight"], inputs["in_bias"])
         positions = torch.arange(rows // batch, device=x.device).repeat(batch)
-        qkv = torch_rotary({"x": merged[:, : 3 * width].unflatten(1, (3, heads, -1)), "cos": inputs["cos"],
-                            "sin": inputs["sin"], "positions": positions})
+        qkv = merged[:, : 3 * width].unflatten(1, (3, heads, -1))
+        qkv = torch_rotary(qkv, inputs["cos"], inputs["sin"], positions)
         att = attend(*qkv.unflatten(0, (batch, -1)).unbind(2)).reshape(rows, width)
         act = F.gelu(merged[:, 3 * width :], approximate="tanh")
         weight, bias = inputs["out_weight"], inputs["out_bias"]

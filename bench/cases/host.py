@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import shutil
 import sysconfig
@@ -16,7 +17,8 @@ import torch
 
 from phi1.bench.cases.model import build
 from phi1.bench.harness.case import BOTH, Case, Function, Inputs, Provider, named
-from phi1.bench.harness.providers import ours, peer
+from phi1.bench.harness.inputs import Draw
+from phi1.bench.harness.providers import ours, ours_prepared, peer
 from phi1.config import Phi1Config, preset
 
 SEQ_LEN, BATCH = 512, 64
@@ -30,13 +32,11 @@ def cases() -> list[Case]:
 
 
 @cache
-def _temporary() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="phi1-bench-")
-
-
 def _scratch() -> Path:
     """A folder that lives as long as the process."""
-    return Path(_temporary().name)
+    folder = tempfile.mkdtemp(prefix="phi1-bench-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _case(op: str, shape: dict[str, Any], dtype: str, devices: tuple[str, ...] = BOTH, **fields: Any) -> Case:
@@ -56,9 +56,8 @@ def _batches() -> Case:
         prepare([str(source)], _scratch() / "corpus", val_fraction=0.05, workers=1)
         return open_corpus(_scratch() / "corpus")
 
-    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
-        n_samples = corpus().n_samples(SEQ_LEN)
-        return {"samples": torch.randint(n_samples, (BATCH,), generator=generator, device=on).cpu()}
+    def inputs(draw: Draw) -> Inputs:
+        return {"samples": draw.integers(corpus().n_samples(SEQ_LEN), BATCH).cpu()}
 
     def theirs(case: Case) -> Function:
         """Read the same file by PyTorch's own loader over a memory map, in this process."""
@@ -117,7 +116,7 @@ def _tokenise() -> Case:
         return lambda inputs: _joined(fast(list(inputs["texts"]))["input_ids"])
 
     return _case("tokenise", {"source": "asyncio", "C": sum(len(text.encode()) for text in texts())}, "text",
-                 bytes="C", inputs=lambda on, generator: {"texts": texts()}, quick=True,
+                 bytes="C", inputs=lambda draw: {"texts": texts()}, quick=True,
                  providers=(ours(lambda inputs: _joined(tokenizer().encode_batch(list(inputs["texts"])))),
                             peer("transformers", "transformers", theirs, BOTH)),
                  reference=lambda inputs: theirs(None)(inputs))  # type: ignore[arg-type]
@@ -162,12 +161,17 @@ def _load(devices: tuple[str, ...], name: str, config: Phi1Config, quick: bool) 
         loader: Any = PhiForCausalLM
         return lambda inputs: _touched(loader.from_pretrained(_saved(config), dtype=torch.float16).to(on))
 
-    return _case("load", {"model": name, "P": config.num_parameters}, "float16", devices, bytes="2*P*e", quick=quick,
-                 inputs=lambda on, generator: {},
-                 providers=(Provider("phi1", prepare, package="phi1"),
-                            Provider("transformers", theirs, package="transformers")),
+    return _parameters("load", devices, name, config, quick, lambda function, inputs: function(inputs).state_dict(),
+                       ours_prepared(prepare), Provider("transformers", theirs, package="transformers"))
+
+
+def _parameters(op: str, devices: tuple[str, ...], name: str, config: Phi1Config, quick: bool,
+                state: Callable[[Function, Inputs], dict[str, torch.Tensor]], *providers: Provider) -> Case:
+    """A case that reads or writes every parameter, of which each bit is compared."""
+    return _case(op, {"model": name, "P": config.num_parameters}, "float16", devices, bytes="2*P*e", quick=quick,
+                 inputs=lambda draw: {}, exclusive=op == "save" and not quick, providers=providers,
                  reference=lambda inputs: _bits(_model(config).state_dict(), config),
-                 asked=lambda function, inputs: _bits(function(inputs).state_dict(), config))
+                 asked=lambda function, inputs: _bits(state(function, inputs), config))
 
 
 def _touched(model: Any) -> Any:
@@ -224,10 +228,5 @@ def _save(devices: tuple[str, ...], name: str, config: Phi1Config, quick: bool) 
         model = _on(on, config)
         return writer(lambda path: torch.save(model.state_dict(), path), _scratch() / f"{name}.pt")
 
-    return _case("save", {"model": name, "P": config.num_parameters}, "float16", devices, bytes="2*P*e", quick=quick,
-                 inputs=lambda on, generator: {}, exclusive=not quick,
-                 providers=(Provider("phi1", prepare, package="phi1"),
-                            Provider("transformers", theirs, package="transformers"),
-                            Provider("torch.save", torch_save)),
-                 reference=lambda inputs: _bits(_model(config).state_dict(), config),
-                 asked=lambda function, inputs: _bits(_written(function, inputs), config))
+    return _parameters("save", devices, name, config, quick, _written, ours_prepared(prepare),
+                       Provider("transformers", theirs, package="transformers"), Provider("torch.save", torch_save))

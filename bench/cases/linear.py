@@ -70,7 +70,7 @@ def _family(op: str, shape: dict[str, Any], dtype: str, device: str, inputs: Cal
             costs: dict[str, tuple[str, str]], run: Function, eager: Function, leaves: tuple[str, ...], p: float = 0.0,
             quick: bool = True) -> list[Case]:
     same = {"comparable": not p}  # PyTorch's dropout draws its own masks
-    return family(op, shape, dtype, device, inputs, costs, leaves=leaves, reference=reference_of(run), kernels=(op,),
+    return family(op, shape, dtype, device, inputs, costs, leaves=leaves, reference=reference_of(run),
                   providers=(ours(run), plain("torch", eager, **same), *compiled(eager, **same)), quick=quick)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from phi1.bench.harness.case import Case, Function, Inputs, family
+from phi1.bench.harness.case import BOTH, Case, Function, Inputs, family
 from phi1.bench.harness.inputs import Draw
 from phi1.bench.harness.providers import compiled, ours, part_of_reference, peer, plain
 from phi1.kernels import linear_cross_entropy
@@ -52,9 +52,8 @@ def _loss(rows: int, width: int, vocab: int, dtype: str, device: str, *, workspa
     return family(
         "linear_cross_entropy", shape, dtype, device, inputs, COSTS, leaves=("x", "weight", "bias"), reference=by_rows,
         providers=(ours(run), plain("torch", _eager), *compiled(_eager),
-                   peer("F.linear_cross_entropy", "torch", _torch_fused, ("cpu", "cuda")),
-                   peer("liger", "liger-kernel", _liger), *biasless),
-        kernels=("linear_cross_entropy", "cross_entropy"), quick=quick)
+                   peer("F.linear_cross_entropy", "torch", _torch_fused, BOTH),
+                   peer("liger", "liger-kernel", _liger), *biasless), quick=quick)
 
 
 def _eager(inputs: Inputs) -> torch.Tensor:

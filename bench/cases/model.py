@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from phi1.bench.harness.case import Case, Function, Inputs, Provider, named
+from phi1.bench.harness.case import BOTH, Case, Function, Inputs, Provider, named
 from phi1.bench.harness.inputs import Draw
-from phi1.bench.harness.providers import peer
+from phi1.bench.harness.providers import MAX_AUTOTUNE, ours_prepared, peer
 from phi1.bench.peers.hf_transformers import causal_model
 from phi1.bench.peers.training import Phi1Step, Plan, TransformersStep, cpu_plan
 from phi1.config import Phi1Config, preset
@@ -25,7 +25,6 @@ from phi1.model import Cache, Phi1
 TINY = preset("nano", vocab_size=512, num_hidden_layers=2)
 NEW = 16  # tokens that one call of decoding takes
 LOSS_SCALE = 1024.0  # as a float16 run has one: the gradient of a mean over 16,384 tokens would flush to 0
-MODEL_KERNELS = ("layer_norm_", "sum_partials", "in_proj", "out_proj", "attention", "linear", "parallel_block")
 # A token takes 2 flops a parameter that multiplies, P, and half of T scores and T sums a head; backward twice that.
 FORWARD_FLOPS = "2*B*T*(P + L*T*D)"
 TRAIN_FLOPS = "6*B*T*(P + L*T*D)"
@@ -59,22 +58,19 @@ def _shape(config: Phi1Config, batch: int, tokens: int) -> dict[str, Any]:
     return shape | ({"dropout": config.residual_dropout} if config.residual_dropout else {})
 
 
-def _case(op: str, config: Phi1Config, batch: int, tokens: int, dtype: str, device: str, **fields: Any) -> Case:
+def _case(op: str, config: Phi1Config, batch: int, tokens: int, dtype: str, device: str, direction: str = "forward",
+          new: int = 0, **fields: Any) -> Case:
+    """A case whose inputs are ids and targets [B, T + new], and an empty tensor that tells the reference its dtype."""
     shape = _shape(config, batch, tokens)
-    fields.setdefault("direction", "forward")
     label = {letter: value for letter, value in shape.items() if letter != "P"}
-    return Case(name=named(op, label, dtype, fields["direction"], device), op=op, unit="model", shape=shape,
-                dtype=dtype, devices=(device,), exclusive=device == "cuda", kernels=MODEL_KERNELS, **fields)
 
-
-def _tokens(config: Phi1Config, batch: int, tokens: int, dtype: str) -> Any:
-    """ids and targets [B, T], and an empty tensor whose dtype tells the reference its precision."""
-    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
-        draw = Draw(on, generator, dtype)
-        rows = draw.integers(config.vocab_size, batch, tokens + 1)
+    def inputs(draw: Draw) -> Inputs:
+        rows = draw.integers(config.vocab_size, batch, tokens + new + 1)
         return {"ids": rows[:, :-1].contiguous(), "targets": rows[:, 1:].contiguous(), "like": draw.normal(0)}
 
-    return inputs
+    return Case(**{"inputs": inputs} | fields, name=named(op, label, dtype, direction, device), op=op, unit="model",
+                direction=direction, shape=shape, dtype=dtype, devices=(device,), leaves=("like",),
+                exclusive=device == "cuda")
 
 
 def build(config: Phi1Config, device: torch.device, dtype: torch.dtype) -> Phi1:
@@ -130,7 +126,7 @@ def _providers(config: Phi1Config, ours: Any, theirs: Any, *, training: bool = F
 
         return prepare
 
-    return Provider("phi1", phi1, package="phi1"), *_transformers(transformers)
+    return ours_prepared(phi1), *_transformers(transformers)
 
 
 def _transformers(prepare: Any) -> tuple[Provider, ...]:
@@ -138,12 +134,12 @@ def _transformers(prepare: Any) -> tuple[Provider, ...]:
     compiled: dict[str, Any] = {"package": "transformers", "by_default": ("cuda",)}
     return (Provider("transformers", prepare(None), package="transformers"),
             Provider("transformers-compiled", prepare("default"), **compiled),
-            Provider("transformers-max", prepare("max-autotune-no-cudagraphs"), slow=True, **compiled))
+            Provider("transformers-max", prepare(MAX_AUTOTUNE), slow=True, **compiled))
 
 
 def _loss(config: Phi1Config, batch: int, tokens: int, dtype: str, device: str, quick: bool = False) -> Case:
     return _case("model-loss", config, batch, tokens, dtype, device, bytes="(P + 2*B*T*D)*e", flops=FORWARD_FLOPS,
-                 inputs=_tokens(config, batch, tokens, dtype), leaves=("like",), quick=quick,
+                 quick=quick,
                  providers=_providers(config, lambda model: lambda inputs: model.loss(inputs["ids"], inputs["targets"]),
                                       lambda model, forward: lambda inputs: _their_loss(forward, inputs)),
                  reference=_reference(config, dtype, _mean_loss))
@@ -175,9 +171,8 @@ def _micro_step(config: Phi1Config, batch: int, tokens: int, dtype: str, device:
             return _gradients(model, loss, model.get_parameter("blocks.0.norm.weight"))
 
     reference = _reference(config, dtype, _mean_loss if device == "cuda" else exact)
-    return _case("micro-step", config, batch, tokens, dtype, device, direction="call", bytes="3*P*e",
-                 flops=TRAIN_FLOPS, inputs=_tokens(config, batch, tokens, dtype), leaves=("like",), quick=quick,
-                 providers=_providers(config, ours, theirs, training=True),
+    return _case("micro-step", config, batch, tokens, dtype, device, "call", bytes="3*P*e", flops=TRAIN_FLOPS,
+                 quick=quick, providers=_providers(config, ours, theirs, training=True),
                  reference=None if config.residual_dropout else reference)
 
 
@@ -202,11 +197,11 @@ def _step(plan: Plan, quick: bool = False) -> Case:
         return judged("fp32" if inputs["like"].dtype == torch.float64 else plan.precision)
 
     dtype = "bfloat16" if plan.precision == "bf16" else "float16"
-    return _case("train-step", plan.config, plan.batch, plan.tokens, dtype, plan.device, direction="call",
+    return _case("train-step", plan.config, plan.batch, plan.tokens, dtype, plan.device, "call",
                  # read and write master weights and two states in float32, read the gradient
-                 bytes="28*P", flops=TRAIN_FLOPS, quick=quick, readme=True, leaves=("like",),
-                 inputs=lambda on, generator: {"like": torch.empty(0, dtype=getattr(torch, dtype), device=on)},
-                 providers=(Provider("phi1", lambda case, on: Phi1Step(plan), package="phi1"), *_transformers(theirs)),
+                 bytes="28*P", flops=TRAIN_FLOPS, quick=quick, readme=True,
+                 inputs=lambda draw: {"like": draw.normal(0)},
+                 providers=(ours_prepared(lambda case, on: Phi1Step(plan)), *_transformers(theirs)),
                  # Each draws a dropout of its own.
                  reference=None if plan.config.residual_dropout else reference, asked=_judged)
 
@@ -228,9 +223,12 @@ def _prefill(config: Phi1Config, batch: int, tokens: int, dtype: str, device: st
         return lambda inputs: forward(input_ids=inputs["ids"], use_cache=True, logits_to_keep=1).logits
 
     return _case("prefill", config, batch, tokens, dtype, device, bytes="(P + 2*L*B*T*D)*e",
-                 flops="2*B*T*(P - V*D + L*T*D) + 2*B*V*D", inputs=_tokens(config, batch, tokens, dtype),
-                 leaves=("like",), quick=quick, readme=readme, providers=_providers(config, ours, theirs),
-                 reference=_reference(config, dtype, lambda model, inputs: model(inputs["ids"], logits_to_keep=1)))
+                 flops="2*B*T*(P - V*D + L*T*D) + 2*B*V*D", quick=quick, readme=readme,
+                 providers=_providers(config, ours, theirs), reference=_reference(config, dtype, _last_logits))
+
+
+def _last_logits(model: Phi1, inputs: Inputs) -> torch.Tensor:
+    return model(inputs["ids"], logits_to_keep=1)
 
 
 def _decode(config: Phi1Config, batch: int, tokens: int, dtype: str, device: str, quick: bool = False,
@@ -238,16 +236,15 @@ def _decode(config: Phi1Config, batch: int, tokens: int, dtype: str, device: str
     """NEW given tokens, one at a time, behind a prompt. One call takes all of them and then forgets them."""
     from phi1.bench.peers.decoding import dynamic_cache, phi1_cache, static_cache
 
-    return _case("decode", config, batch, tokens, dtype, device, direction="forward",
+    return _case("decode", config, batch, tokens, dtype, device, new=NEW,
                  bytes=f"{NEW}*(P + 2*L*B*T*D)*e", flops=f"{NEW}*2*B*(P + 2*L*T*D)",
-                 inputs=_tokens(config, batch, tokens + NEW, dtype), leaves=("like",), quick=quick, readme=readme,
+                 quick=quick, readme=readme, reference=_reference(config, dtype, _last_logits),
                  providers=(
-                     Provider("phi1", lambda case, on: phi1_cache(_built(case, config, on), tokens), package="phi1"),
+                     ours_prepared(lambda case, on: phi1_cache(_built(case, config, on), tokens)),
                      peer("transformers", "transformers", lambda case: dynamic_cache(
                          causal_model(_built(case, config, torch.device(device)), config).eval(), tokens),
-                         ("cpu", "cuda")),
+                         BOTH),
                      Provider("transformers-static", lambda case, on: static_cache(
                          causal_model(_built(case, config, on), config).eval(), tokens, NEW),
                          package="transformers", by_default=("cuda",)),
-                 ),
-                 reference=_reference(config, dtype, lambda model, inputs: model(inputs["ids"], logits_to_keep=1)))
+                 ))

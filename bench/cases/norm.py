@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from phi1.bench.harness.case import Case, Function, Inputs, Provider, family
+from phi1.bench.harness.case import Case, Function, Inputs, Prepare, Provider, family
 from phi1.bench.harness.inputs import Draw
-from phi1.bench.harness.providers import compiled, ours, peer, plain, reference_of
-from phi1.bench.peers.rotary import liger_rope, torch_rotary
+from phi1.bench.harness.providers import compiled, ours, ours_prepared, peer, plain, reference_of
+from phi1.bench.peers.pointwise import liger_layer_norm, liger_rope, quack_norm, torch_rotary
 from phi1.kernels import add_layer_norm, layer_norm, rotary, rotary_
 
 # Read x, write y; weight and bias. Then read x, dy and the statistics, write dx, dw and db.
@@ -38,80 +39,40 @@ def cases() -> list[Case]:
     """Every case of these operations."""
     norm = [(16384, 2048, "float16", "cuda"), (16384, 2048, "bfloat16", "cuda"), (16384, 2560, "float16", "cuda"),
             (2048, 2048, "float16", "cuda"), (512, 256, "float32", "cpu")]
-    found = [case for shape in norm for case in _layer_norm(*shape)]
-    found += [case for shape in (norm[0], norm[1], norm[-1]) for case in _add_layer_norm(*shape)]
+    found = [case for shape in norm for case in _norm(layer_norm, *shape)]
+    found += [case for shape in (norm[0], norm[1], norm[-1]) for case in _norm(add_layer_norm, *shape)]
     for shape in ((16384, 32, 64, 32, "float16", "cuda"), (256, 4, 64, 32, "float32", "cpu")):
         found += _rotary(*shape)
     return found
 
 
-def _layer_norm(rows: int, width: int, dtype: str, device: str) -> list[Case]:
+def _norm(op: Callable[..., Any], rows: int, width: int, dtype: str, device: str) -> list[Case]:
+    """layer_norm, or add_layer_norm, which liger and quack do not have."""
+    adds = op is add_layer_norm
+    residual = ("residual",) * adds
+
     def inputs(draw: Draw) -> Inputs:
-        return {"x": draw.normal(rows, width), "weight": 1 + draw.normal(width, scale=0.1), "bias": draw.normal(width)}
-
-    def run(inputs: Inputs) -> torch.Tensor:
-        return layer_norm(inputs["x"], inputs["weight"], inputs["bias"])
-
-    def eager(inputs: Inputs) -> torch.Tensor:
-        return F.layer_norm(inputs["x"], (width,), inputs["weight"], inputs["bias"])
-
-    return family("layer_norm", {"N": rows, "D": width}, dtype, device, inputs, NORM_COSTS,
-                  leaves=("x", "weight", "bias"), reference=reference_of(run), kernels=("layer_norm_", "sum_partials"),
-                  providers=(ours(run), plain("torch", eager), *compiled(eager),
-                             peer("liger", "liger-kernel", _liger_norm), peer("quack", "quack-kernels", _quack_norm)),
-                  quick=dtype != "bfloat16" and rows in (16384, 512) and width != 2560)
-
-
-def _liger_norm(case: Case) -> Function:
-    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
-
-    return lambda inputs: LigerLayerNormFunction.apply(inputs["x"], inputs["weight"], inputs["bias"], 1e-5)
-
-
-def _quack_norm(case: Case) -> Function:
-    """quack's two kernels behind one autograd function. Their float32 parameters are cast outside of the timing."""
-    from quack.rmsnorm import layernorm_bwd, layernorm_fwd
-
-    class QuackNorm(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, weight, bias, wide_weight, wide_bias):
-            y, rstd, mean = layernorm_fwd(x, wide_weight, wide_bias, 1e-5, return_rstd=True, return_mean=True)
-            ctx.save_for_backward(x, wide_weight, rstd, mean)
-            return y
-
-        @staticmethod
-        def backward(ctx, dy):
-            x, wide_weight, rstd, mean = ctx.saved_tensors
-            dx, dw, db = layernorm_bwd(x, wide_weight, dy, rstd, mean)
-            return dx, dw.to(x.dtype), db.to(x.dtype), None, None
-
-    wide: dict[int, tuple[torch.Tensor, ...]] = {}
-
-    def run(inputs: Inputs) -> torch.Tensor:
-        weight, bias = inputs["weight"], inputs["bias"]
-        if weight.data_ptr() not in wide:
-            wide[weight.data_ptr()] = weight.detach().float(), bias.detach().float()
-        return QuackNorm.apply(inputs["x"], weight, bias, *wide[weight.data_ptr()])
-
-    return run
-
-
-def _add_layer_norm(rows: int, width: int, dtype: str, device: str) -> list[Case]:
-    def inputs(draw: Draw) -> Inputs:
-        return {"x": draw.normal(rows, width), "residual": draw.normal(rows, width),
+        return {**{name: draw.normal(rows, width) for name in ("x", *residual)},
                 "weight": 1 + draw.normal(width, scale=0.1), "bias": draw.normal(width)}
 
+    def eager(inputs: Inputs) -> Any:
+        h = inputs["x"] + inputs["residual"] if adds else inputs["x"]
+        y = F.layer_norm(h, (width,), inputs["weight"], inputs["bias"])
+        return (h, y) if adds else y
+
+    def liger(case: Case) -> Function:
+        norm = liger_layer_norm()
+        return lambda inputs: norm(inputs["x"], (width,), inputs["weight"], inputs["bias"])
+
     def run(inputs: Inputs) -> Any:
-        return add_layer_norm(inputs["x"], inputs["residual"], inputs["weight"], inputs["bias"])
+        return op(**inputs)
 
-    def eager(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        h = inputs["x"] + inputs["residual"]
-        return h, F.layer_norm(h, (width,), inputs["weight"], inputs["bias"])
-
-    return family("add_layer_norm", {"N": rows, "D": width}, dtype, device, inputs, ADD_NORM_COSTS,
-                  leaves=("x", "residual", "weight", "bias"), reference=reference_of(run),
-                  providers=(ours(run), plain("torch", eager), *compiled(eager)),
-                  kernels=("layer_norm_", "sum_partials"), quick=dtype != "bfloat16")
+    others = () if adds else (peer("liger", "liger-kernel", liger), peer("quack", "quack-kernels", quack_norm))
+    return family("add_layer_norm" if adds else "layer_norm", {"N": rows, "D": width}, dtype, device, inputs,
+                  ADD_NORM_COSTS if adds else NORM_COSTS, leaves=("x", *residual, "weight", "bias"),
+                  reference=reference_of(run),
+                  providers=(ours(run), plain("torch", eager), *compiled(eager), *others),
+                  quick=dtype != "bfloat16" and rows in (16384, 512) and width != 2560)
 
 
 def _rotary(rows: int, heads: int, size: int, rotary_dim: int, dtype: str, device: str) -> list[Case]:
@@ -123,32 +84,32 @@ def _rotary(rows: int, heads: int, size: int, rotary_dim: int, dtype: str, devic
         return {"x": draw.normal(rows, 3, heads, size), "cos": cos, "sin": sin, "positions": positions}
 
     def run(inputs: Inputs) -> torch.Tensor:
-        return rotary(inputs["x"], inputs["cos"], inputs["sin"], inputs["positions"])
+        return rotary(**inputs)
 
-    def run_in_place(inputs: Inputs) -> torch.Tensor:
-        return rotary_(inputs["x"], inputs["cos"], inputs["sin"], inputs["positions"])
+    def eager(inputs: Inputs) -> torch.Tensor:
+        return torch_rotary(**inputs)
 
     def eager_in_place(inputs: Inputs) -> torch.Tensor:
         x = inputs["x"]
-        x[:, :2, :, :rotary_dim] = torch_rotary({**inputs, "x": x[:, :2, :, :rotary_dim]})
+        x[:, :2, :, :rotary_dim] = eager(inputs | {"x": x[:, :2, :, :rotary_dim]})
         return x
 
     def family_of(op: str, costs: Any, **fields: Any) -> list[Case]:
         return family(op, {"N": rows, "H": heads, "K": size, "R": rotary_dim}, dtype, device, inputs, costs,
-                      leaves=("x",), kernels=("rotary",), quick=True, **fields)
+                      leaves=("x",), quick=True, **fields)
 
     return [
         *family_of("rotary", ROTARY_COSTS, reference=reference_of(run),
-                   providers=(ours(run), plain("torch", torch_rotary), *compiled(torch_rotary),
+                   providers=(ours(run), plain("torch", eager), *compiled(eager),
                               peer("liger", "liger-kernel", liger_rope))),
         *family_of("rotary_", IN_PLACE_COSTS, reference=reference_of(run),
-                   providers=(Provider("phi1", _on_a_copy(run_in_place), package="phi1"),
+                   providers=(ours_prepared(_on_a_copy(lambda inputs: rotary_(**inputs))),
                               Provider("torch", _on_a_copy(eager_in_place))),
-                   asked=lambda function, inputs: function({**inputs, "x": inputs["x"].clone()})),
+                   asked=lambda function, inputs: function(inputs | {"x": inputs["x"].clone()})),
     ]
 
 
-def _on_a_copy(function: Function) -> Any:
+def _on_a_copy(function: Function) -> Prepare:
     """A preparation whose function writes into a copy of x, kept for each x: rotated at first, then further."""
     def prepare(case: Case, device: torch.device) -> Function:
         own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -157,7 +118,7 @@ def _on_a_copy(function: Function) -> Any:
             x = inputs["x"]
             if x.data_ptr() not in own:
                 own[x.data_ptr()] = x, x.clone()  # x too, or another tensor could get its address
-            return function({**inputs, "x": own[x.data_ptr()][1]})
+            return function(inputs | {"x": own[x.data_ptr()][1]})
 
         return run
 

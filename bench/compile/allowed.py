@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,32 @@ OF_A_KERNEL = ("narrow_loads", "narrow_stores")
 """Allowed for a whole kernel: statistics of rows and columns, which each case has a few of."""
 ODD = "odd sizes"
 """In the names of programs whose rows are not aligned, and are read element by element."""
-Allowed = Mapping[str, Mapping[str, Mapping[str, Any]]]
-"""Kernel -> fault -> {"reason": words, architecture: number, or case -> number}."""
+Key = tuple[str, str, str, str]
+"""(kernel, fault, architecture, case): the case is "" for the faults of OF_A_KERNEL."""
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """How much of a fault is allowed, and by kernel and fault the reason."""
+
+    most: Mapping[Key, int] = field(default_factory=dict)
+    reasons: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
 
 @cache
 def allowed(path: Path = FILE) -> Allowed:
-    return tomllib.loads(path.read_text()) if path.is_file() else {}
+    return parsed(tomllib.loads(path.read_text())) if path.is_file() else Allowed()
+
+
+def parsed(content: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Allowed:
+    """The file's content: kernel -> fault -> {"reason": words, architecture: number, or case -> number}."""
+    most: dict[Key, int] = {}
+    entries = {(kernel, fault): entry for kernel, faults in content.items() for fault, entry in faults.items()}
+    for (kernel, fault), entry in entries.items():
+        for arch in entry.keys() & ARCHS.keys():
+            cases = {"": entry[arch]} if fault in OF_A_KERNEL else entry[arch]
+            most |= {(kernel, fault, arch, case): value for case, value in cases.items()}
+    return Allowed(most, {key: entry["reason"] for key, entry in entries.items()})
 
 
 def complaints(case: Case, arch: str, report: Report, accepted: Allowed | None = None) -> list[str]:
@@ -53,8 +73,7 @@ def complaints(case: Case, arch: str, report: Report, accepted: Allowed | None =
     accepted = allowed() if accepted is None else accepted
     found = []
     for fault, value in _faults(case, arch, report).items():
-        known = accepted.get(_group(case), {}).get(fault, {}).get(arch, 0)
-        most = known.get(_short(case), 0) if isinstance(known, Mapping) else known
+        most = accepted.most.get(_key(case, fault, arch), 0)
         if value > most:
             found.append(MESSAGES[fault].format(value=value, allowed=most, error=report.error,
                                                 limit=ARCHS[arch].shared_limit))
@@ -82,66 +101,43 @@ def _faults(case: Case, arch: str, report: Report) -> dict[str, int]:
     }
 
 
-def _group(case: Case) -> str:
-    kernel = case.launch.name.removesuffix("_kernel")
+def _key(case: Case, fault: str, arch: str) -> Key:
+    kernel, _, program = case.name.partition(" ")
     kind = " candidate" if case.candidate else f" {ODD}" if ODD in case.name else ""
-    return kernel + kind
+    return kernel + kind, fault, arch, "" if fault in OF_A_KERNEL else program
 
 
-def _short(case: Case) -> str:
-    return case.name.partition(" ")[2]
-
-
-def needed(compiled: Iterator[tuple[Case, str, Report]], before: Allowed, reason: str = "") -> dict[str, Any]:
+def needed(compiled: Iterable[tuple[Case, str, Report]], before: Allowed, reason: str = "") -> Allowed:
     """Exactly what lets these reports through; reasons are those of `before`, and `reason` where it has none."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    most: dict[Key, int] = {}
     for case, arch, report in compiled:
-        group = _group(case)
         for fault, value in _faults(case, arch, report).items():
-            if not value:
-                continue
-            known = before.get(group, {}).get(fault, {}).get("reason", reason)
-            entry = found.setdefault(group, {}).setdefault(fault, {"reason": known})
-            if fault in OF_A_KERNEL:
-                entry[arch] = max(value, entry.get(arch, 0))
-            else:
-                cases = entry.setdefault(arch, {})
-                cases[_short(case)] = max(value, cases.get(_short(case), 0))
-    return found
+            if value:
+                key = _key(case, fault, arch)
+                most[key] = max(value, most.get(key, 0))
+    return Allowed(most, {key[:2]: before.reasons.get(key[:2], reason) for key in most})
 
 
-def unneeded(compiled: Iterator[tuple[Case, str, Report]], accepted: Allowed) -> list[str]:
+def unneeded(compiled: Iterable[tuple[Case, str, Report]], accepted: Allowed) -> list[str]:
     """A line for each allowance that no report needs, or not as much of."""
-    wanted, lines = needed(compiled, accepted), []
-    for group, fault, arch, case, value in _entries(accepted):
-        known = wanted.get(group, {}).get(fault, {}).get(arch, 0)
-        most = known.get(case, 0) if isinstance(known, Mapping) else known
-        if value > most:
-            where = " ".join(filter(None, (group, case, "on", arch)))
-            lines.append(f"{FILE.name} allows {fault} {value} of {where}, and {most} is needed; --accept mends it")
-    return lines
-
-
-def _entries(accepted: Allowed) -> Iterator[tuple[str, str, str, str, int]]:
-    for group, faults in accepted.items():
-        for fault, entry in faults.items():
-            for arch, value in entry.items():
-                if arch != "reason":
-                    by_case = value if isinstance(value, Mapping) else {"": value}
-                    yield from ((group, fault, arch, case, most) for case, most in by_case.items())
+    wanted = needed(compiled, accepted).most
+    return [f"{FILE.name} allows {fault} {value} of {' '.join(filter(None, (kernel, case)))} on {arch}, and "
+            f"{wanted.get((kernel, fault, arch, case), 0)} is needed; --accept mends it"
+            for (kernel, fault, arch, case), value in accepted.most.items()
+            if value > wanted.get((kernel, fault, arch, case), 0)]
 
 
 def dumps(accepted: Allowed) -> str:
     """The file's text: a case or an architecture is a line, so that a change reads well in a diff."""
     blocks = []
-    for group, faults in sorted(accepted.items()):
-        for fault, entry in sorted(faults.items()):
-            name = f"{json.dumps(group)}.{fault}"
-            lines = [f"[{name}]", f"reason = {json.dumps(entry['reason'], ensure_ascii=False)}"]
-            archs = [(arch, entry[arch]) for arch in ARCHS if arch in entry]
-            lines += [f"{arch} = {value}" for arch, value in archs if not isinstance(value, Mapping)]
-            for arch, cases in archs:
-                if isinstance(cases, Mapping):
-                    lines += [f"[{name}.{arch}]", *(f"{json.dumps(case)} = {n}" for case, n in sorted(cases.items()))]
-            blocks.append("\n".join(lines))
+    for (kernel, fault), reason in sorted(accepted.reasons.items()):
+        name = f"{json.dumps(kernel)}.{fault}"
+        lines = [f"[{name}]", f"reason = {json.dumps(reason, ensure_ascii=False)}"]
+        for arch in ARCHS:
+            cases = sorted((key[3], value) for key, value in accepted.most.items() if key[:3] == (kernel, fault, arch))
+            if fault in OF_A_KERNEL:
+                lines += [f"{arch} = {value}" for _, value in cases]
+            elif cases:
+                lines += [f"[{name}.{arch}]", *(f"{json.dumps(case)} = {value}" for case, value in cases)]
+        blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"

@@ -11,13 +11,15 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
 
 from phi1.bench.compile.arch import Report
-from phi1.bench.compile.launches import Case
-from phi1.bench.compile.read import measure
 from phi1.bench.harness.processes import begin_worker
 
-Job = tuple[str, Case]
+if TYPE_CHECKING:
+    from phi1.bench.compile.launches import Case
+
+Job = tuple[str, "Case"]
 """(architecture, what is compiled for it)."""
 
 
@@ -81,6 +83,8 @@ def _pool(ended: Connection) -> ProcessPoolExecutor:
 
 
 def _measure(job: Job) -> Report:
+    from phi1.bench.compile.read import measure  # PyTorch and Triton are a compiler's, not those of who starts it
+
     arch, case = job
     try:
         return measure(case.launch, arch)

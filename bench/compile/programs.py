@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -125,9 +125,14 @@ def _backward(out: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
     torch.autograd.backward(outs, [torch.empty_like(x) for x in outs])
 
 
+@cache
+def _model(config: Phi1Config, dtype: str) -> Phi1:
+    return Phi1(config, device="meta", dtype=DTYPES[dtype])
+
+
 def _train(config: Phi1Config, dtype: str, mode: str, rate: float) -> None:
-    config = replace(config, attention_dropout=rate, residual_dropout=rate)
-    model = Phi1(config, device="meta", dtype=DTYPES[dtype])
+    model = _model(replace(config, attention_dropout=rate, residual_dropout=rate), dtype).train()
+    model.zero_grad()
     model.recompute = mode
     ids = meta(BATCH, TOKENS)
     model.loss(ids, ids, reduction="sum", rng=meta(2), sample_ids=meta(BATCH)).backward()
@@ -136,16 +141,15 @@ def _train(config: Phi1Config, dtype: str, mode: str, rate: float) -> None:
 @torch.no_grad()
 def _evaluate(config: Phi1Config, dtype: str) -> None:
     ids = meta(BATCH, TOKENS)
-    Phi1(config, device="meta", dtype=DTYPES[dtype]).eval().loss(ids, ids, reduction="sum")
+    _model(config, dtype).eval().loss(ids, ids, reduction="sum")
 
 
 @torch.no_grad()
 def _generate(config: Phi1Config, dtype: str, batch: int, padded: bool) -> None:
-    model = Phi1(config, device="meta", dtype=DTYPES[dtype]).eval()
-    cache = Cache(config, batch, TOKENS, device="meta", dtype=DTYPES[dtype])
+    model, kept = _model(config, dtype).eval(), Cache(config, batch, TOKENS, device="meta", dtype=DTYPES[dtype])
     for tokens in (512, 1):
-        model(meta(batch, tokens), cache=cache, logits_to_keep=1)
-        cache.starts = meta(batch, dtype=torch.int32) if padded else None
+        model(meta(batch, tokens), cache=kept, logits_to_keep=1)
+        kept.starts = meta(batch, dtype=torch.int32) if padded else None
 
 
 @dataclass(frozen=True)

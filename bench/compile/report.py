@@ -19,6 +19,7 @@ from pathlib import Path
 
 import triton
 
+from phi1.arguments import path_option
 from phi1.bench.compile.again import COMPILE_SECONDS, compile_again
 from phi1.bench.compile.allowed import FILE, allowed, complaints, dumps, needed, unneeded
 from phi1.bench.compile.arch import ARCHS, WIDE, Report, narrow
@@ -73,7 +74,7 @@ def _parse(argv: Sequence[str], make_parser: MakeParser = plain_parser) -> argpa
                         help="compile the rows of the table again that are not as they were in this commit, as many as "
                              "take about 2 minutes, and fail where the compiler says otherwise")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once (%(default)s)")
-    parser.add_argument("--triton", action="append", default=[], metavar="DIR", type=Path,
+    parser.add_argument("--triton", action="append", default=[], metavar="DIR", type=path_option,
                         help="do the same with the Triton in this folder afterwards; may be repeated (made by "
                              "pip install --no-deps --target DIR triton==VERSION)")
     parser.add_argument("--accept", metavar="REASON",

@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 
 from phi1 import Phi1, preset
+from phi1.arguments import path_option
 from phi1.bench.cases.registry import select
+from phi1.bench.harness.parser import on_a_gpu, plain_parser
 from phi1.bench.report import trace
 from phi1.train.metrics.profiling import check_place
 
@@ -68,25 +70,21 @@ def count(name: str, out: Path) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder of the trace and the reports (%(default)s)")
+    parser = plain_parser("counters", __doc__)
+    parser.add_argument("--out", type=path_option, default=Path("."),
+                        help="folder of the trace and the reports (%(default)s)")
     parser.add_argument("--step", action="store_true", help="run one micro-step of two layers")
-    parser.add_argument("--rehearse", action="store_true", help="a tiny model on the CPU")
-    options = parser.parse_args()
-    if not options.rehearse and not torch.cuda.is_available():
-        print("counters: error: there is no CUDA device; --rehearse takes the CPU", file=sys.stderr)
-        return 2
+    return on_a_gpu(parser, run)
+
+
+def run(options: argparse.Namespace) -> int:
     if options.step:
         for _ in range(2):
             micro_step(options.rehearse)
         return 0
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        check_place(options.out / "trace.json")
-        names = slowest(options.out, "cpu" if options.rehearse else "cuda")
-    except OSError as error:
-        print(f"counters: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    check_place(options.out / "trace.json")
+    names = slowest(options.out, "cpu" if options.rehearse else "cuda")
     if options.rehearse or shutil.which("ncu") is None:
         micro_step(options.rehearse)
         print("no counters: " + ("a rehearsal" if options.rehearse else "ncu is not on the PATH"))

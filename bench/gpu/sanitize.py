@@ -14,6 +14,7 @@ from phi1.bench.cases.block import small_block
 from phi1.bench.cases.registry import select
 from phi1.bench.harness import check
 from phi1.bench.harness.case import Case, Inputs
+from phi1.bench.harness.parser import on_a_gpu, plain_parser
 
 ALWAYS_FLOAT32 = ("cos", "sin")
 
@@ -28,23 +29,17 @@ def chosen(dtype: torch.dtype) -> list[Case]:
 
 def inputs_of(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
     """The case's inputs in another precision, except those that are always float32."""
-    given = case.inputs(device, torch.Generator("cpu" if device.type == "meta" else device).manual_seed(1))
+    given = case.draw(device)
     return {name: value.to(dtype) if isinstance(value, torch.Tensor) and value.dtype is torch.float32
             and name not in ALWAYS_FLOAT32 else value for name, value in given.items()}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU")
-    options = parser.parse_args()
-    if not options.rehearse and not torch.cuda.is_available():
-        print("sanitize: error: there is no CUDA device; --rehearse takes the CPU", file=sys.stderr)
-        return 2
+def run(options: argparse.Namespace) -> int:
     device = torch.device("cpu" if options.rehearse else "cuda")
     n_cases = 0
     for dtype in (torch.float32, torch.float16):
         for case in chosen(dtype):
-            found = check.results(case, case.providers[0].prepare(case, device), inputs_of(case, device, dtype), None)
+            found = check.results(case, case.providers[0].prepare(case, device), inputs_of(case, device, dtype))
             name = case.name.replace("float32", str(dtype).removeprefix("torch."))
             for result, tensor in found.items():
                 assert tensor.isfinite().all(), f"{name}: {result} is not finite"
@@ -55,4 +50,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(on_a_gpu(plain_parser("sanitize", __doc__), run))

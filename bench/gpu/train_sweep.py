@@ -20,11 +20,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from phi1 import Phi1Config, preset
+from phi1.arguments import path_option
 from phi1.bench.harness.environment import ROOT, environment
 from phi1.bench.harness.files import replace
+from phi1.bench.harness.parser import on_a_gpu, plain_parser
 from phi1.train.metrics.ledger import read_ledger
 
 STEPS, WARM_UP = 8, 2  # the first steps compile kernels and fill the allocator
@@ -47,18 +47,16 @@ def measure(out: Path, micro_batch: int, dropout: float, recipe: dict[str, Any],
     changes = recipe | {"train.micro_batch_size": micro_batch, "train.dropout": dropout, "run.folder": folder,
                         "data.folder": out / "data"}
     words = [f"--{key}={value}" for key, value in changes.items()]
-    with log.open("w") as file:
-        process = subprocess.Popen([sys.executable, str(ROOT / "train" / "pretrain.py"), *words], stdout=file,
-                                   stderr=subprocess.STDOUT)
     steps: list[dict[str, Any]] = []
-    try:
-        while len(steps) < STEPS and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.2)
-            steps = steps_of(folder / "ledger.jsonl")
-    finally:
-        process.kill()
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, str(ROOT / "train" / "pretrain.py"), *words]
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+        try:
+            while len(steps) < STEPS and process.poll() is None and time.monotonic() < end:
+                time.sleep(0.2)
+                steps = steps_of(folder / "ledger.jsonl")
+        finally:
+            process.kill()
+    shutil.rmtree(folder, ignore_errors=True)
     found = {"micro_batch": micro_batch, "dropout": dropout}
     if len(steps) < STEPS:
         said = (log.read_text().strip().splitlines() or ["nothing was printed"])[-1]
@@ -134,15 +132,14 @@ def shape(recipe: dict[str, Any]) -> Phi1Config:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, required=True, help="folder of train.json, the logs and the corpus")
+    parser = plain_parser("train_sweep", __doc__)
+    parser.add_argument("--out", type=path_option, required=True, help="folder of train.json, the logs and the corpus")
     parser.add_argument("--micro-batches", type=int, nargs="+", metavar="N", help="sizes to try, growing")
-    parser.add_argument("--rehearse", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--minutes", type=float, default=8.0, help="end after this long (%(default)s)")
-    options = parser.parse_args()
-    if not options.rehearse and not torch.cuda.is_available():
-        print("train_sweep: error: there is no CUDA device; --rehearse trains a tiny model on the CPU", file=sys.stderr)
-        return 2
+    return on_a_gpu(parser, run)
+
+
+def run(options: argparse.Namespace) -> int:
     recipe, sizes = (TINY, [1, 2]) if options.rehearse else (FULL, [8, 16, 24, 48])
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

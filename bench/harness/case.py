@@ -2,7 +2,7 @@
 
 `cases/registry.py` collects the cases of `cases/*.py`; nothing else says what is benchmarked. The runner, the pytest
 benchmarks, the compile gate, the tuner and the GPU script all go over `all_cases()`. No case makes a tensor before
-`inputs` or a provider's `prepare` is called, and none needs a GPU to be listed.
+`draw` or a provider's `prepare` is called, and none needs a GPU to be listed.
 
 Letters: B batch, T tokens, N rows, D width, H heads, K head size, F MLP width, V vocabulary, R rotary dimension, M rows
 of a weight, S sum of the squared lengths of packed documents, L layers, P parameters; e is bytes an element.
@@ -22,6 +22,9 @@ Inputs = dict[str, Any]
 Function = Callable[[Inputs], Any]
 """Takes the inputs and returns a tensor or a tuple of tensors, in the same layout for every provider."""
 
+Prepare = Callable[["Case", torch.device], Function]
+"""(case, device) -> the function to time."""
+
 UNITS = ("kernel", "block", "model", "host")
 DIRECTIONS = ("forward", "backward", "forward+backward", "call")
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int64": 8, "uint16": 2, "text": 1}
@@ -34,8 +37,8 @@ class Provider:
 
     Args:
         name: its name in tables and in `--peers`.
-        prepare: (case, device) -> the function to time. Compiling, building masks and making a model are no part of
-            the work: they happen here or at the first call. The package is imported here.
+        prepare: makes the function to time. Compiling, building masks and making a model are no part of the work: they
+            happen here or at the first call. The package is imported here.
         package: the distribution whose version goes with the numbers; a key of `providers.VERSIONS`, "torch" or "phi1".
         devices: kinds of device that it can run on.
         by_default: kinds of device on which it runs without being named.
@@ -44,7 +47,7 @@ class Provider:
     """
 
     name: str
-    prepare: Callable[[Case, torch.device], Function]
+    prepare: Prepare
     package: str = "torch"
     devices: tuple[str, ...] = BOTH
     by_default: tuple[str, ...] = BOTH
@@ -67,13 +70,12 @@ class Case:
         devices: kinds of device that the case is for. Each shape for a GPU has a small one for the CPU beside it.
         bytes: formula of the bytes that must move to and from memory, over the sizes in `shape` and e.
         flops: formula of the additions and multiplications; causal attention counts the half that is needed.
-        inputs: (device, generator) -> arguments. The same generator state gives the same values.
+        inputs: draws the arguments.
         leaves: the inputs that get gradients, and that the reference gets in float64.
         providers: phi1 first. All get the same inputs.
         reference: the specification, in the precision of its inputs; None if there is nothing to compare.
         asked: (function, inputs) -> the tensors to compare, if the function's results say too little: the file that it
             wrote, or the weights after some steps.
-        kernels: beginnings of the names of the kernels that it launches, for the compile gate and the tuner.
         quick: part of the short selection (`--quick`), which covers every operation once.
         readme: a row of the table in docs/benchmarks.md, as every quick case of a GPU is.
         exclusive: its providers are too large to be in memory at the same time.
@@ -88,12 +90,11 @@ class Case:
     devices: tuple[str, ...]
     bytes: str
     flops: str
-    inputs: Callable[[torch.device, torch.Generator], Inputs]
+    inputs: Callable[[Draw], Inputs]
     providers: tuple[Provider, ...]
     leaves: tuple[str, ...] = ()
     reference: Function | None = None
     asked: Callable[[Function, Inputs], Any] | None = None
-    kernels: tuple[str, ...] = ()
     quick: bool = False
     readme: bool = False
     exclusive: bool = False
@@ -118,6 +119,10 @@ class Case:
         """Floating-point operations."""
         return self._count(self.flops)
 
+    def draw(self, device: torch.device, seed: int = 0) -> Inputs:
+        """The arguments of a seed, which are the same each time."""
+        return self.inputs(Draw(device, seed, self.dtype))
+
     def _count(self, formula: str) -> int:
         sizes = {letter: size for letter, size in self.shape.items() if isinstance(size, int)}
         return int(eval(formula, {"__builtins__": {}}, sizes | {"e": ELEMENT_BYTES[self.dtype]}))
@@ -129,20 +134,16 @@ def named(op: str, shape: Mapping[str, Any], dtype: str, direction: str, device:
     return " ".join([op, *sizes, dtype, direction, *([device] if device == "cpu" else [])])
 
 
-def family(op: str, shape: Mapping[str, Any], dtype: str, device: str, draw: Callable[[Draw], Inputs],
+def family(op: str, shape: Mapping[str, Any], dtype: str, device: str, inputs: Callable[[Draw], Inputs],
            costs: Mapping[str, tuple[str, str]], **fields: Any) -> list[Case]:
     """The cases of an operation at one shape: one for each direction of `costs`, which holds its (bytes, flops).
 
     Args:
-        op, shape, dtype: of every case.
+        op, shape, dtype, inputs: of every case.
         device: kind of device that the shape is for.
-        draw: makes the inputs.
         costs: formulas by direction.
         fields: the other fields of `Case`; the unit is "kernel" by default.
     """
-    def inputs(on: torch.device, generator: torch.Generator) -> Inputs:
-        return draw(Draw(on, generator, dtype))
-
     return [Case(**{"unit": "kernel"} | fields, name=named(op, shape, dtype, direction, device), op=op, shape=shape,
                  dtype=dtype, devices=(device,), direction=direction, bytes=moved, flops=flops, inputs=inputs)
             for direction, (moved, flops) in costs.items()]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from phi1.bench.harness.case import Case, Function, Inputs
+from phi1.bench.harness.case import Case, Function, Inputs, Provider
 
 OURS, PEERS = 2.0, 20.0
 YARDSTICK = "torch"
@@ -22,11 +22,20 @@ YARDSTICK = "torch"
 GRADIENTS = ("backward", "forward+backward")
 
 
+def yardstick_of(case: Case) -> Provider | None:
+    """The yardstick, if the case has one that computes what the reference does."""
+    return next((peer for peer in case.providers if peer.name == YARDSTICK and peer.comparable), None)
+
+
 def leaves_of(case: Case, inputs: Inputs) -> Inputs:
     """The inputs, with new leaves of the graph for those that get gradients."""
     if case.direction not in GRADIENTS:
         return inputs
-    return inputs | {name: inputs[name].detach().requires_grad_() for name in case.leaves if inputs[name] is not None}
+    return inputs | {name: inputs[name].detach().requires_grad_() for name in _given(case, inputs)}
+
+
+def _given(case: Case, inputs: Inputs) -> list[str]:
+    return [name for name in case.leaves if inputs[name] is not None]
 
 
 def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
@@ -43,25 +52,19 @@ def upstream_of(outputs: tuple[torch.Tensor, ...], seed: int) -> list[torch.Tens
 def gradients(case: Case, inputs: Inputs, outputs: tuple[torch.Tensor, ...], upstream: list[torch.Tensor],
               keep_graph: bool = False) -> tuple[torch.Tensor, ...]:
     """The gradients of the case's leaves, through outputs that were computed from `inputs`."""
-    leaves = [inputs[name] for name in case.leaves if inputs[name] is not None]
-    return torch.autograd.grad(outputs, leaves, [g.to(out.dtype) for g, out in zip(upstream, outputs, strict=True)],
-                               retain_graph=keep_graph)
+    leaves = [inputs[name] for name in _given(case, inputs)]
+    return torch.autograd.grad(outputs, leaves, upstream, retain_graph=keep_graph)
 
 
-def results(case: Case, function: Function, inputs: Inputs, upstream: list[torch.Tensor] | None) -> \
-        dict[str, torch.Tensor]:
+def results(case: Case, function: Function, inputs: Inputs) -> dict[str, torch.Tensor]:
     """All that the function computes, by name: out0, out1, ... and, if gradients are taken, dx for the leaf x."""
     inputs = leaves_of(case, inputs)
-    if case.direction == "forward":
-        with torch.no_grad():
-            outputs = as_tuple(function(inputs))
-    else:
+    with torch.set_grad_enabled(case.direction != "forward"):
         outputs = as_tuple(function(inputs))
     named = {f"out{i}": out.detach() for i, out in enumerate(outputs)}
     if case.direction in GRADIENTS:
-        found = gradients(case, inputs, outputs, upstream or upstream_of(outputs, 0))
-        leaves = [name for name in case.leaves if inputs[name] is not None]
-        named |= {f"d{name}": gradient for name, gradient in zip(leaves, found, strict=True)}
+        found = gradients(case, inputs, outputs, upstream_of(outputs, 0))
+        named |= {f"d{name}": gradient for name, gradient in zip(_given(case, inputs), found, strict=True)}
     return named
 
 
@@ -85,14 +88,9 @@ class Exact:
     def __init__(self, case: Case, inputs: Inputs) -> None:
         assert case.reference is not None
         self.case, self.inputs = case, inputs
-        self.upstream: list[torch.Tensor] | None = None
-        if case.direction in GRADIENTS:
-            with torch.no_grad():
-                self.upstream = upstream_of(as_tuple(case.reference(inputs)), seed=0)
-        wide = {name: _float64(name in case.leaves, x) for name, x in inputs.items()}
-        self.exact = results(case, case.reference, wide, self.upstream)
-        eager = results(case, case.reference, inputs, self.upstream)
-        self.eager = {name: self._error(name, x) for name, x in eager.items()}
+        wide = {name: inputs[name].double() for name in _given(case, inputs)}
+        self.exact = results(case, case.reference, inputs | wide)
+        self.eager = {name: self._error(name, x) for name, x in results(case, case.reference, inputs).items()}
 
     @property
     def eager_error(self) -> float:
@@ -102,7 +100,7 @@ class Exact:
     def judge(self, function: Function, provider: str) -> Verdict:
         """Compute and compare. The yardstick's errors widen the limits of providers that are judged after it."""
         asked = self.case.asked
-        got = results(self.case, partial(asked, function) if asked else function, self.inputs, self.upstream)
+        got = results(self.case, partial(asked, function) if asked else function, self.inputs)
         missing = sorted(set(self.exact) - set(got))
         assert not missing, f"{missing[0]} is not among the results"
         errors = {name: self._error(name, got[name]) for name in self.exact}
@@ -130,7 +128,3 @@ class Exact:
         kinds = (dtype, getattr(torch, self.case.dtype, torch.int64))
         rounding = max((torch.finfo(kind).eps for kind in kinds if kind.is_floating_point), default=0.0)
         return (OURS if ours else PEERS) * (self.eager[name] + rounding)
-
-
-def _float64(floating: bool, x: Any) -> Any:
-    return x.double() if floating and isinstance(x, torch.Tensor) and x.is_floating_point() else x

@@ -53,7 +53,8 @@ def _loaded(name: str, kernel: tuple[str, str] | None, *facts: Any) -> Launch:
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
          torch.int8: "i8", torch.bool: "i1"}
-NO_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "scalar_tensor", "lift_fresh", "_local_scalar_dense")
+NO_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "scalar_tensor", "_local_scalar_dense",
+             "_unsafe_view")
 NO_OPTION = ("grid", "warmup")
 
 
@@ -64,14 +65,17 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.launches: list[Launch] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to tell torch.compile so takes longer than a note
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "phi1":
             with self:
                 return OPDEFS[f"phi1::{func._opname}"]._init_fn(*args, **kwargs)
-        # torch 2.11 has no addmm with a wider result on meta tensors, and there is nothing to compute.
-        out = kwargs["out"] if func._overloadname == "dtype_out" else func(*args, **kwargs)
-        if func._opname not in NO_KERNEL and _computes(func, args, kwargs, out):
+        out = _result(func, args, kwargs)
+        if func._opname not in NO_KERNEL and not func.is_view:
             self.launches.append(Launch(func._opname))
         return out
 
@@ -81,6 +85,17 @@ class Counter(TorchDispatchMode):
         arguments |= {name: value for name, value in given.items() if name in kernel.arg_names}
         options = {name: value for name, value in given.items() if name not in (*kernel.arg_names, *NO_OPTION)}
         self.launches.append(Launch(kernel.fn.__name__, kernel, *specialised(kernel, arguments), options))
+
+
+def _result(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The operator's result. There is nothing to compute, so what takes PyTorch long on meta tensors is left out."""
+    if "out" in kwargs:
+        return kwargs["out"]
+    if func._opname == "addmm":  # of a product's shape; it would import torch.compile
+        return torch.mm(*args[1:])
+    if func._opname == "empty_like" and args[0].is_contiguous() and not kwargs:
+        return args[0].new_empty(args[0].shape)
+    return func(*args, **kwargs)
 
 
 def specialised(kernel: Any, arguments: Mapping[str, Any]) -> \
@@ -114,25 +129,6 @@ def specialised(kernel: Any, arguments: Mapping[str, Any]) -> \
     return types, constants, tuple(aligned)
 
 
-def _computes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> bool:
-    """False for a view: an operator that writes no argument and whose results share memory with its arguments."""
-    if any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments):
-        return True
-    known = {storage(x) for x in tensors_of([*args, *kwargs.values()])}
-    return any(storage(x) not in known for x in tensors_of(out))
-
-
-def tensors_of(value: Any) -> list[torch.Tensor]:
-    """The tensors in an argument or a result."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [x for item in value for x in tensors_of(item)] if isinstance(value, list | tuple) else []
-
-
-def storage(x: torch.Tensor) -> int:
-    return x.untyped_storage()._cdata
-
-
 @contextmanager
 def counting(arch: str = "sm_90") -> Iterator[Counter]:
     """Inside the block meta tensors pass for CUDA tensors, and launches are noted, not made.
@@ -158,29 +154,19 @@ def counting(arch: str = "sm_90") -> Iterator[Counter]:
         yield counter
 
 
-@dataclass(frozen=True)
-class OnPaper:
-    """Our side of a benchmark's case on a GPU. forward, backward: the lookups of each pass."""
-
-    launches: list[Launch]
-    forward: list[tiles.Lookup]
-    backward: list[tiles.Lookup]
-
-
-def run_on_paper(case: Case, arch: str) -> OnPaper:
-    """Run a case as on a GPU of an architecture; nothing is compiled or computed for it."""
-    with counting(arch) as counter, tiles.recorded() as lookups:
+def lookups_on_paper(case: Case, arch: str) -> tuple[list[tiles.Lookup], list[tiles.Lookup]]:
+    """(lookups of the forward, lookups of the backward) of a case on a GPU; nothing is compiled or computed for it."""
+    with counting(arch), tiles.recorded() as lookups:
         ends = run_inside(case, lookups)
-        return OnPaper(counter.launches, lookups[:ends], lookups[ends:])
+        return lookups[:ends], lookups[ends:]
 
 
 def run_inside(case: Case, lookups: Sequence[object] = ()) -> int:
     """Run a case inside of `counting`; returns how many lookups its forward has made."""
     device = torch.device("meta")
-    inputs = check.leaves_of(case, case.inputs(device, torch.Generator()))
+    inputs = check.leaves_of(case, case.draw(device))
     outputs = check.as_tuple(case.providers[0].prepare(case, device)(inputs))
     ends = len(lookups)
     if case.direction in check.GRADIENTS:
-        leaves = [inputs[name] for name in case.leaves if inputs[name] is not None]
-        torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs])
+        check.gradients(case, inputs, outputs, [torch.empty_like(out) for out in outputs])
     return ends

@@ -84,6 +84,18 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def device_name(facts: dict[str, Any]) -> str:
+    """The device of some results: "NVIDIA H100 80GB HBM3", "AMD EPYC, 2 cores"."""
+    return facts["gpu"] if facts["device"] == "cuda" else f"{facts['cpu']}, {facts['cores']} cores"
+
+
+def about(facts: dict[str, Any]) -> str:
+    """One line on the device, the versions and the commit of some results."""
+    driver, threads = f"driver {facts.get('driver', 'unknown')}", f"PyTorch threads: {facts.get('threads')}"
+    where = f"{device_name(facts)}, {driver if facts['device'] == 'cuda' else threads}"
+    return f"{where}, torch {facts['torch']}, Triton {facts['triton']}, commit {facts['commit']}"
+
+
 def machine_name(facts: dict[str, Any]) -> str:
     """The folder of a machine's results: "nvidia-h100-80gb-hbm3", "cpu-amd-epyc-2c"."""
     name = facts["gpu"] if facts["device"] == "cuda" else f"cpu-{facts['cpu']}-{facts['cores']}c"

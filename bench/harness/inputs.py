@@ -13,16 +13,19 @@ class Draw:
     """Draws tensors of one dtype on one device.
 
     Args:
-        device: where they are made.
-        generator: of that device; the same state gives the same values.
-        dtype: name of a floating-point dtype.
+        device: where they are made; on "meta" they have no values.
+        seed: the same seed gives the same values.
+        dtype: name of a floating-point dtype, unless integers alone are drawn.
     """
 
-    def __init__(self, device: torch.device, generator: torch.Generator, dtype: str) -> None:
-        self.device, self.generator, self.dtype = device, generator, getattr(torch, dtype)
+    def __init__(self, device: torch.device, seed: int, dtype: str) -> None:
+        self.device, self.dtype = device, getattr(torch, dtype, None)
+        self.generator = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(1000 + seed)
 
     def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         """Normal numbers of mean 0 and deviation `scale`."""
+        if self.device.type == "meta":
+            return torch.empty(shape, device="meta", dtype=self.dtype)
         values = torch.randn(shape, device=self.device, generator=self.generator, dtype=torch.float32)
         return (values * scale).to(self.dtype)
 

@@ -10,9 +10,14 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from phi1.bench.harness.case import Case, Function, Inputs, Provider
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from phi1.bench.harness.case import Case, Function, Prepare, Provider
+from phi1.kernels import backend
 
 VERSIONS = {
     "transformers": "5.23.0",
@@ -23,6 +28,8 @@ VERSIONS = {
     "cut-cross-entropy": "25.1.1",
 }
 """Distribution -> the version that is named if it is not installed."""
+
+MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
 
 
 def installed_version(package: str) -> str | None:
@@ -40,21 +47,20 @@ def plain(name: str, function: Function, **options: Any) -> Provider:
 
 def ours(function: Function) -> Provider:
     """phi1 itself: the public operation, whose backend the device decides."""
-    return plain("phi1", function, package="phi1")
+    return ours_prepared(lambda case, device: function)
+
+
+def ours_prepared(prepare: Prepare) -> Provider:
+    """phi1 itself, where something is made before it is timed."""
+    return Provider("phi1", prepare, package="phi1")
 
 
 def compiled(function: Function, **options: Any) -> tuple[Provider, Provider]:
     """torch.compile of a function at its default and at its best setting; on a CPU (10-40 s) only on request."""
     options = {"by_default": ("cuda",)} | options
-    return (Provider("compile", lambda case, device: _compile(function), **options),
-            Provider("max-autotune", lambda case, device: _compile(function, mode="max-autotune-no-cudagraphs"),
+    return (Provider("compile", lambda case, device: torch.compile(function, dynamic=False), **options),
+            Provider("max-autotune", lambda case, device: torch.compile(function, dynamic=False, mode=MAX_AUTOTUNE),
                      slow=True, **options))
-
-
-def _compile(function: Function, **options: Any) -> Function:
-    import torch
-
-    return torch.compile(function, dynamic=False, **options)
 
 
 def settings_for(case: Case) -> contextlib.AbstractContextManager[Any]:
@@ -76,13 +82,11 @@ def peer(name: str, package: str, load: Callable[[Case], Function], devices: tup
                     **options)
 
 
-def reference_of(function: Function) -> Function:
+def reference_of(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with every operation in it replaced by its specification, `<op>_reference`."""
-    def run(inputs: Inputs) -> Any:
-        from phi1.kernels import backend
-
+    def run(*arguments: Any) -> Any:
         with backend("reference"):
-            return function(inputs)
+            return function(*arguments)
 
     return run
 
@@ -92,15 +96,4 @@ def part_of_reference(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Only the arguments of a piece are kept for the backward, which computes the piece again.
     """
-    def specified(*arguments: Any) -> Any:
-        from phi1.kernels import backend
-
-        with backend("reference"):
-            return function(*arguments)
-
-    def run(*arguments: Any) -> Any:
-        from torch.utils.checkpoint import checkpoint
-
-        return checkpoint(specified, *arguments, use_reentrant=False, preserve_rng_state=False)
-
-    return run
+    return partial(checkpoint, reference_of(function), use_reentrant=False, preserve_rng_state=False)

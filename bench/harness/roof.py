@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from phi1.bench.harness.case import Case
-from phi1.bench.harness.timing import Call, Clock, clock_for, quantile
+from phi1.bench.harness.timing import Call, clock_for, quantile
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 32 << 20}  # of the source; a CPU's must exceed its last cache's share of a core
 GEMM_SIZE = {"cuda": 8192, "cpu": 768}
@@ -49,24 +49,12 @@ class Probes:
         source = torch.zeros(self.n_bytes, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         slow = not dtype.startswith(("float", "bfloat")) or (device.type == "cpu" and dtype == "float16")
-        kind = torch.float32 if slow else getattr(torch, dtype)
-        a = torch.randn(self.size, self.size, device=device).to(kind)
+        a = torch.randn(self.size, self.size, device=device).to(torch.float32 if slow else getattr(torch, dtype))
         b, out = a.clone(), torch.empty_like(a)
-        self.copy: Call = lambda number: target.copy_(source)
-        self.gemm: Call = lambda number: torch.mm(a, b, out=out)
-
-    def roof(self, copy_ms: float, gemm_ms: float) -> Roof:
-        """The roof of these times; a copy reads and writes."""
-        return Roof(2 * self.n_bytes / copy_ms / 1e6, 2 * self.size**3 / gemm_ms / 1e9)
-
-
-class RoundProbes:
-    """The roof's probes, sampled beside the providers."""
-
-    def __init__(self, device: torch.device, dtype: str, quick: bool) -> None:
-        self.probes, self.clock = Probes(device, dtype, quick), clock_for(device, hide_host=True)
-        self.ms: dict[Call, list[float]] = {call: [] for call in (self.probes.copy, self.probes.gemm)}
-        for call in self.ms:
+        calls: tuple[Call, Call] = (lambda number: target.copy_(source), lambda number: torch.mm(a, b, out=out))
+        self.clock = clock_for(device, hide_host=True)
+        self.ms: dict[Call, list[float]] = {call: [] for call in calls}
+        for call in calls:
             self.clock.prepare(call)
 
     def sample(self, turn: int) -> None:
@@ -75,16 +63,14 @@ class RoundProbes:
             samples += self.clock.sample(call, turn)
 
     def roof(self) -> Roof:
-        """The roof of all rounds."""
-        return self.probes.roof(*(quantile(samples, 0.5) for samples in self.ms.values()))
+        """The roof of all rounds; a copy reads and writes."""
+        copy_ms, gemm_ms = (quantile(samples, 0.5) for samples in self.ms.values())
+        return Roof(2 * self.n_bytes / copy_ms / 1e6, 2 * self.size**3 / gemm_ms / 1e9)
 
 
 def measure(device: torch.device, dtype: str, quick: bool = False) -> Roof:
     """Measure both now."""
-    probes, clock = Probes(device, dtype, quick), clock_for(device, hide_host=True)
-    return probes.roof(*(_median(clock, call) for call in (probes.copy, probes.gemm)))
-
-
-def _median(clock: Clock, call: Call) -> float:
-    clock.prepare(call)
-    return quantile([ms for turn in range(ROUNDS) for ms in clock.sample(call, turn)], 0.5)
+    probes = Probes(device, dtype, quick)
+    for turn in range(ROUNDS):
+        probes.sample(turn)
+    return probes.roof()

@@ -12,7 +12,8 @@ from __future__ import annotations
 import gc
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from phi1.bench.harness import check
 from phi1.bench.harness.case import Case, Function, Inputs, Provider
 from phi1.bench.harness.providers import VERSIONS, installed_version, settings_for
 from phi1.bench.harness.record import Row, one_line, record
-from phi1.bench.harness.roof import Roof, RoundProbes, measure
-from phi1.bench.harness.timing import Call, Clock, CudaClock, cache_bytes, clock_for, peak_mb
+from phi1.bench.harness.roof import Probes, Roof, measure
+from phi1.bench.harness.timing import Call, CudaClock, cache_bytes, clock_for, peak_mb
 
 MOST_COPIES = 16
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 60
@@ -73,7 +74,7 @@ class Runner:
         # Before the first timing, so that the probes do not run between two providers of a GPU.
         roof = None if self.device.type == "cpu" else self.roof(case.dtype)
         copies = self._inputs(case)
-        rows = [self._row(case, provider) for provider in self._chosen(case)]
+        rows = [self._row(case, provider) for provider in case.providers if self._wanted(provider)]
         note, exacts = self._exacts(case, copies)
         try:
             self._widen(case, exacts, rows)
@@ -113,40 +114,32 @@ class Runner:
             self._roofs[dtype] = measure(self.device, dtype, self.quick)
         return self._roofs[dtype]
 
-    def _chosen(self, case: Case) -> list[Provider]:
-        return [provider for number, provider in enumerate(case.providers)
-                if self.device.type in provider.devices and (number == 0 or self._wanted(provider))]
-
     def _wanted(self, provider: Provider) -> bool:
-        if self.peers is not None:
-            return provider.name in self.peers
-        return self.device.type in provider.by_default and not (self.quick and provider.slow)
+        if provider.name == "phi1" or (self.peers is not None and provider.name in self.peers):
+            return self.device.type in provider.devices
+        return self.peers is None and self.device.type in provider.by_default and not (self.quick and provider.slow)
 
     def _row(self, case: Case, provider: Provider) -> Row:
-        row = self._named(provider)
+        package = provider.package
+        if package == "phi1":
+            row = Row(provider)
+        elif package == "torch":
+            row = Row(provider, torch.__version__)
+        elif version := installed_version(package):
+            row = Row(provider, f"{package} {version}")
+        else:
+            row = Row(provider, VERSIONS[package], "not installed", f"{package} {VERSIONS[package]} is not installed")
         if reason := self.lost.get((case.name, provider.name)):
             row.fail(reason)
         return row
 
-    def _named(self, provider: Provider) -> Row:
-        if provider.package in ("torch", "phi1"):
-            return Row(provider, torch.__version__ if provider.package == "torch" else "")
-        version = installed_version(provider.package)
-        if version is None:
-            wanted = f"{provider.package} {VERSIONS[provider.package]}"
-            return Row(provider, VERSIONS[provider.package], "not installed", f"{wanted} is not installed")
-        return Row(provider, f"{provider.package} {version}")
-
     def _inputs(self, case: Case) -> list[Inputs]:
         """Sets of inputs that together exceed the cache three times over; two if the weights alone do."""
-        first = self._draw(case, 0)
+        first = case.draw(self.device)
         size = sum(x.numel() * x.element_size() for x in first.values() if isinstance(x, torch.Tensor))
         whole = case.unit in ("model", "host")
         count = 2 if whole else max(2, min(MOST_COPIES, math.ceil(3 * cache_bytes(self.device) / max(size, 1))))
-        return [first, *(self._draw(case, seed) for seed in range(1, count))]
-
-    def _draw(self, case: Case, seed: int) -> Inputs:
-        return case.inputs(self.device, torch.Generator(self.device).manual_seed(1000 + seed))
+        return [first, *(case.draw(self.device, seed) for seed in range(1, count))]
 
     def _exacts(self, case: Case, copies: list[Inputs]) -> tuple[str, list[check.Exact]]:
         """The exact results for the first and the last inputs, or the reason why there are none."""
@@ -161,33 +154,33 @@ class Runner:
     def _widen(self, case: Case, exacts: list[check.Exact], rows: list[Row]) -> None:
         """Let PyTorch's own operation widen the limits if it is not among the rows."""
         there = {row.provider.name for row in rows} | {name for of, name in self.lost if of == case.name}
-        yardsticks = [p for p in case.providers if p.name == check.YARDSTICK and p.comparable]
-        for yardstick in yardsticks if exacts and check.YARDSTICK not in there else []:
-            try:
+        yardstick = check.yardstick_of(case)
+        if yardstick and check.YARDSTICK not in there:
+            with self._noting(Row(yardstick)):  # after an error the limits stay those of the eager reference
                 for exact in exacts:
                     exact.judge(yardstick.prepare(case, self.device), check.YARDSTICK)
-            except Exception as error:  # the limits stay those of the eager reference
-                self._failed(Row(yardstick), error)
 
-    def _failed(self, row: Row, error: Exception) -> None:
-        """Note the error of a provider; DeviceLostError if it lost the device."""
-        row.fail(one_line(error))
+    @contextmanager
+    def _noting(self, row: Row) -> Iterator[None]:
+        """Note the error of a provider, which may raise anything; DeviceLostError if it lost the device."""
         try:
-            still_there(self.device)
-        except DeviceLostError as lost:
-            lost.provider = row.provider.name
-            row.reason += "; the GPU's context went with it"
-            raise
+            yield
+        except Exception as error:
+            row.fail(one_line(error))
+            try:
+                still_there(self.device)
+            except DeviceLostError as lost:
+                lost.provider = row.provider.name
+                row.reason += "; the GPU's context went with it"
+                raise
 
     def _prepare(self, case: Case, row: Row, exacts: list[check.Exact]) -> None:
         if row.status != "ok":
             return
-        try:
+        with self._noting(row):
             row.function = row.provider.prepare(case, self.device)
             if exacts and row.provider.comparable:
                 self._judge(row, exacts[0])
-        except Exception as error:  # a peer may raise anything; its row says what
-            self._failed(row, error)
 
     def _judge(self, row: Row, exact: check.Exact, when: str = "") -> None:
         assert row.function is not None
@@ -204,11 +197,9 @@ class Runner:
         share = roof.ms(case) / row.ms
         if share > MOST_OF_THE_ROOF:
             row.status, row.reason = "wrong", f"its time is that of {share:.3g} times the measured roof"
-        try:
+        with self._noting(row):
             if exacts and row.provider.comparable:
                 self._judge(row, exacts[-1], "behind its rounds ")
-        except Exception as error:
-            self._failed(row, error)
 
     def _time(self, case: Case, rows: list[Row], copies: list[Inputs]) -> Roof | None:
         """Time the rows, round by round; on a CPU the roof of the same rounds."""
@@ -216,31 +207,22 @@ class Runner:
         calls: list[tuple[Row, Call]] = []
         seconds = 0.0
         for row in rows:
-            try:
+            with self._noting(row):
                 call = bind(case, row.function, copies)
                 seconds += clock.prepare(call)
                 if isinstance(clock, CudaClock):
                     row.host_ms, row.peak_mb = clock.host_ms(call), peak_mb(call)
                 calls.append((row, call))
-            except Exception as error:
-                self._failed(row, error)
-        probes = RoundProbes(self.device, case.dtype, self.quick) if self.device.type == "cpu" and calls else None
+        probes = Probes(self.device, case.dtype, self.quick) if self.device.type == "cpu" and calls else None
         rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(self.seconds / max(seconds, 1e-9))))
         for turn in range(rounds):
             for row, call in calls if turn % 2 else reversed(calls):
-                self._sample(row, clock, call, turn * len(copies))
+                if row.function:  # it has not failed in an earlier round
+                    with self._noting(row):
+                        row.rounds.append(clock.sample(call, turn * len(copies)))
             if probes:
                 probes.sample(turn)
         return probes.roof() if probes else None
-
-    def _sample(self, row: Row, clock: Clock, call: Call, first: int) -> None:
-        """Time one round of a row, unless it has failed in an earlier round."""
-        if row.function is None:
-            return
-        try:
-            row.rounds.append(clock.sample(call, first))
-        except Exception as error:
-            self._failed(row, error)
 
 
 def bind(case: Case, function: Function | None, copies: list[Inputs]) -> Call:
@@ -251,33 +233,25 @@ def bind(case: Case, function: Function | None, copies: list[Inputs]) -> Call:
     if case.direction == "call":
         return lambda number: run(sets[number % len(sets)])
     if case.direction == "forward":
-        def forward(number: int) -> Any:
-            with torch.no_grad():
-                return run(sets[number % len(sets)])
+        return torch.no_grad()(lambda number: run(sets[number % len(sets)]))
+    alone = case.direction == "backward"
+    outputs = [check.as_tuple(run(inputs)) for inputs in (sets if alone else sets[:1])]
+    upstream = [check.upstream_of(outputs[0], seed) for seed in range(len(sets))]
+    if not alone:
+        outputs.clear()  # or its graph would keep memory beside that of the timed calls
 
-        return forward
-    first = check.as_tuple(run(sets[0]))
-    upstream = [check.upstream_of(first, seed) for seed in range(len(sets))]
-    if case.direction == "backward":
-        outputs = [first, *(check.as_tuple(run(inputs)) for inputs in sets[1:])]
-
-        def backward(number: int) -> Any:
-            i = number % len(sets)
-            return check.gradients(case, sets[i], outputs[i], upstream[i], keep_graph=True)
-
-        return backward
-
-    def both(number: int) -> Any:
+    def backward(number: int) -> Any:
         i = number % len(sets)
-        return check.gradients(case, sets[i], check.as_tuple(run(sets[i])), upstream[i])
+        through = outputs[i] if alone else check.as_tuple(run(sets[i]))
+        return check.gradients(case, sets[i], through, upstream[i], keep_graph=alone)
 
-    return both
+    return backward
 
 
 def release(device: torch.device) -> None:
-    """Give memory back."""
-    gc.collect()
+    """Give a GPU's memory back."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from phi1.bench.harness.case import Case, Function, Inputs, Provider
 from phi1.bench.harness.providers import compiled, peer, plain
-from phi1.bench.peers.rotary import torch_rotary
+from phi1.bench.peers.pointwise import torch_rotary
 
 BACKENDS = {"sdpa-flash": "FLASH_ATTENTION", "sdpa-cudnn": "CUDNN_ATTENTION", "sdpa-efficient": "EFFICIENT_ATTENTION",
             "sdpa-math": "MATH"}
@@ -107,32 +107,25 @@ def _attention_peers(wrap: Callable[[Attend], Function], causal: bool, p: float)
     return found
 
 
-def packed_peers(batch: int, rotary: bool, p: float, lengths: Sequence[int] = ()) -> tuple[Provider, ...]:
+def packed_peers(batch: int, rotary: bool, p: float) -> tuple[Provider, ...]:
     """Peers of `attention_qkv`: rotary in PyTorch, then attention on views of q, k and v."""
-    if lengths:
-        return _document_peers(list(lengths))
-
     def wrap(attend: Attend) -> Function:
-        return _packed(attend, batch, rotary)
+        def run(inputs: Inputs) -> torch.Tensor:
+            qkv = inputs["qkv"]
+            if rotary:
+                positions = torch.arange(qkv.shape[0] // batch, device=qkv.device).repeat(batch)
+                qkv = torch_rotary(qkv, inputs["cos"], inputs["sin"], positions)
+            q, k, v = qkv.unflatten(0, (batch, -1)).unbind(2)  # [B, T, H, K] each
+            return attend(q, k, v).reshape(qkv.shape[0], -1)
+
+        return run
 
     eager = wrap(sdpa(True, p))
     return (plain("torch", eager, comparable=not p), *compiled(eager, comparable=not p),
             *_attention_peers(wrap, True, p))
 
 
-def _packed(attend: Attend, batch: int, rotary: bool) -> Function:
-    def run(inputs: Inputs) -> torch.Tensor:
-        qkv = inputs["qkv"]
-        if rotary:
-            positions = torch.arange(qkv.shape[0] // batch, device=qkv.device).repeat(batch)
-            qkv = torch_rotary({"x": qkv, "cos": inputs["cos"], "sin": inputs["sin"], "positions": positions})
-        q, k, v = qkv.unflatten(0, (batch, -1)).unbind(2)  # [B, T, H, K] each
-        return attend(q, k, v).reshape(qkv.shape[0], -1)
-
-    return run
-
-
-def _document_peers(lengths: list[int]) -> tuple[Provider, ...]:
+def document_peers(lengths: list[int]) -> tuple[Provider, ...]:
     """Peers for packed documents: a loop, FlexAttention's document mask, flash-attn's variable lengths."""
     def one_by_one(inputs: Inputs) -> torch.Tensor:
         rotated = _rotated(inputs, lengths)
@@ -171,4 +164,4 @@ def _rotated(inputs: Inputs, lengths: list[int]) -> torch.Tensor:
     counts = ends[1:] - ends[:-1]
     starts = torch.repeat_interleave(ends[:-1], counts, output_size=sum(lengths))
     positions = torch.arange(sum(lengths), device=qkv.device) - starts
-    return torch_rotary({"x": qkv, "cos": inputs["cos"], "sin": inputs["sin"], "positions": positions})
+    return torch_rotary(qkv, inputs["cos"], inputs["sin"], positions)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from phi1.arguments import path_option
+from phi1.bench.harness.environment import device_name
 from phi1.bench.harness.parser import MakeParser
-from phi1.bench.report.results import read
+from phi1.bench.report.results import read, right
 
 FLOOR = {"cuda": 0.01, "cpu": 0.05}
 YARDSTICKS = ("torch", "transformers")
@@ -49,7 +50,7 @@ def changes(a: dict[str, Any], b: dict[str, Any], providers: tuple[str, ...] = (
     Raises:
         ValueError: the files are of different devices, or have no case in common.
     """
-    names = [_device_name(content) for content in (a, b)]
+    names = [device_name(content["environment"]) for content in (a, b)]
     if names[0] != names[1]:
         raise ValueError(f"times of different devices say nothing of the code: {names[0]} and {names[1]}")
     before, after = ({record["case"]: record for record in content["cases"]} for content in (a, b))
@@ -61,13 +62,8 @@ def changes(a: dict[str, Any], b: dict[str, Any], providers: tuple[str, ...] = (
     return [change for change in found if change is not None]
 
 
-def _device_name(content: dict[str, Any]) -> str:
-    facts = content["environment"]
-    return facts["gpu"] if facts["device"] == "cuda" else f"{facts['cpu']} with {facts['cores']} cores"
-
-
 def _change(case: str, provider: str, before: dict[str, Any], after: dict[str, Any], kind: str) -> Change | None:
-    entries = [_right(record).get(provider) for record in (before, after)]
+    entries = [right(record).get(provider) for record in (before, after)]
     if entries[0] is None or entries[1] is None:
         return None
     unit = "ms" if kind == "cuda" else _yardstick(provider, before, after)
@@ -76,14 +72,10 @@ def _change(case: str, provider: str, before: dict[str, Any], after: dict[str, A
     return Change(case, provider, values[0][0], values[1][0], noise, unit)
 
 
-def _right(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {entry["provider"]: entry for entry in record["providers"] if entry["status"] == "ok"}
-
-
 def _yardstick(provider: str, *records: dict[str, Any]) -> str:
     """A peer that both records have beside phi1, or the roof."""
     for name in YARDSTICKS:
-        if provider == "phi1" and all("ratio" in _right(record).get(name, {}) for record in records):
+        if provider == "phi1" and all("ratio" in right(record).get(name, {}) for record in records):
             return f"x {name}"
     return "x roof"
 
@@ -94,14 +86,14 @@ def _in_units(record: dict[str, Any], entry: dict[str, Any], unit: str) -> list[
     if unit == "x roof":
         return [ms / record["roof"]["ms"] for ms in entry["ms"]]
     # The file has the peer's time over ours; ours over the peer's is its inverse, low and high changing places.
-    median, low, high = _right(record)[unit.removeprefix("x ")]["ratio"]
+    median, low, high = right(record)[unit.removeprefix("x ")]["ratio"]
     return [1 / median, 1 / high, 1 / low]
 
 
 def main(argv: list[str], make_parser: MakeParser) -> int:
     parser = make_parser("phi1 bench compare", "What got faster or slower from results file A to B, beyond noise.")
-    parser.add_argument("a", type=Path, metavar="A", help="results before")
-    parser.add_argument("b", type=Path, metavar="B", help="results after")
+    parser.add_argument("a", type=path_option, metavar="A", help="results before")
+    parser.add_argument("b", type=path_option, metavar="B", help="results after")
     parser.add_argument("--peers", action="store_true", help="also the peers, which should not have moved")
     parser.add_argument("--strict", action="store_true", help="exit code 1 if anything is slower")
     args = parser.parse_args(argv)

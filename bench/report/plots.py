@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from phi1.bench.report.results import read
+from phi1.bench.harness.environment import about
+from phi1.bench.report.results import read, right
 
 OURS_COLOUR = "#c0392b"
 SIZE, DPI = (9.0, 5.0), 110  # legible at a page's width of about 830 pixels
@@ -38,20 +39,13 @@ def _drawn(path: Path, name: str, plot: Callable[[Any, dict[str, Any]], bool], c
     try:
         if not plot(axes, content):
             return None
-        facts = content["environment"]
-        machine = facts["gpu"] if facts["device"] == "cuda" else f"{facts['cpu']}, {facts['cores']} cores"
-        axes.set_title(f"{axes.get_title()}\n{machine}, torch {facts['torch']}, commit {facts['commit']}", fontsize=10)
+        axes.set_title(f"{axes.get_title()}\n{about(content['environment'])}", fontsize=10)
         image = path.with_name(f"{path.stem}-{name}.png")
         # Without the writer's version in it, the same numbers give the same bytes.
         figure.savefig(image, dpi=DPI, bbox_inches="tight", metadata={"Software": None})
         return image
     finally:
         pyplot.close(figure)
-
-
-def right(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries whose times count."""
-    return [entry for entry in record["providers"] if entry["status"] == "ok" and "ms" in entry]
 
 
 def roofline(axes: Any, content: dict[str, Any]) -> bool:
@@ -62,7 +56,7 @@ def roofline(axes: Any, content: dict[str, Any]) -> bool:
         return False
     for record in records:
         intensity = record["flops"] / record["bytes"]
-        for entry in right(record):
+        for entry in right(record).values():
             ours = entry["provider"] == "phi1"
             axes.plot(intensity, record["flops"] / entry["ms"][0] / 1e9, "o", color=OURS_COLOUR if ours else "0.6",
                       markersize=6 if ours else 4, fillstyle="full" if ours else "none", zorder=3 if ours else 2)
@@ -81,7 +75,7 @@ def roofline(axes: Any, content: dict[str, Any]) -> bool:
 def speedup(axes: Any, content: dict[str, Any]) -> bool:
     """How many times phi1's time each peer takes, for the cases of the page's table."""
     bars = [(record, entry) for record in content["cases"] if record["readme"]
-            for entry in right(record) if entry["provider"] != "phi1" and "ratio" in entry]
+            for entry in right(record).values() if entry["provider"] != "phi1" and "ratio" in entry]
     if not bars:
         return False
     axes.figure.set_size_inches(SIZE[0], 1.5 + 0.24 * len(bars))
@@ -124,7 +118,7 @@ def over_length(axes: Any, content: dict[str, Any]) -> bool:
         shape = record["shape"]
         if record["op"] == "attention" and shape["causal"] and shape["K"] == 64 and "dropout" not in shape \
                 and record["dtype"] == "float16":
-            for entry in right(record):
+            for entry in right(record).values():
                 point = shape["T"], record["flops"] / entry["ms"][0] / 1e9
                 curves.setdefault((entry["provider"], record["direction"]), []).append(point)
     drawn = {key: sorted(points) for key, points in curves.items() if len(points) > 1 and key[1] != "backward"}

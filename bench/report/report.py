@@ -9,10 +9,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from phi1.bench.harness.environment import ROOT
+from phi1.arguments import path_option
+from phi1.bench.harness.environment import ROOT, about
 from phi1.bench.harness.files import locked, replace
 from phi1.bench.harness.parser import MakeParser
-from phi1.bench.report.results import FOLDER, FORMAT, gather, read
+from phi1.bench.report.results import FOLDER, FORMAT, gather, read, right
 from phi1.bench.report.table import rate, times
 
 BEGIN, END = "<!-- phi1 bench report: begin -->", "<!-- phi1 bench report: end -->"
@@ -26,12 +27,7 @@ def section(paths: list[Path], folder: Path = PAGE.parent) -> str:
 
 def _one(path: Path, folder: Path) -> str:
     content = read(path)
-    facts = content["environment"]
-    where = facts["gpu"] if facts["device"] == "cuda" else \
-        f"{facts['cpu']}, {facts['cores']} cores, PyTorch threads: {facts['threads']}"
-    driver = f", driver {facts['driver']}" if "driver" in facts else ""
-    head = (f"{where}{driver}, torch {facts['torch']}, Triton {facts['triton']}, commit {facts['commit']}, "
-            f"{content['date']} ([results]({_link(path, folder)})):")
+    head = f"{about(content['environment'])}, {content['date']} ([results]({_link(path, folder)})):"
     rows = [row(record) for record in content["cases"] if record["readme"]]
     lines = ["| case | phi1, ms [p20-p80] | rate | of the roof | nearest peer | its time / ours |",
              "|---|---|---|---|---|---|"]
@@ -60,7 +56,7 @@ def row(record: dict[str, Any]) -> str:
 
 def best_peer(record: dict[str, Any]) -> dict[str, Any] | None:
     """The fastest peer that computed the right thing."""
-    peers = [entry for entry in record["providers"][1:] if entry["status"] == "ok" and "ratio" in entry]
+    peers = [entry for name, entry in right(record).items() if name != "phi1" and "ratio" in entry]
     return min(peers, key=lambda entry: entry["ratio"][0], default=None)
 
 
@@ -88,10 +84,10 @@ def newest() -> list[Path]:
 
 def main(argv: list[str], make_parser: MakeParser) -> int:
     parser = make_parser("phi1 bench report", "Write the tables of docs/benchmarks.md, and plots beside the results.")
-    parser.add_argument("files", type=Path, nargs="*", metavar="FILE",
+    parser.add_argument("files", type=path_option, nargs="*", metavar="FILE",
                         help="results files (the newest of each machine in bench/results/). The results in a folder, "
                              "such as OUT of bench/gpu.sh, become one file there, beside the others' newest")
-    parser.add_argument("--page", "--readme", type=Path, default=PAGE, metavar="FILE",
+    parser.add_argument("--page", "--readme", type=path_option, default=PAGE, metavar="FILE",
                         help="the file with the markers (docs/benchmarks.md)")
     parser.add_argument("--no-plots", action="store_true", help="write no plots, which need matplotlib")
     parser.add_argument("--print", action="store_true", help="print the tables; write neither the page nor plots")

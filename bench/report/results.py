@@ -166,6 +166,11 @@ def _lacking(content: dict[str, Any]) -> str:
     return ""
 
 
+def right(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The entries whose times count, by provider."""
+    return {entry["provider"]: entry for entry in record["providers"] if entry["status"] == "ok"}
+
+
 def gather(folder: Path) -> Path:
     """Merge the results in a folder, from one machine and one commit, into one file in its standard place.
 
@@ -202,9 +207,6 @@ def gather(folder: Path) -> Path:
 
 def _merged(records: list[dict[str, Any]]) -> dict[str, Any]:
     """One record of several runs of a case."""
-    def right(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        return {entry["provider"]: entry for entry in record["providers"] if entry["status"] == "ok"}
-
     first, *others = sorted(records, key=lambda record: -len(right(record)))
     entries = {entry["provider"]: entry for entry in first["providers"]}
     for other in others:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 
+from phi1.arguments import path_option
 from phi1.bench.harness.case import Case
 from phi1.bench.harness.environment import ROOT
 from phi1.bench.harness.parser import MakeParser, choose_device
@@ -100,8 +101,7 @@ def record(case: Case, device: torch.device, out: Path) -> list[Line]:
     """Run phi1's side of a case under the profiler; writes the trace to `out`."""
     from torch.profiler import ProfilerActivity, profile
 
-    inputs = case.inputs(device, torch.Generator(device).manual_seed(1000))
-    call = bind(case, case.providers[0].prepare(case, device), [inputs])
+    call = bind(case, case.providers[0].prepare(case, device), [case.draw(device)])
     for number in range(WARM_UP):
         call(number)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
@@ -121,7 +121,7 @@ def main(argv: list[str], make_parser: MakeParser) -> int:
     parser.add_argument("--unit", required=True, metavar="NAME", help=f"one of {', '.join(operations())}")
     parser.add_argument("--case", default="", metavar="TEXT", help="the case whose name contains this; else the first")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="without it cuda where there is a device")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the trace (trace-NAME.json), for chrome://tracing")
+    parser.add_argument("--out", type=path_option, metavar="FILE", help="the trace (trace-NAME.json), for chrome://tracing")
     args = parser.parse_args(argv)
     if args.unit not in operations():
         parser.error(f"argument --unit: there is no {args.unit!r}; there are {', '.join(operations())}")

@@ -11,7 +11,6 @@ import torch
 from phi1.bench.cases.registry import select
 from phi1.bench.harness import check
 from phi1.bench.harness.case import DIRECTIONS, Case, Inputs
-from phi1.bench.harness.counting import run_on_paper
 from phi1.bench.harness.runner import bind
 from phi1.bench.harness.timing import Call
 from phi1.bench.tune.store import Tile
@@ -39,12 +38,6 @@ def chosen_cases(kind: str, ops: Sequence[str], dtype: str) -> list[Case]:
     tuned = [case for case in cases
              if case.direction != "forward+backward" or (case.op, str(case.shape)) not in alone]
     return sorted(tuned, key=lambda case: (not case.quick, case.direction == "forward"))
-
-
-def lookups_on_paper(case: Case, arch: str) -> Lookups:
-    """Lookups that a case would make on a GPU; nothing is compiled for it."""
-    found = run_on_paper(case, arch)
-    return found.forward, found.backward
 
 
 def candidates_of(lookup: Lookup) -> list[Tile]:
@@ -99,8 +92,3 @@ def tasks_of(cases: Sequence[Case], arch: str, look: Callable[[Case], Lookups]) 
                 both = "forward+backward" if lookup in forward else case.direction
                 found[lookup] = Task(case, lookup, row, tuple(tiles), both if lookup in backward else "forward")
     return list(found.values())
-
-
-def inputs_of(case: Case, device: torch.device) -> Inputs:
-    """The same each time."""
-    return case.inputs(device, torch.Generator(device).manual_seed(1))

@@ -25,13 +25,15 @@ from typing import Any
 import torch
 
 import phi1.kernels
+from phi1.arguments import path_option
 from phi1.bench.harness import check
 from phi1.bench.harness.case import Case, Inputs
+from phi1.bench.harness.counting import lookups_on_paper
 from phi1.bench.harness.parser import MakeParser, plain_parser
 from phi1.bench.harness.processes import end_with_parent, sigterm_as_ctrl_c
 from phi1.bench.harness.runner import DeviceLostError, one_line, release, still_there
 from phi1.bench.harness.timing import Call, CudaClock, quantile
-from phi1.bench.tune.cases import Task, chosen_cases, inputs_of, lookups_on_paper, tasks_of, tunable
+from phi1.bench.tune.cases import Task, chosen_cases, tasks_of, tunable
 from phi1.bench.tune.compile_ahead import compile_ahead
 from phi1.bench.tune.store import Store, Tile, trial_key, when_of
 from phi1.kernels.core import tiles as _tuned
@@ -77,7 +79,7 @@ class Tuner:
         trials = [self.store.trial(key) for key in keys]
         if not all(trials) and time.monotonic() < self.deadline:
             try:
-                inputs = inputs_of(task.case, self.device)
+                inputs = task.case.draw(self.device)
                 judge = _judge(task.case, inputs)
             except NO_TILES_FAULT:
                 raise
@@ -145,10 +147,10 @@ def _judge(case: Case, inputs: Inputs) -> Callable[[], str]:
         return lambda: exact.judge(function, "phi1").complaint
     except torch.OutOfMemoryError:
         release(inputs[case.leaves[0]].device)
-    expected = check.results(case, function, inputs, None)
+    expected = check.results(case, function, inputs)
 
     def compare() -> str:
-        for name, out in check.results(case, function, inputs, None).items():
+        for name, out in check.results(case, function, inputs).items():
             allowed = 4 * torch.finfo(out.dtype).eps * expected[name].abs().max()
             if not (out - expected[name]).abs().max() <= allowed:
                 return f"{name} is not what the table's tile gives"
@@ -179,7 +181,7 @@ def _compile_share(share: str, tasks: Sequence[Task], device: torch.device, dead
             break
         with _tuned.forced(task.lookup.op, task.lookup.kernel, tile):
             try:
-                task.call(device, inputs_of(task.case, device))(0)
+                task.call(device, task.case.draw(device))(0)
             except NO_TILES_FAULT:
                 raise
             except Exception:  # the search meets it again and notes it
@@ -193,7 +195,7 @@ def _parse(argv: Sequence[str], make_parser: MakeParser) -> argparse.Namespace:
                         help=f"tune this one alone; may be repeated: {', '.join(tunable())}")
     parser.add_argument("--minutes", type=float, default=30.0, help="start no trial after this long (%(default)s)")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"), help="(%(default)s)")
-    parser.add_argument("--out", type=Path, default=TABLES, help="folder of the tables (%(default)s)")
+    parser.add_argument("--out", type=path_option, default=TABLES, help="folder of the tables (%(default)s)")
     parser.add_argument("--compilers", type=int, default=4, help="processes that compile ahead (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="list what would be tried; needs no GPU")
     parser.add_argument("--compile-share", help=argparse.SUPPRESS)

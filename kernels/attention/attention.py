@@ -15,7 +15,6 @@ from phi1.kernels.attention.spec import AttentionSpec
 from phi1.kernels.core.backend import operator, reference_forced
 from phi1.kernels.core.checks import (
     check_alike,
-    check_dropout,
     check_flag,
     check_float,
     check_rank,
@@ -24,7 +23,7 @@ from phi1.kernels.core.checks import (
     require,
     shape_of,
 )
-from phi1.kernels.core.philox import Dropout, dropout_fields, dropout_from_fields
+from phi1.kernels.core.philox import Dropout, check_dropout, dropout_fields, dropout_from_fields
 
 
 @operator("phi1::attention")

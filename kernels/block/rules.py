@@ -10,7 +10,6 @@ import torch
 from phi1.kernels.attention.rules import check_packing
 from phi1.kernels.core.checks import (
     check_alike,
-    check_dropout,
     check_float,
     check_rank,
     check_real,
@@ -20,6 +19,7 @@ from phi1.kernels.core.checks import (
     check_writable,
     require,
 )
+from phi1.kernels.core.philox import check_dropout
 from phi1.kernels.pointwise.rotary import check_positions, check_tables, default_positions
 
 NO_DROPOUT: tuple[None, None, None] = (None, None, None)

@@ -1,4 +1,4 @@
-"""Argument checks that all operations share. An operation checks once, in its public function, before allocating.
+"""Checks of tensors that all operations share. An operation checks once, in its public function, before allocating.
 
 A message names the operation, the argument, the rule and what was given:
 `layer_norm: weight.shape must be (2048,), the last axis of x [4, 2048, 2048]; got (1024,)`.
@@ -6,16 +6,37 @@ A message names the operation, the argument, the rule and what was given:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import SupportsFloat, SupportsIndex
 
 import torch
+from torch.autograd import forward_ad
 
+from phi1.arguments import check_flag, check_real, check_whole, require, shown
 from phi1.kernels.core.backend import reference_forced
-from phi1.kernels.core.philox import MAX_HEADS, Dropout
 
+__all__ = [
+    "check_alike",
+    "check_device",
+    "check_device_option",
+    "check_differentiable",
+    "check_dtype",
+    "check_dtype_option",
+    "check_flag",
+    "check_float",
+    "check_range",
+    "check_rank",
+    "check_real",
+    "check_shape",
+    "check_tensors",
+    "check_values",
+    "check_whole",
+    "check_writable",
+    "plain",
+    "require",
+    "shape_of",
+    "values_checked",
+]
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _check_values: bool | None = None
 
@@ -49,69 +70,77 @@ def values_checked(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" if _check_values is None else _check_values
 
 
-def require(holds: bool, op: str, rule: str, got: object) -> None:
-    """Raise ValueError "op: rule; got ..." unless `holds`."""
-    if not holds:
-        raise ValueError(f"{op}: {rule}; got {got}")
-
-
-def check_flag(op: str, **flags: object) -> None:
-    """Raise TypeError unless every argument is True or False."""
-    for name, x in flags.items():
-        if not isinstance(x, bool):
-            raise TypeError(f"{op}: {name} must be True or False; got {_shown(x)}")
-
-
-def check_whole(op: str, **numbers: object) -> None:
-    """Raise unless every argument is a whole number that fits in 64 bits. True and False are not numbers."""
-    for name, x in numbers.items():
-        if isinstance(x, bool | torch.Tensor) or not isinstance(x, int | SupportsIndex):
-            raise TypeError(f"{op}: {name} must be a whole number; got {_shown(x)}")
-        if isinstance(x, int) and not -(2**63) <= x < 2**63:
-            raise ValueError(f"{op}: {name} must fit in 64 bits; got {_shown(x)}")
-
-
-def check_real(op: str, **numbers: object) -> None:
-    """Raise unless every argument is a finite number. True and False are not numbers."""
-    for name, x in numbers.items():
-        if isinstance(x, bool | torch.Tensor) or not isinstance(x, float | int | SupportsFloat):
-            raise TypeError(f"{op}: {name} must be a number; got {_shown(x)}")
-        if not -math.inf < _as_float(x) < math.inf:
-            raise ValueError(f"{op}: {name} must be finite; got {_shown(x)}")
-
-
-def _as_float(x: SupportsFloat) -> float:
-    try:
-        return float(x)
-    except OverflowError:  # a whole number too large for a float
-        return math.inf
-
-
-def _shown(x: object) -> str:
-    """Return a short text that shows x in a message."""
-    if isinstance(x, torch.Tensor):
-        return f"a tensor of shape {shape_of(x)}"
-    return f"a number of {x.bit_length()} bits" if isinstance(x, int) and x.bit_length() > 64 else repr(x)
-
-
 def check_tensors(op: str, **tensors: object) -> None:
-    """Raise TypeError unless every argument is a tensor."""
+    """Raise TypeError unless every argument is a dense tensor, NotImplementedError if torch.func differentiates it."""
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a tensor; got {type(x).__name__}")
+        if x.layout is not torch.strided or x.is_nested or x.is_quantized:
+            kind = "nested" if x.is_nested else "quantized" if x.is_quantized else plain(x.layout)
+            raise TypeError(f"{op}: {name} must be a dense tensor; got a {kind} one")
+    check_differentiable(op, **tensors)
+
+
+def check_differentiable(op: str, **tensors: object) -> None:
+    """Raise NotImplementedError if a tensor has a forward-mode tangent, or torch.func records on it.
+
+    The operators have a backward and nothing else: PyTorch would drop the tangents without a word.
+    """
+    if torch.compiler.is_compiling() or reference_forced():
+        return
+    transforms = torch._C._are_functorch_transforms_active()
+    if forward_ad._current_level < 0 and not transforms:  # type: ignore[attr-defined]
+        return
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor):
+            continue
+        use = "with phi1.kernels.backend('reference') has them"
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[attr-defined]
+            raise NotImplementedError(f"{op}: derivatives in forward mode (jvp, jacfwd, dual_level) are not supported, "
+                                      f"{use}; got {name} with a tangent")
+        if transforms and x.requires_grad and torch._C._functorch.is_gradtrackingtensor(x):
+            raise NotImplementedError(f"{op}: torch.func's grad and vjp are not supported, torch.autograd.grad is, and "
+                                      f"{use}; got {name} under torch.func")
+
+
+def check_dtype_option(op: str, dtype: object) -> None:
+    """Raise unless dtype is None or one that a model can have: float16, bfloat16, float32 or float64."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{op}: dtype must be a torch.dtype or None; got {shown(dtype)}")
+    require(dtype in (None, *FLOAT_DTYPES, torch.float64), op, "dtype must be float16, bfloat16, float32 or float64",
+            dtype)
+
+
+def check_device_option(op: str, device: object) -> None:
+    """Raise unless device is None or names a device that PyTorch can use here."""
+    if device is None:
+        return
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"{op}: device must be a str, a torch.device or None; got {shown(device)}")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"{op}: device must be one such as 'cpu' or 'cuda'; got {shown(device)}") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"{op}: device {found} is not there; PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    if found.type not in ("cpu", "cuda", "meta"):
+        try:
+            torch.empty(0, device=found)
+        except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+            raise ValueError(f"{op}: device {found} is not there") from None
 
 
 def check_float(op: str, name: str, x: torch.Tensor) -> None:
     """Raise TypeError unless x is float16, bfloat16 or float32 (or float64 inside `backend("reference")`)."""
     if x.dtype not in FLOAT_DTYPES and not (x.dtype == torch.float64 and reference_forced()):
         raise TypeError(f"{op}: {name} must be float16, bfloat16 or float32 (float64 inside backend('reference')); "
-                        f"got {_plain(x.dtype)}")
+                        f"got {plain(x.dtype)}")
 
 
 def check_dtype(op: str, name: str, x: torch.Tensor, dtype: torch.dtype) -> None:
     """Raise TypeError unless x has this dtype."""
     if x.dtype != dtype:
-        raise TypeError(f"{op}: {name} must be {_plain(dtype)}; got {_plain(x.dtype)}")
+        raise TypeError(f"{op}: {name} must be {plain(dtype)}; got {plain(x.dtype)}")
 
 
 def check_alike(op: str, first: str, x: torch.Tensor, **others: torch.Tensor | None) -> None:
@@ -120,7 +149,7 @@ def check_alike(op: str, first: str, x: torch.Tensor, **others: torch.Tensor | N
         if other is None:
             continue
         if other.dtype != x.dtype:
-            raise TypeError(f"{op}: {name} must have {first}'s dtype ({_plain(x.dtype)}); got {_plain(other.dtype)}")
+            raise TypeError(f"{op}: {name} must have {first}'s dtype ({plain(x.dtype)}); got {plain(other.dtype)}")
         check_device(op, name, other, first, x)
 
 
@@ -156,28 +185,6 @@ def check_range(op: str, name: str, x: torch.Tensor, low: int, high: int, why: s
                          f"got {x[index].item()} at {list(index)}")
 
 
-def check_dropout(op: str, dropout: Dropout | None, x: torch.Tensor, n_samples: int | None = None,
-                  n_heads: int = 1, name: str = "dropout") -> None:
-    """Raise unless `dropout` is None or a Dropout on x's device with one sample id for each of n_samples.
-
-    Without n_samples, the number of sample ids must divide the rows [N, ...] of x.
-    """
-    if dropout is None:
-        return
-    if not isinstance(dropout, Dropout):
-        raise TypeError(f"{op}: {name} must be a phi1.kernels.Dropout or None; got {type(dropout).__name__}")
-    check_device(op, f"{name}.rng", dropout.rng, "x", x)
-    require(n_heads <= MAX_HEADS, op, f"{name} masks number at most {MAX_HEADS} heads", n_heads)
-    if dropout.sample_ids is None:
-        return
-    given = dropout.sample_ids.shape[0]
-    if n_samples is None:
-        require(given > 0 and x.shape[0] % given == 0, op,
-                f"{name}.sample_ids must divide the {x.shape[0]} rows of x evenly", f"{given} sample ids")
-    else:
-        require(given == n_samples, op, f"{name}.sample_ids.shape must be ({n_samples},), one per sample", (given,))
-
-
 def check_writable(op: str, name: str, x: torch.Tensor) -> None:
     """Raise ValueError if two elements of x share memory, as after `expand`."""
     require(all(size == 1 or stride for size, stride in zip(x.shape, x.stride(), strict=True)), op,
@@ -189,5 +196,6 @@ def shape_of(x: torch.Tensor) -> str:
     return str(list(x.shape))
 
 
-def _plain(dtype: torch.dtype) -> str:
+def plain(dtype: torch.dtype | torch.layout) -> str:
+    """Return the name of a dtype or a layout for a message, such as "float32"."""
     return str(dtype).removeprefix("torch.")

@@ -26,6 +26,9 @@ from typing import TypeVar
 
 import torch
 
+from phi1.arguments import check_real, check_whole, require
+from phi1.kernels.core.checks import check_device, check_dtype, check_rank, check_shape, check_tensors
+
 ROUNDS = 7
 COLUMNS_PER_BLOCK = 64
 GROUPS_PER_BLOCK = 8
@@ -63,32 +66,20 @@ class Dropout:
     kind: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.p, bool) or not isinstance(self.p, int | float):
-            raise TypeError(f"Dropout: p must be a number; got {self.p!r}")
-        if not (0 <= self.p < 1 and threshold(self.p) <= 0xFFFF):
-            raise ValueError(f"Dropout: p must be at least 0 and at most 65535/65536; got {self.p}")
-        _check_int64("rng", self.rng)
-        if self.rng.shape != (2,):
-            raise ValueError(f"Dropout: rng.shape must be (2,), the seed and the step; got {tuple(self.rng.shape)}")
+        check_real("Dropout", p=self.p)
+        require(0 <= self.p < 1 and threshold(self.p) <= 0xFFFF, "Dropout",
+                "p must be at least 0 and at most 65535/65536", self.p)
+        check_tensors("Dropout", rng=self.rng)
+        check_dtype("Dropout", "rng", self.rng, torch.int64)
+        check_shape("Dropout", "rng", self.rng, (2,), "the seed and the step")
         if self.sample_ids is not None:
-            _check_int64("sample_ids", self.sample_ids)
-            if self.sample_ids.dim() != 1 or self.sample_ids.device != self.rng.device:
-                raise ValueError(f"Dropout: sample_ids must be [B] on rng's device ({self.rng.device}); got shape "
-                                 f"{tuple(self.sample_ids.shape)} on {self.sample_ids.device}")
-        for name in ("layer", "kind"):
-            value = getattr(self, name)
-            if isinstance(value, bool | torch.Tensor) or not hasattr(value, "__index__"):
-                raise TypeError(f"Dropout: {name} must be a whole number; got {value!r}")
-        if not 0 <= self.layer <= MAX_LAYER:
-            raise ValueError(f"Dropout: layer must be 0..{MAX_LAYER}; got {self.layer}")
-        if not 0 <= self.kind <= MAX_KIND:
-            raise ValueError(f"Dropout: kind must be 0..{MAX_KIND}; got {self.kind}")
-
-
-def _check_int64(name: str, value: object) -> None:
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.int64:
-        got = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-        raise TypeError(f"Dropout: {name} must be an int64 tensor; got {got}")
+            check_tensors("Dropout", sample_ids=self.sample_ids)
+            check_dtype("Dropout", "sample_ids", self.sample_ids, torch.int64)
+            check_rank("Dropout", "sample_ids", self.sample_ids, "B")
+            check_device("Dropout", "sample_ids", self.sample_ids, "rng", self.rng)
+        check_whole("Dropout", layer=self.layer, kind=self.kind)
+        require(0 <= self.layer <= MAX_LAYER, "Dropout", f"layer must be 0..{MAX_LAYER}", self.layer)
+        require(0 <= self.kind <= MAX_KIND, "Dropout", f"kind must be 0..{MAX_KIND}", self.kind)
 
 
 def threshold(p: float) -> int:
@@ -104,6 +95,28 @@ def dropout_scale(p: float) -> float:
 def is_active(dropout: Dropout | None) -> bool:
     """True if `dropout` drops anything."""
     return dropout is not None and threshold(dropout.p) > 0
+
+
+def check_dropout(op: str, dropout: Dropout | None, x: torch.Tensor, n_samples: int | None = None,
+                  n_heads: int = 1, name: str = "dropout") -> None:
+    """Raise unless `dropout` is None or a Dropout on x's device with one sample id for each of n_samples.
+
+    Without n_samples, the number of sample ids must divide the rows [N, ...] of x.
+    """
+    if dropout is None:
+        return
+    if not isinstance(dropout, Dropout):
+        raise TypeError(f"{op}: {name} must be a phi1.kernels.Dropout or None; got {type(dropout).__name__}")
+    check_device(op, f"{name}.rng", dropout.rng, "x", x)
+    require(n_heads <= MAX_HEADS, op, f"{name} masks number at most {MAX_HEADS} heads", n_heads)
+    if dropout.sample_ids is None:
+        return
+    given = dropout.sample_ids.shape[0]
+    if n_samples is None:
+        require(given > 0 and x.shape[0] % given == 0, op,
+                f"{name}.sample_ids must divide the {x.shape[0]} rows of x evenly", f"{given} sample ids")
+    else:
+        require(given == n_samples, op, f"{name}.sample_ids.shape must be ({n_samples},), one per sample", (given,))
 
 
 Fields = tuple[float, torch.Tensor | None, torch.Tensor | None, int, int]

@@ -47,6 +47,7 @@ def _linear_cross_entropy_op(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
+    inputs: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rule = LossRule(ignore_index, label_smoothing, z_loss, valid_vocab, workspace_mb << 20)
     needs = Needs(need_x, need_weight, need_bias)
@@ -61,7 +62,7 @@ def _linear_cross_entropy_op(
 
 @_linear_cross_entropy_op.register_fake
 def _(x, weight, bias, targets, reduction, ignore_index, label_smoothing, z_loss, valid_vocab, workspace_mb,
-      need_x, need_weight, need_bias):
+      need_x, need_weight, need_bias, inputs=None):
     lse = x.new_empty((x.shape[0],), dtype=torch.float32)
     loss = torch.empty_like(lse) if reduction == "none" else x.new_empty((), dtype=torch.float32)
     kept = gradient_dtype(x.dtype)
@@ -134,7 +135,7 @@ def _setup(ctx, inputs, output) -> None:
     if reduction == "none":
         ctx.save_for_backward(x, weight, bias, targets)
     else:
-        ctx.save_for_backward(*gradients, targets)
+        ctx.save_for_backward(*gradients, targets, numbers.pop())
 
 
 def _autograd(ctx, dloss, *_):
@@ -142,16 +143,16 @@ def _autograd(ctx, dloss, *_):
         return (None,) * len(ctx.needs_input_grad)
     wanted = ctx.needs_input_grad[:3]
     if ctx.reduction == "none":
-        gradients = torch.ops.phi1.linear_cross_entropy_rows_backward(dloss, *ctx.saved_tensors, *ctx.numbers[:-3],
+        gradients = torch.ops.phi1.linear_cross_entropy_rows_backward(dloss, *ctx.saved_tensors, *ctx.numbers[:5],
                                                                       *wanted)
     else:
-        if torch.is_grad_enabled() and not dloss.requires_grad:
-            # With create_graph the saved gradients are constants, so a second backward must raise and not return 0.
-            dloss = dloss.detach().requires_grad_()
+        *saved, inputs = ctx.saved_tensors
+        if torch.is_grad_enabled() and inputs is not None:
+            # With create_graph the saved gradients are constants, so a second backward must raise: not give 0 or None.
+            dloss = dloss + inputs.sum()
         like = dloss.new_empty(0, dtype=ctx.dtype)
-        gradients = torch.ops.phi1.linear_cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.reduction,
-                                                                 ctx.numbers[0], like)
-    return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *[None] * 10
+        gradients = torch.ops.phi1.linear_cross_entropy_backward(dloss, *saved, ctx.reduction, ctx.numbers[0], like)
+    return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *[None] * 11
 
 
 _linear_cross_entropy_op.register_autograd(_autograd, setup_context=_setup)
@@ -208,10 +209,13 @@ def linear_cross_entropy(
                                               label_smoothing=label_smoothing, z_loss=z_loss, valid_vocab=vocab,
                                               return_lse=return_lse)
     in_forward = torch.is_grad_enabled() and reduction != "none"
-    needs = (in_forward and tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
+    given = [tensor for tensor in (x, weight, bias) if tensor is not None]
+    needs = [in_forward and tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)]
+    # An empty tensor that depends on all inputs and holds none of their memory.
+    inputs = torch.cat([tensor[:0].flatten() for tensor in given]) if any(needs) else None
     loss, lse, *_ = torch.ops.phi1.linear_cross_entropy(
         x, weight, bias, targets, reduction, ignore_index, float(label_smoothing), float(z_loss), vocab, workspace_mb,
-        *needs,
+        *needs, inputs,
     )
     return (loss, lse) if return_lse else loss
 

@@ -16,7 +16,6 @@ import torch
 from phi1.kernels.core.backend import operator, reference_forced, use_triton
 from phi1.kernels.core.checks import (
     check_alike,
-    check_dropout,
     check_float,
     check_rank,
     check_shape,
@@ -24,7 +23,7 @@ from phi1.kernels.core.checks import (
     require,
 )
 from phi1.kernels.core.cpu_matmul import addmm, mm
-from phi1.kernels.core.philox import Dropout, dropout_fields, dropout_from_fields, is_active
+from phi1.kernels.core.philox import Dropout, check_dropout, dropout_fields, dropout_from_fields, is_active
 from phi1.kernels.pointwise.dropout import dropped
 from phi1.kernels.pointwise.gelu import gelu_backward, gelu_forward, gelu_new
 

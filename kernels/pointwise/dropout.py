@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 
 from phi1.kernels.core.backend import operator, reference_forced, use_triton
-from phi1.kernels.core.checks import check_alike, check_dropout, check_float, check_rank, check_shape, check_tensors
+from phi1.kernels.core.checks import check_alike, check_float, check_rank, check_shape, check_tensors
 from phi1.kernels.core.philox import (
     Dropout,
+    check_dropout,
     dropout_fields,
     dropout_from_fields,
     dropout_scale,

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from phi1.arguments import path_option
 from phi1.cli.model_options import add_model_options, load_named_tokenizer, locate_model
 
 
@@ -14,7 +15,7 @@ def main(argv: list[str], parser_class: type) -> int:
     parser = parser_class("phi1 convert", "Write a model of any published layout, or a training run's checkpoint, in "
                           "the current Hugging Face layout.")
     add_model_options(parser)
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write; new or empty")
+    parser.add_argument("--out", type=path_option, required=True, help="the folder to write; new or empty")
     args = parser.parse_args(argv)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ValueError(f"--out must be a new or empty folder; {args.out} is not")

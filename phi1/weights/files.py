@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
-import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,27 +16,30 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from phi1.arguments import require, user_path
 from phi1.atomic import identity
+from phi1.tokenizer import HUB_ID
 
 WINDOW = 64 * 1024 * 1024
 _SAFETENSORS, _PICKLED = ("model*.safetensors",), ("pytorch_model*.bin",)
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def locate(name_or_folder: str | Path, revision: str | None = None) -> Path:
     """Return the folder itself, or the local copy of a Hugging Face Hub repository, downloaded if needed.
 
     Raises:
+        TypeError, ValueError: the name is no path, or a folder has a revision.
         FileNotFoundError: there is neither; one line gives the reason.
     """
-    folder = Path(name_or_folder).expanduser()
+    folder = user_path("load", "name_or_folder", name_or_folder)
     if identity(folder) and folder.is_dir():
+        require(revision is None, "load", "revision goes with a Hub id", f"{revision!r}, and {folder} is a folder")
         return folder
     if folder.exists():
         raise FileNotFoundError(f"load: {folder} is a file; give the folder that holds config.json and the weights")
-    name = str(name_or_folder)
-    if not _HUB_ID.fullmatch(name):
+    name = os.fspath(name_or_folder)
+    if not HUB_ID.fullmatch(name):
         raise FileNotFoundError(f"load: there is no folder {name}")
     return _download(name, revision)
 
@@ -44,7 +47,8 @@ def locate(name_or_folder: str | Path, revision: str | None = None) -> Path:
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ("config.json", "*.index.json", "tokenizer*.json", "vocab.json", "merges.txt", "added_tokens.json")
+    patterns = ("config.json", "generation_config.json", "*.index.json", "tokenizer*.json", "vocab.json",
+                "merges.txt", "added_tokens.json")
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns, *_SAFETENSORS]))
         if not any(folder.glob(_SAFETENSORS[0])):

@@ -6,22 +6,24 @@ model and one tensor; no parameter exists twice.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from phi1.atomic import NEW, publish, read_unreplaced, sweep, workspace
+from phi1.arguments import check_flag, check_instance, check_text, check_whole, is_whole, require, shown, user_path
+from phi1.atomic import read_unreplaced
 from phi1.config import Phi1Config
+from phi1.kernels.core.checks import check_device_option, check_tensors
 from phi1.model import Phi1
+from phi1.tokenizer import Tokenizer
+from phi1.tokenizer_rules import check_tokenizer
 from phi1.weights.files import locate, open_tensors, read_json, stream, weight_files
+from phi1.weights.folder import filled
 from phi1.weights.layouts import (
     LAYOUTS,
     WRITTEN,
@@ -33,13 +35,11 @@ from phi1.weights.layouts import (
     written_config,
 )
 
-if TYPE_CHECKING:
-    from phi1.tokenizer import Tokenizer
-
 _DTYPES = {
     "float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
     "float32": torch.float32, "fp32": torch.float32,
 }
+_WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DataParallel or DistributedDataParallel"}
 _ENDOFTEXT = 50256  # of phi-1's tokenizer
 
 
@@ -57,9 +57,11 @@ def load(name_or_folder: str | Path, *, device: torch.device | str | None = None
         revision: branch, tag or commit of the Hub repository.
 
     Returns:
-        The model.
+        The model. Its `end_ids` are the eos_token_id of generation_config.json, one or several. Nothing else in that
+        file is read: `generate` takes its options from its arguments, and repeats, forces or forbids no token.
 
     Raises:
+        TypeError: an argument has another type.
         FileNotFoundError: no such folder or Hub model, no weights in it, or shards missing.
         ValueError: a damaged file, another architecture, tensors that do not fit the configuration (every missing,
             unexpected or misshapen one is in the message), or a folder that is replaced in both reads.
@@ -67,6 +69,8 @@ def load(name_or_folder: str | Path, *, device: torch.device | str | None = None
     """
     target_dtype = None if dtype is None else _as_dtype("load", dtype)
     target_device = _as_device(device)
+    if revision is not None:
+        check_text("load", revision=revision)
     folder = locate(name_or_folder, revision)
     return read_unreplaced("load", folder, lambda: _read(folder, target_device, target_dtype))
 
@@ -82,10 +86,21 @@ def _read(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Phi1
             for name, tensor in stream(path, names):
                 table[name].fill(parameters[table[name].parameter], tensor)
     model.init_tables()
+    model.end_ids = _end_ids(folder / "generation_config.json")
     return model.eval()
 
 
+def _end_ids(path: Path) -> tuple[int, ...]:
+    """Return the ids of a generation_config.json that end a text; none if there is no such file or key."""
+    given = read_json(path).get("eos_token_id") if path.is_file() else None
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    require(all(is_whole(i) and i >= 0 for i in ids), "load", f"{path}: eos_token_id must be an id or a list of ids",
+            shown(given))
+    return tuple(ids)
+
+
 def _as_dtype(caller: str, dtype: torch.dtype | str) -> torch.dtype:
+    check_instance(caller, "dtype", dtype, (str, torch.dtype), "a torch.dtype or its name")
     found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or found not in _DTYPES.values():
         raise ValueError(f"{caller}: dtype must be one of {', '.join(_DTYPES)}; got {dtype}")
@@ -93,14 +108,10 @@ def _as_dtype(caller: str, dtype: torch.dtype | str) -> torch.dtype:
 
 
 def _as_device(device: torch.device | str | None) -> torch.device:
-    cuda = torch.cuda.is_available()
-    try:
-        found = torch.device(device or ("cuda" if cuda else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"load: device must be one such as 'cpu' or 'cuda'; got {device!r}") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"load: device {found} is not there; PyTorch sees {torch.cuda.device_count()} CUDA devices")
-    return found
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_device_option("load", device)
+    return torch.device(device)
 
 
 def config_of(path: Path) -> Phi1Config:
@@ -109,7 +120,7 @@ def config_of(path: Path) -> Phi1Config:
         return read_config(read_json(path))
     except NotImplementedError as error:
         raise NotImplementedError(f"load: {path}: {error}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         if str(error).startswith("load: "):
             raise
         raise ValueError(f"load: {path}: {error}") from error
@@ -123,6 +134,10 @@ def _survey(folder: Path, config: Phi1Config) -> tuple[dict[str, ParameterSlice]
             if not is_derived(name):
                 found[name] = (path, tuple(tensor.shape), tensor.dtype)
     table = recognise(found, config)
+    wrapper = next((prefix for prefix in _WRAPPERS if found and all(name.startswith(prefix) for name in found)), None)
+    if wrapper:
+        raise ValueError(f"load: every tensor in {folder} is called {wrapper}..., by the wrapper of "
+                         f"{_WRAPPERS[wrapper]}; save the model inside the wrapper, or take the prefix off")
     if table is None:
         raise ValueError(f"load: {folder} holds no phi-1 in any of the published layouts ({'; '.join(LAYOUTS)}); "
                          f"its tensors are called {', '.join(list(found)[:3]) or 'nothing: there are none'}")
@@ -156,7 +171,8 @@ def save(model: Phi1, folder: str | Path, *, tokenizer: Tokenizer | None = None,
     """Write the model in the current Hugging Face layout, which `phi1.load` and transformers read.
 
     Args:
-        model: any dtype, any device.
+        model: any dtype, any device; compiled or wrapped in DataParallel as well. Parameters that share memory are
+            written apart.
         folder: made, with its parents. If it exists, it must be empty or hold only a saved model, which is replaced.
             After a stop or kill at any moment the folder holds either the old model or the new one, never a mixture. If
             a kill comes between the two renames, the next save to the folder puts the old one back.
@@ -165,11 +181,17 @@ def save(model: Phi1, folder: str | Path, *, tokenizer: Tokenizer | None = None,
         replace: if False, the folder must be new or empty, now and at the end.
 
     Raises:
+        TypeError: an argument has another type.
         ValueError: the folder holds other files, or got some meanwhile.
         OSError: no space or no permission; nothing is left behind, and an old model stays in place.
     """
-    save_state_dict(model.state_dict(), model.config, folder, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes,
-                    replace=replace)
+    inside: object = model
+    while not isinstance(inside, Phi1):
+        inner = getattr(inside, "_orig_mod", None) or getattr(inside, "module", None)
+        if not isinstance(inner, torch.nn.Module):
+            raise TypeError(f"save: model must be a phi1.Phi1; got {shown(model)}")
+        inside = inner
+    _save(inside.state_dict(), inside.config, folder, tokenizer, None, max_shard_bytes, replace, inside.end_ids)
 
 
 def save_state_dict(state: Mapping[str, Tensor], config: Phi1Config, folder: str | Path, *,
@@ -187,28 +209,41 @@ def save_state_dict(state: Mapping[str, Tensor], config: Phi1Config, folder: str
         ValueError: as in `save`, or names or shapes that are not the model's; the message has all of them.
         OSError: as in `save`.
     """
+    _save(state, config, folder, tokenizer, dtype, max_shard_bytes, replace, ())
+
+
+def _save(state: Mapping[str, Tensor], config: Phi1Config, folder: str | Path, tokenizer: Tokenizer | None,
+          dtype: torch.dtype | str | None, max_shard_bytes: int, replace: bool, end_ids: tuple[int, ...]) -> None:
+    target = user_path("save", "folder", folder)
+    check_instance("save", "config", config, Phi1Config, "a phi1.Phi1Config")
+    check_instance("save", "state", state, Mapping, "a dictionary of tensors")
+    check_tensors("save", **{f"state[{name!r}]": tensor for name, tensor in state.items()})
+    if tokenizer is not None:
+        check_tokenizer("save", tokenizer, "eos_id", "save")
+    check_whole("save", low=1, max_shard_bytes=max_shard_bytes)
+    check_flag("save", replace=replace)
     expected = {name: tuple(tensor.shape) for name, tensor in Phi1(config, device="meta").state_dict().items()}
     problems = _problems(expected, {name: tuple(tensor.shape) for name, tensor in state.items()})
     if problems:
         raise ValueError(f"save: the state dict does not fit the configuration; {'; '.join(problems)}")
-    if max_shard_bytes < 1:
-        raise ValueError(f"save: max_shard_bytes must be 1 or more; got {max_shard_bytes}")
     target_dtype = state["embed.weight"].dtype if dtype is None else _as_dtype("save", dtype)
     cast = None if dtype is None else target_dtype
-    with _filled(Path(folder), replace) as temporary:
+    with filled(target, replace) as temporary:
         _write_tensors(state, config, temporary, cast, max_shard_bytes)
-        _write_configs(config, temporary, tokenizer, str(target_dtype).removeprefix("torch."))
+        _write_configs(config, temporary, tokenizer, end_ids, str(target_dtype).removeprefix("torch."))
         if tokenizer is not None:
             tokenizer.save(temporary)
 
 
-def _write_configs(config: Phi1Config, folder: Path, tokenizer: Tokenizer | None, dtype: str) -> None:
+def _write_configs(config: Phi1Config, folder: Path, tokenizer: Tokenizer | None, end_ids: tuple[int, ...],
+                   dtype: str) -> None:
     eos_id = _ENDOFTEXT if config.vocab_size > _ENDOFTEXT else None
     if tokenizer is not None:
         eos_id = tokenizer.eos_id
     _write_json(folder / "config.json", written_config(config, eos_id, dtype))
-    _write_json(folder / "generation_config.json",
-                {"_from_model_config": True, "bos_token_id": eos_id, "eos_token_id": eos_id})
+    ends = list(dict.fromkeys(i for i in (eos_id, *end_ids) if i is not None))
+    _write_json(folder / "generation_config.json", {"_from_model_config": True, "bos_token_id": eos_id,
+                                                    "eos_token_id": ends if len(ends) > 1 else eos_id})
 
 
 def _write_json(path: Path, value: dict) -> None:
@@ -228,7 +263,11 @@ def _write_tensors(state: Mapping[str, Tensor], config: Phi1Config, folder: Path
     weight_map = {}
     for i, names in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _published(state, table[name], cast) for name in names}
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            tensor = _published(state, table[name], cast)
+            shared = any(tensor.data_ptr() == other.data_ptr() for other in tensors.values())
+            tensors[name] = tensor.clone() if shared else tensor
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except Exception as error:  # safetensors reports the system's errors under a type of its own
@@ -254,42 +293,3 @@ def _shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
         names.append(name)
         held += size
     yield names
-
-
-_SAVED = ("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
-          "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-          "vocab.json", "merges.txt", "added_tokens.json")
-
-
-@contextlib.contextmanager
-def _filled(folder: Path, replace: bool) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `folder` at the end, or is removed if the block fails."""
-    folder = Path(os.path.realpath(folder.expanduser()))
-    sweep(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"save: {folder} is a file; give an empty or new folder")
-    if folder.is_dir():
-        _check_own(folder, folder, replace)
-    with workspace(folder) as work:
-        new = work / NEW
-        new.mkdir()
-        yield new
-        for path in new.iterdir():
-            path.chmod(new.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
-            _flush(path)
-        if not publish(work, folder, (lambda old: _check_own(old, folder, replace)) if replace else None):
-            raise ValueError(f"save: {folder} must be new or empty, and has got files since; give another folder")
-
-
-def _check_own(found: Path, folder: Path, replace: bool) -> None:
-    """Refuse to replace `folder`, whose entries are now in `found`, unless `save` wrote all of them."""
-    names = [path.name for path in sorted(found.iterdir())]
-    foreign = [name for name in names if not (replace and any(Path(name).match(pattern) for pattern in _SAVED))]
-    if foreign:
-        raise ValueError(f"save: {folder} holds other files ({', '.join(foreign[:3])}); give an empty or new folder")
-
-
-def _flush(path: Path) -> None:
-    """Write a file to the disk, so that a rename never precedes its content."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -115,7 +115,7 @@ def parameter_slices(layout: Layout, config: Phi1Config) -> dict[str, ParameterS
 def recognise(names: Iterable[str], config: Phi1Config) -> dict[str, ParameterSlice] | None:
     """Return the slices of the layout that has most of the names, or None if no layout has one."""
     present = set(names)
-    tables = [parameter_slices(layout, config) for layout in LAYOUTS.values()]
+    tables = [parameter_slices(layout, config) for layout in reversed(LAYOUTS.values())]  # of equals, the current one
     best = max(tables, key=lambda table: len(present & table.keys()))
     return best if present & best.keys() else None
 
@@ -157,18 +157,29 @@ def _refuse(unsupported: dict[str, bool]) -> None:
         raise NotImplementedError(f"not supported: {', '.join(found)}")
 
 
+def _rope(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    settings = {} if raw.get(key) is None else raw[key]
+    if not isinstance(settings, dict):
+        raise ValueError(f"{key} must be an object such as {{\"rope_type\": \"default\"}}; got {settings!r}")
+    return settings
+
+
+def _is_plain(rope: dict[str, Any]) -> bool:
+    """True if the settings scale nothing. Their type has two spellings; settings by type of layer are not plain."""
+    kinds = {rope.get(key) or "default" for key in ("rope_type", "type")}
+    return kinds == {"default"} and not any(isinstance(value, dict) for value in rope.values())
+
+
 def _read_transformers(raw: dict[str, Any]) -> Phi1Config:
     _require(raw, ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"))
-    rope = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling")
+    rope, scaling = (_rope(raw, key) for key in ("rope_parameters", "rope_scaling"))
     heads = raw["num_attention_heads"]
     _refuse({
         f"num_key_value_heads {raw.get('num_key_value_heads')} (must be num_attention_heads)":
             raw.get("num_key_value_heads") not in (None, heads),
         f"hidden_act {raw.get('hidden_act')} (must be gelu_new)": raw.get("hidden_act", "gelu_new") not in _TANH_GELU,
-        f"rope_type {rope.get('rope_type')}": rope.get("rope_type", "default") != "default",
-        f"rope_scaling {scaling}": scaling is not None
-            and scaling.get("rope_type", scaling.get("type")) not in (None, "default"),
+        f"rope_parameters {rope}": not _is_plain(rope),
+        f"rope_scaling {scaling}": not _is_plain(scaling),
         "qk_layernorm": bool(raw.get("qk_layernorm")),
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings")),
         f"embd_pdrop {raw.get('embd_pdrop')} (must be 0)": bool(raw.get("embd_pdrop")),

@@ -47,8 +47,8 @@ def test_one_operation_prints_its_table_and_writes_its_results(tmp_path, capsys)
 
 
 def test_a_wrong_operation_is_exit_code_1(monkeypatch, capsys):
-    def wrong(*arguments):  # the operation, not its reference
-        return rotary(*arguments) + (0 if reference_forced() else 1e-3)
+    def wrong(**arguments):  # the operation, not its reference
+        return rotary(**arguments) + (0 if reference_forced() else 1e-3)
 
     rotary = norm.rotary
     monkeypatch.setattr(norm, "rotary", wrong)

@@ -3,22 +3,17 @@
 import json
 
 import pytest
-import torch
+from double_case import double, make
 
 from phi1.bench import cli
 from phi1.bench.cases import registry
 from phi1.bench.harness import environment, runner, timing
-from phi1.bench.harness.case import Case
-from phi1.bench.harness.providers import ours, plain
+from phi1.bench.harness.providers import plain
 from phi1.bench.harness.roof import Roof
 from phi1.bench.report.results import read
 from phi1.cli.main import main
 
 GONE = "CUDA error: an illegal memory access was encountered"
-
-
-def double(inputs):
-    return 2 * inputs["x"]
 
 
 class NoProbes:
@@ -38,9 +33,8 @@ class Machine:
         monkeypatch.setattr(runner, "still_there", self.still_there)
         monkeypatch.setattr(runner, "MOST_ROUNDS", 5)
         monkeypatch.setattr(timing, "SHORTEST_SAMPLE", 0.0)  # one call a round
-        monkeypatch.setattr(runner, "RoundProbes", lambda *arguments: NoProbes())
+        monkeypatch.setattr(runner, "Probes", lambda *arguments: NoProbes())
         monkeypatch.setattr(runner, "measure", lambda *arguments: Roof(20.0, 0.1))
-        monkeypatch.setattr(runner, "release", lambda device: None)
         monkeypatch.setenv(environment.COMMIT_VARIABLE, "abc1234")
         monkeypatch.setattr(registry, "select", lambda *selection: [self.case(name) for name in "abc"])
 
@@ -61,11 +55,7 @@ class Machine:
 
     def case(self, name):
         peers = [plain(peer, self.peer(name, peer)) for peer in ("torch", "bad", "good")]
-        return Case(name=name, op="double", unit="kernel", direction="forward", shape={"N": 64}, dtype="float32",
-                    devices=("cpu",), bytes="2*N*e", flops="N", leaves=("x",), reference=double,
-                    exclusive=self.exclusive,
-                    inputs=lambda on, generator: {"x": torch.randn(64, generator=generator)},
-                    providers=(ours(self.peer(name, "phi1")), *peers))
+        return make(*peers, function=self.peer(name, "phi1"), name=name, exclusive=self.exclusive)
 
     def run(self, *more):
         """The same command in a new process; its exit code."""

@@ -41,6 +41,7 @@ def addresses_checked():
     if DEVICE == "cuda":
         yield
         return
+    from quick_interpreter import overflow_checked
     from triton.runtime import interpreter
 
     executor, memory, spans = interpreter.GridExecutor, interpreter._interpreter, []
@@ -74,7 +75,8 @@ def addresses_checked():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(executor, "_init_args_hst", take)
         patch.setattr(interpreter, "_interpreter", Memory())
-        yield
+        with overflow_checked():
+            yield
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from kernel_checks import (
     outputs_and_gradients,
 )
 from operation_cases import CASES, case
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from phi1 import kernels
@@ -215,6 +216,7 @@ def test_tensors_of_another_kind_are_refused(name, forced):
     with backend("reference") if forced == "reference" else nullcontext():
         for argument, x in (of.tensors | tables).items():
             refused(TypeError, argument, "must be a tensor; got list", [1.0])
+            refused(TypeError, argument, "must be a dense tensor; got a sparse_coo one", x.to_sparse())
             if argument != first:
                 refused(ValueError, argument, r"must be on \w+'s device \(cpu\); got meta", x.to("meta"))
         for argument in others:
@@ -224,3 +226,40 @@ def test_tensors_of_another_kind_are_refused(name, forced):
         if forced == "eager":
             refused(TypeError, first, r".*\(float64 inside backend\('reference'\)\); got float64",
                     of.tensors[first].double())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_mode_and_torch_func_are_refused_for_each_argument(name):
+    of = case(name)
+    for argument, x in of.tensors.items():
+        def call(x, argument=argument):
+            return last(of.operation(**of.tensors | of.options | {argument: x}))
+
+        message = rf"^{name.split(',')[0]}: .*backend\('reference'\) has them; got {argument} "
+        with pytest.raises(NotImplementedError, match=message):
+            torch.func.jvp(call, (x,), (x,))
+        with pytest.raises(NotImplementedError, match=message):
+            torch.func.grad(lambda x, call=call: call(x).sum())(x)
+        with pytest.raises(NotImplementedError, match=message), forward_ad.dual_level():
+            call(forward_ad.make_dual(x, x))
+        with forward_ad.dual_level():
+            call(x)  # no tangent, so nothing is lost
+    with backend("reference"):
+        assert torch.func.jvp(call, (x,), (x,))[1].any()
+        assert torch.func.grad(lambda x: call(x).sum())(x).any()
+
+
+def test_jacfwd_and_linearize_are_refused():
+    x = torch.randn(3)
+    for transform in (torch.func.jacfwd(kernels.gelu), lambda x: torch.func.linearize(kernels.gelu, x),
+                      torch.vmap(torch.func.grad(lambda x: kernels.gelu(x).sum()))):
+        with pytest.raises(NotImplementedError, match=r"^gelu: .* not supported"):
+            transform(x)
+
+
+def test_the_gradient_penalty_of_a_loss_raises_even_where_none_is_allowed():
+    of = case("linear_cross_entropy")
+    leaves = [x.requires_grad_() for x in of.tensors.values()]
+    gradients = torch.autograd.grad(of.operation(**of.tensors, **of.options), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        torch.autograd.grad(sum(g.float().square().sum() for g in gradients), leaves, allow_unused=True)

@@ -39,7 +39,7 @@ def test_presets_are_frozen_and_copied_with_changes():
         ({"rotary_dim": 31}, r"rotary_dim must be even and between 2 and the head size \(64\); got 31"),
         ({"rotary_dim": 66}, "rotary_dim must be even"),
         ({"rope_theta": 0.0}, "rope_theta must be greater than 0; got 0.0"),
-        ({"layer_norm_eps": float("nan")}, "layer_norm_eps must be greater than 0; got nan"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps must be finite; got nan"),
         ({"initializer_range": "0.02"}, "initializer_range must be a number"),
         ({"attention_dropout": 1.0}, "attention_dropout must be at least 0 and less than 1; got 1.0"),
         ({"residual_dropout": -0.1}, "residual_dropout must be at least 0 and less than 1; got -0.1"),

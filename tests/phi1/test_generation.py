@@ -255,7 +255,7 @@ def test_prompt_errors(model, tokenizer):
         stream(model, tokenizer, [5, 320])
     with pytest.raises(ValueError, match=r"prompts\[0\] has token id -1"):
         generate(model, tokenizer, [[-1]])
-    with pytest.raises(ValueError, match="is not valid Unicode text"):
+    with pytest.raises(ValueError, match="must be valid Unicode text"):
         generate(model, tokenizer, "\udc80")
     with pytest.raises(TypeError, match=r"prompts\[0\] must be a str or a list of int token ids; got int"):
         generate(model, tokenizer, [5])

@@ -241,7 +241,7 @@ def test_compiles_without_graph_breaks():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m(torch.zeros(1, 3, dtype=torch.int64), logits_to_keep=-1), "logits_to_keep must be at least 0"),
+        (lambda m: m(torch.zeros(1, 3, dtype=torch.int64), logits_to_keep=-1), "logits_to_keep must be 0 or more"),
         (lambda m: m(torch.tensor([[512]])), r"token ids must be between 0 and 511; got 512"),
         (lambda m: m(torch.tensor([[3, -1]])), r"token ids must be between 0 and 511; got -1"),
         (lambda m: m(torch.zeros(1, 513, dtype=torch.int64)), "at most 512 tokens fit the model's context; got 513"),

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from phi1 import build_tokenizer_asset
-from phi1.tokenizer import MERGES_FILE, byte_level_vocab, read_merges
+from phi1.tokenizer import MERGES_FILE
+from phi1.tokenizer_rules import byte_level_vocab, read_merges
 
 
 def test_merges_have_the_published_hashes():

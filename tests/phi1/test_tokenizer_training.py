@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from phi1.tokenizer import EOS, MIN_VOCAB, RUNS, train_bpe
+from phi1.tokenizer import train_bpe
+from phi1.tokenizer_rules import EOS, MIN_VOCAB, RUNS
 
 
 def test_trained_bpe_follows_the_rules(source_files):

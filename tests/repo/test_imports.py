@@ -42,6 +42,7 @@ MAY_IMPORT = {  # room -> the other rooms of its own folder that it may import
     "phi1.kernels": {f"phi1.kernels.{room}" for room in KERNEL_ROOMS},
     "phi1": set(),
     "phi1.weights": {"phi1"},
+    "phi1.integrations": set(),
     "phi1.evaluate": {"phi1", "phi1.weights"},
     "phi1.cli": {"phi1", "phi1.weights", "phi1.evaluate"},
     **below(TRAIN, "phi1.train"),
@@ -51,7 +52,12 @@ MAY_IMPORT = {  # room -> the other rooms of its own folder that it may import
 }
 FOLDERS_BELOW = {"kernels": set(), "phi1": {"kernels"}, "train": {"kernels", "phi1"},
                  "bench": {"kernels", "phi1", "train"}}
-BENCH_OF_KERNELS = {"phi1.kernels", "phi1.kernels.core.tiles"}
+OF_KERNELS = {  # the modules of kernels/ that another folder may import
+    "phi1": {"phi1.kernels", "phi1.kernels.core.checks", "phi1.kernels.core.cpu_memory"},
+    "train": {"phi1.kernels"},
+    "bench": {"phi1.kernels", "phi1.kernels.core.tiles"},
+}
+LEAF = "phi1.arguments"  # every folder may import it, and it imports the standard library alone
 
 
 @cache
@@ -95,6 +101,8 @@ def imports(source):
 def complaint(importer, module, name):
     """Return the rule that an import breaks, or None."""
     ours, theirs = folder_of(importer), folder_of(module)
+    if importer == LEAF:
+        return None if module.split(".")[0] in sys.stdlib_module_names else f"{LEAF} does not need {module}"
     if theirs is None:
         top = module.split(".")[0]
         if ours != "kernels":
@@ -103,7 +111,7 @@ def complaint(importer, module, name):
             return "Triton is imported in *_triton.py alone"
         known = {"torch", "triton", "numpy"} | sys.stdlib_module_names
         return None if top in known else f"kernels/ does not need {top}"
-    if room_of(importer) == "phi1.cli" or importer == "phi1":  # the command line, and the lazy public names
+    if room_of(importer) == "phi1.cli" or importer == "phi1" or module == LEAF:
         return None
     if ours == theirs:
         if room_of(module) == room_of(importer) or room_of(module) in MAY_IMPORT[room_of(importer)]:
@@ -113,7 +121,7 @@ def complaint(importer, module, name):
         return f"{ours}/ imports nothing of {theirs}/"
     if room_of(module) == "phi1.cli":
         return "nothing imports the command line"
-    if theirs == "kernels" and module not in (BENCH_OF_KERNELS if ours == "bench" else {"phi1.kernels"}):
+    if theirs == "kernels" and module not in OF_KERNELS[ours]:
         return "only public names of phi1.kernels"
     if module == "phi1.kernels" and name is not None and name not in PUBLIC:
         return f"phi1.kernels has no public name {name}"
@@ -167,6 +175,9 @@ def test_folders_and_files_stay_small(folder):
         ("phi1.kernels.pointwise.gelu", "import rich"),
         ("phi1.model", "from phi1.kernels.core.backend import use_triton"),
         ("phi1.model", "from phi1.kernels import gelu_reference"),
+        ("phi1.arguments", "import torch"),
+        ("phi1.arguments", "from phi1.config import Phi1Config"),
+        ("phi1.train.step.trainer", "from phi1.kernels.core.checks import check_rank"),
         ("phi1.model", "from phi1.kernels.core import backend"),
         ("phi1.model", "def f():\n    from phi1.train.data import corpus"),
         ("phi1.model", "import phi1.bench.compile.read"),
@@ -190,6 +201,7 @@ def test_a_wrong_import_is_found(importer, source):
         ("phi1.kernels.pointwise.gelu_triton", "import triton\nfrom phi1.kernels.core.tiles import tile"),
         ("phi1.kernels.pointwise.gelu", "def f():\n    from phi1.kernels.pointwise.gelu_triton import launch"),
         ("phi1.kernels.block.rules", "from phi1.kernels.pointwise.layer_norm import layer_norm_reference"),
+        ("phi1.kernels.pointwise.gelu", "from phi1.arguments import require"),
         ("phi1.cli.main", "def f():\n    from phi1.train.prepare import prepare"),
         ("phi1.model", "from phi1.kernels import Dropout, attention\nfrom phi1.config import Phi1Config"),
         ("phi1.train.step.trainer", "from phi1.kernels import backend\nfrom phi1.train.data.corpus import Corpus"),

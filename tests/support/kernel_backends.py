@@ -29,6 +29,10 @@ MARKS = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if INTERPRETED:
+        from quick_interpreter import quicken
+
+        quicken()
     for name, meaning in MARKS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
 

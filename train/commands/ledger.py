@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from phi1.arguments import path_option
 from phi1.train.checkpoint.files import LEDGER
 from phi1.train.metrics.ledger import KINDS, read_ledger
 from phi1.train.metrics.progress import duration
@@ -20,8 +21,8 @@ SMOOTH = 20
 def main(argv: list[str], parser_class: type) -> int:
     """Run the command; returns the exit code."""
     parser = parser_class("phi1 ledger", "Sum up a run's ledger, and draw loss, gradient norm, speed and loss scale.")
-    parser.add_argument("run", type=Path, help="the run's folder, or its ledger.jsonl")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw into this file; needs matplotlib")
+    parser.add_argument("run", type=path_option, help="the run's folder, or its ledger.jsonl")
+    parser.add_argument("--plot", type=path_option, metavar="FILE.png", help="draw into this file; needs matplotlib")
     options = parser.parse_args(argv)
     try:
         lines = _read(options.run)

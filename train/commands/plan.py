@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from phi1.arguments import path_option
 from phi1.gpus import GPUS
 from phi1.train.plan.measured import measured_mfu
 from phi1.train.plan.plan import ASSUMED_MFU, Cluster, report
@@ -17,7 +18,7 @@ def main(argv: list[str], parser_class: type) -> int:
     """Run the command; returns the exit code."""
     parser = parser_class("phi1 plan", "What a run needs: memory of each GPU, time, cost. Nothing is run.\n\n"
                           "Any key of the recipe may follow as --section.key value, as for train/pretrain.py.")
-    parser.add_argument("--config", type=Path, default=Path(__file__).parents[1] / "configs" / "phi1-base.toml",
+    parser.add_argument("--config", type=path_option, default=Path(__file__).parents[1] / "configs" / "phi1-base.toml",
                         help="the run's recipe; without it phi-1-base's")
     parser.add_argument("--gpu", default="a100-80", choices=list(GPUS), help="%(choices)s (%(default)s)")
     parser.add_argument("--gpus", type=_count, default=8, help="over all nodes (%(default)s)")

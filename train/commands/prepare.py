@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from pathlib import Path
 from typing import NoReturn
 
+from phi1.arguments import name_option, path_option
 from phi1.atomic import identity
 from phi1.train.prepare.prepare import prepare
 
@@ -20,12 +20,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--source", action="append", metavar="WHAT", help="stdlib (this Python's standard library, the "
-                        "default), a folder of .py files, a .jsonl file, or a Hub dataset OWNER/NAME[:CONFIG]; may be "
-                        "given several times")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the corpus")
-    parser.add_argument("--tokenizer", default="microsoft/phi-1", metavar="NAME", help="microsoft/phi-1 (default), a "
-                        "folder, a Hub id, or train: a BPE trained on the training documents")
+    parser.add_argument("--source", action="append", type=name_option, metavar="WHAT",
+                        help="stdlib (this Python's standard library, the default), a folder of .py files, a .jsonl "
+                        "file, or a Hub dataset OWNER/NAME[:CONFIG]; may be given several times")
+    parser.add_argument("--out", type=path_option, required=True, metavar="DIR", help="folder of the corpus")
+    parser.add_argument("--tokenizer", default="microsoft/phi-1", type=name_option, metavar="NAME",
+                        help="microsoft/phi-1 (default), a folder, a Hub id, or train: a BPE trained on the training "
+                        "documents")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="tokens of the trained BPE (default: 4096)")
     parser.add_argument("--val-fraction", type=float, default=0.02, metavar="F", help="share of the documents held out "
                         "(default: %(default)s)")
@@ -37,7 +38,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    before = identity(Path(args.out))
+    before = identity(args.out)
     try:
         if args.vocab_size is not None and args.tokenizer != "train":
             raise ValueError("--vocab-size goes with --tokenizer train; the given tokenizer has its own size")
@@ -45,7 +46,7 @@ def _run(args: argparse.Namespace) -> int:
                           vocab_size=args.vocab_size or 4096, val_fraction=args.val_fraction, force=args.force,
                           column=args.column, report=lambda line: print(line, flush=True))
     except KeyboardInterrupt:
-        outcome = "nothing was written" if identity(Path(args.out)) == before else f"{args.out} is complete"
+        outcome = "nothing was written" if identity(args.out) == before else f"{args.out} is complete"
         print(f"phi1 prepare: stopped; {outcome}", file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:

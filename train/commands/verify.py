@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from phi1.arguments import path_option
 from phi1.train.checkpoint.files import STATE, checkpoints, find_damage
 from phi1.train.data.corpus import SPLITS, open_corpus
 from phi1.train.data.shards import MANIFEST
@@ -53,7 +54,8 @@ def _corpus_damage(path: Path) -> str | None:
 def main(argv: list[str], parser_class: type) -> int:
     """Run the command; returns 0, or 1 if anything is damaged."""
     parser = parser_class("phi1 verify", "Compare checkpoints, runs and corpora with the hashes that lie beside them.")
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a checkpoint, a run's folder, or a corpus")
+    parser.add_argument("paths", nargs="+", type=path_option, metavar="PATH",
+                        help="a checkpoint, a run's folder, or a corpus")
     damaged = 0
     for path in parser.parse_args(argv).paths:
         try:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import phi1
+from phi1.arguments import user_path
 from phi1.atomic import NEW, publish, read_unreplaced, sweep
-from phi1.tokenizer import MIN_VOCAB, Tokenizer, load_tokenizer, train_bpe
+from phi1.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from phi1.tokenizer_rules import MIN_VOCAB
 from phi1.train.data.corpus import SPLITS, open_corpus
 from phi1.train.data.shards import BLOCK_TOKENS, MANIFEST, SHARD_TOKENS, VERSION, DataError, read_manifest
 from phi1.train.prepare.encode_pool import EncodePool
@@ -104,7 +106,7 @@ def prepare(sources: str | Sequence[str], out: str | Path, *, tokenizer: str | P
         raise ValueError(f"prepare: val_fraction must be at least 0 and less than 1; got {val_fraction}")
     if workers < 0:
         raise ValueError(f"prepare: workers must be 0 or more; got {workers}")
-    out = Path(out)
+    out = user_path("prepare", "out", out)
     chosen = _chosen_tokenizer(tokenizer, vocab_size)
     names = [sources] if isinstance(sources, str) else list(sources)
     found = [find_source(name, column) for name in names]

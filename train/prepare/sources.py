@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi1.arguments import expanded
 from phi1.train.data.shards import DataError
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def find_source(name: str, column: str = "text") -> Source:
     """
     if name == "stdlib":
         return _folder(name, Path(sysconfig.get_path("stdlib")), leave_out={"site-packages", "dist-packages"})
+    name = expanded(name)
     path = Path(name)
     if name and path.is_dir():
         return _folder(name, path, leave_out=set())

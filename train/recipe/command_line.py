@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from phi1.arguments import user_path
 from phi1.train.recipe.file import read_recipe, unknown
 from phi1.train.recipe.recipe import KEYS, Recipe
 from phi1.train.runtime.launch import RunError
@@ -35,7 +36,10 @@ def parse(arguments: list[str], file: Path | None = None) -> Recipe | None:
                 raise RunError(f"{word} needs a value" if SHORT.get(key, key) in (*KEYS, "config") else unknown(key))
             value = rest.pop(0)
         if key == "config":
-            file = Path(value)
+            try:
+                file = user_path("--config", "FILE", value)
+            except ValueError as error:
+                raise RunError(str(error)) from None
         else:
             overrides[SHORT.get(key, key)] = value
     return read_recipe(file, overrides)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
+from phi1.arguments import expanded
 from phi1.train.recipe.recipe import KEYS, Recipe, changes
 from phi1.train.runtime.launch import RunError
 
@@ -51,6 +52,12 @@ def read_recipe(file: Path | None, overrides: dict[str, str], shown: str | None 
     for key, text in changes(str(flat.get("run.change", ""))).items():
         if "run.change" in overrides or key not in overrides:  # a stored change is older than the command line
             flat[key] = _from_text(key, text)
+    for key, value in flat.items():
+        if isinstance(value, str) and _is_text(KEYS[key]):
+            try:
+                flat[key] = expanded(value)
+            except ValueError as error:
+                raise RunError(f"{key}{str(error).removeprefix(': the path')}") from None
     sections: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         section, leaf = key.split(".", 1)

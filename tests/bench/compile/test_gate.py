@@ -1,12 +1,10 @@
 """The compile gate: it passes the kernels, and refuses those that spill, lose vector loads or do not compile."""
 
 import os
-import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
-from kernel_checks import kernel_device
 
 if sys.platform != "linux" or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("Triton compiles on Linux, and not in its interpreter", allow_module_level=True)
@@ -14,11 +12,11 @@ if sys.platform != "linux" or os.environ.get("TRITON_INTERPRET", "0") not in (""
 import triton
 import triton.language as tl
 
-from phi1.bench.compile import allowed, arch, pool, programs, read
+from phi1.bench.compile import allowed, arch, pool, programs, read, table
 from phi1.bench.compile.launches import Case, recorded
 from phi1.bench.harness.counting import Launch
+from phi1.cli.main import main
 
-GATE = ("-m", "phi1.bench.compile.report")
 ARCHS = list(arch.ARCHS)
 
 
@@ -43,8 +41,8 @@ POINTERS = {"x_ptr": "*fp16", "y_ptr": "*fp16"}
 
 
 def case(kernel, types, constants, num_warps=4, aligned=("x_ptr", "y_ptr")):
-    return Case("kernel of a test", Launch(kernel.fn.__name__, kernel, types, constants, tuple(aligned),
-                                           {"num_warps": num_warps}))
+    launch = Launch(kernel.fn.__name__, kernel, types, constants, tuple(aligned), {"num_warps": num_warps})
+    return Case(f"{launch.name.removesuffix('_kernel')} of a test", launch)
 
 
 # n is not known to be a multiple of 8, so that the mask may cut a vector: one element a time.
@@ -54,11 +52,11 @@ WHOLE_COPY = case(copy_kernel, POINTERS | {"n": "i32"}, {"BLOCK": 2048}, aligned
 
 def accepted(**faults):
     """Allowances of the copy on sm_90; a number for the kernel, or {case: number}."""
-    return {"copy": {fault: {"reason": "a test's", "sm_90": value} for fault, value in faults.items()}}
+    return allowed.parsed({"copy": {fault: {"reason": "a test's", "sm_90": value} for fault, value in faults.items()}})
 
 
 def refused(case, gpu, report, known=None):
-    return allowed.complaints(case, gpu, report, known or {})
+    return allowed.complaints(case, gpu, report, known or allowed.Allowed())
 
 
 def verdict(case, gpu="sm_90", known=None):
@@ -139,7 +137,7 @@ def test_a_fault_is_refused_unless_it_is_allowed_and_an_allowance_only_shrinks(w
     assert allowed.unneeded(iter([(WHOLE_COPY, "sm_90", report)]), accepted(**known)) == []
     (*_, line) = allowed.unneeded(iter([(WHOLE_COPY, "sm_90", whole_copy)]), accepted(**known))
     assert "is needed; --accept mends it" in line
-    assert allowed.needed(iter([(WHOLE_COPY, "sm_90", report)]), {}, "a test's") == accepted(**known)
+    assert allowed.needed(iter([(WHOLE_COPY, "sm_90", report)]), allowed.Allowed(), "a test's") == accepted(**known)
 
 
 def test_a_case_has_no_share_in_what_another_may_do(whole_copy):
@@ -153,13 +151,14 @@ def test_reasons_stay_when_allowances_are_written_again(tmp_path, whole_copy):
     before = accepted(stack={"of a test": 16})
     found = allowed.needed(iter([(WHOLE_COPY, "sm_90", report), (WHOLE_COPY, "sm_80", report)]), before, 'new: "x"')
     (tmp_path / "allowed.toml").write_text(allowed.dumps(found))
-    assert allowed.allowed(tmp_path / "allowed.toml") == found == {"copy": {
+    assert allowed.allowed(tmp_path / "allowed.toml") == found == allowed.parsed({"copy": {
         "stack": {"reason": "a test's", "sm_90": {"of a test": 8}, "sm_80": {"of a test": 8}},
-        "narrow_loads": {"reason": 'new: "x"', "sm_90": 1, "sm_80": 1}}}
+        "narrow_loads": {"reason": 'new: "x"', "sm_90": 1, "sm_80": 1}}})
 
 
-def test_every_allowance_has_a_reason():
-    assert all(len(entry["reason"].split()) >= 3 for faults in allowed.allowed().values() for entry in faults.values())
+def test_every_allowance_has_a_reason_and_the_file_is_as_it_is_written():
+    assert allowed.FILE.read_text() == allowed.dumps(allowed.allowed())
+    assert all(len(reason.split()) >= 3 for reason in allowed.allowed().reasons.values())
 
 
 def test_wgmmas_that_ptxas_serialises_are_found_in_what_it_says():
@@ -190,8 +189,7 @@ def test_spills_in_a_loop_are_found_in_the_machine_code(gpu):
 
 def test_a_kernel_that_does_not_compile_is_refused():
     wrong = case(wrong_kernel, POINTERS, {"BLOCK": 4})
-    ((_, report),) = pool.compile_all([("sm_90", wrong)])
-    assert refused(wrong, "sm_90", report)[0].startswith("does not compile: ")
+    assert refused(wrong, "sm_90", pool._measure(("sm_90", wrong)))[0].startswith("does not compile: ")
 
 
 @triton.jit
@@ -214,11 +212,18 @@ def test_a_request_for_warps_of_their_own_that_is_ignored_is_refused(whole_copy)
     assert refused(asked, "sm_90", replace(whole_copy, register_moves=2)) == []
 
 
-def test_the_command_passes_phi1s_kernels_on_one_gpu():
-    command = [sys.executable, *GATE, "--all", "--arch", "sm_90", "--only", "layer_norm_forward train bf16"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == f"static gate, Triton {triton.__version__}: all 1 pass"
+@pytest.fixture
+def of_one_step(monkeypatch):
+    """The command's cases are the launches of one training step."""
+    step = dict(programs.units())["train bf16"]
+    made = [Case(f"{launch.name.removesuffix('_kernel')} train bf16", launch)
+            for launch in {launch.name: launch for launch in recorded(("", step), "sm_90").launches}.values()]
+    monkeypatch.setattr(table, "cases", lambda arch: made)
+
+
+def test_the_command_passes_phi1s_kernels_on_one_gpu(of_one_step, capsys):
+    assert main(["bench", "static", "--all", "--arch", "sm_90", "--only", "layer_norm_forward train bf16"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"static gate, Triton {triton.__version__}: all 1 pass"
 
 
 @pytest.mark.parametrize(
@@ -234,13 +239,12 @@ def test_the_command_passes_phi1s_kernels_on_one_gpu():
         (["--triton", "/nowhere"], "0", "there is no triton in this folder"),
     ],
 )
-def test_bad_usage_exits_with_2_and_a_line(arguments, interpret, message):
-    environment = os.environ | {"TRITON_INTERPRET": interpret}
-    done = subprocess.run([sys.executable, *GATE, *arguments], capture_output=True, text=True, env=environment)
-    assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
-
-
-def test_kernel_device_is_not_the_interpreter_here():
-    assert kernel_device() in (None, "cuda")
+def test_bad_usage_exits_with_2_and_a_line(of_one_step, monkeypatch, capsys, arguments, interpret, message):
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    with pytest.raises(SystemExit) as stop:
+        raise SystemExit(main(["bench", "static", *arguments]))
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("phi1 bench static: error: ")
+    assert message in err

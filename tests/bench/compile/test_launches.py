@@ -23,7 +23,7 @@ from phi1.bench.compile.arch import ARCHS
 from phi1.bench.compile.key import key_of
 from phi1.bench.compile.launches import cases, content, recorded
 from phi1.bench.compile.table import VERSIONS, load
-from phi1.bench.harness.counting import run_on_paper
+from phi1.bench.harness.counting import lookups_on_paper
 from phi1.bench.tune.cases import candidates_of, chosen_cases
 from phi1.bench.tune.store import Store, when_of
 from phi1.cli.main import main
@@ -160,7 +160,7 @@ def test_a_file_that_was_cut_short_is_named_in_one_line(measured, tmp_path, caps
     (tmp_path / f"{STEM}.json").write_text('{"block": {"in_proj": [')
     assert main(["bench", "static", "--check", "--only", "rotary"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("phi1 bench: error: ")
+    assert error.startswith("phi1 bench static: error: ")
     assert f"{STEM}.json is no JSON: " in error
     assert error.count("\n") == 1
 
@@ -181,7 +181,7 @@ def test_a_product_that_is_left_to_cublas_is_no_fault(measured):
 
 def test_whatever_the_tuner_writes_has_a_case_with_its_tile(measured, tmp_path):
     lookups = {lookup for case in chosen_cases("cuda", [], "float16") if case.quick
-               for found in (run_on_paper(case, "sm_90"),) for lookup in (*found.forward, *found.backward)}
+               for found in lookups_on_paper(case, "sm_90") for lookup in found}
     with Store(tmp_path, GPU) as store:
         for lookup in lookups:
             row = tiles.first_fit(lookup.op, lookup.kernel, "", "sm_90", lookup.shape)

@@ -1,14 +1,14 @@
 """bench/gpu/sanitize.py launches every kernel, so that compute-sanitizer sees each of them."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from phi1.bench.gpu.sanitize import chosen, inputs_of
-from phi1.bench.harness import check
-from phi1.bench.harness.counting import counting
+from phi1.bench.harness.counting import counting, run_inside
 
 KERNELS = Path(__file__).parents[3] / "kernels"
 
@@ -17,11 +17,7 @@ def launched(case, arch, dtype):
     """Names of the kernels that a case launches, found on tensors without values."""
     meta = torch.device("meta")
     with counting(arch) as counter:
-        inputs = check.leaves_of(case, inputs_of(case, meta, dtype))
-        outputs = check.as_tuple(case.providers[0].prepare(case, meta)(inputs))
-        if case.direction in check.GRADIENTS:
-            leaves = [inputs[name] for name in case.leaves if inputs[name] is not None]
-            torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs])
+        run_inside(replace(case, inputs=lambda draw: inputs_of(case, meta, dtype)))
     return {launch.name for launch in counter.launches}
 
 

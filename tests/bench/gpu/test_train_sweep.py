@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from phi1.bench.gpu import train_sweep
 from phi1.bench.gpu.train_sweep import FULL, STEPS, TINY, fastest, measure, result, sweep
@@ -97,7 +98,7 @@ def test_a_trainer_that_breaks_is_a_failure(trainer, tmp_path, monkeypatch):
 
 
 def test_without_a_gpu_it_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_sweep.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["", "--out", str(tmp_path)])
     assert train_sweep.main() == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -1,17 +1,14 @@
 """The checks before a time counts and after the rounds: nothing that is wrong becomes a result."""
 
-from dataclasses import replace
-
 import pytest
 import torch
+from double_case import double, make
 
 from phi1 import preset
 from phi1.bench.cases import host
 from phi1.bench.cases import model as cases_model
 from phi1.bench.cases.registry import all_cases, select
 from phi1.bench.harness import check, runner
-from phi1.bench.harness.case import Case
-from phi1.bench.harness.providers import ours, plain
 from phi1.bench.harness.roof import Roof
 from phi1.bench.harness.runner import Runner
 from phi1.bench.peers import training
@@ -23,18 +20,6 @@ TINY = Plan(preset("nano", vocab_size=64, num_hidden_layers=1, hidden_size=64, i
                    num_attention_heads=2, rotary_dim=16), 4, 16)
 
 
-def gelu(inputs):
-    return torch.nn.functional.gelu(inputs["x"])
-
-
-def make(function, **fields):
-    case = Case(name="gelu", op="gelu", unit="kernel", direction="forward", shape={"N": 64}, dtype="float32",
-                devices=("cpu",), bytes="2*N*e", flops="8*N", leaves=("x",), reference=gelu,
-                inputs=lambda on, generator: {"x": torch.randn(64, generator=generator)},
-                providers=(ours(function), plain("torch", gelu)))
-    return replace(case, **fields)
-
-
 def run(case, peers=()):
     record = Runner(CPU, peers, seconds=0.02, quick=True).run(case)
     return record, record["providers"][0]
@@ -44,10 +29,10 @@ def test_a_function_that_gives_its_first_result_for_ever_is_wrong():
     first = []
 
     def remembers(inputs):
-        first.append(gelu(inputs)) if not first else None
+        first.append(double(inputs)) if not first else None
         return first[0]
 
-    _, entry = run(make(remembers))
+    _, entry = run(make(function=remembers))
     assert entry["status"] == "wrong"
     assert entry["reason"].startswith("behind its rounds out0 is off by")
 
@@ -63,9 +48,9 @@ def test_a_function_that_goes_wrong_in_its_rounds_is_wrong():
 
     def wears_out(inputs):
         calls.append(None)
-        return gelu(inputs) * (1 if len(calls) < 3 else 1.01)
+        return double(inputs) * (1 if len(calls) < 3 else 1.01)
 
-    assert run(make(wears_out))[1]["status"] == "wrong"
+    assert run(make(function=wears_out))[1]["status"] == "wrong"
 
 
 def test_a_function_that_raises_behind_its_rounds_has_failed(monkeypatch):
@@ -74,7 +59,7 @@ def test_a_function_that_raises_behind_its_rounds_has_failed(monkeypatch):
             raise RuntimeError("no more")
 
     monkeypatch.setattr(Runner, "_judge", refuses)
-    _, entry = run(make(gelu))
+    _, entry = run(make())
     assert (entry["status"], entry["reason"]) == ("failed", "RuntimeError: no more")
     assert "ms" not in entry
 
@@ -83,22 +68,22 @@ def test_a_function_that_raises_behind_its_rounds_has_failed(monkeypatch):
 def test_a_time_beyond_the_roof_is_no_result(share, status, monkeypatch):
     monkeypatch.setattr(Roof, "ms", lambda self, case: share)
     monkeypatch.setattr(runner.Row, "ms", 1.0)
-    _, entry = run(make(gelu))
+    _, entry = run(make())
     assert entry["status"] == status
     assert "ratio" in entry if status == "ok" else entry["reason"] == "its time is that of 1.6 times the measured roof"
 
 
 def test_what_has_no_reference_is_marked_in_the_readme():
-    record, _ = run(make(gelu, reference=None))
+    record, _ = run(make(reference=None))
     assert record["note"] == "unchecked: there is no reference"
-    assert report.row(record).startswith("| gelu (unchecked) |")
+    assert report.row(record).startswith("| double N=64 (unchecked) |")
 
     def too_large(inputs):
         raise torch.OutOfMemoryError("tried to allocate 1 TiB")
 
-    record, _ = run(make(gelu, reference=too_large))
-    assert report.row(record).startswith("| gelu (unchecked) |")
-    assert report.row(run(make(gelu))[0]).startswith("| gelu |")
+    record, _ = run(make(reference=too_large))
+    assert report.row(record).startswith("| double N=64 (unchecked) |")
+    assert report.row(run(make())[0]).startswith("| double N=64 |")
 
 
 def test_every_case_has_a_reference_but_those_of_random_dropout():
@@ -233,7 +218,7 @@ def the_same_batch(monkeypatch):
 
 @pytest.mark.parametrize("breaks", [the_first_outcome, no_update, half_the_batch, the_same_batch])
 def test_a_trainer_that_trains_otherwise_is_wrong(breaks, train_step, monkeypatch):
-    exact = check.Exact(train_step, train_step.inputs(CPU, torch.Generator()))
+    exact = check.Exact(train_step, train_step.draw(CPU))
     assert not exact.judge(Phi1Step(TINY), "phi1").complaint
     breaks(monkeypatch)
     assert exact.judge(Phi1Step(TINY), "phi1").complaint
@@ -269,8 +254,7 @@ def test_integers_have_no_tolerance():
     def off(by):
         return lambda inputs: torch.arange(1000) + by
 
-    case = make(off(0), reference=off(0))
-    exact = check.Exact(case, {"x": torch.ones(1)})
+    exact = check.Exact(make(reference=off(0)), {"x": torch.ones(1)})
     assert not exact.judge(off(0), "phi1").complaint
     almost = torch.arange(1000)
     almost[500] += 1

@@ -3,7 +3,6 @@
 import copy
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -40,17 +39,14 @@ def test_the_report_shows_what_failed():
     assert report.row(broken) == f"| {broken['case']} | wrong | - | - | - | - |"
 
 
-def test_plots_are_drawn_where_matplotlib_is_and_refused_in_one_line_elsewhere(tmp_path):
-    """In a process that cannot import it: the page stays as it was."""
+def test_without_matplotlib_plots_are_refused_in_one_line_and_the_page_stays(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     path = write(tmp_path / "r.json", content(record()))
     page = tmp_path / "page.md"
     page.write_text(f"{report.BEGIN}\n{report.END}\n")
-    command = (f"import sys; sys.modules['matplotlib'] = None; from phi1.cli.main import main; "
-               f"sys.exit(main(['bench', 'report', {str(path)!r}, '--page', {str(page)!r}]))")
-    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr == ("phi1 bench: error: plots need matplotlib: pip install 'phi1[bench]', or --no-plots for the "
-                           "tables alone\n")
+    assert main(["bench", "report", str(path), "--page", str(page)]) == 2
+    assert capsys.readouterr().err == "phi1 bench report: error: plots need matplotlib: " \
+                                      "pip install 'phi1[bench]', or --no-plots for the tables alone\n"
     assert page.read_text() == f"{report.BEGIN}\n{report.END}\n"
 
 

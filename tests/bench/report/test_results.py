@@ -120,6 +120,7 @@ def test_a_file_that_lacks_something_is_one_line(tmp_path, capsys, value, lacks,
         raise SystemExit(main(["bench", *[str(other) if word == "OTHER" else word for word in words], str(path)]))
     assert stop.value.code == 2
     out, err = capsys.readouterr()
+    assert err.startswith(f"phi1 bench {words[0]}: error: ")
     assert err.endswith(f"{path} is not a whole results file of `phi1 bench`: it lacks {lacks}\n")
     assert (out, err.count("\n")) == ("", 1)
 

@@ -71,7 +71,8 @@ def test_what_is_no_file_is_refused_before_anything_runs(tmp_path, capsys, monke
     before = path.lstat().st_mode, path.lstat().st_ino
     assert main([*TRACE, str(path)]) == 2
     out, err = capsys.readouterr()
-    assert (out, err) == ("", f"phi1 bench: error: {path}: a trace cannot take the place of what is no regular file\n")
+    assert (out, err) == ("", f"phi1 bench trace: error: {path}: a trace cannot take the place of what is no regular "
+                              "file\n")
     assert (path.lstat().st_mode, path.lstat().st_ino) == before
     assert names(tmp_path) == ["empty", "pipe", "whole"]
 

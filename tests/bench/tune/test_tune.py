@@ -11,6 +11,7 @@ import pytest
 import torch
 from training_runs import alive, wait_until
 
+from phi1.bench.harness.case import Case
 from phi1.bench.harness.runner import DeviceLostError
 from phi1.bench.tune import cases, tune
 from phi1.bench.tune.compile_ahead import compile_ahead
@@ -63,7 +64,7 @@ def test_a_second_search_of_a_gpu_is_refused_and_of_another_is_not(tmp_path, mon
 def test_a_process_that_compiles_needs_no_files(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(tune, "end_with_parent", lambda: None)
-    monkeypatch.setattr(tune, "inputs_of", lambda case, device: {})
+    monkeypatch.setattr(Case, "draw", lambda case, device, draw=Case.draw: draw(case, torch.device("meta")))
     monkeypatch.setattr(tune.Task, "call", lambda task, device, inputs: calls.append)
     with Store(tmp_path, GPU) as store:  # of the search that has started it
         for share in ("0/2", "1/2"):

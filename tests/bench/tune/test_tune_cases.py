@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from phi1.bench.harness.counting import counting
+from phi1.bench.harness.counting import counting, lookups_on_paper
 from phi1.bench.tune import cases as tune_cases
 from phi1.bench.tune import tune
 from phi1.kernels.core import tiles as _tuned
@@ -45,13 +45,13 @@ def test_a_backward_without_a_case_of_its_own_is_tuned_with_its_forward():
 def test_what_a_tile_is_chosen_by_is_the_pass_that_looks_it_up_as_training_runs_it(arch):
     meta = torch.device("meta")
     cases = tune.chosen_cases("cuda", ["parallel_block"], "float16")
-    tasks = tune.tasks_of(cases, arch, lambda case: tune_cases.lookups_on_paper(case, arch))
+    tasks = tune.tasks_of(cases, arch, lambda case: lookups_on_paper(case, arch))
     by_kernel = {task.lookup.kernel: task for task in reversed(tasks)}
 
     def launches(kernel, tile):
         task = by_kernel[kernel]
         with counting(arch) as counter, _tuned.forced(task.lookup.op, kernel, tile):
-            task.call(meta, task.case.inputs(meta, torch.Generator()))(0)
+            task.call(meta, task.case.draw(meta))(0)
         return {launch.name: launch for launch in counter.launches}
 
     ours = next(tile for tile in by_kernel["in_proj"].tiles if "cublas" not in tile)

@@ -33,9 +33,9 @@ def timer(call):
     return MILLISECONDS[tiles._forced["layer_norm", "forward"]["rows"]]
 
 
-def layer_norm_that_one_tile_makes_wrong(*arguments):
+def layer_norm_that_one_tile_makes_wrong(**arguments):
     wrong = not reference_forced() and tiles._forced.get(("layer_norm", "forward")) == WRONG
-    return layer_norm(*arguments) + (1e-2 if wrong else 0.0)
+    return layer_norm(**arguments) + (1e-2 if wrong else 0.0)
 
 
 def few_rows(inputs):
@@ -44,7 +44,7 @@ def few_rows(inputs):
 
 def looked_up(case):
     with tiles.recorded() as lookups:
-        case.providers[0].prepare(case, torch.device(DEVICE))(tune.inputs_of(case, torch.device(DEVICE)))
+        case.providers[0].prepare(case, torch.device(DEVICE))(case.draw(torch.device(DEVICE)))
     return lookups, []
 
 
@@ -53,7 +53,7 @@ def searched(tmp_path, monkeypatch):
     monkeypatch.setattr(tune_cases, "candidates_of", lambda lookup: [FAST, OWN, WRONG, BROKEN, SLOW])
     monkeypatch.setattr(norm, "layer_norm", layer_norm_that_one_tile_makes_wrong)
     all_cases.cache_clear()
-    cases = [replace(case, inputs=lambda device, generator, draw=case.inputs: few_rows(draw(device, generator)))
+    cases = [replace(case, inputs=lambda draw, inputs=case.inputs: few_rows(inputs(draw)))
              for case in tune.chosen_cases("cpu", ["layer_norm"], "float32") if case.direction == "forward"]
 
     @contextmanager
@@ -89,7 +89,7 @@ def test_a_second_search_times_nothing_again(searched):
 
 
 def test_a_case_without_memory_for_its_inputs_is_named_and_left_for_the_next_search(searched):
-    def out_of_memory(device, generator):
+    def out_of_memory(draw):
         raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB")
 
     with searched() as (tuner, (task,), lines, _):
@@ -100,7 +100,7 @@ def test_a_case_without_memory_for_its_inputs_is_named_and_left_for_the_next_sea
 
 
 def test_without_time_nothing_is_tried_and_it_says_so(searched):
-    def inputs(device, generator):
+    def inputs(draw):
         raise AssertionError("inputs take time, and the reference in float64 more")
 
     with searched(seconds=-1.0) as (tuner, tasks, lines, store):

@@ -13,13 +13,13 @@ from phi1.kernels import Dropout, backend, check_values
 from phi1.kernels.core import tiles
 from phi1.kernels.core.backend import reference_forced, use_triton
 from phi1.kernels.core.checks import (
-    check_dropout,
     check_flag,
     check_range,
     check_real,
     check_whole,
     values_checked,
 )
+from phi1.kernels.core.philox import check_dropout
 
 ON_CPU = torch.zeros(3, dtype=torch.int64)
 

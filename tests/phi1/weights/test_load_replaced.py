@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import assert_same, tiny_model
 
-import phi1.weights.huggingface
+import phi1.weights.folder
 from phi1 import atomic
 from phi1.weights.files import stream
 from phi1.weights.huggingface import load, save
@@ -79,7 +79,7 @@ def test_a_folder_that_is_removed_is_said_to_be_gone(tmp_path, monkeypatch):
 
 
 def test_a_load_waits_where_two_folders_are_changing_places(tmp_path, monkeypatch):
-    folder, check, loaded = tmp_path / "model", phi1.weights.huggingface._check_own, []
+    folder, check, loaded = tmp_path / "model", phi1.weights.folder._check_own, []
     save(tiny_model(1), folder)
     loading = threading.Thread(target=lambda: loaded.append(load(folder, device="cpu")))
     waits = threading.Event()
@@ -96,7 +96,7 @@ def test_a_load_waits_where_two_folders_are_changing_places(tmp_path, monkeypatc
             assert waits.wait(300)
 
     monkeypatch.setattr(atomic.time, "sleep", sleep)
-    monkeypatch.setattr(phi1.weights.huggingface, "_check_own", between)
+    monkeypatch.setattr(phi1.weights.folder, "_check_own", between)
     save(tiny_model(2), folder)
     loading.join()
     assert_same(loaded[0], tiny_model(2))

@@ -269,4 +269,4 @@ def test_a_hub_id_fetches_one_kind_of_weights(saved, tmp_path, monkeypatch, kind
     assert_same(load("someone/phi", device="cpu", revision="abc"), tiny_model())
     assert set(asked) == {("someone/phi", "abc")}
     weights = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}[kind]
-    assert {path.name for path in local.iterdir()} == {"config.json", weights}
+    assert {path.name for path in local.iterdir()} == {"config.json", "generation_config.json", weights}

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phi1.tokenizer import MIN_VOCAB, train_bpe
+from phi1.tokenizer import train_bpe
+from phi1.tokenizer_rules import MIN_VOCAB
 from phi1.train.data.corpus import open_corpus
 from phi1.train.data.sampler import sample_order
 from phi1.train.data.shards import DOCUMENT, DataError, ShardHeader, read_header

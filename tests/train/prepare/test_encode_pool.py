@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from phi1.tokenizer import MIN_VOCAB, train_bpe
+from phi1.tokenizer import train_bpe
+from phi1.tokenizer_rules import MIN_VOCAB
 from phi1.train.prepare import encode_pool
 from phi1.train.prepare.encode_pool import EncodePool, encode_chunk, serve
 

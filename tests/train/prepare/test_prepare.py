@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from training_runs import folder_content, write_files
 
-from phi1.tokenizer import EOS, MIN_VOCAB, load_tokenizer, train_bpe
+from phi1.tokenizer import load_tokenizer, train_bpe
+from phi1.tokenizer_rules import EOS, MIN_VOCAB
 from phi1.train.commands.prepare import main
 from phi1.train.data.corpus import open_corpus
 from phi1.train.data.shards import DataError

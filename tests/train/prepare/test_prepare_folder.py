@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 from training_runs import alive, folder_content, injected, wait_for, wait_until, write_files
 
-from phi1.tokenizer import MIN_VOCAB, train_bpe
+from phi1.tokenizer import train_bpe
+from phi1.tokenizer_rules import MIN_VOCAB
 from phi1.train.commands import prepare as prepare_command
 from phi1.train.commands.prepare import main
 from phi1.train.data.corpus import open_corpus

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from training_runs import folder_content
 
-from phi1.tokenizer import MIN_VOCAB, train_bpe
+from phi1.tokenizer import train_bpe
+from phi1.tokenizer_rules import MIN_VOCAB
 from phi1.train.commands.prepare import main
 from phi1.train.data.corpus import open_corpus
 from phi1.train.data.shards import DataError

@@ -1,0 +1,1 @@
+"""Our operations inside other libraries' models; nothing of ours imports this room."""
