@@ -126,12 +126,12 @@ def name_option(text: str) -> str:
 
 def shown(x: Any) -> str:
     """Return a short text that shows x in a message."""
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
-        return f"{'a tensor' if hasattr(x, 'requires_grad') else 'an array'} of shape {list(x.shape)}"
     if isinstance(x, int):
         return f"a number of {x.bit_length()} bits" if x.bit_length() > 64 else repr(x)
     try:
+        if hasattr(x, "shape") and hasattr(x, "dtype"):
+            return f"{'a tensor' if hasattr(x, 'requires_grad') else 'an array'} of shape {list(x.shape)}"
         text = repr(x)
-    except Exception:  # an object whose repr is broken, such as one half made
+    except Exception:  # an object half made, a nested tensor, a list of numbers too long for a text
         return f"a {type(x).__name__}"
     return text if len(text) <= _SHOWN and "\n" not in text else f"a {type(x).__name__}"

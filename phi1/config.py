@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from phi1.arguments import check_real, is_finite, is_real, is_whole, require, shown
+from phi1.arguments import check_flag, check_real, is_finite, is_real, is_whole, require, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,7 @@ class Phi1Config:
         (PaLM, arXiv 2204.02311, appendix B). With `causal`, attention counts half, as a causal kernel computes it.
         """
         check_real("Phi1Config.flops_per_token", seq_len=seq_len)
+        check_flag("Phi1Config.flops_per_token", causal=causal)
         parameters = self.num_parameters - self.vocab_size * self.hidden_size
         attention = 12 * self.num_hidden_layers * self.hidden_size * seq_len
         return 6 * parameters + attention / (2 if causal else 1)

@@ -87,7 +87,7 @@ def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tens
 
 
 class Limits(NamedTuple):
-    """What a mask is to the operations: at most one of the two is a tensor."""
+    """A mask in the form that the operations take: at most one of the two is a tensor."""
 
     cu_seqlens: Tensor | None
     seq_starts: Tensor | None

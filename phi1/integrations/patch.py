@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers.models.phi import modeling_phi
 
+from phi1.arguments import check_flag
 from phi1.integrations import merged, phi
 from phi1.integrations.attention import NAME, register_attention
 
@@ -33,9 +34,11 @@ def patch(model: nn.Module, *, merge: bool = False) -> nn.Module:
         The same model. `unpatch` undoes it.
 
     Raises:
+        TypeError: model is no module, or merge no flag.
         ValueError: there is no Phi model inside, it is patched already, its configuration needs what our operations
             lack, or this version of transformers has not been tested.
     """
+    check_flag("phi1.patch", merge=merge)
     _check_version()
     found = _phi_models(model, "patch")
     if any(type(module) in THEIRS for module in model.modules()):

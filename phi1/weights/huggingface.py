@@ -243,7 +243,7 @@ def _write_configs(config: Phi1Config, folder: Path, tokenizer: Tokenizer | None
     _write_json(folder / "config.json", written_config(config, eos_id, dtype))
     ends = list(dict.fromkeys(i for i in (eos_id, *end_ids) if i is not None))
     _write_json(folder / "generation_config.json", {"_from_model_config": True, "bos_token_id": eos_id,
-                                                    "eos_token_id": ends if len(ends) > 1 else eos_id})
+                                                    "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)})
 
 
 def _write_json(path: Path, value: dict) -> None:

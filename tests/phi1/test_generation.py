@@ -3,6 +3,7 @@
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -272,3 +273,16 @@ def test_nan_is_an_error_and_no_text(tokenizer):
     for temperature in (0.0, 1.0):
         with pytest.raises(FloatingPointError, match="nan or inf"):
             generate(broken, tokenizer, "x", temperature=temperature)
+
+
+def test_the_models_own_end_ids_end_a_completion(tokenizer):
+    model = Scripted([8, 9, 7, 8])
+    model.end_ids = (300, 7)
+    (completion,) = generate(model, tokenizer, "x", max_new_tokens=5)
+    assert (completion.token_ids, completion.finish_reason) == ([8, 9], "eos")
+
+
+def test_whole_numbers_of_numpy_are_ids_and_options(model, tokenizer):
+    (ours,), (theirs,) = (generate(model, tokenizer, [[number(5), number(6)]], max_new_tokens=number(3),
+                                   top_k=number(2), temperature=1.0, seed=number(3)) for number in (int, np.int64))
+    assert ours == theirs

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_models import TINY
 
 from phi1 import Cache, Phi1, preset
 from phi1.kernels import backend
@@ -258,3 +259,39 @@ def test_compiles_without_graph_breaks():
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call(Phi1(NANO).eval())
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 0), (2, 0)])
+def test_no_tokens_give_no_logits(shape):
+    ids = torch.zeros(shape, dtype=torch.int64)
+    model = Phi1(TINY)
+    assert model(ids).shape == (*shape, TINY.vocab_size)
+    model.loss(ids, ids, reduction="sum").backward()
+    assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize(("mask", "message"), [
+    (torch.tensor([[0, 7, 7]]), "zeros then ones"), (torch.tensor([[1, 0, 1]]), "zeros then ones"),
+    (torch.ones(1, 3, dtype=torch.complex64), "attention_mask must be bool"),
+    (torch.ones(1, 2), r"shape must be \(1, 3\)"),
+    (torch.ones(1, 3, device="meta"), "must be on ids's device"),
+])
+def test_masks_that_are_none_are_refused(mask, message):
+    with pytest.raises(ValueError, match=f"Phi1: .*{message}"):
+        Phi1(TINY)(torch.ones(1, 3, dtype=torch.int64), attention_mask=mask)
+
+
+def test_ids_on_another_device_than_the_model_are_refused():
+    cache = Cache(TINY, 1, 4)
+    with pytest.raises(ValueError, match=r"Phi1: ids must be on the model's device \(cpu\); got meta"):
+        Phi1(TINY)(torch.ones(1, 3, dtype=torch.int64, device="meta"), cache=cache)
+    with pytest.raises(ValueError, match="Phi1: cache must be one of the model's own configuration"):
+        Phi1(TINY)(torch.ones(1, 3, dtype=torch.int64), cache=Cache(preset("nano"), 1, 4))
+
+
+def test_forward_mode_is_refused_by_the_whole_model():
+    model = Phi1(TINY)
+    parameters = dict(model.named_parameters())
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with pytest.raises(NotImplementedError, match="forward mode"):
+        torch.func.jvp(lambda p: torch.func.functional_call(model, p, (ids,)), (parameters,), (parameters,))

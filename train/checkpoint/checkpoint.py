@@ -50,6 +50,8 @@ class Saver:
 
     def __init__(self, folder: Path, keep: int, keep_every: int = 0, patience: float = 0.0) -> None:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self.keep_all = False
+        """Remove no older checkpoint from now on."""
         self._patience = timedelta(seconds=patience) if patience else PATIENCE
         self._group = self._new_group()
         self._pool = ThreadPoolExecutor(1, "checkpoint")
@@ -147,7 +149,8 @@ class Saver:
 
     def _commit(self, flying: _InFlight, files: dict[str, list[int | str]]) -> None:
         commit(flying.temporary, flying.final, files)
-        prune(self.folder, self.keep, self.keep_every, flying.best)
+        if not self.keep_all:
+            prune(self.folder, self.keep, self.keep_every, flying.best)
 
     def _given_up(self, flying: _InFlight, error: Failed) -> RunError:
         reason = _shortage(self.folder, flying.needed) or str(error)

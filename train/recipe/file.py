@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 
 from phi1.arguments import expanded
-from phi1.train.recipe.recipe import KEYS, Recipe
+from phi1.train.recipe.recipe import KEYS, Recipe, changes
 from phi1.train.runtime.launch import RunError
 
 DEFAULT_FILE = Path(__file__).parents[1] / "configs" / "nano.toml"
@@ -49,6 +49,9 @@ def read_recipe(file: Path | None, overrides: dict[str, str], shown: str | None 
         if key not in KEYS:
             raise RunError(unknown(key))
         flat[key] = _from_text(key, text)
+    for key, text in changes(str(flat.get("run.change", ""))).items():
+        if "run.change" in overrides or key not in overrides:  # a stored change is older than the command line
+            flat[key] = _from_text(key, text)
     for key, value in flat.items():
         if isinstance(value, str) and _is_text(KEYS[key]):
             try:
@@ -64,6 +67,8 @@ def read_recipe(file: Path | None, overrides: dict[str, str], shown: str | None 
 
 def _read_toml(file: Path, name: str) -> dict[str, Any]:
     try:
+        if file.is_dir():  # a checkpoint, whose notes hold the recipe that it was trained with
+            return _of_checkpoint(file)
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise RunError(f"--config {name}: {error.strerror}") from None
@@ -71,6 +76,14 @@ def _read_toml(file: Path, name: str) -> dict[str, Any]:
         raise RunError(f"--config {name}: not UTF-8 ({error.reason} at byte {error.start})") from None
     except tomllib.TOMLDecodeError as error:
         raise RunError(f"--config {name}: not valid TOML: {error}") from None
+
+
+def _of_checkpoint(folder: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))["recipe"]
+        return found
+    except (ValueError, KeyError, FileNotFoundError):
+        raise RunError(f"--config {folder}: neither a TOML file nor a checkpoint that holds its recipe") from None
 
 
 def unknown(key: str) -> str:

@@ -154,6 +154,9 @@ class Run:
     time_limit: Annotated[NotNegative, doc("minutes after the launch at which the run saves and stops (0: none)")] = 0.0
     bitwise: Annotated[bool, doc("refuse to resume if the rest would not have the same bits: another number of "
                                  "processes or threads, other hardware, versions or precision; also --bitwise")] = False
+    change: Annotated[str, doc("keys that a resumed run takes otherwise than before, such as "
+                               "train.lr=1e-4,train.clip=0.5: train.lr, min_lr, clip, loss_scale_window, "
+                               "loss_scale_hysteresis or loss_scale_floor (unset: none)")] = ""
     prove_resume: Annotated[CountOrZero, doc("train nothing: run the last so many steps again, from a checkpoint, and "
                                              "compare all bits; also --prove-resume K (0: train)")] = 0
 
@@ -190,6 +193,23 @@ class Recipe:
         import tomli_w
 
         return tomli_w.dumps(self.as_dict())
+
+
+CHANGEABLE = tuple(f"train.{key}" for key in ("lr", "min_lr", "clip", "loss_scale_window",
+                                              "loss_scale_hysteresis", "loss_scale_floor"))
+"""Keys that define a run, and that run.change may change as it resumes."""
+
+
+def changes(text: str) -> dict[str, str]:
+    """Return key -> text of a value of run.change. Raises RunError for what it cannot hold."""
+    found = {}
+    for item in filter(None, text.split(",")):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if key not in CHANGEABLE or not equals:
+            raise RunError(f"run.change must be KEY=VALUE, or several with commas, with a KEY of "
+                           f"{', '.join(CHANGEABLE)}; got {item!r}")
+        found[key] = value
+    return found
 
 
 KEYS = {f"{section.name}.{key}": hint

@@ -29,7 +29,7 @@ from phi1.train.run.evaluation import Evaluation
 from phi1.train.run.folder import RunFolder
 from phi1.train.run.monitor import Monitor
 from phi1.train.run.ranks import meet
-from phi1.train.run.resume import check_bitwise, defining, notes
+from phi1.train.run.resume import changed_keys, check_bitwise, defining, notes
 from phi1.train.run.saving import Saving
 from phi1.train.run.start import Start
 from phi1.train.runtime.engine import Engine, build_model
@@ -76,6 +76,8 @@ def build(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: St
         trainer, stored = make_trainer(recipe, engine, corpus, rank, checkpoint)
         if checkpoint and recipe.run.bitwise:
             check_bitwise(checkpoint, stored, environment)
+        if stored and changed_keys(stored, recipe):
+            trainer.skips = 0  # the change may have ended them
         held_out = HeldOut(validation, tokenizer, recipe.data.seq_len, recipe.eval.sequences)  # waits for all ranks
         on_signals(stop_signals.note)
         samples, humaneval = _tasks(recipe, folder, tokenizer, held_out)
@@ -122,7 +124,9 @@ def _tasks(recipe: Recipe, folder: RunFolder, tokenizer: Tokenizer,
 def _facts(recipe: Recipe, environment: dict[str, Any], corpus: Corpus, stored: dict[str, Any]) -> dict[str, Any]:
     """Return the facts of the run for its checkpoints, and those of the step that it resumes from."""
     facts = {"defining": defining(recipe), "schedule": schedule_end(recipe.train), "data": corpus.fingerprint,
-             "environment": environment}
+             "environment": environment, "recipe": recipe.as_dict(), "changes": stored.get("changes", [])}
+    if stored and (changed := changed_keys(stored, recipe)):
+        facts["changes"] = [*facts["changes"], {"step": stored["step"], **changed}]
     return facts | {key: stored[key] for key in ("best", "due") if key in stored}
 
 
@@ -139,7 +143,8 @@ def _announce_start(progress: Progress, recipe: Recipe, trainer: Trainer, stored
         progress.say(f"training {what}: {train.steps:,} steps of {batch} ({where})")
         return
     progress.say(f"going on with {what}, after step {trainer.finished:,} of {train.steps:,}, {batch} ({where})")
-    for note in notes(stored, environment, train):
+    changed = changed_keys(stored, recipe)
+    for note in notes(stored, environment, train, changed):
         progress.say(f"note: {note}")
 
 

@@ -20,6 +20,8 @@ from typing import Any
 from phi1.train.checkpoint.files import LEDGER, give_back
 from phi1.train.runtime.launch import RunError
 
+_NO_LOCKS = (": its file system has no locks (flock), which keep a second run out; mount it with locks (Lustre: -o "
+             "flock), or give a --run.folder on another one")
 NETWORK_SECONDS = 10  # limit of the time until other machines see a new file
 
 
@@ -58,7 +60,8 @@ class RunFolder:
             except OSError as error:  # also when a refused start has just removed the folder that it had made
                 problem = error
         else:
-            raise RunError(f"run.folder {self.path}: {problem.strerror}")
+            raise RunError(f"run.folder {self.path}: {problem.strerror}"
+                           + (_NO_LOCKS if problem.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP) else ""))
         try:
             give_back(self.checkpoints)
         except OSError as error:

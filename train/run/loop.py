@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from phi1.train.checkpoint.files import checkpoints
 from phi1.train.run.build import Run
 from phi1.train.runtime.engine import peak_memory_gib
 from phi1.train.runtime.launch import RunError
@@ -44,10 +45,11 @@ def _step(run: Run) -> None:
         why = f"{trainer.problem} (loss {outcome.loss:.4g}, loss scale {outcome.scale:g})"
         run.monitor.say(f"step {outcome.step:,}: skipped, since {why}")
         if trainer.skips >= trainer.train.max_skips:  # every process comes to the same answer
-            saved = run.saving.saved
+            run.saving.saver.keep_all = True  # an older one may be the way back
+            run.monitor.attempt(lambda: run.saving.save(trainer))
+            there = ", ".join(path.name for path in checkpoints(run.saving.saver.folder)) or "none"
             raise RunError(f"the last {trainer.skips} steps were skipped (train.max_skips), step {outcome.step} "
-                           f"since {why}: the newest checkpoint is {saved.name if saved else 'none'}; {trainer.cure} "
-                           "may help")
+                           f"since {why}; checkpoints: {there}; go on with {trainer.cure}")
 
 
 def _follow_up(run: Run) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi1.train.data.corpus import Corpus
-from phi1.train.recipe.recipe import Recipe, Train
+from phi1.train.recipe.recipe import CHANGEABLE, Recipe, Train, changes
 from phi1.train.run.folder import RunFolder
 from phi1.train.runtime.launch import Rank, RunError
 from phi1.train.step.schedule import learning_rate, schedule_end
@@ -55,15 +55,25 @@ def check_continues(folder: RunFolder, checkpoint: Path, stored: dict[str, Any],
     Raises:
         RunError: they differ, and the line names the keys with both values; or the run is beyond its new end.
     """
-    before = defining(Recipe()) | stored["defining"]
-    changed = [f"{key} was {before[key]!r}, is {value!r}" for key, value in defining(recipe).items()
-               if before[key] != value]
+    exact = recipe.run.bitwise or recipe.run.prove_resume
+    allowed = {} if exact else changes(recipe.run.change)
+    changed = [f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed_keys(stored, recipe).items()
+               if key not in allowed]
     if changed:
-        raise RunError(f"{checkpoint} belongs to another run: {'; '.join(changed)}; go on with --config "
-                       f"{folder.config}, or start another run with --run.folder")
+        own = checkpoint if "recipe" in stored else folder.config
+        may = "" if exact or recipe.run.change else f"; {' and '.join(wanted)} may change with --run.change" \
+            if (wanted := [key for key in changed_keys(stored, recipe) if key in CHANGEABLE]) else ""
+        raise RunError(f"{checkpoint} belongs to another run: {'; '.join(changed)}; go on with --config {own}, or "
+                       f"start another run with --run.folder{may}")
     if stored["step"] > recipe.train.steps:
         raise RunError(f"train.steps: {checkpoint} has finished {stored['step']} steps already; got "
                        f"{recipe.train.steps}")
+
+
+def changed_keys(stored: dict[str, Any], recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Return the defining keys that differ from those of a checkpoint: key -> (before, now)."""
+    before = defining(Recipe()) | stored["defining"]
+    return {key: (before[key], value) for key, value in defining(recipe).items() if before[key] != value}
 
 
 def check_bitwise(checkpoint: Path, stored: dict[str, Any], environment: dict[str, Any]) -> None:
@@ -94,8 +104,11 @@ def check_data(checkpoint: Path, stored: dict[str, Any], train: Corpus) -> None:
                        "--run.folder")
 
 
-def notes(stored: dict[str, Any], environment: dict[str, Any], train: Train) -> Iterator[str]:
+def notes(stored: dict[str, Any], environment: dict[str, Any], train: Train,
+          changed_by_wish: dict[str, tuple[Any, Any]]) -> Iterator[str]:
     """Yield one line for each change that may give the rest of a run other bits."""
+    for key, (old, new) in changed_by_wish.items():
+        yield f"{key} was {old!r}, is {new!r} from step {stored['step'] + 1:,} on (run.change)"
     if changed := _changed_environment(stored, environment):
         yield f"same batches and masks, but perhaps other rounding from here on: {changed}"
     end = schedule_end(train)

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -69,10 +69,11 @@ class Rank:
         if not all(map(str.isdecimal, found.values())) or int(found["RANK"]) >= int(found["WORLD_SIZE"]):
             raise RunError("torchrun numbers the processes it starts; for one alone unset RANK and WORLD_SIZE; got "
                            + ", ".join(f"{name}={text}" for name, text in found.items()))
+        place = cls(*map(int, found.values()))
         if "TORCHELASTIC_RUN_ID" not in os.environ:
-            return cls(*map(int, found.values()))
+            return place
         launcher_options(os.getppid())
-        return cls(*map(int, found.values()), launcher=os.getppid())
+        return replace(place, launcher=os.getppid())
 
     def is_orphan(self) -> bool:
         """Return True once torchrun has ended."""

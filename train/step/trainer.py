@@ -106,14 +106,20 @@ class Trainer:
         finite = math.isfinite(norm) and math.isfinite(loss)
         limit = train.max_loss_jump * self.usual_loss or math.inf
         taken = finite and loss <= limit
+        lower = f"{train.lr / 3:.2g}"
         if taken:
             self._update(gradients, lr, norm, scale)
             self.usual_loss += (loss - self.usual_loss) * (0.02 if self.usual_loss else 1.0)
         elif finite:
             self.problem = f"its loss is beyond {limit:.4g} (train.max_loss_jump)"
-            self.cure = "a larger train.max_loss_jump"
+            self.cure = f"a larger --train.max_loss_jump, or with --run.change train.lr={lower}"
         else:
-            self.problem, self.cure = "its gradient is not finite", "a lower train.lr, or another train.precision,"
+            self.problem = "its gradient is not finite"
+            self.cure = (f"--run.change train.lr={lower}, from a checkpoint before the loss rose "
+                         "(--checkpoint.resume), or with another --train.precision")
+            if self.scaler.enabled and scale <= train.loss_scale_floor:
+                self.problem += f", with the loss scale at train.loss_scale_floor, {scale:g}"
+                self.cure = "--run.change train.loss_scale_floor=1" if scale > 1 else self.cure
             if train.find_nonfinite:
                 found = find_nonfinite(self.model, lambda: self._accumulate(step, batch.micro_batches, count),
                                        [ids for ids, _ in batch.micro_batches])

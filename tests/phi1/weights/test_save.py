@@ -207,3 +207,21 @@ def test_saved_files_are_readable_by_others(tmp_path):
     assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o644
     with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+WRAPPERS = (torch.compile, torch.nn.DataParallel, lambda model: torch.nn.DataParallel(torch.compile(model)))
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_wrapped_model_is_saved_as_the_model_inside(tmp_path, wrap):
+    save(wrap(tiny_model()), tmp_path / "model")
+    assert_same(load(tmp_path / "model", device="cpu"), tiny_model())
+
+
+def test_parameters_that_share_memory_are_saved_apart(tmp_path):
+    model = tiny_model()
+    model.head.weight = model.embed.weight
+    save(model, tmp_path / "model")
+    loaded = load(tmp_path / "model", device="cpu")
+    assert torch.equal(loaded.head.weight, loaded.embed.weight)
+    assert loaded.head.weight.data_ptr() != loaded.embed.weight.data_ptr()

@@ -77,7 +77,7 @@ def test_bitwise_refuses_a_checkpoint_with_missing_records(older):
     path = older(lambda said: said.pop("usual_loss"))
     with pytest.raises(RunError, match="cannot go on bit for bit here: usual_loss was not recorded; give"):
         check_bitwise(path, Notes(path), {})
-    assert list(notes(Notes(path), {"triton": "3.9.0"}, RECIPE.train)) == [
+    assert list(notes(Notes(path), {"triton": "3.9.0"}, RECIPE.train, {})) == [
         "same batches and masks, but perhaps other rounding from here on: triton not recorded"]
 
 

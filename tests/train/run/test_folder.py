@@ -1,8 +1,8 @@
 """The run's folder: one process has it at a time, also while a refused start removes it."""
 
+import errno
 import fcntl
 import os
-import re
 
 import pytest
 
@@ -109,10 +109,17 @@ def test_a_refused_start_removes_no_more_than_it_has_made(refused, monkeypatch, 
     assert folder.path.exists()
 
 
-def test_a_folder_that_cannot_be_locked_is_one_line(tmp_path, monkeypatch):
-    def no_locks(*_):
-        raise OSError(37, "No locks available")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_one_line_and_another_one_serves(tmp_path, monkeypatch, number):
+    flock, without = fcntl.flock, tmp_path / "lustre"
+
+    def no_locks(descriptor, how):
+        if str(without) in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+        flock(descriptor, how)
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.raises(RunError, match=rf"^run\.folder {re.escape(str(tmp_path))}: No locks available$"):
-        RunFolder(tmp_path).lock()
+    with pytest.raises(RunError, match=rf"^run\.folder {without}: {os.strerror(number)}: its file system has no locks "
+                                       r"\(flock\), .* or give a --run\.folder on another one$"):
+        RunFolder(without).lock()
+    RunFolder(tmp_path / "ext4").lock()

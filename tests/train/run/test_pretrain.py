@@ -137,8 +137,9 @@ def test_steps_that_stay_not_finite_stop_the_run(place):
                           train__max_skips=4, train__find_nonfinite="true"))
     assert re.search(r"the last 4 steps were skipped \(train.max_skips\), step \d+ since its gradient is not finite; "
                      r"first not finite: (blocks.\d|embed|head|norm)\S*, \S+, (forward|backward): .*largest finite "
-                     r"value .*; samples \[\d+, \d+, \d+, \d+\], micro-step 1, rank 0 \(loss nan, loss scale 1\): the "
-                     r"newest checkpoint is none; a lower train\.lr, or another train\.precision, may help", line), line
+                     r"value .*; samples \[\d+, \d+, \d+, \d+\], micro-step 1, rank 0 \(loss nan, loss scale 1\); "
+                     r"checkpoints: step-\d+; go on with --run\.change train\.lr=3\.3e\+29, from a checkpoint before",
+                     line), line
     assert [step["skipped"] for step in steps(place, "diverging")][-4:] == [True] * 4
 
 

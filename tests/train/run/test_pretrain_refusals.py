@@ -61,7 +61,7 @@ def test_mistakes_about_an_existing_run_are_one_line(place, uninterrupted):
         return error_line(run(place, "old", **changes))
 
     assert re.search(r"step-60 belongs to another run: model.hidden_size was 64, is 128; train.lr was 0.003, is 0.001; "
-                     r"go on with --config old/config.toml", refused(train__lr=0.001, model__hidden_size=128))
+                     r"go on with --config old/checkpoints/step-60", refused(train__lr=0.001, model__hidden_size=128))
     assert "step-60 has finished 60 steps already; got 50" in refused(train__steps=50)
     assert "there is no step-7 in old/checkpoints; there: step-40, step-60" in refused(checkpoint__resume="step-7")
     with open(place / "old" / ".lock") as file:
