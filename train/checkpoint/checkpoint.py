@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from phi1 import Phi1
 from phi1.train.checkpoint.files import STATE, Notes, checkpoint_name, checkpoints, commit, describe, prune, step_of
+from phi1.train.checkpoint.reader import load_tensors
 from phi1.train.runtime.all_ranks import Failed, all_ranks, fail, reason_of
 from phi1.train.runtime.engine import PATIENCE, all_sum, gather
 from phi1.train.runtime.launch import RunError
@@ -200,11 +201,12 @@ def load_checkpoint(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
     """
     state = _state(trainer)
     try:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint))
+        load_tensors(state, checkpoint)
     except CheckpointException as error:
         raise RunError(f"checkpoint {checkpoint} cannot be loaded: {reason_of(error)}") from None
+    _, optimizer = get_state_dict(trainer.model, trainer.optimizer)
     set_state_dict(trainer.model, trainer.optimizer, model_state_dict=state["model"],
-                   optim_state_dict=state["optimizer"])
+                   optim_state_dict=optimizer | state["optimizer"])
     notes = Notes(checkpoint)
     trainer.scaler.load_state_dict(notes["scaler"])
     trainer.finished, trainer.skipped = notes["step"], notes["skipped"]
@@ -242,8 +244,9 @@ def gather_weights(model: Phi1) -> dict[str, Tensor]:
 
 
 def _state(trainer: Trainer) -> dict[str, Any]:
+    """Return the tensors of a trainer. The optimizer's numbers (rates, betas) are the recipe's and the schedule's."""
     model, optimizer = get_state_dict(trainer.model, trainer.optimizer)
-    return {"model": model, "optimizer": optimizer}
+    return {"model": model, "optimizer": {"state": optimizer["state"]}}
 
 
 def _counts(trainer: Trainer) -> dict[str, Any]:

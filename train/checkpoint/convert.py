@@ -8,10 +8,10 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 
 from phi1 import Phi1, Phi1Config
 from phi1.train.checkpoint.files import Notes, checkpoints, find_damage
+from phi1.train.checkpoint.reader import load_tensors
 from phi1.train.runtime.all_ranks import attempt
 from phi1.train.runtime.launch import RunError
 
@@ -46,8 +46,7 @@ def _read_weights(checkpoint: Path) -> tuple[dict[str, torch.Tensor], Phi1Config
     logging.disable()  # hides tracebacks of an error that is reported below in one line
     try:
         with warnings.catch_warnings(action="ignore"):  # the warning that there is only one process
-            reader = dcp.FileSystemReader(checkpoint)
-            problem, _ = attempt(lambda: dcp.load({"model": weights}, storage_reader=reader, no_dist=True))
+            problem, _ = attempt(lambda: load_tensors({"model": weights}, checkpoint, no_dist=True))
     finally:
         logging.disable(before)
     if problem:
