@@ -1,8 +1,8 @@
-"""Runs the tests of the Triton kernels in Triton's interpreter, each file in a process of its own.
+"""Runs the tests of the Triton kernels in Triton's interpreter, a group of files in a process.
 
 TRITON_INTERPRET acts on import, hence the processes. There the plugin kernel_backends leaves out every test that needs
-no kernel. Each process uses one core. Under `pytest -n` the workers take the files one by one, as other tests;
-otherwise as many run at once as there are cores.
+no kernel. Each process uses one core. Under `pytest -n` the workers take the groups one by one, as other tests;
+otherwise as many run at once as there are cores. A group's id holds its files' names, so that `-k gelu` finds it.
 """
 
 import os
@@ -16,26 +16,35 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 ON_KERNELS = re.compile(r"mark\.triton|def test_\w+\([^)]*\bdevice\b")
-# The files that take longest first, as far as their sizes tell.
 KERNEL_TESTS = sorted((path for path in TESTS.rglob("test_*.py") if ON_KERNELS.search(path.read_text())
                        and path != Path(__file__)), key=lambda path: (-path.stat().st_size, path))
 
 
-def interpret(path):
-    """Run pytest on one file."""
+def in_groups(paths, number=10):
+    """Divide files into groups of about one size: imports take 4 s a process, and groups fill the cores to the end."""
+    groups = [[] for _ in range(number)]
+    for path in paths:
+        min(groups, key=lambda group: sum(other.stat().st_size for other in group)).append(path)
+    return groups
+
+
+def interpret(*paths):
+    """Run pytest on some files."""
     search = os.pathsep.join(filter(None, (str(TESTS / "support"), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": search}
-    command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider",
-               "-p", "kernel_backends", str(path)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=path.parent, timeout=600)
+    command = [sys.executable, "-m", "pytest", "-q", "-rp", "--import-mode=importlib", "-p",
+               "no:cacheprovider", "-p", "kernel_backends", *map(str, paths)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=paths[0].parent, timeout=600)
 
 
-def check(path, done):
-    """Raise unless tests ran, all of them, and passed."""
+def check(paths, done):
+    """Raise unless tests of each file ran, all of them, and passed."""
     summary = done.stdout.strip().rsplit("\n", 1)[-1]
     ran_all = re.search(r"[1-9]\d* passed", summary) and not re.search("skipped|xfailed|error", summary)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert ran_all, f"{path.name} in the interpreter: {summary}"
+    assert ran_all, f"{paths[0].name} in the interpreter: {summary}"
+    without = [path.name for path in paths if not re.search(rf"^PASSED \S*{path.name}::", done.stdout, re.MULTILINE)]
+    assert not without, f"no tests ran of {without}"
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +53,17 @@ def interpreted(request):
     if hasattr(request.config, "workerinput"):  # of pytest-xdist
         yield interpret
         return
-    chosen = [item.callspec.params["path"] for item in request.session.items
+    chosen = [item.callspec.params["group"] for item in request.session.items
               if getattr(item, "originalname", "") == "test_kernels_in_the_interpreter"]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        begun = {path: pool.submit(interpret, path) for path in chosen}
-        yield lambda path: begun[path].result()
+        begun = {group: pool.submit(interpret, *group) for group in map(tuple, chosen)}
+        yield lambda *group: begun[group].result()
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("path", KERNEL_TESTS, ids=lambda path: path.stem)
-def test_kernels_in_the_interpreter(path, interpreted):
-    check(path, interpreted(path))
+@pytest.mark.parametrize("group", in_groups(KERNEL_TESTS), ids=lambda group: "-".join(path.stem for path in group))
+def test_kernels_in_the_interpreter(group, interpreted):
+    check(group, interpreted(*group))
 
 
 def test_there_are_kernel_tests(request):
@@ -84,7 +93,7 @@ def test_a_bad_kernel_test_file_is_noticed(tmp_path, body, complaint):
     path.write_text(ON_TRITON + body)
     done = interpret(path)
     with pytest.raises(AssertionError, match=complaint):
-        check(path, done)
+        check([path], done)
 
 
 PARTS = """
@@ -106,5 +115,5 @@ def test_the_interpreter_is_on_inside_and_runs_the_tests_of_kernels_alone(tmp_pa
     path = tmp_path / "test_parts.py"
     path.write_text(PARTS)
     done = interpret(path)
-    check(path, done)
+    check([path], done)
     assert "2 passed, 3 deselected" in done.stdout

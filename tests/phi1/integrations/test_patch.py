@@ -77,7 +77,8 @@ def test_loss_and_every_gradient_are_equal_without_logits(original, items):
 
 
 def test_finetuning_gives_the_same_losses():
-    models = [build().train() for _ in range(3)]
+    models = [build(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=1).train()
+              for _ in range(3)]
     phi1.patch(models[1])
     phi1.patch(models[2], merge=True)
     losses = []
@@ -85,7 +86,7 @@ def test_finetuning_gives_the_same_losses():
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
         losses.append([])
         for step in range(100):
-            ids = torch.randint(3, 60, (4, 24), generator=torch.Generator().manual_seed(step))
+            ids = torch.randint(3, 40, (2, 16), generator=torch.Generator().manual_seed(step))
             loss = model(ids, labels=ids).loss
             optimizer.zero_grad()
             loss.backward()
