@@ -101,7 +101,8 @@ def read_attempts(path: str | Path, problems: Sequence[Problem]) -> list[Attempt
     """Read completions from JSON lines with task_id and completion, and cut each at STOP.
 
     Raises:
-        ValueError: the file is not of this format, or names a problem that is not there.
+        ValueError: the file is not of this format, names a problem that is not there, or has no completion of one. A
+            score over fewer problems would look like a score over all.
     """
     known = {problem.task_id for problem in problems}
     attempts = []
@@ -110,6 +111,10 @@ def read_attempts(path: str | Path, problems: Sequence[Problem]) -> list[Attempt
         if record["task_id"] not in known:
             raise ValueError(f"{place}: there is no problem {record['task_id']}")
         attempts.append(Attempt(record["task_id"], truncate(record["completion"])))
+    if missing := sorted(known - {attempt.task_id for attempt in attempts}):
+        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+        raise ValueError(f"{path}: no completion of {', '.join(map(repr, missing[:10]))}{more}; score fewer problems "
+                         "with --problems FILE")
     return attempts
 
 
@@ -128,14 +133,14 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (file and line, parsed JSON) for each line."""
     try:
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw).decode("utf-8")
+        text = (gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold other ends of lines, U+2028 for one
         if line.strip():
             try:
                 yield f"{path}, line {number}", json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
 
 

@@ -200,9 +200,10 @@ def _request(sources: list[Source], column: str, tokenizer: Tokenizer | None, vo
 
 
 def _select(sources: list[Source], column: str, cache: Path, val_fraction: float) -> Selection:
-    unreadable = sum(source.unreadable for source in sources)
+    left_out = {"unreadable": sum(source.unreadable for source in sources),
+                "links that lead out of the source": sum(source.outside for source in sources)}
     try:
-        return Selection(gather(sources, column, cache), val_fraction, {"unreadable": unreadable})
+        return Selection(gather(sources, column, cache), val_fraction, left_out)
     except Exception as error:
         # `datasets` wraps whatever a generator raises.
         ours = next((cause for cause in chain(error) if isinstance(cause, DataError)), None)

@@ -38,6 +38,8 @@ class Source:
     kind: str
     files: tuple[Stamp, ...] = ()
     unreadable: int = 0
+    outside: int = 0
+    """Links that lead out of the folder: what they point to is not read."""
     rows: Any = None
     """The datasets.Dataset of a Hub source."""
 
@@ -59,8 +61,8 @@ def find_source(name: str, column: str = "text") -> Source:
 
     Args:
         name: "stdlib" (the running interpreter's standard library, its tests included), a folder (its *.py files, at
-            any depth, in the order of their paths; hidden folders are left out), a .jsonl file, or a Hub dataset id,
-            OWNER/NAME or OWNER/NAME:CONFIG.
+            any depth, in the order of their paths; hidden folders and links that lead out are left out), a .jsonl file,
+            or a Hub dataset id, OWNER/NAME or OWNER/NAME:CONFIG.
         column: the field of the JSON lines, or the column of the dataset, that holds the text.
 
     Raises:
@@ -73,7 +75,11 @@ def find_source(name: str, column: str = "text") -> Source:
     if name and path.is_dir():
         return _folder(name, path, leave_out=set())
     if path.is_file() and path.suffix == ".jsonl":
-        return Source(name, "lines", (_stamp(path),))
+        stamp = _stamp(path)
+        with path.open("rb") as file:
+            if not any(line.strip() for line in file):
+                raise DataError(f"source {name}: no line in it")
+        return Source(name, "lines", (stamp,))
     match = _HUB_ID.fullmatch(name)
     if match is None or path.exists():
         raise DataError("source must be stdlib, a folder, a .jsonl file or a Hub dataset (OWNER/NAME[:CONFIG]); "
@@ -115,24 +121,26 @@ def content_hash(content: bytes) -> bytes:
 
 
 def _folder(name: str, folder: Path, leave_out: set[str]) -> Source:
-    files, unreadable = [], 0
-    for path in _python_files(folder, leave_out):
-        try:
-            files.append(_stamp(path))
-        except OSError:
-            unreadable += 1
-    if not files:
-        raise DataError(f"source {name}: no readable Python file in {folder}")
-    return Source(name, "files", tuple(files), unreadable)
-
-
-def _python_files(folder: Path, leave_out: set[str]) -> Iterator[Path]:
-    found = []
-    for where, folders, names in os.walk(folder):
+    found: list[Path] = []
+    outside: set[Path] = set()
+    unreadable: list[OSError] = []
+    root = folder.resolve()
+    for where, folders, names in os.walk(folder, onerror=unreadable.append):  # which follows no link to a folder
         folders[:] = [one for one in folders if one not in leave_out and not one.startswith(".")]
         found += [Path(where, one) for one in names if one.endswith(".py")]
-    # Only regular files: opening a pipe would block.
-    return (path for path in sorted(found, key=lambda path: path.relative_to(folder).as_posix()) if path.is_file())
+        links = (Path(where, one) for one in (*folders, *(name for name in names if name.endswith(".py")))
+                 if os.path.islink(os.path.join(where, one)))
+        outside.update(link for link in links if not link.resolve().is_relative_to(root))
+    files, left_out = [], len(unreadable)
+    for path in sorted(set(found) - outside, key=lambda path: path.relative_to(folder).as_posix()):
+        try:
+            if path.is_file():  # opening a pipe would block
+                files.append(_stamp(path))
+        except OSError:
+            left_out += 1
+    if not files:
+        raise DataError(f"source {name}: no readable Python file in {folder}")
+    return Source(name, "files", tuple(files), left_out, len(outside))
 
 
 def _stamp(path: Path) -> Stamp:
@@ -155,6 +163,8 @@ def _hub(name: str, config: str | None, column: str) -> datasets.Dataset:
         raise DataError(f"source {name} is no folder or .jsonl file, and the Hub did not give it: {reason}") from error
     if column not in rows.column_names:
         raise DataError(f"source {name}: it has no column {column!r}; its columns are {', '.join(rows.column_names)}")
+    if not len(rows):
+        raise DataError(f"source {name}: no row in it")
     return rows.select_columns([column])
 
 
@@ -191,10 +201,10 @@ def _from_lines(stamp: Stamp, column: str) -> Iterator[dict[str, Any]]:
 def _field(line: bytes, column: str, where: str) -> Any:
     """Return the text in a line of JSON; a line that is not UTF-8 is returned as it is."""
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return line
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON: {error}") from None
     if not isinstance(record, dict) or column not in record:
         has = f"the fields {', '.join(record)}" if isinstance(record, dict) else "no fields"

@@ -22,6 +22,7 @@ from phi1.evaluate.humaneval import (
     complete,
     judge,
     pass_at_k,
+    read_attempts,
     read_problems,
     scores,
     truncate,
@@ -237,6 +238,26 @@ def test_stopped_by_sigterm_it_keeps_what_has_run_and_clears_up(file, tmp_path, 
         signal.signal(signal.SIGTERM, before)
     assert cleared
     assert len(out.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_problem_without_a_completion_is_no_higher_score(file, tmp_path, capsys, kept):
+    some = tmp_path / "some.jsonl"
+    some.write_text("".join(json.dumps({"task_id": entry["task_id"], "completion": entry["canonical_solution"]}) + "\n"
+                            for entry in OWN[:kept]))
+    assert run("--problems", file, "--completions", some, "--execute") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"no completion of {', '.join(sorted(repr(entry['task_id']) for entry in OWN[kept:]))}; score" in err
+
+
+def test_lines_of_json_end_at_a_newline_alone(tmp_path):
+    texts = ["    return 1  # \u2028\n", "    return 2  # \u0085\n", "    return 3\n"]
+    (tmp_path / "c.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(
+        json.dumps({"task_id": entry["task_id"], "completion": text}, ensure_ascii=False)
+        for entry, text in zip(OWN, texts, strict=True)).encode())
+    found = read_attempts(tmp_path / "c.jsonl", [Problem(**entry) for entry in OWN])
+    assert [attempt.completion for attempt in found] == [truncate(text) for text in texts]
 
 
 @pytest.mark.parametrize("option", ["--completions", "--problems"])

@@ -3,6 +3,7 @@ workers."""
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -102,21 +103,43 @@ def test_skipped_files_are_counted(tmp_path, capsys):
         "a.py": "x = 1\n", "b/same.py": "x = 1\n", "c.py": "y = 'é'\r\n", "latin.py": "z = 'é'".encode("latin-1"),
         "empty.py": "", "notes.txt": "no", ".git/hook.py": "h = 1", "z.py": "\ufeffbom = 1\n",
     })
-    (source / "gone.py").symlink_to(tmp_path / "nowhere.py")
+    (tmp_path / "secret.py").write_text("key = 1\n")
+    (source / "gone.py").symlink_to(source / "nowhere.py")
+    (source / "out.py").symlink_to(tmp_path / "secret.py")
+    (source / "elsewhere").symlink_to(tmp_path)
+    (source / "b" / "inside.py").symlink_to(source / "c.py")
     os.mkfifo(source / "pipe.py")  # opening it would wait for ever
     (source / "b" / "loop").symlink_to(source)
     summary = prepare(str(source), tmp_path / "out", tokenizer="train", vocab_size=300, val_fraction=0)
-    assert summary.skipped == {"duplicate": 1, "empty": 1, "not UTF-8": 1}
+    assert summary.skipped == {"duplicate": 2, "empty": 1, "links that lead out of the source": 2, "not UTF-8": 1}
     assert texts_of(tmp_path / "out") == {"train": [b"x = 1\n", "y = 'é'\r\n".encode(), "\ufeffbom = 1\n".encode()],
                                           "val": []}
-    assert str(summary).count("skipped: 1 duplicate, 1 empty, 1 not UTF-8") == 1
+    assert str(summary).count("skipped: 2 duplicate, 1 empty, 2 links that lead out of the source, 1 not") == 1
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
 def test_a_file_without_permission_is_counted(tmp_path):
     source = write_files(tmp_path / "src", {"a.py": "x = 1\n", "b.py": "y = 1\n"})
     (source / "b.py").chmod(0)
-    assert prepare(str(source), tmp_path / "out", tokenizer=BYTES).skipped == {"unreadable": 1}
+    (source / "closed").mkdir(0)
+    assert prepare(str(source), tmp_path / "out", tokenizer=BYTES).skipped == {"unreadable": 2}
+
+
+@pytest.mark.parametrize(("lines", "complaint"), [
+    (b"", "no line in it"), (b"\n\n", "no line in it"),
+    (b'{"text": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 1: not JSON: maximum recursion depth"),
+], ids=["empty", "blank", "deep"])
+def test_lines_that_hold_no_text_are_refused_in_one_line(tmp_path, lines, complaint):
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    with pytest.raises(DataError, match=complaint) as raised:
+        prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", tokenizer=BYTES)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_byte_order_mark_before_json_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": "x = 1\n"}).encode() + b"\n")
+    prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", tokenizer=BYTES, val_fraction=0)
+    assert texts_of(tmp_path / "out")["train"] == [b"x = 1\n"]
 
 
 def test_the_end_token_written_in_a_file_is_text(tmp_path):
