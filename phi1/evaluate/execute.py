@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 MEMORY_BYTES = 4 << 30
 PASSED = "passed"
@@ -25,7 +26,7 @@ NOT_RUN = "not run: "
 # passed, even with exit code 0. RLIMIT_NPROC keeps every user but root from starting processes. Namespaces of its
 # own, where the kernel gives them to every user, keep it from the network.
 _CHILD = """
-import ctypes, os, resource, sys
+import ctypes, os, resource, sys, types
 pipe, seconds, memory, parent = (int(word) for word in sys.argv[1:])
 if sys.platform == "linux":
     ctypes.CDLL(None).unshare(0x50000000)  # CLONE_NEWUSER | CLONE_NEWNET
@@ -42,7 +43,8 @@ for name, most in (("AS", memory), ("CPU", seconds), ("FSIZE", 1 << 24), ("NOFIL
     except (ValueError, OSError):
         pass  # not every system limits everything
 try:
-    exec(compile(program, "program", "exec"), {"__name__": "program"})
+    module = sys.modules["program"] = types.ModuleType("program")  # where dataclasses look for a class's module
+    exec(compile(program.decode(), "program", "exec"), module.__dict__)  # as text: no cookie says its encoding
 except BaseException as error:
     word = f"failed: {type(error).__name__}: {error}"[:300].encode("utf-8", "replace")
 os.write(pipe, word)
@@ -73,7 +75,7 @@ def _execute(program: str, seconds: float, memory: int) -> str:
     nonce = secrets.token_hex(16)
     reading, writing = os.pipe()
     try:
-        with tempfile.TemporaryDirectory(prefix="phi1-execute-", ignore_cleanup_errors=True) as folder:
+        with _folder() as folder:
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", _CHILD, str(writing), str(math.ceil(seconds) + 1), str(memory),
                  str(os.getpid())],
@@ -91,6 +93,19 @@ def _execute(program: str, seconds: float, memory: int) -> str:
     finally:
         os.close(reading)
         os.close(writing)
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[str]:
+    """Make a temporary folder, and remove it with all that a program leaves there."""
+    made = tempfile.TemporaryDirectory(prefix="phi1-execute-", ignore_cleanup_errors=True)
+    try:
+        yield made.name
+    finally:
+        try:
+            made.cleanup()
+        except RecursionError:  # before Python 3.13 it calls itself for each level
+            subprocess.run(["rm", "-rf", "--", made.name], stderr=subprocess.DEVNULL, check=False)
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -30,6 +30,9 @@ ENOUGH = 120.0  # seconds, on a machine that does other things as well
     ("import ctypes; ctypes.string_at(0)", "ended early, by SIGSEGV"),
     ("import torch", "failed: ModuleNotFoundError: No module named 'torch'"),
     ("assert input() == ''", "failed: EOFError: EOF when reading a line"),
+    ("from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    v: int\n"
+     "assert A(1).v == 1", PASSED),
+    ("# -*- coding: latin-1 -*-\nassert len('é') == 1", PASSED),
     ("import os; assert not {'HOME', 'PATH', 'PYTHONPATH'} & os.environ.keys()", PASSED),
 ])
 def test_a_program_passes_only_by_coming_to_its_end(program, result):
@@ -54,6 +57,14 @@ def test_a_program_killed_after_its_time_has_timed_out(seconds, number, result, 
     communicate = subprocess.Popen.communicate
     monkeypatch.setattr(subprocess.Popen, "communicate", lambda process, given, timeout: communicate(process, given))
     assert execute(f"import os, time\ntime.sleep(0.1)\nos.kill(os.getpid(), {number:d})", seconds) == result
+
+
+@pytest.mark.parametrize("ending", ["", "assert False"])
+def test_a_folder_of_two_thousand_levels_neither_ends_the_command_nor_stays(ending, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found = execute(f"import os\nfor _ in range(2000): os.mkdir('d'); os.chdir('d')\n{ending}", ENOUGH)
+    assert found == ("failed: AssertionError:" if ending else PASSED)
+    assert not list(tmp_path.iterdir())
 
 
 def test_memory_and_files_have_limits():
