@@ -1,11 +1,13 @@
 """The Triton kernels of attention's backward pass (FlashAttention-2, arXiv 2307.08691). `dispatch.py` has the formulas.
 
-Two kernels compute seven products; one with atomic additions would need five. In return every sum has one order, and a
-run repeats bit for bit. The first computes dq and writes delta = rowsum(dout out) for the second, which computes dk and
-dv and holds S transposed, because S would take more registers there. Both rotate gradients back in float32.
+Two kernels compute seven products; one kernel with atomic additions would need five. In return every sum has one order,
+and a run repeats bit for bit. The first kernel computes dq, and writes delta = rowsum(dout out) for the second, which
+computes dk and dv. The second kernel holds S transposed, with keys as rows, because S would take more registers there.
+If q and k were rotated, both kernels rotate their gradients back in float32 before they store them.
 
-q, k, v, dout and the gradients have their own dtype, to which P and dS are rounded for their products. Sums and
-exponentials are float32. delta comes from the rounded out, so dq and dk of a query that sees one key are not exactly 0.
+q, k, v, dout and the gradients are loaded and stored in their own dtype, and P and dS are rounded to it for their
+products. Sums and exponentials are float32. delta is computed from the rounded out, so dq and dk of a query that sees
+only one key are not exactly 0 but as small as one rounding.
 
 B samples, Tq queries, Tk keys, N rows, T positions, H heads, K head size, R rotary dimension.
 """
@@ -106,6 +108,7 @@ def attention_backward_dq_kernel(
     offs_m = first + tl.arange(0, BLOCK_M)
     statistics = head * n_rows + row + offs_m
     tl.store(delta_ptr + statistics, delta, mask=offs_m < n_queries)
+    # An lse of infinity makes the probabilities of rows past the end 0.
     lse = tl.load(lse_ptr + statistics, mask=offs_m < n_queries, other=float("inf")) * LOG2E
     query = offs_m + n_keys - n_queries  # [BLOCK_M], positions in the sample
     k_ptr += origin * stride_k_b + head * stride_k_h
@@ -131,8 +134,9 @@ def add_keys(
 ):
     """Add the contribution of keys first..last to dq [BLOCK_M, BLOCK_D].
 
-    rows: (q, dout, lse, delta, query). keys: (k_ptr, v_ptr, stride_k_t, stride_v_t, n_keys, start). The other arguments
-    are as in the forward's `attend`.
+    rows: (q, dout, lse, delta, query) of the program. keys: (k_ptr, v_ptr, stride_k_t, stride_v_t, n_keys, start) of
+    one sample and head. rotation: as in `rotate`, or None for keys that are not to be rotated. dropout: from
+    `dropout_of`, or None.
     """
     q, dout, lse, delta, query = rows
     k_ptr, v_ptr, stride_k_t, stride_v_t, n_keys, start = keys
@@ -228,9 +232,10 @@ def attention_backward_dkdv_kernel(
         k = rotate(k, rotation, first, n_keys, 1, HALF).to(k.dtype)
     q_ptr += origin * stride_q_b + head * stride_q_h
     dout_ptr += (row * n_heads + head) * HEAD_DIM
+    statistics = head * n_rows + row
     tile = (k, v, first)
-    queries = (q_ptr, dout_ptr, lse_ptr + (head * n_rows + row), delta_ptr + (head * n_rows + row), stride_q_t,
-               n_heads * HEAD_DIM, n_queries, n_keys, start)
+    queries = (q_ptr, dout_ptr, lse_ptr + statistics, delta_ptr + statistics, stride_q_t, n_heads * HEAD_DIM,
+               n_queries, n_keys, start)
     # The first query that sees a key of the program, and the first that sees all its keys; both begin a tile.
     begin, unmasked = 0, 0
     if IS_CAUSAL:
@@ -267,21 +272,24 @@ def add_queries(
 ):
     """Add the contribution of queries first..last to (dk, dv), both [BLOCK_N, BLOCK_D].
 
-    tile: (k, v, their first key). queries: (q_ptr [Tq, H, K], dout_ptr [Tq, H, K], lse_ptr [Tq], delta_ptr [Tq],
-    stride_q_t, stride_out_t, n_queries, n_keys, start). The other arguments are as in the forward's `attend`.
+    tile: (k, v, their first key) of the program. queries: (q_ptr [Tq, H, K], dout_ptr [Tq, H, K], lse_ptr [Tq],
+    delta_ptr [Tq], stride_q_t, stride_out_t, n_queries, n_keys, start) of one sample and head. rotation: as in
+    `rotate`, or None for queries that are not to be rotated. dropout: from `dropout_of`, or None.
     """
     dk, dv = sums
     k, v, first_key = tile
     q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_q_t, stride_out_t, n_queries, n_keys, start = queries
-    offs_n, offs_m = first_key + tl.arange(0, k.shape[0]), tl.arange(0, BLOCK_M)
+    BLOCK_N: tl.constexpr = k.shape[0]
+    BLOCK_D: tl.constexpr = k.shape[1]
+    offs_n, offs_m = first_key + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     for m in range(first, last, BLOCK_M):
         # Rows past the end add 0: q and dout are 0 there, and an lse of infinity makes their probabilities 0.
         lse = load_statistics(lse_ptr, m, n_queries, float("inf"), BLOCK_M) * LOG2E
         delta = load_statistics(delta_ptr, m, n_queries, 0.0, BLOCK_M)
-        q = load_rows(q_ptr, m, None, n_queries, stride_q_t, BLOCK_M, HEAD_DIM, k.shape[1], True)
+        q = load_rows(q_ptr, m, None, n_queries, stride_q_t, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         if rotation is not None:
             q = rotate(q, rotation, m, n_queries, 1, HALF).to(q.dtype)
-        dout = load_rows(dout_ptr, m, None, n_queries, stride_out_t, BLOCK_M, HEAD_DIM, k.shape[1], True)
+        dout = load_rows(dout_ptr, m, None, n_queries, stride_out_t, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         query = m + offs_m + (n_keys - n_queries)
         s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
         if MASKED:
@@ -291,7 +299,7 @@ def add_queries(
         dropped = p
         if dropout is not None:
             key, number, stream, threshold = dropout
-            keep = keep_mask_transposed(key, query, first_key, number, stream, threshold, k.shape[0])
+            keep = keep_mask_transposed(key, query, first_key, number, stream, threshold, BLOCK_N)
             dropped = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * kept_scale(dropout), 0.0)
         dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision="ieee")
