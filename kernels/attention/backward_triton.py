@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from phi1.kernels.attention.device_triton import (
+    LOG2E,
     dropout_of,
     first_token,
     kept_scale,
@@ -29,7 +30,6 @@ from phi1.kernels.attention.device_triton import (
     sees,
     store_rows,
 )
-from phi1.kernels.core.constants_triton import LOG2E
 from phi1.kernels.core.philox_triton import keep_mask, keep_mask_transposed
 
 

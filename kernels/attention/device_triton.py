@@ -11,7 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from phi1.kernels.core import constants
 from phi1.kernels.core.philox_triton import philox_key
+
+LOG2E = tl.constexpr(constants.LOG2E)
+LOWEST = tl.constexpr(constants.LOWEST)
 
 
 @triton.jit

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 
 from phi1.kernels.attention.device_triton import (
+    LOG2E,
+    LOWEST,
     dropout_of,
     first_token,
     kept_scale,
@@ -29,7 +31,6 @@ from phi1.kernels.attention.device_triton import (
     sees,
     store_rows,
 )
-from phi1.kernels.core.constants_triton import LOG2E, LOWEST
 from phi1.kernels.core.philox_triton import keep_mask
 
 

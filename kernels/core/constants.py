@@ -1,4 +1,4 @@
-"""Numbers that PyTorch code and Triton kernels share. Kernels read them as `tl.constexpr`."""
+"""Numbers that PyTorch code and Triton kernels share. A kernel's file wraps those it reads in `tl.constexpr`."""
 
 import math
 

@@ -17,12 +17,15 @@ import torch
 import triton
 import triton.language as tl
 
+from phi1.kernels.core import constants
 from phi1.kernels.core.constants import FP_FUSION
-from phi1.kernels.core.constants_triton import LOG2E, LOWEST
 from phi1.kernels.core.sums_triton import sum_rows
 from phi1.kernels.core.tiles import TILES, tile
 from phi1.kernels.cross_entropy.spec import LossRule, Needs, gradient_dtype, scale_of
 
+LOG2E = tl.constexpr(constants.LOG2E)
+LOWEST = tl.constexpr(constants.LOWEST)
+NAN = tl.constexpr(float("nan"))
 # Row strides are padded to 128 columns, so every row starts 16-byte aligned for any V, and column_sums needs no mask.
 COLUMN_MULTIPLE = 128
 # The product for dX of 2048 rows is 128 tiles of 128 x 256 at D = 2048: one wave of an H100's 132 SMs.
@@ -109,11 +112,11 @@ def loss_rows_kernel(
     high, total, mean = row_sums(logits_ptr, bias_ptr, VOCAB, COLUMNS, STRIDE, SMOOTHS, BLOCK_V)
     lse = high + tl.log(total)
     loss = lse - own + label_smoothing * (own - mean) + z_loss * lse * lse
-    tl.store(losses_ptr + pid_n, tl.where(counted, tl.where(known, loss, float("nan")), 0.0))
+    tl.store(losses_ptr + pid_n, tl.where(counted, tl.where(known, loss, NAN), 0.0))
     tl.store(lse_ptr + pid_n, lse)
 
     if GRADIENTS:
-        unit = tl.where(counted, tl.where(known, SCALE, float("nan")), 0.0)
+        unit = tl.where(counted, tl.where(known, SCALE, NAN), 0.0)
         if row_weights_ptr is not None:
             unit *= tl.load(row_weights_ptr + pid_n)
         factor = unit * (1.0 + 2.0 * z_loss * lse) / total

@@ -132,7 +132,7 @@ MUTANTS = {  # file, text, its replacement, how often it occurs, the check that 
     "db of the last chunk": Mutant("loss", "before + sums", "0 * before + sums", 1, "loss"),
     "dW of the last chunk": Mutant("loss", "add=first > 0", "add=False", 1, "loss"),
     "no factor": Mutant("loss", "scaled = gradient * tl.load", "scaled = gradient + 0 * tl.load", 1, "loss"),
-    "gradients not kept large": Mutant("loss", "tl.where(known, SCALE,", "tl.where(known, 1.0,", 1,
+    "gradients not kept large": Mutant("loss", "tl.where(known, SCALE, NAN)", "tl.where(known, 1.0, NAN)", 1,
                                        "loss, float16"),
     "groups of dqkv's rows": Mutant("bias_grad", f"loop\n    {BY_GROUPS})", f"loop\n    {BY_GROUPS} * 2)", 1, "block"),
     "db of the last group alone": Mutant("bias_grad", "total += tl.load(x_ptr", "total = tl.load(x_ptr", 1, "block"),
