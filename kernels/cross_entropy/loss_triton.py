@@ -19,7 +19,6 @@ import triton.language as tl
 
 from phi1.kernels.core import constants
 from phi1.kernels.core.constants import FP_FUSION
-from phi1.kernels.core.sums_triton import sum_rows
 from phi1.kernels.core.tiles import TILES, tile
 from phi1.kernels.cross_entropy.spec import LossRule, Needs, gradient_dtype, scale_of
 
@@ -143,10 +142,14 @@ def column_sums_kernel(
 ):
     """One program per BLOCK_V columns, over all rows of the chunk."""
     offs_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)  # [BLOCK_V], less than STRIDE
-    sums = sum_rows(dlogits_ptr, offs_v, None, n_rows, STRIDE, BLOCK_C)
+    sums = tl.zeros([BLOCK_C, BLOCK_V], dtype=tl.float32)
+    for first in range(0, n_rows, BLOCK_C):
+        offs_c = first + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+        offs = offs_c.to(tl.int64)[:, None] * STRIDE + offs_v[None, :]  # [BLOCK_C, BLOCK_V]
+        sums += tl.load(dlogits_ptr + offs, mask=(offs_c < n_rows)[:, None], other=0.0).to(tl.float32)
     mask_v = offs_v < VOCAB
     before = tl.load(sums_ptr + offs_v, mask=mask_v, other=0.0)
-    tl.store(sums_ptr + offs_v, before + sums, mask=mask_v)
+    tl.store(sums_ptr + offs_v, before + tl.sum(sums, axis=0), mask=mask_v)
 
 
 @triton.jit
