@@ -23,7 +23,6 @@ from phi1.kernels.core.tiles import TILES, tile
 from phi1.kernels.cross_entropy.spec import LossRule, Needs, gradient_dtype, scale_of
 
 LOG2E = tl.constexpr(constants.LOG2E)
-LOWEST = tl.constexpr(constants.LOWEST)
 NAN = tl.constexpr(float("nan"))
 # Row strides are padded to 128 columns, so every row starts 16-byte aligned for any V, and column_sums needs no mask.
 COLUMN_MULTIPLE = 128
@@ -64,7 +63,7 @@ def row_sums(
     """
     # Each lane has its own maximum and sum, so the loop has no barrier. The larger of l and the maximum has exponential
     # 1, so one exponential is enough for both.
-    high = tl.full([BLOCK_V], LOWEST, dtype=tl.float32)
+    high = tl.full([BLOCK_V], -1e30, dtype=tl.float32)
     total = tl.zeros([BLOCK_V], dtype=tl.float32)
     plain = tl.zeros([BLOCK_V], dtype=tl.float32)
     for first in range(0, STRIDE, BLOCK_V):
