@@ -124,7 +124,7 @@ def _umask() -> int:
     (["--source", "named.jsonl", "--column", "id"], "named.jsonl, line 1: the text must be a string; got 7"),
     (["--source", "list.jsonl"], "list.jsonl, line 1: it must have the field 'text'; it has no fields"),
     (["--source", "src", "--tokenizer", "bare"], "no tokenizer can be read from bare"),
-    (["--source", "src", "--tokenizer", "none"], "name_or_folder must be a folder or a Hub id"),
+    (["--source", "src", "--tokenizer", "no/such/one"], "name_or_folder must be a folder or a Hub id"),
     (["--source", "src", "--vocab-size", "500"], "--vocab-size goes with --tokenizer train"),
     (["--source", "src", "--tokenizer", "train", "--vocab-size", "99"], "vocab_size must be from 295 to 65,536; got"),
     (["--source", "src", "--tokenizer", "train", "--vocab-size", "70000"], "vocab_size must be from 295 to 65,536"),

@@ -100,7 +100,7 @@ def test_a_signal_in_the_export_interrupts_it(tmp_path, monkeypatch, signalled):
     numbers, handlers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), []
     before = [signal.getsignal(number) for number in numbers]
     trained = SimpleNamespace(
-        trainer=SimpleNamespace(finished=9, skipped=0), saving=SimpleNamespace(best=None),
+        trainer=SimpleNamespace(finished=9, skipped=0), saving=SimpleNamespace(best=None, failure=None),
         evaluation=SimpleNamespace(held_out=SimpleNamespace(text=b"x"), samples=SimpleNamespace(tokenizer=None)),
         stop_signals=SimpleNamespace(reason=signalled),
         monitor=SimpleNamespace(progress=SimpleNamespace(tokens=4, tokens_per_s=lambda finished: 1.0)))
