@@ -254,14 +254,18 @@ def test_a_shard_must_hold_whole_blocks(tmp_path):
 def test_rows_and_a_whole_epoch_with_checksums_are_read_fast(tmp_path):
     make_corpus(tmp_path / "corpus", [4_000_000], [], shard=1 << 20, block=1 << 18)
     opened = open_corpus(tmp_path / "corpus", "train")
+    held = np.arange(4_000_000, dtype=np.uint16)
     for seq_len, batch in ((256, 512), (2048, 64)):
-        speeds = []
+        ours, plain = [], []
         for step in range(10):
             indices = sample_order(0, step * batch, batch, opened.n_samples(seq_len))
             start = time.process_time()  # the time of this process, which depends less on other load
             opened.rows(indices, seq_len)
-            speeds.append(batch * seq_len / (time.process_time() - start))
-        assert max(speeds) > 50e6  # tokens a second; 117e6 and 743e6 measured
+            ours.append(time.process_time() - start)
+            start = time.process_time()
+            np.stack([held[at * seq_len : (at + 1) * seq_len + 1] for at in indices]).astype(np.int64)
+            plain.append(time.process_time() - start)
+        assert min(ours) < 4 * min(plain)  # 1.6 to 2.2 times measured: a row is one read of a file
     speeds = []
     for _ in range(3):
         start = time.process_time()
