@@ -266,12 +266,15 @@ def test_rows_and_a_whole_epoch_with_checksums_are_read_fast(tmp_path):
             np.stack([held[at * seq_len : (at + 1) * seq_len + 1] for at in indices]).astype(np.int64)
             plain.append(time.process_time() - start)
         assert min(ours) < 4 * min(plain)  # 1.6 to 2.2 times measured: a row is one read of a file
-    speeds = []
+    ours, plain = [], []
     for _ in range(3):
         start = time.process_time()
         opened = open_corpus(tmp_path / "corpus", "train")
         n_samples = opened.n_samples(2048)
         for first in range(0, n_samples - 64, 64):
             opened.rows(sample_order(0, first, 64, n_samples), 2048)
-        speeds.append(opened.n_tokens / (time.process_time() - start))
-    assert max(speeds) > 50e6  # tokens a second; 119e6 measured
+        ours.append(time.process_time() - start)
+        start = time.process_time()
+        np.stack([held[at * 2048 : (at + 1) * 2048 + 1] for at in range(n_samples)]).astype(np.int64)
+        plain.append(time.process_time() - start)
+    assert min(ours) < 10 * min(plain)  # 4.1 to 4.6 times measured: checksums read the corpus before
