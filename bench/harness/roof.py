@@ -12,6 +12,7 @@ import torch
 
 from phi1.bench.harness.case import Case
 from phi1.bench.harness.timing import Call, clock_for, quantile
+from phi1.kernels.core.cpu_matmul import multiplies
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 32 << 20}  # of the source; a CPU's must exceed its last cache's share of a core
 GEMM_SIZE = {"cuda": 8192, "cpu": 768}
@@ -39,7 +40,7 @@ class Probes:
 
     Args:
         device: where they run.
-        dtype: type of the matrices. A CPU multiplies float32 instead of float16, which is faster on most.
+        dtype: type of the matrices. A CPU without arithmetic for it multiplies float32.
         quick: take an eighth of the memory and of the matrix.
     """
 
@@ -48,8 +49,9 @@ class Probes:
         self.size = GEMM_SIZE[device.type] // (2 if quick else 1)
         source = torch.zeros(self.n_bytes, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
-        slow = not dtype.startswith(("float", "bfloat")) or (device.type == "cpu" and dtype == "float16")
-        a = torch.randn(self.size, self.size, device=device).to(torch.float32 if slow else getattr(torch, dtype))
+        wanted = getattr(torch, dtype) if dtype.startswith(("float", "bfloat")) else torch.float32
+        slow = device.type == "cpu" and not multiplies(wanted)
+        a = torch.randn(self.size, self.size, device=device).to(torch.float32 if slow else wanted)
         b, out = a.clone(), torch.empty_like(a)
         calls: tuple[Call, Call] = (lambda number: target.copy_(source), lambda number: torch.mm(a, b, out=out))
         self.clock = clock_for(device, hide_host=True)

@@ -60,10 +60,10 @@ class Plan:
         return model
 
 
-def cpu_plan(vocab_size: int) -> Plan:
-    """The plan of the comparison on a CPU: 4 layers of width 256, batches of 8 x 256 tokens, bf16."""
+def cpu_plan(vocab_size: int, tokens: int = 256) -> Plan:
+    """The plan of the comparison on a CPU: 4 layers of width 256, batches of 8 rows of `tokens` tokens, bf16."""
     return Plan(preset("nano", vocab_size=vocab_size, num_hidden_layers=4, hidden_size=256, intermediate_size=1024),
-                batch=8, tokens=256)
+                batch=8, tokens=tokens)
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """The PyTorch path of causal and full attention, forward and backward. `dispatch.py` has the formulas.
 
-P and dS are rounded to bfloat16 for their products if the inputs are bfloat16. Scores exist for one tile of samples,
-heads and queries at a time, and keys that no query of the tile sees are never multiplied. A tile has whole rows, so the
-backward can use rowsum(P dP), which cancels the rounding of dP. The kernels have only parts of rows and use
-rowsum(dout out) instead.
+P and dS are rounded to bfloat16 for their products if the inputs are bfloat16 and the device multiplies it. Scores
+exist for one tile of samples, heads and queries at a time, and keys that no query of the tile sees are never
+multiplied. A tile has whole rows, so the backward can use rowsum(P dP), which cancels the rounding of dP. The kernels
+have only parts of rows and use rowsum(dout out) instead.
 
 B batch, Tq queries, Tk keys, H heads, K head size, N = B * Tq rows; G samples times heads of one tile.
 """
@@ -18,6 +18,7 @@ import torch
 
 from phi1.kernels.attention.spec import AttentionSpec
 from phi1.kernels.core.constants import LOG2E
+from phi1.kernels.core.cpu_matmul import multiplies
 from phi1.kernels.core.cpu_memory import empty
 from phi1.kernels.core.philox import attention_keep, dropout_scale
 from phi1.kernels.pointwise.rotary import rotate_
@@ -281,8 +282,8 @@ def _store(
 
 
 def _product_dtype(x: torch.Tensor) -> torch.dtype:
-    """Return the dtype of operands of products: float32 for float16, which CPUs multiply at a tenth of the speed."""
-    return torch.float32 if x.is_cpu and x.dtype != torch.bfloat16 else x.dtype
+    """Return the dtype of operands of products. On a CPU it is bfloat16 or float32: see `cpu_matmul`."""
+    return torch.float32 if x.is_cpu and not (x.dtype == torch.bfloat16 and multiplies(x.dtype)) else x.dtype
 
 
 def _as_one_sample(x: torch.Tensor) -> torch.Tensor:

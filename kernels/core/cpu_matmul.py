@@ -1,7 +1,8 @@
 """Matrix products of the PyTorch code.
 
-Most CPUs have no float16 arithmetic, and PyTorch then takes up to five times as long as for float32. Products with at
-least WIDE rows and columns are therefore computed in float32, a group of columns at a time, and rounded once.
+Many CPUs have no arithmetic for float16 or bfloat16, and PyTorch then takes 5 to 60 times as long as for float32.
+Products with at least `wide()` rows and columns are therefore computed in float32, a group of columns at a time, and
+rounded once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import torch
 from phi1.kernels.core.backend import use_triton
 from phi1.kernels.core.cpu_memory import empty
 
-WIDE = 64  # measured at 1,024 x 7,168: float32 takes as long at 64 rows, 0.7 of the time at 128, 0.35 at 512
 COLUMNS = 4096  # converted at a time; converting a whole head of 2,048 x 51,200 would take 420 MB
 
 
@@ -33,14 +33,27 @@ def addmm(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor |
 
 def _widens(a: torch.Tensor, b: torch.Tensor) -> bool:
     """True if the product is computed in float32. False among the Triton kernels, whose products are cuBLAS's."""
-    return (a.dtype == torch.float16 and a.is_cpu and min(a.shape[0], b.shape[1]) >= WIDE
-            and not _multiplies_float16() and not use_triton(a))
+    return (a.dtype != torch.float32 and a.is_cpu and not multiplies(a.dtype) and min(a.shape[0], b.shape[1]) >= wide()
+            and not use_triton(a))
 
 
 @cache
-def _multiplies_float16() -> bool:
-    """True on CPUs with avx512_fp16 or amx_fp16."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+def multiplies(dtype: torch.dtype) -> bool:
+    """True if this CPU has arithmetic for products of this dtype, as most have for bfloat16 and few for float16."""
+    if dtype == torch.bfloat16:
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return True
+
+
+def wide() -> int:
+    """Return the number of rows from which float32 is faster, converted operands included.
+
+    Measured at 1,024 x 7,168 and 256 x 1,024, weights in rows: with AVX-512 float32 takes as long at 64 rows and 0.7 of
+    the time at 128; with AVX2 as long at 8 rows, 0.5 of the time at 16 and 0.2 at 128.
+    """
+    return 64 if multiplies(torch.bfloat16) else 16
 
 
 def _wide_product(

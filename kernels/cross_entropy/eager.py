@@ -138,7 +138,7 @@ class _Gradients:
         if self.needs.x:
             self._add_dx(dlogits, self.dx[chunk])
         if self.needs.weight and self.dw_is_one_product:
-            torch.mm(dlogits.t(), self.x[chunk], out=self.dw[: self.vocab])
+            mm(dlogits.t(), self.x[chunk], out=self.dw[: self.vocab])
         elif self.needs.weight:
             for some in self._slices():
                 self.dw[some] += _product(dlogits[:, some].t(), self.x[chunk], self.dw.dtype)
@@ -146,7 +146,7 @@ class _Gradients:
     def _add_dx(self, dlogits: torch.Tensor, dx: torch.Tensor) -> None:
         if not _widened(dlogits):
             if dlogits.dtype == dx.dtype:
-                torch.mm(dlogits, self.weight, out=dx)
+                mm(dlogits, self.weight, out=dx)
             else:
                 dx.copy_(_product(dlogits, self.weight, dx.dtype))
             return
@@ -168,7 +168,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, wanted: torch.dtype) -> torch.Ten
     if _widened(a):
         return torch.mm(a.float(), b.float())
     if a.is_cpu or a.dtype == wanted:
-        return torch.mm(a, b)
+        return mm(a, b)
     return torch.mm(a, b, out_dtype=wanted)
 
 

@@ -227,13 +227,13 @@ def test_pytest_benchmark_writes_what_the_numbers_depend_on(tmp_path):
 @pytest.mark.slow
 def test_training_on_a_cpu_is_compared_and_written(tmp_path):
     script = os.path.join(ROOT, "bench", "cpu_training.py")
-    command = [sys.executable, script, "--vocab", "64", "96", "--rounds", "2", "--memory"]
+    command = [sys.executable, script, "--vocab", "64", "--tokens", "4", "--rounds", "2", "--memory"]
     # Threads that spin while they wait take 30 times as long where other tests want the cores as well.
-    done = subprocess.run([*command, "--json", tmp_path / "r.json"], capture_output=True, text=True, timeout=300,
+    done = subprocess.run([*command, "--json", tmp_path / "r.json"], capture_output=True, text=True, timeout=600,
                           env=os.environ | {"OMP_WAIT_POLICY": "passive"})
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert [row["vocab_size"] for row in rows] == [64, 96]
+    assert [row["vocab_size"] for row in rows] == [64]
     for row in rows:
         assert row["ratio_p20_p80"][0] <= row["ratio_median"] <= row["ratio_p20_p80"][1]
         assert row["memory_ratio"] == pytest.approx(row["phi1_peak_mib"] / row["transformers_peak_mib"], abs=1e-3)

@@ -55,7 +55,7 @@ FOLDERS_BELOW = {"kernels": set(), "phi1": {"kernels"}, "train": {"kernels", "ph
 OF_KERNELS = {  # the modules of kernels/ that another folder may import
     "phi1": {"phi1.kernels", "phi1.kernels.core.checks", "phi1.kernels.core.cpu_memory"},
     "train": {"phi1.kernels"},
-    "bench": {"phi1.kernels", "phi1.kernels.core.tiles"},
+    "bench": {"phi1.kernels", "phi1.kernels.core.cpu_matmul", "phi1.kernels.core.tiles"},
 }
 LEAF = "phi1.arguments"  # every folder may import it, and it imports the standard library alone
 

@@ -198,7 +198,7 @@ def test_a_disk_that_is_full_costs_one_line_and_no_checkpoint(place, uninterrupt
 @pytest.mark.slow
 def test_nano_gives_the_same_losses_in_one_process_and_in_two(place, tmp_path):
     nano = {key: value for key, value in TINY.items() if not key.startswith("model.")}
-    changes = {"data__seq_len": 256, "train__steps": 50, "train__dropout": 0.1, "checkpoint__every": 0}
+    changes = {"data__seq_len": 256, "train__steps": 20, "train__dropout": 0.1, "checkpoint__every": 0}
     for name, processes in (("nano1", 0), ("nano2", 2)):
         words = command(name, processes, **changes)
         for key in TINY.keys() - nano.keys():

@@ -81,7 +81,7 @@ def test_losses_equal_plain_pytorch_for_any_cut_of_the_batch_and_any_precision(p
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_200_steps_of_nano_equal_plain_pytorch_in_any_precision(tmp_path):
+def test_80_steps_of_nano_equal_plain_pytorch_in_any_precision(tmp_path):
     (tmp_path / "source").mkdir()
     for package in (asyncio, email, unittest):
         for file in Path(package.__file__).parent.glob("*.py"):
@@ -89,7 +89,7 @@ def test_200_steps_of_nano_equal_plain_pytorch_in_any_precision(tmp_path):
     prepare(str(tmp_path / "source"), tmp_path / "data", tokenizer="train", vocab_size=4096, workers=1)
     # phi-1's own rate. At nano.toml's 3e-3 a run of batches this small is chaotic: losses that differ by 1e-7 after a
     # step differ by 2e-2 at the end.
-    train = Train(steps=200, warmup_steps=100, batch_size=4, lr=1e-3)
+    train = Train(steps=80, warmup_steps=40, batch_size=4, lr=1e-3)
     cases = [("fp32", 0), ("plain", 0), ("bf16", 0), ("fp16", 0)]
     [[fp32, expected, bf16, fp16]] = in_processes(1, losses, tmp_path, tmp_path / "data", preset("nano"), train, 32,
                                                   cases, seconds=900)
