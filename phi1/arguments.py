@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from collections.abc import Iterable
 from decimal import Decimal
 from numbers import Integral, Real
 from pathlib import Path
@@ -122,6 +123,18 @@ def path_option(text: str) -> Path:
 def name_option(text: str) -> str:
     """Return the folder or id of a command's option, for `type=` of argparse."""
     return str(path_option(text)) if text.startswith("~") else text
+
+
+def listed(names: Iterable[object], most: int = 10) -> str:
+    """Return names for a message: the first ten, and how many more there are."""
+    texts = [str(name) for name in names]
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most:,} more" if len(texts) > most else "")
+
+
+def one_line(message: object, most: int = 2000) -> str:
+    """Return a message as one printable line. What would move a terminal's cursor is escaped; the middle may be cut."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(message).split()))
+    return line if len(line) <= most else f"{line[:most // 2]} [...] {line[-most // 4:]}"
 
 
 def shown(x: Any) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from phi1.arguments import check_flag, check_instance, check_text, check_whole, require, shown, user_path
 from phi1.atomic import write_file
@@ -47,6 +47,9 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 """Ids of the Hugging Face Hub; those of its first models have no owner."""
 
 
+NORMALIZERS = (type(None), normalizers.NFC, normalizers.NFD, normalizers.NFKC, normalizers.NFKD)
+
+
 class Tokenizer:
     """A byte-level BPE: any text has ids, and the ids give back the exact bytes of the text.
 
@@ -66,6 +69,9 @@ class Tokenizer:
         if not isinstance(backend.model, models.BPE) or not isinstance(backend.decoder, decoders.ByteLevel):
             raise ValueError("Tokenizer: backend must be a BPE with a ByteLevel decoder; got "
                              f"{type(backend.model).__name__} with {type(backend.decoder).__name__}")
+        if not isinstance(backend.normalizer, NORMALIZERS):
+            raise ValueError(f"Tokenizer: backend must not rewrite texts, but for Unicode's normal forms; got "
+                             f"{type(backend.normalizer).__name__}")
         # A stored tokenizer may hold the settings of its last use; encode must return every id of a text.
         backend.no_truncation()
         backend.no_padding()
@@ -119,6 +125,10 @@ class Tokenizer:
         except TypeError:
             list(texts_of("Tokenizer.encode", texts))
             raise
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of the Rust code, for a pattern that never ends
+                raise
+            raise ValueError(f"Tokenizer.encode: the tokenizer's own rules fail on this text: {error}") from None
 
     @cached_property
     def _literal_backend(self) -> tokenizers.Tokenizer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import operator
 import re
 from collections.abc import Iterable, Iterator
@@ -13,6 +12,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from phi1.arguments import check_text, require, shown
+from phi1.user_files import LARGEST_JSON, read_file, read_json
 
 EOS = "<|endoftext|>"
 RUNS = tuple(" " * n for n in range(31, 1, -1)) + tuple("\t" * n for n in range(9, 1, -1))
@@ -73,7 +73,7 @@ def read_backend(folder: Path) -> tuple[tokenizers.Tokenizer, str, str | None]:
         Exception: the files are missing or damaged. `tokenizers` raises no class of its own.
     """
     if (folder / "tokenizer.json").is_file():
-        backend = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        backend = tokenizers.Tokenizer.from_str(_read_text(folder / "tokenizer.json"))
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         backend = _from_vocab_files(folder)
     else:
@@ -85,7 +85,7 @@ def read_backend(folder: Path) -> tuple[tokenizers.Tokenizer, str, str | None]:
 
 def _from_vocab_files(folder: Path) -> tokenizers.Tokenizer:
     vocab = _read_json(folder / "vocab.json")
-    merges = read_merges((folder / "merges.txt").read_text(encoding="utf-8"))
+    merges = read_merges(_read_text(folder / "merges.txt"))
     added = sorted(_read_json(folder / "added_tokens.json").items(), key=lambda item: int(item[1]))
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
     backend = with_rules(backend, [token for token, _ in added if token != EOS])
@@ -95,8 +95,15 @@ def _from_vocab_files(folder: Path) -> tokenizers.Tokenizer:
     return backend
 
 
+def _read_text(path: Path) -> str:
+    return read_file(path, LARGEST_JSON).decode("utf-8-sig")
+
+
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    value = read_json(path) if path.is_file() else {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} must hold a JSON object; got {shown(value)}")
+    return value
 
 
 def _content(token: str | dict[str, Any] | None) -> str | None:

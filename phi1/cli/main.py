@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from phi1 import __version__
+from phi1.arguments import one_line
 
 INTERRUPTED, READER_GONE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE
 
@@ -29,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
             message += _nearest(unknown.split()[0].split("=")[0], list(self._option_string_actions))
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -97,8 +98,8 @@ def _one_line_errors(prog: str) -> Iterator[_Outcome]:
 
 def _describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+        return one_line(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    return one_line(error) or type(error).__name__
 
 
 def _drop_unwritable_output() -> None:

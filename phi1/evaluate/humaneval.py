@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import io
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi1.arguments import listed, shown
 from phi1.evaluate.execute import PASSED, execute
+from phi1.user_files import parse_json, read_file
 
 if TYPE_CHECKING:
     from phi1.model import Phi1
@@ -31,6 +35,7 @@ HUB_ID = "openai/openai_humaneval"
 KEYS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 SECONDS = 3.0
 MAX_NEW_TOKENS = 512
+LARGEST = 256 << 20  # bytes of a file of problems or completions; HumanEval has 0.2 MB
 BATCH = 16  # the seed gives these samples for this batch size alone, so it is no argument
 TOO_LONG, NOT_FINITE = "failed: the prompt fills the context", "failed: the model's logits hold nan or inf"
 
@@ -92,7 +97,7 @@ def read_problems(path: str | Path | None = None) -> list[Problem]:
     seen: set[str] = set()
     for place, record in records:
         if record["task_id"] in seen:
-            raise ValueError(f"{place}: task_id {record['task_id']} is there twice")
+            raise ValueError(f"{place}: task_id {shown(record['task_id'])} is there twice")
         seen.add(record["task_id"])
     return [Problem(**{key: record[key] for key in KEYS}) for _, record in records]
 
@@ -109,12 +114,11 @@ def read_attempts(path: str | Path, problems: Sequence[Problem]) -> list[Attempt
     for place, record in _read_lines(Path(path)):
         _checked(record, place, ("task_id", "completion"))
         if record["task_id"] not in known:
-            raise ValueError(f"{place}: there is no problem {record['task_id']}")
+            raise ValueError(f"{place}: there is no problem {shown(record['task_id'])}")
         attempts.append(Attempt(record["task_id"], truncate(record["completion"])))
     if missing := sorted(known - {attempt.task_id for attempt in attempts}):
-        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-        raise ValueError(f"{path}: no completion of {', '.join(map(repr, missing[:10]))}{more}; score fewer problems "
-                         "with --problems FILE")
+        raise ValueError(f"{path}: no completion of {listed(map(repr, missing))}; score fewer problems with --problems "
+                         "FILE")
     return attempts
 
 
@@ -132,15 +136,20 @@ def _from_hub() -> list[Problem]:
 def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (file and line, parsed JSON) for each line."""
     try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raw = read_file(path, LARGEST)
+        if raw.startswith(b"\x1f\x8b"):
+            with gzip.open(io.BytesIO(raw)) as packed:  # whose content may be a thousand times as large
+                raw = packed.read(LARGEST + 1)
+            if len(raw) > LARGEST:
+                raise ValueError(f"unpacks to more than {LARGEST:,} bytes, the most that is read of such a file")
+        text = raw.decode("utf-8-sig")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     for number, line in enumerate(text.split("\n"), 1):  # JSON may hold other ends of lines, U+2028 for one
         if line.strip():
             try:
-                yield f"{path}, line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
+                yield f"{path}, line {number}", parse_json(line)
+            except ValueError as error:
                 raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
 
 

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from phi1.arguments import require, user_path
+from phi1 import user_files
+from phi1.arguments import listed, require, user_path
 from phi1.atomic import identity
 from phi1.tokenizer import HUB_ID
 
@@ -67,10 +68,12 @@ def read_json(path: Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: the file is damaged, or holds no object.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"load: {path} is missing")
     try:
-        value = json.loads(path.read_bytes())
+        value = user_files.read_json(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"load: {path} is missing") from None
+    except OSError as error:
+        raise ValueError(f"load: {path}: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"load: {path} is damaged or truncated: {error}") from error
     if not isinstance(value, dict):
@@ -101,10 +104,11 @@ def _shards(folder: Path, index_name: str) -> list[Path]:
     names = sorted(set(mapping.values()))
     outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise ValueError(f"load: {folder / index_name} must name files of its own folder; got {', '.join(outside)}")
+        raise ValueError(f"load: {folder / index_name} must name files of its own folder; got "
+                         f"{listed(map(repr, outside))}")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"load: {folder} lacks the shards {', '.join(missing)} that {index_name} names")
+        raise FileNotFoundError(f"load: {folder} lacks the shards {listed(missing)} that {index_name} names")
     return [folder / name for name in names]
 
 
@@ -120,7 +124,9 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
         # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        with user_files.open_regular(path) as file:
+            what = user_files.pretender(file.read(64))
+        reason = [what] if what else str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"load: {path} is damaged, truncated or no file of tensors: {reason[0]}") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"load: {path} must hold a dictionary of tensors and nothing else")

@@ -15,7 +15,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from phi1.arguments import check_flag, check_instance, check_text, check_whole, is_whole, require, shown, user_path
+from phi1.arguments import (
+    check_flag,
+    check_instance,
+    check_text,
+    check_whole,
+    is_whole,
+    listed,
+    require,
+    shown,
+    user_path,
+)
 from phi1.atomic import read_unreplaced
 from phi1.config import Phi1Config
 from phi1.kernels.core.checks import check_device_option, check_tensors
@@ -63,8 +73,8 @@ def load(name_or_folder: str | Path, *, device: torch.device | str | None = None
     Raises:
         TypeError: an argument has another type.
         FileNotFoundError: no such folder or Hub model, no weights in it, or shards missing.
-        ValueError: a damaged file, another architecture, tensors that do not fit the configuration (every missing,
-            unexpected or misshapen one is in the message), or a folder that is replaced in both reads.
+        ValueError: a damaged file, another architecture, tensors that do not fit the configuration (the message names
+            the missing, the unexpected and the misshapen, ten of each), or a folder that is replaced in both reads.
         NotImplementedError: a variant of the architecture that phi-1 does not use.
     """
     target_dtype = None if dtype is None else _as_dtype("load", dtype)
@@ -116,8 +126,9 @@ def _as_device(device: torch.device | str | None) -> torch.device:
 
 def config_of(path: Path) -> Phi1Config:
     """Read a config.json of any published layout. Raises as `load`."""
+    raw = read_json(path)
     try:
-        return read_config(read_json(path))
+        return read_config(raw)
     except NotImplementedError as error:
         raise NotImplementedError(f"load: {path}: {error}") from error
     except (ValueError, TypeError, OverflowError) as error:
@@ -133,6 +144,9 @@ def _survey(folder: Path, config: Phi1Config) -> tuple[dict[str, ParameterSlice]
         for name, tensor in open_tensors(path).items():
             if not is_derived(name):
                 found[name] = (path, tuple(tensor.shape), tensor.dtype)
+    if config.num_hidden_layers > max(1000, len(found)):  # a table of so many names might not fit into memory
+        raise ValueError(f"load: {folder / 'config.json'}: num_hidden_layers is "
+                         f"{shown(config.num_hidden_layers)}, and the weights are {len(found):,} tensors")
     table = recognise(found, config)
     wrapper = next((prefix for prefix in _WRAPPERS if found and all(name.startswith(prefix) for name in found)), None)
     if wrapper:
@@ -146,7 +160,7 @@ def _survey(folder: Path, config: Phi1Config) -> tuple[dict[str, ParameterSlice]
     integers = [f"{name} ({dtype})" for name, (_, _, dtype) in found.items()
                 if name in table and not dtype.is_floating_point]
     if integers:
-        problems.append(f"not floating point: {', '.join(integers)}")
+        problems.append(f"not floating point: {listed(integers)}")
     if problems:
         raise ValueError(f"load: the tensors in {folder} are not those of its config.json; {'; '.join(problems)}")
     homes: dict[Path, list[str]] = {}
@@ -156,14 +170,14 @@ def _survey(folder: Path, config: Phi1Config) -> tuple[dict[str, ParameterSlice]
 
 
 def _problems(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return one entry each for missing, unexpected and misshapen tensors, with all their names."""
+    """Return one entry each for missing, unexpected and misshapen tensors, with their names."""
     lists = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],
         "misshapen": [f"{name} {list(found[name])}, which must be {list(shape)}" for name, shape in expected.items()
                       if name in found and found[name] != shape],
     }
-    return [f"{kind}: {', '.join(names)}" for kind, names in lists.items() if names]
+    return [f"{kind}: {listed(names)}" for kind, names in lists.items() if names]
 
 
 def save(model: Phi1, folder: str | Path, *, tokenizer: Tokenizer | None = None,
@@ -206,7 +220,7 @@ def save_state_dict(state: Mapping[str, Tensor], config: Phi1Config, folder: str
         dtype: dtype of the saved tensors; by default that of each tensor.
 
     Raises:
-        ValueError: as in `save`, or names or shapes that are not the model's; the message has all of them.
+        ValueError: as in `save`, or names or shapes that are not the model's; the message names them.
         OSError: as in `save`.
     """
     _save(state, config, folder, tokenizer, dtype, max_shard_bytes, replace, ())

@@ -273,9 +273,13 @@ def _make_room(temporary: Path, needed: int) -> None:
 def _shortage(folder: Path, needed: int) -> str:
     """Say how much space or how many inodes the disk lacks, which no error does; "" if it has enough."""
     there = folder if folder.exists() else folder.parent
-    free, needed = shutil.disk_usage(there).free, needed + MARGIN
+    try:
+        free, files = shutil.disk_usage(there).free, os.statvfs(there)
+    except OSError as error:  # the disk has gone away
+        return f"{there}: {error.strerror}"
+    needed += MARGIN
     if free >= needed:
-        files, of = os.statvfs(there), dist.get_world_size() + 4  # a shard each; metadata, notes, manifest, the folder
+        of = dist.get_world_size() + 4  # a shard each; metadata, notes, manifest, the folder
         if files.f_files and files.f_favail < of:
             return (f"no inodes: it takes {of} files, the disk has room for {files.f_favail} (df -i); remove "
                     f"{of - files.f_favail} files, or give another --run.folder")

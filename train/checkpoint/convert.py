@@ -14,6 +14,7 @@ from phi1.train.checkpoint.files import Notes, checkpoints, find_damage
 from phi1.train.checkpoint.reader import load_tensors
 from phi1.train.runtime.all_ranks import attempt
 from phi1.train.runtime.launch import RunError
+from phi1.user_files import MIB, read_file
 
 
 def read_weights(checkpoint: Path) -> tuple[dict[str, torch.Tensor], Phi1Config]:
@@ -59,9 +60,9 @@ def find_tokenizer(checkpoint: Path) -> Path | None:
     run = checkpoint.resolve().parent.parent
     places = [run / "export"]
     try:
-        corpus = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["data"]["folder"]
+        corpus = tomllib.loads(read_file(run / "config.toml", MIB).decode())["data"]["folder"]
         places.insert(0, Path(corpus) / "tokenizer")
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return next((place for place in places if (place / "tokenizer.json").is_file()), None)
 

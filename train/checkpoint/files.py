@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from phi1.train.runtime.launch import RunError, say
+from phi1.user_files import LARGEST_JSON, open_regular, parse_json, read_file, read_json
 
 MANIFEST = "manifest.json"
 STATE = "trainer.json"
@@ -68,11 +69,8 @@ def _newest_whole(folder: Path, found: list[Path], report: Callable[[str], None]
         damage = find_damage(path)
         if not damage:
             for wrong, what in damaged.items():
-                aside = wrong.with_name(f"damaged-{wrong.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                wrong.rename(aside)
-                report(f"warning: checkpoint {wrong} is damaged: {what}; it is now {aside.name}, and the run goes on "
-                       f"from {path.name}")
+                report(f"warning: checkpoint {wrong} is damaged: {what}; it is now {_put_aside(wrong)}, and the run "
+                       f"goes on from {path.name}")
             return path
         damaged[path] = damage
     if damaged:
@@ -83,6 +81,21 @@ def _newest_whole(folder: Path, found: list[Path], report: Callable[[str], None]
     return None
 
 
+def _put_aside(damaged: Path) -> str:
+    """Rename a damaged checkpoint, and return its new name. Raises RunError if it cannot be renamed."""
+    aside = damaged.with_name(f"damaged-{damaged.name}")
+    try:
+        if aside.is_dir() and not aside.is_symlink():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
+        damaged.rename(aside)
+    except OSError as error:
+        raise RunError(f"checkpoint {damaged} is damaged, and cannot be renamed to {aside.name}: {error.strerror}; "
+                       "once one of the two is gone, the same command goes on") from None
+    return aside.name
+
+
 class Notes(dict[str, Any]):
     """The values in JSON beside a checkpoint's tensors: step, scaler, recipe, data, environment.
 
@@ -91,8 +104,14 @@ class Notes(dict[str, Any]):
     """
 
     def __init__(self, checkpoint: Path) -> None:
-        super().__init__(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
         self._path = checkpoint
+        try:
+            notes = read_json(checkpoint / STATE)
+        except ValueError as error:
+            raise RunError(f"checkpoint {checkpoint}: {STATE}: {error}") from None
+        if not isinstance(notes, dict) or not isinstance(notes.get("defining", {}), dict):
+            raise RunError(f"checkpoint {checkpoint}: {STATE} does not hold what a trainer notes there")
+        super().__init__(notes)
 
     def __missing__(self, key: str) -> NoReturn:
         raise RunError(f"checkpoint {self._path} was written by another version of phi1, which noted no {key!r} in "
@@ -101,7 +120,7 @@ class Notes(dict[str, Any]):
 
 def describe(path: Path, written: bool = True) -> list[int | str]:
     """Return the size and SHA-256 of a file. If it has just been `written`, force it to the disk."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         if written:  # not every file system has an fsync for files that are only read
             os.fsync(file.fileno())
@@ -135,12 +154,18 @@ def find_damage(checkpoint: Path) -> str | None:
 
 def _read_manifest(path: Path) -> dict[str, list[Any]] | None:
     """Read the size and SHA-256 of each file; None if the manifest is not as it was written."""
-    text = path.read_bytes().decode(errors="replace")
+    text = read_file(path, LARGEST_JSON).decode(errors="replace")
     try:
-        files = json.loads(text)["files"]
-        return files if text == _manifest_text(files) else None
-    except (ValueError, KeyError, TypeError):
-        return None
+        files = parse_json(text)["files"]
+        if text == _manifest_text(files) and all(_is_entry(*entry) for entry in files.values()):
+            return files
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def _is_entry(size: Any, digest: Any) -> bool:
+    return isinstance(size, int) and isinstance(digest, str)
 
 
 def _manifest_text(files: dict[str, list[int | str]]) -> str:

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import io
 import pickle
+from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, ClassVar, NoReturn
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
 from phi1.train.runtime.launch import RunError
+from phi1.user_files import read_file
 
 _FORMAT = "torch.distributed.checkpoint"
 _NAMES = {
@@ -50,26 +54,47 @@ def load_tensors(state: dict[str, Any], checkpoint: Path, **options: Any) -> Non
 class _Reader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / ".metadata"
-        with open(path, "rb") as file:
-            text = file.read(LARGEST + 1)
-        if len(text) > LARGEST:
-            raise RunError(f"{path} must have at most {LARGEST >> 20} MiB")
-        metadata = _Unpickler(io.BytesIO(text)).load()
-        if not isinstance(metadata, Metadata):
+        try:
+            metadata = _Unpickler(io.BytesIO(read_file(path, LARGEST))).load()
+        except OSError as error:
+            raise RunError(f"{path}: {error.strerror}") from None
+        except RunError:
+            raise
+        except Exception as error:  # a pickle that is cut or nonsense raises a dozen types
+            raise RunError(f"{path} is no table of a checkpoint: {error}") from None
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
             raise RunError(f"{path} is no table of a checkpoint")
         for place in metadata.storage_data.values():
-            if Path(place.relative_path).name != place.relative_path:
+            if not isinstance(place, _StorageInfo) or Path(place.relative_path).name != place.relative_path:
                 raise RunError(f"{path} names {place.relative_path!r:.100}, which is not one of the checkpoint's files")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """Python's own unpickler and not C's, which allocates as many memo entries as a pickle says."""
+
+    stack: list[Any]
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _NAMES:
             raise RunError(f".metadata asks for {f'{module}.{name}'!r:.100}, which no checkpoint needs; it is not run")
         return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        """Fill an object that the pickle has made, and nothing that others share: a class, a function, an Enum's value.
+
+        A state that is no dictionary sets attributes by another way, unless the class takes it itself.
+        """
+        state, target = self.stack[-1], self.stack[-2]
+        shared = isinstance(target, type | FunctionType | BuiltinFunctionType | Enum)
+        if shared or not (isinstance(state, dict) or hasattr(target, "__setstate__")):
+            raise RunError(".metadata sets attributes of what is no part of a checkpoint; it is not run")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]
 
 
 class _Tensors(DefaultLoadPlanner):

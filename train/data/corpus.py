@@ -127,7 +127,10 @@ def _open(folder: Path, split: str, verify: bool) -> Corpus:
     for name, expected in content["files"].items():
         if name.startswith((f"{split}-", "tokenizer/")):
             _check_file(folder, name, expected, verify)
-    shards = tuple(Shard(folder / name, content["tokenizer"]) for name in part["shards"])
+    shards = tuple(Shard(folder / name, content["tokenizer"], content["vocab_size"]) for name in part["shards"])
+    if verify:
+        for shard in shards:
+            shard.check(0, shard.n_blocks)
     if sum(shard.size for shard in shards) != part["tokens"]:
         raise DataError(f"{folder}: the {split} split's shards do not hold what the manifest says")
     return Corpus(folder, split, manifest["fingerprint"], part["tokens"], part["bytes"], content["vocab_size"],

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from phi1.atomic import sweep, write_file
 from phi1.train.runtime.launch import RunError, say
 from phi1.train.runtime.provenance import changed, commit, versions
+from phi1.user_files import open_regular, parse_json
 
 if TYPE_CHECKING:
     from phi1.train.metrics.loggers import Logger
@@ -138,7 +139,7 @@ def cut_back(path: Path, finished: int) -> set[tuple[str, int]]:
     if not path.exists():
         return left
     kept = []
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         for raw in file:
             what = _subject(raw)
             if what is None:
@@ -172,14 +173,14 @@ def last_config(path: Path) -> dict[str, Any] | None:
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
     """Read all lines, except an incomplete one at the end; lines of steps have the key "step"."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+    with open_regular(path) as file:
+        return [parse_json(line) for line in file if line.endswith(b"\n")]
 
 
 def _subject(raw: bytes) -> tuple[str, int] | None:
     """Return a line's kind and step; None for a line that is incomplete or not the ledger's."""
     try:
-        line = json.loads(raw) if raw.endswith(b"\n") else None
+        line = parse_json(raw) if raw.endswith(b"\n") else None
     except ValueError:
         return None
     kind, content = next(iter(line.items()), ("", None)) if isinstance(line, dict) else ("", None)

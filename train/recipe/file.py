@@ -15,9 +15,11 @@ from pydantic import TypeAdapter, ValidationError
 from phi1.arguments import expanded
 from phi1.train.recipe.recipe import KEYS, Recipe, changes
 from phi1.train.runtime.launch import RunError
+from phi1.user_files import read_file, read_json
 
 DEFAULT_FILE = Path(__file__).parents[1] / "configs" / "nano.toml"
 SHOWN_PATH = "train/configs/nano.toml"
+LARGEST = 32 << 10  # bytes; a recipe has 3 kB, and tomllib takes minutes for a key of 50,000 dots
 _ADAPTER = TypeAdapter(Recipe)
 
 
@@ -69,7 +71,9 @@ def _read_toml(file: Path, name: str) -> dict[str, Any]:
     try:
         if file.is_dir():  # a checkpoint, whose notes hold the recipe that it was trained with
             return _of_checkpoint(file)
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(read_file(file, LARGEST).decode("utf-8-sig"))
+    except RecursionError:
+        raise RunError(f"--config {name}: not valid TOML: nested too deeply") from None
     except OSError as error:
         raise RunError(f"--config {name}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -80,9 +84,11 @@ def _read_toml(file: Path, name: str) -> dict[str, Any]:
 
 def _of_checkpoint(folder: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))["recipe"]
-        return found
-    except (ValueError, KeyError, FileNotFoundError):
+        found: dict[str, Any] = read_json(folder / "trainer.json")["recipe"]
+        if isinstance(found, dict):
+            return found
+        raise TypeError
+    except (ValueError, KeyError, TypeError, FileNotFoundError):
         raise RunError(f"--config {folder}: neither a TOML file nor a checkpoint that holds its recipe") from None
 
 

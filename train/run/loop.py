@@ -8,6 +8,7 @@ from phi1.train.checkpoint.files import checkpoints
 from phi1.train.run.build import Run
 from phi1.train.runtime.engine import peak_memory_gib
 from phi1.train.runtime.launch import RunError
+from phi1.train.step.trainer import UnreadableData
 
 
 def train(run: Run) -> bool:
@@ -38,8 +39,12 @@ def _step(run: Run) -> None:
     trainer = run.trainer
     run.monitor.begin(f"step {trainer.finished + 1}")
     started = time.perf_counter()
-    with run.profiler.step(trainer.finished + 1):
-        outcome = trainer.run_step()
+    try:
+        with run.profiler.step(trainer.finished + 1):
+            outcome = trainer.run_step()
+    except UnreadableData as error:
+        run.monitor.attempt(lambda: run.saving.save(trainer))
+        raise RunError(f"{error}; saved: {run.saving.saved}") from None
     run.monitor.step(outcome, time.perf_counter() - started, peak_memory_gib(trainer.engine))
     if outcome.skipped:
         why = f"{trainer.problem} (loss {outcome.loss:.4g}, loss scale {outcome.scale:g})"

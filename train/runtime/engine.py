@@ -109,8 +109,14 @@ def _precision(name: str, device: torch.device) -> str:
 def connect_processes(engine: Engine, rank: Rank, store: Store) -> None:
     """Form the process group: gloo for tensors on the CPU, NCCL for tensors on GPUs."""
     backend = "cpu:gloo,cuda:nccl" if engine.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world_size, timeout=PATIENCE,
-                            device_id=engine.device if engine.device.type == "cuda" else None)
+    try:
+        dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world_size, timeout=PATIENCE,
+                                device_id=engine.device if engine.device.type == "cuda" else None)
+    except RuntimeError as error:
+        if "interface" not in str(error):
+            raise
+        raise RunError("gloo finds no network interface, and needs one even for one process: bring up the loopback "
+                       "(ip link set lo up), or name another in GLOO_SOCKET_IFNAME") from None
 
 
 def build_model(config: Phi1Config, engine: Engine, seed: int, init: str | None = None) -> Phi1:

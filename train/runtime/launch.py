@@ -26,6 +26,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from phi1.arguments import one_line
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
@@ -66,7 +68,9 @@ class Rank:
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls()
         found = {name: os.environ.get(name, default) for name, default in _ENVIRONMENT.items()}
-        if not all(map(str.isdecimal, found.values())) or int(found["RANK"]) >= int(found["WORLD_SIZE"]):
+        if not all(map(str.isdecimal, found.values())) or not (
+                int(found["RANK"]) < int(found["WORLD_SIZE"])
+                and int(found["LOCAL_RANK"]) < int(found["LOCAL_WORLD_SIZE"]) <= int(found["WORLD_SIZE"])):
             raise RunError("torchrun numbers the processes it starts; for one alone unset RANK and WORLD_SIZE; got "
                            + ", ".join(f"{name}={text}" for name, text in found.items()))
         place = cls(*map(int, found.values()))
@@ -157,7 +161,7 @@ def stop_with(message: str, rank: Rank, program: str = "pretrain", alike: bool =
 
     A restarted attempt meets the same error again, so only attempt 0 prints it.
     """
-    line = " ".join(str(message).split())
+    line = one_line(message)
     if rank.rank == 0:
         if rank.attempt == 0:
             say(f"{program}: error: {line}", sys.stderr)
@@ -232,6 +236,8 @@ def connect(rank: Rank) -> Store:
                        "torchrun") from None
     except OSError as error:
         raise RunError(f"torchrun does not answer at {where[0]}:{where[1]}: {error.strerror or error}") from None
+    except RuntimeError as error:  # DistNetworkError derives from it: its port is taken, say
+        raise RunError(f"{where[0]}:{where[1]}, MASTER_ADDR and MASTER_PORT: {str(error).splitlines()[0]}") from None
     return PrefixStore(f"phi1/attempt{rank.attempt}", tcp)
 
 

@@ -26,6 +26,10 @@ from phi1.train.step.nonfinite import find_nonfinite
 from phi1.train.step.schedule import learning_rate
 
 
+class UnreadableData(RunError):
+    """A process could not read its part of a step. Nothing of the step has been computed."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The outcome of a step; the same on every process, and in every replay."""
@@ -135,7 +139,7 @@ class Trainer:
         """Collective: return this process's part of a step's batch, and the number of target tokens in the whole batch.
 
         Raises:
-            RunError: on every process, if one could not read its part.
+            UnreadableData: on every process, if one could not read its part.
         """
         batch, problem = None, ""
         try:
@@ -147,7 +151,7 @@ class Trainer:
         if failures:
             problems = [problem] * self.engine.world_size
             dist.all_gather_object(problems, problem)
-            raise RunError(next(filter(None, problems)))
+            raise UnreadableData(next(filter(None, problems)))
         assert batch
         return batch, count
 

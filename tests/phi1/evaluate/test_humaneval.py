@@ -99,7 +99,7 @@ def test_without_a_file_the_installed_package_is_taken_and_else_the_hub(tmp_path
     ("{", "line 1: not JSON"),
     ("\n[]", "line 2: must be an object with the texts task_id, prompt, entry_point, canonical_solution, test; "),
     (json.dumps(OWN[0] | {"test": 3}), "test is not there or no text"),
-    (json.dumps(OWN[0]) + "\n" + json.dumps(OWN[0]), "line 2: task_id Own/thrice is there twice"),
+    (json.dumps(OWN[0]) + "\n" + json.dumps(OWN[0]), "line 2: task_id 'Own/thrice' is there twice"),
     (b"\x1f\x8b1", "own.jsonl: "),
 ])
 def test_what_is_no_file_of_problems_is_one_line(content, message, tmp_path, capsys):
@@ -214,7 +214,7 @@ def test_completions_written_before_and_the_canonical_ones_are_run(file, tmp_pat
     assert "the solution of Own/last does not pass: failed: AssertionError:" in capsys.readouterr().err
     written.write_text('{"task_id": "Own/none", "completion": ""}\n')
     assert run(*base, "--completions", written) == 2
-    assert f"{written}, line 1: there is no problem Own/none" in capsys.readouterr().err
+    assert f"{written}, line 1: there is no problem 'Own/none'" in capsys.readouterr().err
 
 
 def test_stopped_by_sigterm_it_keeps_what_has_run_and_clears_up(file, tmp_path, monkeypatch):

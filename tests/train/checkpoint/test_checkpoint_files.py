@@ -142,7 +142,7 @@ def before_look(number, path, act):
         return act_and_look
 
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((os, "stat"), (os, "listdir"), (io, "open"), (builtins, "open")):
+        for owner, name in ((os, "stat"), (os, "listdir"), (os, "open"), (io, "open"), (builtins, "open")):
             patch.setattr(owner, name, acting(getattr(owner, name)))
         yield acted
 

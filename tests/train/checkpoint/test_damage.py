@@ -1,11 +1,13 @@
 """Damaged files of a checkpoint and of a corpus: each is found and named, for any byte of any file."""
 
 import random
+import re
 import shutil
 
 import pytest
 from training_runs import release, start, wait_for
 
+from phi1.train.checkpoint.files import checkpoints, find_damage
 from phi1.train.commands.verify import verify
 from phi1.train.runtime.launch import RunError
 
@@ -28,7 +30,7 @@ def corpus(place, tmp_path):
     return shutil.copytree(place / "data", tmp_path / "data")
 
 
-def test_a_byte_flipped_during_a_run_is_named_when_the_run_ends(place):
+def test_a_byte_flipped_during_a_run_is_named_by_the_step_that_reads_it(place):
     shutil.copytree(place / "data", place / "flipped")
     process = start(place, "unaware", data__folder="flipped", hold="step-40")
     wait_for(process, lambda: list((place / "unaware" / "checkpoints").glob(".step-40.*")))
@@ -39,10 +41,13 @@ def test_a_byte_flipped_during_a_run_is_named_when_the_run_ends(place):
         file.write(content)
     release(place, "unaware")
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert ("warning: the corpus has changed since the run began, and may have been read like that: "
-            "flipped/train-00000.bin: damaged: its content hash is wrong") in out
-    assert (place / "unaware" / "export").is_dir()
+    assert process.returncode == 2, out
+    assert re.search(r"error: rank 0 could not read its data of step 4\d: flipped/train-00000.bin: damaged: block 0 "
+                     r"\(tokens 0 to [\d,]+\) is not as it was written; ", err)
+    last = checkpoints(place / "unaware" / "checkpoints")[-1]
+    assert err.rstrip().endswith(f"; saved: unaware/checkpoints/{last.name}")
+    assert last.name in ("step-40", "step-41")
+    assert find_damage(last) is None
 
 
 @pytest.mark.parametrize(("kind", "shard", "extra"), [("checkpoint", "__0_0.distcp", "__0_1.distcp"),

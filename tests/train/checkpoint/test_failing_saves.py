@@ -72,7 +72,8 @@ def test_a_save_that_fails_on_one_process_costs_that_save_alone(small_corpus, tm
     reasons = ["MemoryError", "SystemExit 3", "Input/output error", "MemoryError"]
     for number, (line, reason) in enumerate(zip(one, 2 * reasons, strict=True)):
         assert line.startswith(f"checkpoint {folder}/step-{2 * number + 1} could not be written: "), line
-        assert reason in line or "imed out" in line, line
+        # Under load the other process may notice first that this one has given its group up.
+        assert reason in line or "imed out" in line or "Connection closed" in line, line
     assert [path.name for path in checkpoints(folder)] == ["step-14", "step-16"]
     assert not list(folder.glob(".*"))
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from training_runs import SMALL, make_trainer, save_checkpoint
 
 from phi1.train.checkpoint.checkpoint import load_checkpoint
@@ -62,6 +62,16 @@ def under_a_dotted_name(checkpoint, program):
         b"\x80\x04\x8c\x05torch\x8c" + bytes([len(name)]) + name + b"\x93\x8c" + bytes([len(path)]) + path + b"\x85R.")
 
 
+def in_the_attributes_of_a_class(checkpoint, program):
+    """BUILD with a pair of states sets the second one's items by setattr, here on the class of every table."""
+    name = b"ctorch.distributed.checkpoint.metadata\nMetadata\n"
+    (checkpoint / ".metadata").write_bytes(b"\x80\x02" + name + b"N}X\x06\x00\x00\x00mkdir_K\x01s\x86b.")
+
+
+def in_a_memo_beyond_memory(checkpoint, program):
+    (checkpoint / ".metadata").write_bytes(b"\x80\x02Nr\xff\xff\xff\x3f.")  # LONG_BINPUT
+
+
 def in_place_of_a_tensor(checkpoint, program, as_bytes=True):
     metadata, written = table(checkpoint), io.BytesIO()
     torch.save(program, written)
@@ -92,6 +102,8 @@ def in_another_file(checkpoint, program):
 @pytest.mark.parametrize(("plant", "complaint"), [
     (in_the_table, r"asks for 'posix\.mkdir'"), (in_a_field_of_the_table, r"asks for 'posix\.mkdir'"),
     (under_a_dotted_name, r"asks for 'torch\.serialization\.os\.mkdir'"),
+    (in_the_attributes_of_a_class, "sets attributes of what is no part"),
+    (in_a_memo_beyond_memory, "is no table of a checkpoint"),
     (in_place_of_a_tensor, "'model.embed.weight' is no tensor but a pickle"),
     (in_a_tensor, "Weights only load failed"), (in_another_file, r"names '\.\./elsewhere'"),
 ], ids=lambda value: getattr(value, "__name__", ""))
@@ -106,6 +118,7 @@ def test_no_program_in_a_checkpoint_runs(saved, small_corpus, engines, tmp_path,
                                                                             checkpoint)
     assert "\n" not in str(raised.value)
     assert not marker.exists()
+    assert not hasattr(Metadata, "mkdir_")
 
 
 def test_the_programs_would_run(saved, tmp_path):

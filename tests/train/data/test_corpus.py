@@ -15,10 +15,11 @@ import pytest
 
 from phi1.tokenizer import train_bpe
 from phi1.tokenizer_rules import MIN_VOCAB
+from phi1.train.commands.verify import verify
 from phi1.train.data.corpus import open_corpus
 from phi1.train.data.sampler import sample_order
-from phi1.train.data.shards import DOCUMENT, DataError, ShardHeader, read_header
-from phi1.train.prepare.writer import CorpusWriter
+from phi1.train.data.shards import DOCUMENT, MANIFEST, DataError, ShardHeader, read_header, read_manifest
+from phi1.train.prepare.writer import CorpusWriter, write_manifest
 
 SHARD, BLOCK = 512, 64  # small, so that documents and rows cross blocks and shards
 TOKENIZER = train_bpe([], MIN_VOCAB)
@@ -154,11 +155,48 @@ def test_a_shard_cut_short_after_it_was_opened_is_named(corpus):
     folder, streams = corpus
     opened, path = open_corpus(folder, "train"), folder / "train-00002.bin"
     os.truncate(path, 4096 + 2 * 100 + 1)  # tokens 1,024 to 1,123 of the stream, and half of one
-    assert np.array_equal(opened.rows(np.array([0]), 1123)[0], streams["train"][:1124])
+    assert np.array_equal(opened.rows(np.array([0]), 1087)[0], streams["train"][:1088])  # its block is whole
     for index, seq_len, byte in ((1, 1024, "4,297"), (0, 1124, "4,297"), (20, 64, "4,608")):
         line = f"{path}: cut short since it was opened: it has no byte {byte} any more"
         with pytest.raises(DataError, match=f"^{re.escape(line)}$"):
             opened.rows(np.array([index]), seq_len)
+
+
+def test_a_shard_that_is_written_to_after_it_was_opened_is_named(corpus):
+    folder, streams = corpus
+    opened, path = open_corpus(folder, "train"), folder / "train-00002.bin"
+    for _ in range(2):  # before and after its blocks have been read
+        assert np.array_equal(opened.rows(np.array([17]), 64)[0], streams["train"][17 * 64 : 18 * 64 + 1])
+        with path.open("r+b") as file:
+            file.seek(4096 + 2 * 70)
+            before = file.read(2)
+            file.seek(-2, os.SEEK_CUR)
+            file.write(bytes(2))
+        os.utime(path, ns=(0, os.stat(path).st_mtime_ns + 1))  # a clock may tick every 4 ms alone
+        with pytest.raises(DataError, match=rf"{path}: damaged: block 1 \(tokens 64 to 127\) is not as it was written"):
+            opened.rows(np.array([17]), 64)
+        with path.open("r+b") as file:
+            file.seek(4096 + 2 * 70)
+            file.write(before)
+
+
+def test_an_id_beyond_the_vocabulary_is_named(tmp_path):
+    folder, largest = tmp_path / "corpus", int(make_corpus(tmp_path / "corpus", [300], [10])["train"].max())
+
+    def open_with(vocab_size, verify=True):
+        content = read_manifest(folder)["content"]
+        (folder / MANIFEST).unlink()
+        write_manifest(folder, content | {"vocab_size": vocab_size}, {})
+        return open_corpus(folder, "train", verify=verify)
+
+    open_with(largest + 1)
+    with pytest.raises(DataError, match=rf"holds the id {largest}, and the tokenizer has {largest:,}"):
+        open_with(largest)
+    [(_, damage)] = verify(folder)
+    assert f"holds the id {largest}" in damage
+    opened = open_with(largest, verify=False)
+    with pytest.raises(DataError, match=rf"holds the id {largest}"):
+        opened.rows(np.array([0]), 299)
 
 
 def test_an_error_of_the_system_is_passed_on(corpus, monkeypatch):

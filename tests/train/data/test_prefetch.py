@@ -81,7 +81,7 @@ def third_step_with_a_broken_disk(rank, store, data):
 
     def breaking(file, *where):
         reads.append(file)
-        if rank.rank == 1 and len(reads) > 4:  # two rows a step
+        if rank.rank == 1 and len(reads) > 5:  # a block, and two rows a step
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return preadv(file, *where)
 

@@ -12,13 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+import xxhash
 from torch.distributed import HashStore
 from training_runs import SCRIPT, start, steps, train, weights
 
 from phi1.train import pretrain
 from phi1.train.data.batch_plan import BatchPlan, micro_batches, samples_of_step
 from phi1.train.data.corpus import Corpus
-from phi1.train.data.shards import Shard, ShardHeader
+from phi1.train.data.shards import BLOCK_TOKENS, Shard, ShardHeader
 from phi1.train.evaluate.validation import Figures
 from phi1.train.recipe.file import read_recipe
 from phi1.train.run import run as run_module
@@ -119,7 +120,9 @@ def test_a_signal_in_the_export_interrupts_it(tmp_path, monkeypatch, signalled):
 def test_the_data_are_positioned_at_any_step_within_a_second(tmp_path):
     recipe = read_recipe(SCRIPT.parent / "configs" / "phi1-base.toml", {})
     seq_len, batch, n_tokens = recipe.data.seq_len, recipe.train.batch_size, 7_000_000_000
-    header = ShardHeader(ShardHeader.size(n_tokens, 1 << 30), n_tokens, "0" * 64, 1 << 30, (0,) * 7)
+    whole = xxhash.xxh3_64_intdigest(bytes(2 * BLOCK_TOKENS))
+    header = ShardHeader(ShardHeader.size(n_tokens, BLOCK_TOKENS), n_tokens, "0" * 64, BLOCK_TOKENS,
+                         (whole,) * -(-n_tokens // BLOCK_TOKENS))
     (tmp_path / "shard").write_bytes(header.pack())
     os.truncate(tmp_path / "shard", header.header_bytes + 2 * n_tokens)  # 14 GB that take no room
     corpus = Corpus(tmp_path, "train", "", n_tokens, 0, 51200, 50256, (Shard(tmp_path / "shard", "0" * 64),))
