@@ -2,7 +2,7 @@
 
 Each room computes one operation or one family of operations. Its `__init__.py` says what it may import:
 
-    core             backend, checks, constants, tiles, memory and philox; imports no other room
+    core             backend, checks, constants, tiles, memory, philox and sums; imports no other room
     pointwise, gemm  NAME.py holds the operator, the CPU path and the reference, NAME_triton.py the kernels
     cross_entropy, attention, block
                      spec.py < eager.py and *_triton.py < dispatch.py < the operators

@@ -28,7 +28,6 @@ FILE = Path(__file__).with_name("allowed.toml")
 MESSAGES = {
     "error": "does not compile: {error}",
     "no_tensor": "has no tensor instruction",
-    "not_specialised": "is not warp-specialised: the compiler ignored the request",
     "serialised": "ptxas has serialised its wgmma instructions, {allowed} times allowed",
     "stack": "spills {value} bytes a thread, {allowed} allowed",
     "loop_spills": "{value} accesses to spilled registers in a main loop, {allowed} allowed",
@@ -91,7 +90,6 @@ def _faults(case: Case, arch: str, report: Report) -> dict[str, int]:
     halves = any(kind in ("*fp16", "*bf16") for kind in launch.types.values())
     return {
         "no_tensor": int(not report.tensor_instructions and halves and multiplies(launch.kernel)),
-        "not_specialised": int(bool(launch.constants.get("WARP_SPECIALIZE")) and not report.register_moves),
         "serialised": report.serialised,
         "stack": report.stack,
         "loop_spills": report.loop_spills,

@@ -51,7 +51,6 @@ class Report:
         shared: bytes of shared memory a program.
         warps: of a program, those that the compiler added included.
         tensor_instructions: how many are in the code.
-        register_moves: how often the code moves registers between warps (`setmaxnreg`), as warp-specialised code does.
         serialised: how often ptxas says that it has serialised wgmma instructions: none runs beside other work then.
         loads, stores: width in bytes -> how many global accesses are in the code.
         error: why it does not compile; the other fields are then 0.
@@ -63,7 +62,6 @@ class Report:
     shared: int = 0
     warps: int = 0
     tensor_instructions: int = 0
-    register_moves: int = 0
     serialised: int = 0
     loads: Mapping[int, int] = field(default_factory=dict)
     stores: Mapping[int, int] = field(default_factory=dict)

@@ -51,7 +51,6 @@ def measure(launch: Launch, arch: str) -> Report:
     return Report(
         registers, stack, loop_spills, compiled.metadata.shared, warps,
         tensor_instructions=len(re.findall(gpu.tensor_instruction, assembly)),
-        register_moves=len(re.findall(r"\bsetmaxnreg\b", assembly)),
         serialised=len(re.findall(r"wgmma\.mma_async instructions are serialized", log)),
         loads=_widths(accesses, "load"), stores=_widths(accesses, "store"),
     )

@@ -11,12 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phi1.kernels.core import constants
 from phi1.kernels.core.philox_triton import philox_key
-
-LOG2E = tl.constexpr(constants.LOG2E)
-# The maximum score of a query that sees no key. It is finite, so that its probabilities are 0 and not NaN.
-LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -65,17 +60,23 @@ def program_rows(cu_seqlens_ptr, n_queries, n_keys, n_heads, n_blocks, n_samples
 @triton.jit
 def keys_of_queries(first, start, n_queries, n_keys, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_N: tl.constexpr):
-    """Return (begin, whole, end) in keys for BLOCK_M queries from `first` on.
+    """Return (begin, masked, end) in keys for BLOCK_M queries from `first` on. start: the sample's first, or None.
 
-    Some query sees a key in each tile of begin..end. Every query sees all keys of begin..whole, except those before
-    start.
+    Some query sees a key in each tile of begin..end. Every query sees all keys of the tiles begin..masked. A causal
+    program has a tile in masked..end: the one of its first query. Saying so saves registers.
     """
-    offset = n_keys - n_queries
-    begin, whole, end = start // BLOCK_N * BLOCK_N, n_keys, n_keys
+    masked, end = n_keys, n_keys
     if IS_CAUSAL:
-        whole = tl.minimum(n_keys, first + offset + 1)
-        end = tl.minimum(n_keys, first + offset + BLOCK_M)
-    return begin, whole // BLOCK_N * BLOCK_N, end
+        masked = first + n_keys - n_queries
+        end = tl.minimum(n_keys, masked + BLOCK_M)
+    if start is None:
+        begin, masked = 0, masked // BLOCK_N * BLOCK_N
+        if IS_CAUSAL:
+            tl.assume(masked < end)
+    else:
+        begin = start // BLOCK_N * BLOCK_N
+        masked = begin
+    return begin, masked, end
 
 
 @triton.jit
@@ -83,13 +84,15 @@ def load_rows(ptr, first, low, high, stride_t, ROWS: tl.constexpr, HEAD_DIM: tl.
               MASKED: tl.constexpr):
     """Load rows first.. of a head, [ROWS, BLOCK_D]. Columns past HEAD_DIM and, if MASKED, rows outside low..high are 0.
 
-    ptr: [T, H, K] of one sample and head.
+    ptr: [T, H, K] of one sample and head. low: None for 0.
     """
     offs_r, offs_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     ptrs = ptr + tl.cast(first, tl.int64) * stride_t + (offs_r[:, None] * stride_t + offs_d[None, :])
     if MASKED:
         row = first + offs_r
-        mask = ((row >= low) & (row < high))[:, None]
+        mask = (row < high)[:, None]
+        if low is not None:
+            mask = mask & (row >= low)[:, None]
         if BLOCK_D > HEAD_DIM:
             mask = mask & (offs_d < HEAD_DIM)[None, :]
         x = tl.load(ptrs, mask=mask, other=0.0)
@@ -167,40 +170,49 @@ def rotate_columns(x, cos_ptr, sin_ptr, position, known, SIGN: tl.constexpr, HAL
 
 
 @triton.jit
-def sees(query, key, n_keys, start, IS_CAUSAL: tl.constexpr, HAS_STARTS: tl.constexpr):
-    """Return True where a query sees a key. query and key are positions whose shapes broadcast."""
-    seen = key < n_keys
+def sees(query, key, n_keys, start, IS_CAUSAL: tl.constexpr):
+    """Return True where a query sees a key. query and key are positions whose shapes broadcast.
+
+    A causal query is before n_keys, so a key that it sees is, too. Rows of queries past the end add nothing to a
+    result, whatever they see. start: the first visible position of the sample, or None.
+    """
     if IS_CAUSAL:
-        seen = seen & (key <= query)
-    if HAS_STARTS:
-        seen = seen & (key >= start) & (query >= start)
+        seen = key <= query
+    else:
+        seen = key < n_keys
+    if start is not None:
+        seen = seen & (key >= start)
+        if not IS_CAUSAL:
+            seen = seen & (query >= start)
     return seen
 
 
 @triton.jit
 def first_token(seq_starts_ptr, sample, n_keys):
-    """Return the first visible position of the sample, 0 without seq_starts. seq_starts_ptr: [B], or None."""
-    start = n_keys * 0
-    if seq_starts_ptr is not None:
-        start = tl.load(seq_starts_ptr + sample).to(tl.int32)
-        start = tl.minimum(tl.maximum(start, 0), n_keys)
-    return start
+    """Return the first visible position of the sample. seq_starts_ptr: [B]."""
+    start = tl.load(seq_starts_ptr + sample).to(tl.int32)
+    return tl.minimum(tl.maximum(start, 0), n_keys)
 
 
 @triton.jit
-def masks_of(rng_ptr, sample_ids_ptr, sample, n_samples, head, stream, threshold):
+def dropout_of(rng_ptr, sample_ids_ptr, sample, n_samples, head, stream, threshold):
     """Return (key, sample, stream, threshold) of the dropout masks of one head, all of the counters but row and column.
 
-    rng_ptr: [2] int64, or None. sample_ids_ptr: [n_samples] int64, or None, and then the sample's index is its id.
-    Without dropout the result is not used.
+    rng_ptr: [2] int64. sample_ids_ptr: [n_samples] int64, or None, and then the sample's index is its id.
     """
     if sample_ids_ptr is not None:
         inside = (sample >= 0) & (sample < n_samples)
         sample = tl.load(sample_ids_ptr + sample, mask=inside, other=0).to(tl.int32)
-    key = 0
-    if rng_ptr is not None:
-        key = philox_key(rng_ptr)
-    return key, sample, stream + head.to(tl.int32), threshold
+    return philox_key(rng_ptr), sample, stream + head.to(tl.int32), threshold
+
+
+@triton.jit
+def kept_scale(dropout):
+    """Return the factor on kept probabilities. dropout: from `dropout_of`, or None."""
+    if dropout is None:
+        return 1.0
+    else:  # noqa: RET505  without the else, Triton would also compile the code that never runs
+        return 65536.0 / (65536 - dropout[3])
 
 
 @triton.jit
@@ -213,15 +225,6 @@ def load_statistics(ptr, first, n_rows, other, ROWS: tl.constexpr):
     rows = first + tl.arange(0, ROWS)
     x = tl.load(ptr + rows, mask=rows < n_rows, other=other)
     return tl.sum(x[:, None], 1)
-
-
-@triton.jit
-def mask_scale(rng_ptr, threshold):
-    """Return the factor on kept probabilities. rng_ptr is None without dropout."""
-    if rng_ptr is None:
-        return 1.0
-    else:  # noqa: RET505  without the else, Triton would also compile the code that never runs
-        return 65536.0 / (65536 - threshold)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_positions"])
@@ -246,7 +249,7 @@ def rotate_rows_kernel(
     pid, blocks = tl.program_id(0), tl.cdiv(n_tokens, BLOCK_T)
     head, sample = (pid % n_heads).to(tl.int64), (pid // n_heads // blocks).to(tl.int64)
     first = pid // n_heads % blocks * BLOCK_T
-    x = load_rows(x_ptr + sample * stride_x_b + head * stride_x_h, first, 0, n_tokens, stride_x_t, BLOCK_T, HEAD_DIM,
+    x = load_rows(x_ptr + sample * stride_x_b + head * stride_x_h, first, None, n_tokens, stride_x_t, BLOCK_T, HEAD_DIM,
                   BLOCK_D, True)
     y = rotate(x, (cos_ptr, sin_ptr, positions_ptr + sample * n_tokens, n_positions), first, n_tokens, 1, HALF)
     store_rows(y_ptr + (sample * n_tokens * n_heads + head) * HEAD_DIM, y, first, n_tokens, n_heads * HEAD_DIM, BLOCK_T,

@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 
 from phi1.kernels.attention.spec import AttentionSpec
-from phi1.kernels.core.constants import LOG2E
+from phi1.kernels.core.constants import LOG2E, LOWEST
 from phi1.kernels.core.cpu_matmul import multiplies
 from phi1.kernels.core.cpu_memory import empty
 from phi1.kernels.core.philox import attention_keep, dropout_scale
@@ -111,7 +111,7 @@ def _forward(q, k, v, out, lse, spec: AttentionSpec) -> None:
             last = min(first + step, n_queries)
             s, end = _scores(q_tile, k_tile, first, last, n_queries, spec, samples)
             # A query that sees no key has a maximum of -inf. The clamps make its probabilities 0.
-            high = s.amax(-1, keepdim=True).clamp_(min=-1e30)
+            high = s.amax(-1, keepdim=True).clamp_(min=LOWEST)
             p = s.sub_(high).exp2_()
             total = p.sum(-1, keepdim=True).clamp_(min=1.0)
             rows = out_tile[:, :, first:last]

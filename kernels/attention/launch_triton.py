@@ -5,9 +5,7 @@ B batch, Tq queries, Tk keys, H heads, K head size, N = B * Tq rows, R rotary di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextvars import copy_context
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,16 +34,14 @@ def _tiles(*tiles: tuple[int, ...], more: tuple[str, ...] = ()) -> list[dict[str
 
 
 # What rotates on load reads half as much as what rotates into scratch first, and rotates each row for each tile.
-# "tma" reads k and v by TMA (sm_90 and later), "warp_specialize" leaves these reads to warps of their own: 4 that read
-# and 8 that compute, of which the 4 of "num_warps" are the first. Both only where `_Call.described` says so.
+# "tma" reads k and v by TMA (sm_90 and later), where `_Call.described` says so and nothing is rotated: with a rotated q
+# ptxas serialises the wgmma instructions of a tile of 128 x 64.
 TILES |= {
     ("attention", "forward"): _tiles(
-        (128, 128, 0, 8, 3, 0, 0), (128, 128, 1, 8, 3, 0, 0), (128, 128, 0, 8, 2, 0, 0), (256, 64, 0, 8, 3, 0, 0),
-        (128, 64, 0, 8, 3, 0, 0), (128, 64, 1, 8, 3, 0, 0), (128, 64, 0, 4, 3, 0, 0), (128, 64, 1, 4, 3, 0, 0),
-        (128, 64, 0, 4, 2, 0, 0), (128, 32, 0, 4, 3, 0, 0), (64, 128, 0, 4, 3, 0, 0), (64, 64, 0, 4, 3, 0, 0),
-        (128, 128, 0, 8, 3, 1, 0), (128, 128, 0, 8, 2, 1, 0), (128, 64, 0, 8, 3, 1, 0), (128, 128, 0, 4, 2, 1, 1),
-        (128, 128, 0, 4, 3, 1, 1), (128, 64, 0, 4, 2, 1, 1),
-        more=("tma", "warp_specialize")),
+        (128, 128, 0, 8, 3, 0), (128, 128, 1, 8, 3, 0), (128, 128, 0, 8, 2, 0), (256, 64, 0, 8, 3, 0),
+        (128, 64, 0, 8, 3, 0), (128, 64, 1, 8, 3, 0), (128, 64, 0, 4, 3, 0), (128, 64, 1, 4, 3, 0),
+        (128, 64, 0, 4, 2, 0), (128, 32, 0, 4, 3, 0), (64, 128, 0, 4, 3, 0), (64, 64, 0, 4, 3, 0),
+        (128, 128, 0, 8, 3, 1), (128, 128, 0, 8, 2, 1), (128, 64, 0, 8, 3, 1), more=("tma",)),
     ("attention", "backward_dq"): _tiles(
         (128, 128, 0, 8, 2), (128, 128, 1, 8, 2), (128, 64, 0, 8, 2), (128, 64, 1, 8, 2), (128, 64, 0, 8, 3),
         (128, 32, 0, 4, 2), (64, 128, 0, 8, 2), (64, 64, 0, 4, 2), (64, 64, 0, 8, 2), (64, 32, 0, 4, 2)),
@@ -74,32 +70,13 @@ def launch_attention_forward(
     on_load = call.rotates_on_load(t)
     if call.rotates and not on_load:
         k = call.rotated(k)
-    tma = described and bool(t["tma"]) and not on_load and call.described(k, v)  # k may be a rotated copy
-    specialized = tma and bool(t["warp_specialize"]) and not call.rotates and spec.dropout is None
+    tma = described and bool(t["tma"]) and not call.rotates
     read_k, read_v = (call.descriptor(x, t["block_n"]) if tma else x for x in (k, v))
-
-    launch = partial(
-        attention_forward_kernel[call.grid(call.n_queries, t["block_m"])],
-        q, read_k, read_v, out, lse, scale_log2=spec.scale * LOG2E, ROTATE_Q=call.rotates,
-        ROTATE_K=on_load, TMA=tma, WARP_SPECIALIZE=specialized, **call.arguments(call.n_queries, t["block_m"], t),
-        **call.strides(q=q, k=k, v=v),
+    attention_forward_kernel[call.grid(call.n_queries, t["block_m"])](
+        q, read_k, read_v, out, lse, scale_log2=spec.scale * LOG2E, ROTATE_Q=call.rotates, ROTATE_K=on_load, TMA=tma,
+        **call.arguments(call.n_queries, t["block_m"], t), **call.strides(q=q, k=k, v=v),
     )
-    if specialized:
-        _with_scratch(launch)
-    else:
-        launch()
     return out, lse
-
-
-def _with_scratch(launch: Callable[[], object]) -> None:
-    """Launch a kernel that makes descriptors, with an allocator for their memory.
-
-    Triton's allocator is a context variable, so a copy of the context leaves the caller's allocator as it is.
-    """
-    context = copy_context()
-    context.run(triton.set_allocator, lambda size, alignment, stream: torch.empty(size, dtype=torch.int8,
-                                                                                   device="cuda"))
-    context.run(launch)
 
 
 def launch_attention_backward(

@@ -20,12 +20,12 @@ import triton.language as tl
 
 from phi1.kernels.core.constants import FP_FUSION
 from phi1.kernels.core.philox import Dropout, dropout_scale, is_active, threshold
+from phi1.kernels.core.sums_triton import SUM_COLS, SUM_ROWS, store_sums
 from phi1.kernels.pointwise.dropout_triton import dropped_tile, mask_arguments, mask_stream
 
 # At phi-1's N = 16,384, 128 rows of partial sums are 1 % of the bytes read.
 MAX_PARTIALS, ROWS, COLS = 128, 8, 256
 BRANCH_ROWS = 4  # with two masks: 80 registers a thread on sm_90; 8 rows take 116 and leave a third fewer warps
-SUM_BLOCK_P, SUM_BLOCK_F = 64, 32
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_partials"])
@@ -142,44 +142,22 @@ def bias_sums_kernel(
     n_fc2,
     WIDTH: tl.constexpr,
     INNER: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
-    """One program per BLOCK_F columns of a gradient."""
-    QKV: tl.constexpr = (3 * WIDTH + BLOCK_F - 1) // BLOCK_F
-    FC1: tl.constexpr = QKV + (INNER + BLOCK_F - 1) // BLOCK_F
-    DENSE: tl.constexpr = FC1 + (WIDTH + BLOCK_F - 1) // BLOCK_F
+    """One program per COLS columns of a gradient."""
+    QKV: tl.constexpr = (3 * WIDTH + COLS - 1) // COLS
+    FC1: tl.constexpr = QKV + (INNER + COLS - 1) // COLS
+    DENSE: tl.constexpr = FC1 + (WIDTH + COLS - 1) // COLS
     pid = tl.program_id(0)
     if pid < QKV:
-        add_partials(dqkv_partial_ptr, in_ptr, pid, n_dqkv, 3 * WIDTH, BLOCK_P, BLOCK_F)
+        store_sums(dqkv_partial_ptr, in_ptr, pid, n_dqkv, 3 * WIDTH, ROWS, COLS)
     elif pid < FC1:
-        add_partials(dpre_partial_ptr, in_ptr + 3 * WIDTH, pid - QKV, n_dpre, INNER, BLOCK_P, BLOCK_F)
+        store_sums(dpre_partial_ptr, in_ptr + 3 * WIDTH, pid - QKV, n_dpre, INNER, ROWS, COLS)
     elif pid < DENSE:
-        add_partials(dense_partial_ptr, out_ptr, pid - FC1, n_dense, WIDTH, BLOCK_P, BLOCK_F)
+        store_sums(dense_partial_ptr, out_ptr, pid - FC1, n_dense, WIDTH, ROWS, COLS)
     else:
-        add_partials(fc2_partial_ptr, out_ptr + WIDTH, pid - DENSE, n_fc2, WIDTH, BLOCK_P, BLOCK_F)
-
-
-@triton.jit
-def add_partials(
-    partial_ptr,  # [n_partials, N_COLS] float32
-    sum_ptr,  # [N_COLS] output
-    pid,
-    n_partials,
-    N_COLS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    """Store the sum of all partial rows in BLOCK_F columns."""
-    offs_f = pid * BLOCK_F + tl.arange(0, BLOCK_F)  # [BLOCK_F]
-    mask_f = offs_f < N_COLS
-    total = tl.zeros((BLOCK_P, BLOCK_F), dtype=tl.float32)
-    for first in range(0, n_partials, BLOCK_P):
-        offs_p = first + tl.arange(0, BLOCK_P)  # [BLOCK_P]
-        mask = (offs_p < n_partials)[:, None] & mask_f[None, :]
-        offs = offs_p.to(tl.int64)[:, None] * N_COLS + offs_f[None, :]  # [BLOCK_P, BLOCK_F]
-        total += tl.load(partial_ptr + offs, mask=mask, other=0.0)
-    tl.store(sum_ptr + offs_f, tl.sum(total, axis=0).to(sum_ptr.dtype.element_ty), mask=mask_f)
+        store_sums(fc2_partial_ptr, out_ptr + WIDTH, pid - DENSE, n_fc2, WIDTH, ROWS, COLS)
 
 
 def launch_bias_partials(dqkv: torch.Tensor, dy: torch.Tensor | None) -> list[torch.Tensor]:
@@ -234,9 +212,9 @@ def launch_bias_sums(
     (dense, fc2), inner = branches, dpre.shape[1]
     width = dense.shape[1]
     db_in, db_out = like.new_empty(3 * width + inner), like.new_empty((2, width))
-    bias_sums_kernel[(sum(triton.cdiv(n, SUM_BLOCK_F) for n in (3 * width, inner, width, width)),)](
+    bias_sums_kernel[(sum(triton.cdiv(n, SUM_COLS) for n in (3 * width, inner, width, width)),)](
         dqkv, dpre, dense, fc2, db_in, db_out, n_dqkv=dqkv.shape[0], n_dpre=dpre.shape[0], n_dense=dense.shape[0],
-        n_fc2=fc2.shape[0], WIDTH=width, INNER=inner, BLOCK_P=SUM_BLOCK_P, BLOCK_F=SUM_BLOCK_F, num_warps=4,
+        n_fc2=fc2.shape[0], WIDTH=width, INNER=inner, ROWS=SUM_ROWS, COLS=SUM_COLS, num_warps=4,
         enable_fp_fusion=FP_FUSION,
     )
     return db_in, db_out

@@ -17,13 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
-from phi1.kernels.core import constants
 from phi1.kernels.core.constants import FP_FUSION
+from phi1.kernels.core.constants_triton import LOG2E, LOWEST
+from phi1.kernels.core.sums_triton import sum_rows
 from phi1.kernels.core.tiles import TILES, tile
 from phi1.kernels.cross_entropy.spec import LossRule, Needs, gradient_dtype, scale_of
 
-LOG2E = tl.constexpr(constants.LOG2E)
-NAN = tl.constexpr(float("nan"))
 # Row strides are padded to 128 columns, so every row starts 16-byte aligned for any V, and column_sums needs no mask.
 COLUMN_MULTIPLE = 128
 # The product for dX of 2048 rows is 128 tiles of 128 x 256 at D = 2048: one wave of an H100's 132 SMs.
@@ -63,7 +62,7 @@ def row_sums(
     """
     # Each lane has its own maximum and sum, so the loop has no barrier. The larger of l and the maximum has exponential
     # 1, so one exponential is enough for both.
-    high = tl.full([BLOCK_V], -1e30, dtype=tl.float32)
+    high = tl.full([BLOCK_V], LOWEST, dtype=tl.float32)
     total = tl.zeros([BLOCK_V], dtype=tl.float32)
     plain = tl.zeros([BLOCK_V], dtype=tl.float32)
     for first in range(0, STRIDE, BLOCK_V):
@@ -110,11 +109,11 @@ def loss_rows_kernel(
     high, total, mean = row_sums(logits_ptr, bias_ptr, VOCAB, COLUMNS, STRIDE, SMOOTHS, BLOCK_V)
     lse = high + tl.log(total)
     loss = lse - own + label_smoothing * (own - mean) + z_loss * lse * lse
-    tl.store(losses_ptr + pid_n, tl.where(counted, tl.where(known, loss, NAN), 0.0))
+    tl.store(losses_ptr + pid_n, tl.where(counted, tl.where(known, loss, float("nan")), 0.0))
     tl.store(lse_ptr + pid_n, lse)
 
     if GRADIENTS:
-        unit = tl.where(counted, tl.where(known, SCALE, NAN), 0.0)
+        unit = tl.where(counted, tl.where(known, SCALE, float("nan")), 0.0)
         if row_weights_ptr is not None:
             unit *= tl.load(row_weights_ptr + pid_n)
         factor = unit * (1.0 + 2.0 * z_loss * lse) / total
@@ -141,14 +140,10 @@ def column_sums_kernel(
 ):
     """One program per BLOCK_V columns, over all rows of the chunk."""
     offs_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)  # [BLOCK_V], less than STRIDE
-    sums = tl.zeros([BLOCK_C, BLOCK_V], dtype=tl.float32)
-    for first in range(0, n_rows, BLOCK_C):
-        offs_c = first + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-        offs = offs_c.to(tl.int64)[:, None] * STRIDE + offs_v[None, :]  # [BLOCK_C, BLOCK_V]
-        sums += tl.load(dlogits_ptr + offs, mask=(offs_c < n_rows)[:, None], other=0.0).to(tl.float32)
+    sums = sum_rows(dlogits_ptr, offs_v, None, n_rows, STRIDE, BLOCK_C)
     mask_v = offs_v < VOCAB
     before = tl.load(sums_ptr + offs_v, mask=mask_v, other=0.0)
-    tl.store(sums_ptr + offs_v, before + tl.sum(sums, axis=0), mask=mask_v)
+    tl.store(sums_ptr + offs_v, before + sums, mask=mask_v)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from phi1.kernels.core.constants import FP_FUSION
+from phi1.kernels.core.sums_triton import column_sum
 from phi1.kernels.core.tiles import TILES, tile
 from phi1.kernels.gemm.matmul_triton import (
     check_rows,
@@ -28,7 +29,7 @@ from phi1.kernels.gemm.matmul_triton import (
     own_tiles,
 )
 from phi1.kernels.gemm.tma_triton import describable, operand, tile_product
-from phi1.kernels.pointwise.epilogue_triton import column_sum, launch_epilogue_backward_partial
+from phi1.kernels.pointwise.epilogue_triton import launch_epilogue_backward_partial
 from phi1.kernels.pointwise.gelu_triton import gelu_new_and_slope
 
 TILES |= {

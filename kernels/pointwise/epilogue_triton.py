@@ -21,13 +21,13 @@ import triton.language as tl
 
 from phi1.kernels.core.constants import FP_FUSION
 from phi1.kernels.core.philox import Dropout
+from phi1.kernels.core.sums_triton import column_sum
 from phi1.kernels.core.tiles import TILES, tile
 from phi1.kernels.pointwise.dropout_triton import dropped_tile, mask_arguments
 from phi1.kernels.pointwise.gelu_triton import gelu_new, gelu_new_and_slope
 
 # At phi-1's N = 16,384 and F = 8,192 the partial sums are 1 % of the backward's memory traffic.
 MAX_PARTIALS = 128
-SUM_BLOCK_P, SUM_BLOCK_F = 64, 32
 
 TILES |= {
     ("epilogue", kernel): [
@@ -131,27 +131,6 @@ def epilogue_backward_kernel(
         tl.store(db_partial_ptr + pid_p.to(tl.int64) * n_cols + offs_f, tl.sum(db, axis=0), mask=mask_f)
 
 
-@triton.jit(do_not_specialize=["n_partials"])
-def column_sum_kernel(
-    partial_ptr,  # [P, F] float32 input
-    out_ptr,  # [F] output
-    n_partials,
-    n_cols,
-    BLOCK_P: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    """One program per BLOCK_F columns."""
-    offs_f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)  # [BLOCK_F]
-    mask_f = offs_f < n_cols
-    total = tl.zeros((BLOCK_P, BLOCK_F), dtype=tl.float32)
-    for first in range(0, n_partials, BLOCK_P):
-        offs_p = first + tl.arange(0, BLOCK_P)  # [BLOCK_P]
-        mask = (offs_p < n_partials)[:, None] & mask_f[None, :]
-        offs = offs_p.to(tl.int64)[:, None] * n_cols + offs_f[None, :]  # [BLOCK_P, BLOCK_F]
-        total += tl.load(partial_ptr + offs, mask=mask, other=0.0)
-    tl.store(out_ptr + offs_f, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=mask_f)
-
-
 def launch_epilogue_forward(
     x: torch.Tensor, residual: torch.Tensor | None, gelu: bool, dropout: Dropout | None,
     out: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None,
@@ -210,16 +189,6 @@ def launch_epilogue_backward_partial(
             enable_fp_fusion=FP_FUSION,
         )
     return partial
-
-
-def column_sum(partial: torch.Tensor, out: torch.Tensor) -> None:
-    """Fill out [F] with the sums over the rows of partial [P, F] float32."""
-    n_partials, n_cols = partial.shape
-    if n_cols:
-        column_sum_kernel[(triton.cdiv(n_cols, SUM_BLOCK_F),)](
-            partial, out, n_partials=n_partials, n_cols=n_cols, BLOCK_P=SUM_BLOCK_P, BLOCK_F=SUM_BLOCK_F,
-            num_warps=4, enable_fp_fusion=FP_FUSION,
-        )
 
 
 def _readable(x: torch.Tensor | None) -> torch.Tensor | None:

@@ -21,12 +21,12 @@ import triton
 import triton.language as tl
 
 from phi1.kernels.core.constants import FP_FUSION
+from phi1.kernels.core.sums_triton import SUM_COLS, SUM_ROWS, store_sums
 from phi1.kernels.core.tiles import TILES, tile
 
 # At phi-1's N = 16,384 the partial sums are 5 % of the backward's memory traffic. 132 SMs hold 512 programs of 4 warps
 # and up to 128 registers a thread at once, so there is no second wave.
 MAX_PARTIALS = 512
-SUM_BLOCK_P, SUM_BLOCK_D = 64, 16
 TILES |= {
     ("layer_norm", "forward"): [{"rows": rows, "num_warps": warps} for rows in (1, 2, 4, 8) for warps in (4, 8)],
     ("layer_norm", "backward"): [
@@ -137,22 +137,14 @@ def sum_partials_kernel(
     db_ptr,  # [D]
     n_partials,
     D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
-    """One program per BLOCK_D columns."""
-    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    mask_d = offs_d < D
-    dw = tl.zeros([BLOCK_D], dtype=tl.float32)
-    db = tl.zeros([BLOCK_D], dtype=tl.float32)
-    for first in range(0, n_partials, BLOCK_P):
-        offs_p = first + tl.arange(0, BLOCK_P)  # [BLOCK_P]
-        offs = offs_p[:, None] * D + offs_d[None, :]  # [BLOCK_P, BLOCK_D]; P * D < 2**31
-        mask = (offs_p < n_partials)[:, None] & mask_d[None, :]
-        dw += tl.sum(tl.load(dw_partial_ptr + offs, mask=mask, other=0.0), axis=0)
-        db += tl.sum(tl.load(db_partial_ptr + offs, mask=mask, other=0.0), axis=0)
-    tl.store(dw_ptr + offs_d, dw.to(dw_ptr.dtype.element_ty), mask=mask_d)
-    tl.store(db_ptr + offs_d, db.to(db_ptr.dtype.element_ty), mask=mask_d)
+    """One program per COLS columns of one gradient."""
+    if tl.program_id(1) == 0:
+        store_sums(dw_partial_ptr, dw_ptr, tl.program_id(0), n_partials, D, ROWS, COLS)
+    else:
+        store_sums(db_partial_ptr, db_ptr, tl.program_id(0), n_partials, D, ROWS, COLS)
 
 
 def launch_layer_norm_forward(
@@ -190,9 +182,9 @@ def launch_layer_norm_backward(
         n_rows=n_rows, n_partials=n_partials, D=width, BLOCK_D=triton.next_power_of_2(width), ROWS=t["rows"],
         STAGES=t["stages"], num_warps=t["num_warps"], enable_fp_fusion=FP_FUSION,
     )
-    sum_partials_kernel[(triton.cdiv(width, SUM_BLOCK_D),)](
+    sum_partials_kernel[(triton.cdiv(width, SUM_COLS), 2)](
         dw_partial, db_partial, dw, db,
-        n_partials=n_partials, D=width, BLOCK_P=SUM_BLOCK_P, BLOCK_D=SUM_BLOCK_D,
+        n_partials=n_partials, D=width, ROWS=SUM_ROWS, COLS=SUM_COLS,
         num_warps=4, enable_fp_fusion=FP_FUSION,
     )
     return dx, dw, db

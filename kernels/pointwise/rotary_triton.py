@@ -17,8 +17,6 @@ import triton.language as tl
 from phi1.kernels.core.constants import FP_FUSION
 from phi1.kernels.core.tiles import TILES, tile
 
-NAN = tl.constexpr(float("nan"))
-
 TILES |= {
     ("rotary", "rotate"): [
         {"rows": rows, "heads": heads, "num_warps": warps}
@@ -69,8 +67,8 @@ def rotary_kernel(
     if part < 2:
         position = tl.load(positions_ptr + rows, mask=rows < n_rows, other=0).to(tl.int64)[:, None, None]
         known = (position >= 0) & (position < n_positions) & (offs_d < HALF)  # [ROWS, 1, BLOCK_HALF]
-        c = tl.load(cos_ptr + position * HALF + offs_d, mask=known, other=NAN)
-        s = tl.load(sin_ptr + position * HALF + offs_d, mask=known, other=NAN) * sign
+        c = tl.load(cos_ptr + position * HALF + offs_d, mask=known, other=float("nan"))
+        s = tl.load(sin_ptr + position * HALF + offs_d, mask=known, other=float("nan")) * sign
         wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
         a = (wide_a * c - wide_b * s).to(x_ptr.dtype.element_ty)
         b = (wide_b * c + wide_a * s).to(x_ptr.dtype.element_ty)

@@ -23,8 +23,7 @@ from phi1.kernels.pointwise.gelu import gelu_new
 pytestmark = pytest.mark.triton
 DEVICE = kernel_device()
 
-SMALL = {"block_m": 64, "block_n": 64, "rotate_on_load": 1, "num_warps": 4, "num_stages": 2, "tma": 0,
-         "warp_specialize": 0}
+SMALL = {"block_m": 64, "block_n": 64, "rotate_on_load": 1, "num_warps": 4, "num_stages": 2, "tma": 0}
 PRODUCT = {"block_m": 32, "block_n": 64, "block_k": 32, "group_m": 2, "parts": 1, "tma": 0, "num_warps": 4,
            "num_stages": 2}
 WILD = [-(2**63), -(2**31), -9, 0, 3, 40, 2**31 - 1, 2**31 + 3, 2**63 - 1]

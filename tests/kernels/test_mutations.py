@@ -32,8 +32,8 @@ pytestmark = pytest.mark.triton
 DEVICE = kernel_device()
 
 # In the order of their imports.
-FILES = ("gelu", "dropout", "matmul", "tma", "epilogue", "linear", "mlp", "layer_norm", "loss", "bias_grad",
-         "projections", "block/launch")
+FILES = ("core/sums", "gelu", "dropout", "matmul", "tma", "epilogue", "linear", "mlp", "layer_norm", "loss",
+         "bias_grad", "projections", "block/launch")
 RNG = torch.tensor([5, 7], device=DEVICE)
 TILE = {"block_m": 16, "block_n": 64, "block_k": 16, "group_m": 2, "parts": 1, "tma": 0, "num_warps": 4,
         "num_stages": 2}
@@ -50,7 +50,7 @@ TILES = {  # the operation and kernel of the tables -> what every check forces, 
     ("linear_cross_entropy", "rows"): {"block": 64, "num_warps": 2},
 }
 SMALL = {("layer_norm", "MAX_PARTIALS"): 3, ("epilogue", "MAX_PARTIALS"): 3,
-         ("bias_grad", "MAX_PARTIALS"): 3, ("bias_grad", "SUM_BLOCK_P"): 2,
+         ("bias_grad", "MAX_PARTIALS"): 3, ("bias_grad", "SUM_ROWS"): 2,
          ("loss", "chunk_rows"): lambda *_: 4, ("matmul", "multiprocessors"): lambda device: 2}
 """Sizes that few rows go over: sums of several groups of rows, several chunks, several tiles a program."""
 
@@ -72,7 +72,8 @@ MUTANTS = {  # file, text, its replacement, how often it occurs, the check that 
     "dw of dy": Mutant("layer_norm", "dw += tl.sum(dy * x_hat", "dw += tl.sum(dy", 1, "norm"),
     "dw of the last rows alone": Mutant("layer_norm", "dw += tl.sum(dy * x_hat", "dw = tl.sum(dy * x_hat", 1, "norm"),
     "groups of rows left out": Mutant("layer_norm", "n_partials * ROWS, num", "n_partials * ROWS * 2, num", 1, "norm"),
-    "a partial sum left out": Mutant("layer_norm", "(offs_p < n_partials)", "(offs_p < n_partials - 1)", 1, "norm"),
+    "one gradient for both": Mutant("layer_norm", "tl.program_id(1) == 0", "tl.program_id(1) < 2", 1, "norm"),
+    "a partial sum left out": Mutant("core/sums", "(offs_n < n_rows)", "(offs_n < n_rows - 1)", 1, "norm"),
     "gelu's cube": Mutant("gelu", "x * tl.sigmoid(x * (x * x * CUBIC", "x * tl.sigmoid(x * (x * CUBIC", 1, "gelu"),
     "slope's square": Mutant("gelu", "constexpr(3 * constants.GELU_CUBIC)", "constexpr(2 * constants.GELU_CUBIC)", 1,
                              "gelu"),
@@ -83,7 +84,6 @@ MUTANTS = {  # file, text, its replacement, how often it occurs, the check that 
     "db of the last rows alone": Mutant("epilogue", "db += dpre", "db = dpre", 1, "linear"),
     "one partial row for all": Mutant("epilogue", "db_partial_ptr + pid_p.to(tl.int64) * n_cols", "db_partial_ptr", 1,
                                       "linear"),
-    "a partial row left out": Mutant("epilogue", "(offs_p < n_partials)", "(offs_p < n_partials - 1)", 1, "linear"),
     "epilogue's residual": Mutant("epilogue", "out += tl.load(", "out -= tl.load(", 1, "dropout"),
     "dropout's scale": Mutant("dropout", "x * scale, 0.0", "x, 0.0", 1, "dropout"),
     "the other half dropped": Mutant("dropout", "tl.where(keep, x * scale, 0.0)", "tl.where(keep, 0.0, x * scale)", 1,
@@ -129,11 +129,10 @@ MUTANTS = {  # file, text, its replacement, how often it occurs, the check that 
     "one row's weight for all": Mutant("loss", "row_weights_ptr + pid_n", "row_weights_ptr", 1, "losses"),
     "the first chunk's weights": Mutant("loss", "row_weights[chunk]", "row_weights[:4]", 1, "losses"),
     "the first chunk's targets": Mutant("loss", "targets[chunk]", "targets[:4]", 1, "losses"),
-    "db of the last chunk": Mutant("loss", "before + tl.sum", "0 * before + tl.sum", 1, "loss"),
-    "db without the last row": Mutant("loss", "(offs_c < n_rows)", "(offs_c < n_rows - 1)", 1, "loss"),
+    "db of the last chunk": Mutant("loss", "before + sums", "0 * before + sums", 1, "loss"),
     "dW of the last chunk": Mutant("loss", "add=first > 0", "add=False", 1, "loss"),
     "no factor": Mutant("loss", "scaled = gradient * tl.load", "scaled = gradient + 0 * tl.load", 1, "loss"),
-    "gradients not kept large": Mutant("loss", "tl.where(known, SCALE, NAN)", "tl.where(known, 1.0, NAN)", 1,
+    "gradients not kept large": Mutant("loss", "tl.where(known, SCALE,", "tl.where(known, 1.0,", 1,
                                        "loss, float16"),
     "groups of dqkv's rows": Mutant("bias_grad", f"loop\n    {BY_GROUPS})", f"loop\n    {BY_GROUPS} * 2)", 1, "block"),
     "db of the last group alone": Mutant("bias_grad", "total += tl.load(x_ptr", "total = tl.load(x_ptr", 1, "block"),
@@ -143,12 +142,9 @@ MUTANTS = {  # file, text, its replacement, how often it occurs, the check that 
     "db of undropped dy": Mutant("bias_grad", "dense_sum += dense", "dense_sum += dy", 1, "block, dropout"),
     "dense's mask for fc2": Mutant("bias_grad", "fc2_stream, fc2_threshold", "dense_stream, fc2_threshold", 1,
                                    "block, dropout"),
-    "the first partial sums": Mutant("bias_grad", "range(0, n_partials, BLOCK_P)", "range(0, 1, BLOCK_P)", 1, "block"),
-    "the last partial sums": Mutant("bias_grad", "total += tl.load(partial_ptr", "total = tl.load(partial_ptr", 1,
-                                    "block"),
-    "the block's last partial sum": Mutant("bias_grad", "(offs_p < n_partials)", "(offs_p < n_partials - 1)", 1,
-                                           "block"),
-    "one branch's bias for both": Mutant("bias_grad", "add_partials(fc2_partial_ptr", "add_partials(dense_partial_ptr",
+    "the first partial sums": Mutant("core/sums", "range(0, n_rows, ROWS)", "range(0, 1, ROWS)", 1, "block"),
+    "the last partial sums": Mutant("core/sums", "total += tl.load(x_ptr", "total = tl.load(x_ptr", 1, "block"),
+    "one branch's bias for both": Mutant("bias_grad", "store_sums(fc2_partial_ptr", "store_sums(dense_partial_ptr",
                                          1, "block, dropout"),
     "k not rotated": Mutant("projections", "first < 2 * WIDTH", "first < WIDTH", 1, "block, halves"),
     "the block's rotation": Mutant("projections", "a * c - b * s, b * c + a * s", "a * c + b * s, b * c - a * s", 1,

@@ -206,12 +206,6 @@ def test_a_product_without_tensor_instructions_is_refused(whole_copy):
     assert refused(case(product_kernel, {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {"BLOCK": 64}), "sm_90", whole_copy) == []
 
 
-def test_a_request_for_warps_of_their_own_that_is_ignored_is_refused(whole_copy):
-    asked = case(copy_kernel, POINTERS, {"WARP_SPECIALIZE": True})
-    assert refused(asked, "sm_90", whole_copy) == ["is not warp-specialised: the compiler ignored the request"]
-    assert refused(asked, "sm_90", replace(whole_copy, register_moves=2)) == []
-
-
 @pytest.fixture
 def of_one_step(monkeypatch):
     """The command's cases are the launches of one training step."""

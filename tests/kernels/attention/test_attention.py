@@ -196,8 +196,9 @@ def test_large_scores_stay_finite(device, dtype, causal):
     assert_within_bound(got["out0"], attention_reference(**tensors, causal=causal), exact, roundings=4)
 
 
-def test_large_negative_scores_are_not_taken_for_none(device):
-    q, v = torch.full((1, 4, 1, 16), 300.0, device=device), torch.ones(1, 4, 1, 16, device=device)
+@pytest.mark.parametrize("size", [300.0, 1e17])  # scores of -4e5 and -4e34
+def test_large_negative_scores_are_not_taken_for_none(device, size):
+    q, v = torch.full((1, 4, 1, 16), size, device=device), torch.ones(1, 4, 1, 16, device=device)
     torch.testing.assert_close(attention(q, -q, v), v)
 
 

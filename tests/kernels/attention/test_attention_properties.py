@@ -27,8 +27,7 @@ def packed(lengths):
 def test_any_documents_match_reference(lengths, causal, tile):
     if sum(lengths) < 2:  # of one row alone, dq and dk are differences of equal numbers
         return
-    small = {"block_m": tile[0], "block_n": tile[1], "rotate_on_load": 0, "num_warps": 4, "num_stages": 2, "tma": 0,
-             "warp_specialize": 0}
+    small = {"block_m": tile[0], "block_n": tile[1], "rotate_on_load": 0, "num_warps": 4, "num_stages": 2, "tma": 0}
     with pytest.MonkeyPatch.context() as patch, backend("triton"):
         patch.setattr(launch_triton, "tile", lambda *_, **__: small)
         # 8 roundings, as in test_attention.py, which says why.

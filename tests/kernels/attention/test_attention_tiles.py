@@ -90,50 +90,47 @@ def test_rotary_sizes_and_positions_match_reference(rotary_size):
     check(qkv_inputs(34, 1, 64), rotary=rotary_tables(rotary_size), positions=positions.int(), rotary_applied=True)
 
 
-@pytest.fixture(params=["tma", "warp-specialised"])
-def described(request, monkeypatch, use_tile):
-    """A tile that reads by TMA: (is it warp-specialised, the kind of loop that each launch takes)."""
+@pytest.fixture
+def described(monkeypatch, use_tile):
+    """A tile that reads by TMA: the list of whether each launch does."""
     from phi1.kernels.attention import launch_triton
 
-    use_tile(tma=1, warp_specialize=int(request.param == "warp-specialised"))
+    use_tile(tma=1)
     taken, kernel = [], launch_triton.attention_forward_kernel
 
     class Noted:
         def __getitem__(self, grid):
-            return lambda *a, **k: taken.append((k["TMA"], k["WARP_SPECIALIZE"])) or kernel[grid](*a, **k)
+            return lambda *a, **k: taken.append(k["TMA"]) or kernel[grid](*a, **k)
 
     monkeypatch.setattr(launch_triton, "attention_forward_kernel", Noted())
-    return request.param == "warp-specialised", taken
+    return taken
 
 
 @pytest.mark.parametrize("dtype", DTYPES_OF_PRODUCTS, ids=str)
 def test_tiles_that_read_by_tma_match_reference(described, dtype):
-    special, taken = described
     for shape in SHAPES:
         check(attention_inputs(shape, dtype))
     check(attention_inputs((2, 100, 70, 1, 16), dtype), causal=False)
     check(qkv_inputs(51, 2, 32, dtype), batch=3)
     check(qkv_inputs(51, 1, 16, dtype), batch=3, rotary=rotary_tables(8), rotary_applied=True)
-    assert set(taken) == {(True, special)}
     check(attention_inputs(SHAPES[0], dtype), dropout=Dropout(0.2, RNG))
-    check(qkv_inputs(51, 1, 16, dtype), batch=3, rotary=rotary_tables(8))
-    assert taken[-2:] == [(True, False)] * 2  # these two compile without warp specialisation alone
+    assert all(described)
 
 
 def test_tma_reads_no_other_sample_and_leaves_what_it_cannot_mask_to_pointers(described):
-    _, taken = described
     tensors = attention_inputs((3, 40, 40, 2, 16))
     for x in tensors.values():
         x[1:] = math.nan
     assert attention(**tensors)[0].isfinite().all()  # its last tile of keys reaches into the next sample
-    assert taken.pop()[0]
+    assert described.pop()
     check(attention_inputs((1, 40, 40, 2, 16)), cu_seqlens=ints(0, 11, 40))
     check(attention_inputs((2, 40, 40, 2, 16)), seq_starts=ints(0, 7))
     check(attention_inputs((2, 9, 9, 2, 18)))  # heads that start at no multiples of 16 bytes
+    check(qkv_inputs(51, 1, 16), batch=3, rotary=rotary_tables(8))
     wide = torch.randn(2, 20, 2, 17, device=DEVICE)[..., 1:]
     check({"q": wide, "k": wide + 1, "v": wide})
-    assert taken
-    assert not any(tma for tma, _ in taken)
+    assert described
+    assert not any(described)
 
 
 def test_nan_in_padding_is_never_read():

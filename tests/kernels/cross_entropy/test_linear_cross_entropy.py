@@ -147,6 +147,13 @@ def test_large_logits_stay_finite(device, dtype):
     assert all(out.isfinite().all() for out in got.values())
 
 
+@pytest.mark.parametrize("logit", [-1e4, -1e34])
+def test_large_negative_logits_are_not_taken_for_none(device, logit):
+    x, weight = torch.ones(2, 8, device=device), torch.full((300, 8), logit / 8, device=device)
+    loss = linear_cross_entropy(x, weight, None, torch.tensor([0, 299], device=device))
+    assert loss.isfinite()
+
+
 def test_all_ignored(device):
     tensors = make((9, 8, 30), device=device)
     tensors["targets"].fill_(IGNORED)
