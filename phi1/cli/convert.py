@@ -47,6 +47,7 @@ def main(argv: list[str], parser_class: type) -> int:
 
 def _convert_checkpoint(args: argparse.Namespace) -> int:
     from phi1.train.checkpoint.convert import convert, find_tokenizer
+    from phi1.train.metrics.card import model_card
     from phi1.train.runtime.launch import RunError
 
     checkpoint = Path(args.model)
@@ -56,7 +57,8 @@ def _convert_checkpoint(args: argparse.Namespace) -> int:
         print(f"phi1 convert: the run's tokenizer is not found, so {args.out} will have none; --tokenizer adds one",
               file=sys.stderr)
     try:
-        count = convert(checkpoint, args.out, args.tokenizer, args.dtype)
+        count = convert(checkpoint, args.out, args.tokenizer, args.dtype,
+                        lambda config, step: model_card(checkpoint.resolve().parents[1], config, step))
     except RunError as error:
         raise ValueError(str(error)) from error
     print(f"phi1 convert: {count:,} parameters of {checkpoint}, {args.dtype or 'float32'}, written to {args.out}",

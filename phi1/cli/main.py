@@ -128,6 +128,12 @@ def _convert(argv: list[str]) -> int:
     return convert(argv, Parser)
 
 
+def _push(argv: list[str]) -> int:
+    from phi1.cli.push import main as push
+
+    return push(argv, Parser)
+
+
 def _prepare(argv: list[str]) -> int:
     from phi1.train.commands.prepare import main as prepare
 
@@ -185,6 +191,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "humaneval": (_humaneval, "let a model write HumanEval's functions, and run their tests"),
     "prepare": (_prepare, "turn source files into a corpus to train on"),
     "convert": (_convert, "write a model in the current Hugging Face layout"),
+    "push": (_push, "upload an exported model to the Hugging Face Hub"),
     "bench": (_bench, "measure the operations and units beside their peers"),
     "tune": (_tune, "search the kernels' tile shapes on this GPU"),
     "verify": (_verify, "compare checkpoints, runs and corpora with their hashes"),

@@ -8,15 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from phi1.atomic import NEW, publish, sweep, workspace
+from phi1.weights import checksums
 
 _SAVED = ("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
           "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-          "vocab.json", "merges.txt", "added_tokens.json")
+          "vocab.json", "merges.txt", "added_tokens.json", checksums.NAME)
 
 
 @contextlib.contextmanager
-def filled(folder: Path, replace: bool) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `folder` at the end, or is removed if the block fails."""
+def filled(folder: Path, replace: bool, card: str | None = None) -> Iterator[Path]:
+    """Yield a temporary folder that replaces `folder` at the end, or is removed if the block fails.
+
+    With the text of a model card, README.md and SHA256SUMS are added at the end.
+    """
     folder = Path(os.path.realpath(folder))
     sweep(folder)
     if folder.exists() and not folder.is_dir():
@@ -27,6 +31,9 @@ def filled(folder: Path, replace: bool) -> Iterator[Path]:
         new = work / NEW
         new.mkdir()
         yield new
+        if card is not None:
+            (new / checksums.CARD).write_text(card, encoding="utf-8")
+            checksums.write(new)
         for path in new.iterdir():
             path.chmod(new.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
             _flush(path)
@@ -37,9 +44,22 @@ def filled(folder: Path, replace: bool) -> Iterator[Path]:
 def _check_own(found: Path, folder: Path, replace: bool) -> None:
     """Refuse to replace `folder`, whose entries are now in `found`, unless `save` wrote all of them."""
     names = [path.name for path in sorted(found.iterdir())]
-    foreign = [name for name in names if not (replace and any(Path(name).match(pattern) for pattern in _SAVED))]
+    foreign = [name for name in names if not (replace and (is_saved(name) or _is_own_card(found, name)))]
     if foreign:
         raise ValueError(f"save: {folder} holds other files ({', '.join(foreign[:3])}); give an empty or new folder")
+
+
+def is_saved(name: str) -> bool:
+    """Return True for the name of a file of a saved model, other than its card."""
+    return any(Path(name).match(pattern) for pattern in _SAVED)
+
+
+def _is_own_card(folder: Path, name: str) -> bool:
+    """Return True for a model card as it was written; one that was edited is its owner's."""
+    try:
+        return name == checksums.CARD and checksums.read(folder).get(name) == checksums.sha256(folder / name)
+    except (ValueError, OSError):
+        return False
 
 
 def _flush(path: Path) -> None:

@@ -205,12 +205,12 @@ def save(model: Phi1, folder: str | Path, *, tokenizer: Tokenizer | None = None,
         if not isinstance(inner, torch.nn.Module):
             raise TypeError(f"save: model must be a phi1.Phi1; got {shown(model)}")
         inside = inner
-    _save(inside.state_dict(), inside.config, folder, tokenizer, None, max_shard_bytes, replace, inside.end_ids)
+    _save(inside.state_dict(), inside.config, folder, tokenizer, None, max_shard_bytes, replace, inside.end_ids, None)
 
 
 def save_state_dict(state: Mapping[str, Tensor], config: Phi1Config, folder: str | Path, *,
                     tokenizer: Tokenizer | None = None, dtype: torch.dtype | str | None = None,
-                    max_shard_bytes: int = 5_000_000_000, replace: bool = True) -> None:
+                    max_shard_bytes: int = 5_000_000_000, replace: bool = True, card: str | None = None) -> None:
     """Save a plain state dict of whole tensors, such as one gathered from a sharded model.
 
     Args:
@@ -218,16 +218,18 @@ def save_state_dict(state: Mapping[str, Tensor], config: Phi1Config, folder: str
         config: the model's configuration.
         folder, tokenizer, max_shard_bytes, replace: as in `save`.
         dtype: dtype of the saved tensors; by default that of each tensor.
+        card: text of a README.md; with it, SHA256SUMS is written too.
 
     Raises:
         ValueError: as in `save`, or names or shapes that are not the model's; the message names them.
         OSError: as in `save`.
     """
-    _save(state, config, folder, tokenizer, dtype, max_shard_bytes, replace, ())
+    _save(state, config, folder, tokenizer, dtype, max_shard_bytes, replace, (), card)
 
 
 def _save(state: Mapping[str, Tensor], config: Phi1Config, folder: str | Path, tokenizer: Tokenizer | None,
-          dtype: torch.dtype | str | None, max_shard_bytes: int, replace: bool, end_ids: tuple[int, ...]) -> None:
+          dtype: torch.dtype | str | None, max_shard_bytes: int, replace: bool, end_ids: tuple[int, ...],
+          card: str | None) -> None:
     target = user_path("save", "folder", folder)
     check_instance("save", "config", config, Phi1Config, "a phi1.Phi1Config")
     check_instance("save", "state", state, Mapping, "a dictionary of tensors")
@@ -236,13 +238,15 @@ def _save(state: Mapping[str, Tensor], config: Phi1Config, folder: str | Path, t
         check_tokenizer("save", tokenizer, "eos_id", "save")
     check_whole("save", low=1, max_shard_bytes=max_shard_bytes)
     check_flag("save", replace=replace)
+    if card is not None:
+        check_text("save", card=card)
     expected = {name: tuple(tensor.shape) for name, tensor in Phi1(config, device="meta").state_dict().items()}
     problems = _problems(expected, {name: tuple(tensor.shape) for name, tensor in state.items()})
     if problems:
         raise ValueError(f"save: the state dict does not fit the configuration; {'; '.join(problems)}")
     target_dtype = state["embed.weight"].dtype if dtype is None else _as_dtype("save", dtype)
     cast = None if dtype is None else target_dtype
-    with filled(target, replace) as temporary:
+    with filled(target, replace, card) as temporary:
         _write_tensors(state, config, temporary, cast, max_shard_bytes)
         _write_configs(config, temporary, tokenizer, end_ids, str(target_dtype).removeprefix("torch."))
         if tokenizer is not None:

@@ -101,6 +101,7 @@ FINE: dict[tuple[str, str], Callable[[Any], bool]] = {  # what a function does t
     ("linear_cross_entropy", "bias"): lambda x: x is None,
     ("generate", "prompts"): lambda x: isinstance(x, list | tuple) and x in (["x"], (), [[1]]),
     (r"(Tokenizer\.)?decode", "ids"): lambda x: isinstance(x, dict),
+    ("save", "card"): lambda x: isinstance(x, str),
     ("Cache", "batch"): lambda x: type(x) is int and x == 7,
     (r"Phi1\.init_weights", "seed"): lambda x: type(x) is int and x == -1,
     ("Dropout", "sample_ids"): lambda x: isinstance(x, torch.Tensor) and not x.is_nested and x.shape == (2,),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tomllib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -67,7 +68,8 @@ def find_tokenizer(checkpoint: Path) -> Path | None:
     return next((place for place in places if (place / "tokenizer.json").is_file()), None)
 
 
-def convert(checkpoint: Path, out: Path, tokenizer: str | Path | None, dtype: str | None) -> int:
+def convert(checkpoint: Path, out: Path, tokenizer: str | Path | None, dtype: str | None,
+            card: Callable[[Phi1Config, int], str] | None = None) -> int:
     """Write `out`; returns the number of parameters.
 
     Args:
@@ -75,6 +77,7 @@ def convert(checkpoint: Path, out: Path, tokenizer: str | Path | None, dtype: st
         out: a new or empty folder.
         tokenizer: a folder or Hub id; by default the run's own, if it is found.
         dtype: "float16", "bfloat16" or "float32"; by default float32, as in the run.
+        card: makes the README.md of a model and the step of the checkpoint.
 
     Raises:
         RunError: as `read_weights`.
@@ -86,5 +89,5 @@ def convert(checkpoint: Path, out: Path, tokenizer: str | Path | None, dtype: st
     weights, config = read_weights(checkpoint)
     tokenizer = tokenizer or find_tokenizer(checkpoint)
     save_state_dict(weights, config, out, tokenizer=None if tokenizer is None else load_tokenizer(str(tokenizer)),
-                    dtype=dtype, replace=False)
+                    dtype=dtype, replace=False, card=card and card(config, Notes(checkpoint)["step"]))
     return config.num_parameters

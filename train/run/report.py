@@ -40,16 +40,19 @@ class Reached:
     """HumanEval's pass@1, if it was requested."""
 
 
-def export(weights: Mapping[str, Tensor], config: Phi1Config, tokenizer: Tokenizer, folder: RunFolder) -> None:
-    """Write the model for `phi1.load` and transformers, in fp32, as it was trained.
+def export(weights: Mapping[str, Tensor], config: Phi1Config, tokenizer: Tokenizer, folder: RunFolder,
+           step: int) -> None:
+    """Write the model of a step for `phi1.load` and transformers, in fp32, as it was trained, with its model card.
 
     Raises:
         RunError: it could not be written; the checkpoint is intact.
     """
+    from phi1.train.metrics.card import model_card
     from phi1.weights.huggingface import save_state_dict
 
     try:
-        save_state_dict(weights, config, folder.export, tokenizer=tokenizer)
+        card = model_card(folder.path, config, step)
+        save_state_dict(weights, config, folder.export, tokenizer=tokenizer, card=card)
     except Exception as error:
         if not isinstance(error, OSError | ValueError) and not _lacks_memory(error):
             raise

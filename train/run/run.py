@@ -64,12 +64,14 @@ def run(recipe: Recipe, folder: RunFolder, rank: Rank, store: Store, start: Star
                           figures.n_bytes, trainer.finished * progress.tokens, progress.tokens_per_s(trainer.finished),
                           time.monotonic() - began, trainer.skipped, solved)
         last, best, rule = Standing(trainer.finished, figures.loss, solved), trained.saving.best, recipe.checkpoint.best
+        exported, step = weights, trainer.finished
         if rule and best and best.beats(last, rule):
-            weights = weights_of_best(folder.checkpoints / checkpoint_name(best.step), weights,
-                                      f"the best by {rule}: {best}; the last step: {last}")
+            exported = weights_of_best(folder.checkpoints / checkpoint_name(best.step), weights,
+                                       f"the best by {rule}: {best}; the last step: {last}")
+            step = step if exported is weights else best.step
         failure = trained.saving.failure
         try:
-            export(weights, recipe.phi1_config(), samples.tokenizer, folder)
+            export(exported, recipe.phi1_config(), samples.tokenizer, folder, step)
         except RunError as error:
             raise (RunError(f"{failure}; nor could the export: {error}") if failure else error) from None
         if failure:  # without a summary the run is not complete

@@ -12,6 +12,7 @@ from training_runs import write_files
 from phi1.cli.main import main
 from phi1.train.checkpoint.files import choose, describe, write_manifest
 from phi1.train.prepare.prepare import prepare
+from phi1.weights import checksums
 
 
 @pytest.fixture
@@ -83,10 +84,22 @@ def test_reading_never_forces_files_to_the_disk(run, monkeypatch):
         describe(run / "checkpoints" / "step-20" / "trainer.json")
 
 
+@pytest.mark.parametrize("given", [".", "export"])
+def test_an_export_is_compared_with_its_hashes(run, capsys, given):
+    export = write_files(run / "export", {"model.safetensors": b"abc", "README.md": "card"})
+    checksums.write(export)
+    (export / "README.md").write_text("edited")
+    assert main(["verify", str(run / given)]) == 0
+    assert capsys.readouterr().out.endswith(f"{export}: whole\n")
+    (export / "model.safetensors").write_bytes(b"abd")
+    assert main(["verify", str(run / given)]) == 1
+    assert capsys.readouterr().out.endswith(f"{export}: model.safetensors is not as it was written (SHA-256 differs)\n")
+
+
 @pytest.mark.parametrize(("make", "message"), [
     (lambda path: path / "nosuch", "nosuch: there is no such folder"),
-    (lambda path: write_files(path, {"ledger.jsonl": ""}) / "ledger.jsonl", "ledger.jsonl: a file, where a checkpoint"),
-    (lambda path: path, "neither a checkpoint, nor a run with checkpoints, nor a corpus"),
+    (lambda path: write_files(path, {"ledger.jsonl": ""}) / "ledger.jsonl", "ledger.jsonl: a file, where the"),
+    (lambda path: path, "nor an export with SHA256SUMS, nor a corpus"),
 ])
 def test_a_path_that_cannot_be_verified_is_one_line(make, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from phi1.config import preset
 from phi1.train.evaluate.validation import xz_bits_per_byte
 from phi1.train.run import report
 from phi1.train.run.folder import RunFolder
@@ -78,7 +79,7 @@ def test_an_export_that_cannot_be_written_is_one_line(folder, monkeypatch, error
 
     monkeypatch.setattr("phi1.weights.huggingface.save_state_dict", fails)
     with pytest.raises(RunError) as raised:
-        export({}, None, None, folder)
+        export({}, preset("nano"), None, folder, 60)
     assert str(raised.value).startswith(f"{folder.export}: {message}")
     assert str(raised.value).endswith("; the same command goes on from the newest checkpoint")
 
@@ -101,4 +102,4 @@ def test_our_own_mistake_is_not_reported_as_a_lack_of_memory(folder, monkeypatch
     with pytest.raises(TypeError):
         show_completions(folder, ["def f():"], 1)
     with pytest.raises(TypeError):
-        export({}, None, None, folder)
+        export({}, preset("nano"), None, folder, 60)
