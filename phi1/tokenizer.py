@@ -256,7 +256,7 @@ def load_tokenizer(name_or_folder: str | Path = "microsoft/phi-1", *, revision: 
     if revision is not None:
         check_text("load_tokenizer", revision=revision)
     name = os.fspath(name_or_folder)
-    if folder.is_dir():
+    if folder.is_dir() or (folder.suffix == ".gguf" and folder.is_file()):
         require(revision is None, "load_tokenizer", "revision goes with a Hub id", f"{revision!r}, {folder}")
         return Tokenizer.from_folder(folder)
     if name in BUILT_IN and revision is None:

@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from phi1.arguments import check_text, require, shown
+from phi1.gguf_tokenizer import read_tokenizer
 from phi1.user_files import LARGEST_JSON, read_file, read_json
 
 EOS = "<|endoftext|>"
@@ -67,11 +68,13 @@ def _add_declared(backend: tokenizers.Tokenizer, declared: dict[str, dict[str, A
 
 
 def read_backend(folder: Path) -> tuple[tokenizers.Tokenizer, str, str | None]:
-    """Return the backend of a tokenizer's folder, its end-of-text token, and its padding token if it has one.
+    """Return the backend of a tokenizer's folder or GGUF file, its end-of-text token, and its padding token, if any.
 
     Raises:
         Exception: the files are missing or damaged. `tokenizers` raises no class of its own.
     """
+    if folder.is_file():
+        return read_tokenizer(folder)
     if (folder / "tokenizer.json").is_file():
         backend = tokenizers.Tokenizer.from_str(_read_text(folder / "tokenizer.json"))
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():

@@ -27,7 +27,7 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def locate(name_or_folder: str | Path, revision: str | None = None) -> Path:
-    """Return the folder itself, or the local copy of a Hugging Face Hub repository, downloaded if needed.
+    """Return the folder or .gguf file itself, or the local copy of a Hugging Face Hub repository, downloaded if needed.
 
     Raises:
         TypeError, ValueError: the name is no path, or a folder has a revision.
@@ -38,6 +38,8 @@ def locate(name_or_folder: str | Path, revision: str | None = None) -> Path:
         require(revision is None, "load", "revision goes with a Hub id", f"{revision!r}, and {folder} is a folder")
         return folder
     if folder.exists():
+        if folder.suffix == ".gguf":
+            return folder
         raise FileNotFoundError(f"load: {folder} is a file; give the folder that holds config.json and the weights")
     name = os.fspath(name_or_folder)
     if not HUB_ID.fullmatch(name):

@@ -34,11 +34,13 @@ from phi1.tokenizer import Tokenizer
 from phi1.tokenizer_rules import check_tokenizer
 from phi1.weights.files import locate, open_tensors, read_json, stream, weight_files
 from phi1.weights.folder import filled
+from phi1.weights.gguf_file import read_gguf
 from phi1.weights.layouts import (
     LAYOUTS,
     WRITTEN,
     ParameterSlice,
     is_derived,
+    misfits,
     parameter_slices,
     read_config,
     recognise,
@@ -61,7 +63,7 @@ def load(name_or_folder: str | Path, *, device: torch.device | str | None = None
 
     Args:
         name_or_folder: a folder with config.json and weights (safetensors or pytorch_model.bin, in one file or in
-            shards; any of the four published layouts), or a Hub id such as "microsoft/phi-1".
+            shards; any of the four published layouts), a .gguf file (F16, Q8_0), or a Hub id such as "microsoft/phi-1".
         device: the parameters' device; by default the CUDA device if there is one, else the CPU.
         dtype: the parameters' dtype, a torch dtype or "float16", "bfloat16", "float32"; by default the file's.
         revision: branch, tag or commit of the Hub repository.
@@ -86,17 +88,21 @@ def load(name_or_folder: str | Path, *, device: torch.device | str | None = None
 
 
 def _read(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Phi1:
-    config = config_of(folder / "config.json")
-    table, homes, file_dtype = _survey(folder, config)
+    if folder.is_file():
+        config, file_dtype, tensors, end_ids = read_gguf(folder)
+    else:
+        config = config_of(folder / "config.json")
+        table, homes, file_dtype = _survey(folder, config)
+        tensors = ((table[name], tensor) for path, names in homes.items() for name, tensor in stream(path, names))
+        end_ids = _end_ids(folder / "generation_config.json")
     model = Phi1(config, device="meta", dtype=dtype or file_dtype)
     model.to_empty(device=device)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for path, names in homes.items():
-            for name, tensor in stream(path, names):
-                table[name].fill(parameters[table[name].parameter], tensor)
+        for part, tensor in tensors:
+            part.fill(parameters[part.parameter], tensor)
     model.init_tables()
-    model.end_ids = _end_ids(folder / "generation_config.json")
+    model.end_ids = end_ids
     return model.eval()
 
 
@@ -155,7 +161,7 @@ def _survey(folder: Path, config: Phi1Config) -> tuple[dict[str, ParameterSlice]
     if table is None:
         raise ValueError(f"load: {folder} holds no phi-1 in any of the published layouts ({'; '.join(LAYOUTS)}); "
                          f"its tensors are called {', '.join(list(found)[:3]) or 'nothing: there are none'}")
-    problems = _problems({name: part.shape for name, part in table.items()},
+    problems = misfits({name: part.shape for name, part in table.items()},
                          {name: shape for name, (_, shape, _) in found.items()})
     integers = [f"{name} ({dtype})" for name, (_, _, dtype) in found.items()
                 if name in table and not dtype.is_floating_point]
@@ -167,17 +173,6 @@ def _survey(folder: Path, config: Phi1Config) -> tuple[dict[str, ParameterSlice]
     for name, (path, _, _) in found.items():
         homes.setdefault(path, []).append(name)
     return table, homes, found[next(iter(table))][2]
-
-
-def _problems(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return one entry each for missing, unexpected and misshapen tensors, with their names."""
-    lists = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
-        "misshapen": [f"{name} {list(found[name])}, which must be {list(shape)}" for name, shape in expected.items()
-                      if name in found and found[name] != shape],
-    }
-    return [f"{kind}: {listed(names)}" for kind, names in lists.items() if names]
 
 
 def save(model: Phi1, folder: str | Path, *, tokenizer: Tokenizer | None = None,
@@ -241,7 +236,7 @@ def _save(state: Mapping[str, Tensor], config: Phi1Config, folder: str | Path, t
     if card is not None:
         check_text("save", card=card)
     expected = {name: tuple(tensor.shape) for name, tensor in Phi1(config, device="meta").state_dict().items()}
-    problems = _problems(expected, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    problems = misfits(expected, {name: tuple(tensor.shape) for name, tensor in state.items()})
     if problems:
         raise ValueError(f"save: the state dict does not fit the configuration; {'; '.join(problems)}")
     target_dtype = state["embed.weight"].dtype if dtype is None else _as_dtype("save", dtype)

@@ -13,7 +13,7 @@ D width, F MLP width, H heads, K head size, V vocabulary, R rotary dimension.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +118,17 @@ def recognise(names: Iterable[str], config: Phi1Config) -> dict[str, ParameterSl
     tables = [parameter_slices(layout, config) for layout in reversed(LAYOUTS.values())]  # of equals, the current one
     best = max(tables, key=lambda table: len(present & table.keys()))
     return best if present & best.keys() else None
+
+
+def misfits(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return one entry each for missing, unexpected and misshapen tensors, with all their names."""
+    lists = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "misshapen": [f"{name} {list(found[name])}, which must be {list(shape)}" for name, shape in expected.items()
+                      if name in found and found[name] != shape],
+    }
+    return [f"{kind}: {', '.join(names)}" for kind, names in lists.items() if names]
 
 
 def is_derived(name: str) -> bool:

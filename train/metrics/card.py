@@ -188,7 +188,8 @@ def _name(source: str) -> str:
 
 def _published(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the parts of a recipe that decide the weights, without the paths of a machine."""
-    kept = {name: dict(recipe[name]) for name in ("model", "data", "train") if name in recipe}
+    sections = ("model", "data", "train")
+    kept: dict[str, dict[str, Any]] = {name: dict(recipe[name]) for name in sections if name in recipe}
     for section, key in (("data", "folder"), ("data", "source"), ("data", "tokenizer"), ("model", "init")):
         if kept.get(section, {}).get(key):
             kept[section][key] = _name(kept[section][key])

@@ -22,6 +22,13 @@ def test_any_checkpoint_becomes_a_model(place, uninterrupted, monkeypatch, capsy
     assert load_tokenizer("converted").fingerprint == load_tokenizer("whole/export").fingerprint
     assert main(["convert", "--model", "whole/checkpoints/step-40", "--out", "half", "--dtype", "float16"]) == 0
     assert load("half").embed.weight.dtype == torch.float16
+    for name, step in (("converted", 60), ("half", 40), ("whole/export", 60)):
+        assert f"step {step}\n" in (place / name / "README.md").read_text()
+    card = (place / "whole" / "export" / "README.md").read_text()
+    assert card == (place / "converted" / "README.md").read_text()
+    assert f"{evaluations(place, 'whole')[-1]['loss']:.4f} nats a token" in card
+    assert main(["convert", "--model", "whole/checkpoints/step-40", "--out", "half.gguf", "--gguf", "f16"]) == 0
+    assert torch.equal(load("half.gguf").embed.weight, load("half").embed.weight)
     shutil.copytree("whole/checkpoints/step-40", "bad/checkpoints/step-40")
     (place / "bad" / "checkpoints" / "step-40" / ".metadata").write_bytes(b"x")
     assert main(["convert", "--model", "bad/checkpoints/step-40", "--out", "never"]) == 2
