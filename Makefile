@@ -1,9 +1,9 @@
 # One line a task. `make` prints the list; `make ci` is what CI runs.
 .DEFAULT_GOAL := help
-.PHONY: help install test slow alone faults lint types gate bench rehearse report hooks ci
+.PHONY: help install test slow alone faults lint types gate bench rehearse report hub-kernels hooks ci
 
 help:  ## print this list
-	@sed -n 's/^\([a-z]*\):  *##  *\(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):  *##  *\(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 install:  ## everything that a developer needs, at the tested versions
 	pip install -c constraints.txt -e ".[dev]" && pre-commit install
@@ -37,6 +37,9 @@ rehearse:  ## the GPU script on a CPU, with tiny shapes
 
 report:  ## rewrite the tables and plots of docs/benchmarks.md from bench/results/
 	phi1 bench report
+
+hub-kernels:  ## dist/hub-kernels: four operations for the kernels package of Hugging Face
+	python phi1/integrations/hub_kernels.py --out dist/hub-kernels
 
 hooks:  ## every pre-commit hook on every file, mypy included
 	pre-commit run --all-files && pre-commit run --all-files --hook-stage manual mypy

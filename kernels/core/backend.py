@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-ROOM = Path(__file__).parents[1]
+ROOM, PACKAGE = Path(__file__).parents[1], __name__.removesuffix(".core.backend")
 _BACKENDS = ("triton", "reference")
 _forced: str | None = None
 
@@ -80,7 +80,7 @@ def built_for_gpus() -> bool:
 def load_kernels() -> None:
     """Import every file of kernels. Triton reads their sources at import: 26 ms for the slowest, 0.1 s for all."""
     for file in sorted(ROOM.rglob("*_triton.py")):
-        import_module(".".join(("phi1.kernels", *file.relative_to(ROOM).with_suffix("").parts)))
+        import_module(".".join((PACKAGE, *file.relative_to(ROOM).with_suffix("").parts)))
 
 
 def interpreting() -> bool:

@@ -27,6 +27,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # The newest first: (lowest compute capability, bytes of shared memory that a program may use).
 NVIDIA = {"sm_100": ((10, 0), 232_448), "sm_90": ((9, 0), 232_448), "sm_80": ((8, 0), 166_912)}
 Value = int | str | bool
+_PACKAGE = __name__.removesuffix(".core.tiles")
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,13 @@ def gpu_file(name: str) -> str:
 @lru_cache
 def table(op: str) -> dict[str, list[dict[str, Any]]]:
     """Return an operation's table: kernel -> rows."""
-    return json.loads((files("phi1.kernels") / "tuned" / f"{op}.json").read_text())
+    return json.loads((files(_PACKAGE) / "tuned" / f"{op}.json").read_text())
 
 
 @lru_cache
 def measured(gpu: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Return the rows measured on a GPU: operation -> kernel -> rows. Empty if none were."""
-    path = files("phi1.kernels") / "tuned" / "gpus" / gpu_file(gpu)
+    path = files(_PACKAGE) / "tuned" / "gpus" / gpu_file(gpu)
     return json.loads(path.read_text()) if gpu and path.is_file() else {}
 
 
