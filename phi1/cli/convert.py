@@ -22,7 +22,11 @@ def main(argv: list[str], parser_class: type) -> int:
     parser.add_argument("--out", type=path_option, required=True,
                         help="the folder to write, new or empty; with --gguf a new FILE.gguf")
     parser.add_argument("--gguf", choices=("f16", "q8_0"), help="write a GGUF file, with matrices of this type")
+    parser.add_argument("--adapter", action="store_true",
+                        help="write the adapters of a checkpoint with model.lora_rank, for peft, and not the model")
     args = parser.parse_args(argv)
+    if args.adapter and (args.gguf or args.dtype or args.tokenizer):
+        raise ValueError("--adapter goes with --model and --out alone")
     _check_out(args)
 
     from phi1.train.checkpoint.files import STATE, checkpoints
@@ -31,6 +35,8 @@ def main(argv: list[str], parser_class: type) -> int:
     if (given / STATE).is_file() or (given.name.startswith("step-") and given.parent.is_dir() and not given.exists()):
         return _convert_checkpoint(args)
 
+    if args.adapter:
+        raise ValueError(f"--adapter needs a run's checkpoint; --model {args.model} is none")
     if found := checkpoints(given / "checkpoints"):
         raise ValueError(f"--model {args.model} is a run: give one of its checkpoints, such as {found[-1]}, or its "
                          "export")
@@ -71,7 +77,7 @@ def _convert_model(args: argparse.Namespace) -> int:
 
 
 def _convert_checkpoint(args: argparse.Namespace) -> int:
-    from phi1.train.checkpoint.convert import convert, find_tokenizer, read_weights
+    from phi1.train.checkpoint.convert import convert, convert_adapter, find_tokenizer, read_weights
     from phi1.train.metrics.card import model_card
     from phi1.train.runtime.launch import RunError
 
@@ -79,11 +85,13 @@ def _convert_checkpoint(args: argparse.Namespace) -> int:
     place = args.tokenizer or find_tokenizer(checkpoint)
     if args.tokenizer:
         load_named_tokenizer(args, checkpoint)  # checked before gigabytes are read
-    elif place is None and args.gguf is None:
+    elif place is None and not args.gguf and not args.adapter:
         print(f"phi1 convert: the run's tokenizer is not found, so {args.out} will have none; --tokenizer adds one",
               file=sys.stderr)
     try:
-        if args.gguf is None:
+        if args.adapter:
+            count = convert_adapter(checkpoint, args.out)
+        elif args.gguf is None:
             count = convert(checkpoint, args.out, args.tokenizer, args.dtype,
                             lambda config, step: model_card(checkpoint.resolve().parents[1], config, step))
         else:

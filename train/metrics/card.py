@@ -140,6 +140,8 @@ def _training(recipe: dict[str, Any], start: dict[str, Any], step: int) -> list[
                           f"dropout {train['dropout']:g}")]
     if recipe["model"].get("init"):
         rows.append(("started from", f"`{_name(recipe['model']['init'])}`"))
+    if recipe["model"]["lora_rank"]:
+        rows.append(("trained weights", f"adapters of rank {recipe['model']['lora_rank']}, merged into the weights"))
     if environment:
         rows.append(("trained on", f"{environment.get('world_size', 1)} x {environment.get('device')}, "
                                    f"{environment.get('precision')}"))

@@ -54,24 +54,25 @@ class Cluster:
 
 
 def states(config: Phi1Config, shards: int, element: int, micro_steps: int, reshard: bool = False,
-           alone: bool = False) -> dict[str, float]:
+           alone: bool = False, adapters: int = 0) -> dict[str, float]:
     """Return the bytes of a GPU at the end of a step's last backward; they do not depend on the micro-batch.
 
     With `reshard` at most two blocks are gathered, beside the parameters outside the blocks, and gradients add up in
     shards. A process `alone` on a CPU has copies of the parameters in 16 bits alone, and adds gradients up in place.
+    With `adapters`, so many parameters alone are trained, and the backward keeps each block's updated weights.
     """
     p, d, v = config.num_parameters, config.hidden_size, config.vocab_size
-    outside = 2 * v * d + v + 2 * d
+    outside, trained = 2 * v * d + v + 2 * d, adapters or p
     gathered = outside + (p - outside) * min(1.0, 2 / config.num_hidden_layers) if reshard else p
     if alone:
         gathered = p if element < 4 else 0
     return {
-        "parameters, fp32, sharded": 4 * p / shards,
-        "gradients, fp32, sharded": 4 * p / shards,
-        "AdamW's two moments, fp32, sharded": 8 * p / shards,
+        "parameters, fp32, sharded": 4 * (p + adapters) / shards,
+        "gradients, fp32, sharded": 4 * trained / shards,
+        "AdamW's two moments, fp32, sharded": 8 * trained / shards,
         f"parameters, gathered, {8 * element} bits": element * gathered,
-        "gradients of the micro-steps, fp32": 4 * p if micro_steps > 1 and not reshard and not alone else 0,
-    }
+        "gradients of the micro-steps, fp32": 4 * trained if micro_steps > 1 and not reshard and not alone else 0,
+    } | ({"weights of the blocks with adapters": element * (p - outside)} if adapters else {})
 
 
 def shards_of(recipe: Recipe, cluster: Cluster) -> int:
@@ -129,7 +130,7 @@ def memory(recipe: Recipe, cluster: Cluster, micro_batch: int) -> dict[str, floa
     shards = shards_of(recipe, cluster)
     (largest, passing), *_ = moments(recipe, cluster, micro_batch)
     return {
-        **states(config, shards, element, micro_steps, recipe.run.reshard, cluster.is_alone),
+        **states(config, shards, element, micro_steps, recipe.run.reshard, cluster.is_alone, recipe.adapters()),
         f"activations of {micro_batch} sequences": micro_batch * activations(config, seq_len, element, mode),
         f"for a moment: {largest}": passing,
         **({"CUDA, cuBLAS and NCCL (assumed)": CONTEXT_BYTES} if cluster.of == "GPU" else

@@ -28,6 +28,8 @@ class Field:
             else handler(source)
 
 
+LORA = ("lora_rank", "lora_alpha")
+"""Keys of [model] that are no part of its shape."""
 Count = Annotated[int, Field(ge=1, le=2**40)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**40)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -43,6 +45,9 @@ class Model:
 
     preset: Annotated[str, doc(f"one of {', '.join(PRESETS)}")] = "nano"
     init: Annotated[str | None, doc("weights to start from: a folder or Hub id, of this shape (unset: random)")] = None
+    lora_rank: Annotated[CountOrZero, doc("rank of adapters on every projection of the blocks, which alone are trained "
+                                          "(0: all parameters are)")] = 0
+    lora_alpha: Annotated[Positive, doc("the adapters' updates are multiplied by lora_alpha / lora_rank")] = 16.0
     vocab_size: Annotated[Count | None, doc("V, at least the tokenizer's number of ids (unset: the preset's)")] = None
     hidden_size: Annotated[Count | None, doc("D (unset: the preset's)")] = None
     intermediate_size: Annotated[Count | None, doc("F (unset: the preset's)")] = None
@@ -175,12 +180,18 @@ class Recipe:
     def phi1_config(self) -> Phi1Config:
         """Return the model's configuration. Raises RunError for a value that breaks its rule."""
         changes = {key: value for key, value in asdict(self.model).items()
-                   if key not in ("preset", "init") and value is not None}
+                   if key not in ("preset", "init", *LORA) and value is not None}
         try:
             return preset(self.model.preset, **changes, attention_dropout=self.train.dropout,
                           residual_dropout=self.train.dropout)
         except ValueError as error:
             raise RunError(f"[model] {error}") from None
+
+    def adapters(self) -> int:
+        """Return the number of parameters of the adapters, which alone are trained; 0 if there are none."""
+        config = self.phi1_config()
+        ends = 10 * config.hidden_size + 2 * config.intermediate_size  # inputs and outputs of a block's projections
+        return self.model.lora_rank * config.num_hidden_layers * ends
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Return section -> key -> value, with the types of JSON and TOML; unset keys are left out."""

@@ -105,7 +105,8 @@ def make_trainer(recipe: Recipe, engine: Engine, corpus: Corpus, rank: Rank,
     """Collective: make the trainer, new or from a checkpoint; returns it and the checkpoint's notes."""
     batch_plan = BatchPlan.of(recipe.train.batch_size, recipe.train.micro_batch_size, rank.rank, rank.world_size)
     init = None if checkpoint else recipe.model.init
-    model = build_model(recipe.phi1_config(), engine, recipe.train.seed, init)
+    lora = (recipe.model.lora_rank, recipe.model.lora_alpha) if recipe.model.lora_rank else None
+    model = build_model(recipe.phi1_config(), engine, recipe.train.seed, init, lora)
     model.recompute = recipe.train.activations.removeprefix("recompute-")
     trainer = Trainer(model, recipe.train, recipe.data.seq_len, corpus, batch_plan, engine)
     return trainer, load_checkpoint(trainer, checkpoint) if checkpoint else {}

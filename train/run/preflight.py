@@ -35,6 +35,8 @@ def check_recipe(recipe: Recipe, rank: Rank) -> None:
     if rule.best and (not recipe.eval.every or not rule.every or recipe.eval.every % rule.every):
         raise RunError("checkpoint.best needs eval.every to be a multiple of checkpoint.every, and neither to be 0; "
                        f"got {recipe.eval.every} and {rule.every}")
+    if recipe.model.lora_rank and recipe.model.init is None:
+        raise RunError("model.lora_rank needs model.init, a model whose weights stay as they are")
     check_humaneval(recipe)
     if recipe.run.wandb and importlib.util.find_spec("wandb") is None:
         raise RunError("run.wandb needs the package wandb, which is not installed: pip install wandb, or leave it out")

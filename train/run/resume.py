@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi1.train.data.corpus import Corpus
-from phi1.train.recipe.recipe import CHANGEABLE, Recipe, Train, changes
+from phi1.train.recipe.recipe import CHANGEABLE, LORA, Recipe, Train, changes
 from phi1.train.run.folder import RunFolder
 from phi1.train.runtime.launch import Rank, RunError
 from phi1.train.step.schedule import learning_rate, schedule_end
@@ -43,6 +43,7 @@ def defining(recipe: Recipe) -> dict[str, Any]:
     model = {f"model.{key}": value for key, value in asdict(recipe.phi1_config()).items() if "dropout" not in key}
     train = {f"train.{key}": list(value) if isinstance(value, tuple) else value
              for key, value in asdict(recipe.train).items()}
+    model |= {f"model.{key}": getattr(recipe.model, key) for key in LORA}
     both = model | {"data.seq_len": recipe.data.seq_len} | train
     return {key: value for key, value in both.items() if key not in _MAY_CHANGE}
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from phi1 import Phi1, Phi1Config, load
 from phi1.mixed_precision import WorkingCopies
+from phi1.train.runtime.adapters import adapt, adapted_weights, is_adapter, updates
 from phi1.train.runtime.all_ranks import all_ranks, attempt, fail
 from phi1.train.runtime.environment import surroundings
 from phi1.train.runtime.launch import Rank, RunError, cores
@@ -119,7 +120,8 @@ def connect_processes(engine: Engine, rank: Rank, store: Store) -> None:
                        "(ip link set lo up), or name another in GLOO_SOCKET_IFNAME") from None
 
 
-def build_model(config: Phi1Config, engine: Engine, seed: int, init: str | None = None) -> Phi1:
+def build_model(config: Phi1Config, engine: Engine, seed: int, init: str | None = None,
+                lora: tuple[int, float] | None = None) -> Phi1:
     """Build a model whose `loss` computes in the engine's precision; nothing else of it may be called.
 
     The engine decides the sharding; each large block is one group. A single process on a CPU holds the whole model.
@@ -129,6 +131,7 @@ def build_model(config: Phi1Config, engine: Engine, seed: int, init: str | None 
         engine: device, precision and sharding.
         seed: of the initial weights.
         init: a folder or Hub id whose weights are taken instead.
+        lora: rank and alpha of adapters, which alone are trained; None trains all parameters.
 
     Raises:
         RunError: `init` cannot be read, or has another shape.
@@ -137,6 +140,8 @@ def build_model(config: Phi1Config, engine: Engine, seed: int, init: str | None 
     model.init_weights(seed)
     if init is not None:
         _take_weights(model, init)
+    if lora is not None:
+        adapt(model, *lora, seed)
     mesh = _mesh(engine)
     if engine.is_alone:
         _hold_whole(model, mesh)
@@ -175,7 +180,7 @@ def _hold_whole(model: Phi1, mesh: DeviceMesh) -> None:
     for module in model.modules():
         for name, given in list(module.named_parameters(recurse=False)):
             whole = DTensor.from_local(given.detach(), mesh, [Shard(0)], run_check=False)
-            setattr(module, name, nn.Parameter(whole))
+            setattr(module, name, nn.Parameter(whole, given.requires_grad))
 
 
 def _sharded_modules(model: Phi1) -> list[FSDPModule]:
@@ -216,7 +221,9 @@ def reshard(model: Phi1) -> None:
 
 
 def gather(model: Phi1, take: Callable[[str, torch.Tensor], object]) -> None:
-    """Collective: call `take` on every process with the name and the whole fp32 tensor of each parameter.
+    """Collective: call `take` on every process with the name and the whole fp32 tensor of each parameter of a Phi1.
+
+    Adapters are added to the weights that they update.
 
     Raises:
         Failed: on every process, if one has too little memory, or its `take` has failed.
@@ -226,10 +233,17 @@ def gather(model: Phi1, take: Callable[[str, torch.Tensor], object]) -> None:
     # full_tensor() takes twice the parameter; a process that fails inside it would leave the others in a collective.
     room = 3 * largest.numel() if dist.get_world_size() > 1 else 0
     all_ranks(lambda: torch.empty(room, device=largest.device), keep=True)
+    adapted = adapted_weights(model)
     for name, parameter in parameters.items():
         assert isinstance(parameter, DTensor), f"{name} is gathered: a step or an evaluation has not ended"
+        if is_adapter(name):
+            continue
         with torch.no_grad():
             whole = parameter.full_tensor()
+            if name in adapted:
+                lora, module = adapted[name]
+                whole = whole + updates({key: cast(DTensor, own).full_tensor() for key, own in
+                                         lora.named_parameters()}, lora.scale)[module]
             if error is None:
                 error, _ = attempt(partial(take, name, whole))
     all_ranks(lambda: fail(error) if error else None)

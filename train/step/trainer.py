@@ -49,17 +49,18 @@ class Outcome:
 
 
 def make_optimizer(model: Phi1, train: Train) -> torch.optim.AdamW:
-    """Make AdamW over fp32 weights. Matrices decay, including embedding and head; biases and norms do not."""
+    """Make AdamW over the trained fp32 weights. Matrices decay, embedding and head too; biases and norms do not."""
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in trained.items():
         # By name, not by number of axes: out_proj.bias has two, one row each for dense and fc2.
         (kept if name.endswith("bias") or "norm" in name else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
     # Made here, not at the first step: torch's checkpointing creates a missing state by a step of its own, and a run
     # that saves before its first update would differ from one that does not.
-    for parameter in model.parameters():
+    for parameter in trained.values():
         optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                                       "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
     return optimizer

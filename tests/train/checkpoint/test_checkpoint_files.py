@@ -175,8 +175,8 @@ def test_convert_names_the_newest_checkpoint_if_the_run_has_removed_the_given_on
     folder, out = tmp_path / "checkpoints", tmp_path / "out"
     unfinished = folder / ".step-10.tmp"
     whole = tmp_path / "whole"
-    fill(unfinished, json.dumps({"defining": {f"model.{key}": value for key, value in asdict(SMALL).items()
-                                              if "dropout" not in key}}))
+    fill(unfinished, json.dumps({"step": 10, "defining": {f"model.{key}": value for key, value in asdict(SMALL).items()
+                                                          if "dropout" not in key}}))
     dcp.save({"model": Phi1(SMALL).state_dict()}, storage_writer=dcp.FileSystemWriter(unfinished), no_dist=True)
     commit(unfinished, folder / "step-10", {path.name: describe(path) for path in unfinished.iterdir()})
     save(folder, "step-20", "state")

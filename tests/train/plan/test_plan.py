@@ -1,6 +1,7 @@
 """`phi1 plan`: its states against the bytes that the trainer holds, its arithmetic against published figures."""
 
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from phi1.train.commands import plan
 from phi1.train.plan.measured import measured_mfu
 from phi1.train.plan.plan import Cluster, activations, duration, largest_micro_batch, memory, report, states
 from phi1.train.recipe.file import read_recipe
-from phi1.train.recipe.recipe import ACTIVATIONS, Recipe, Train
+from phi1.train.recipe.recipe import ACTIVATIONS, Model, Recipe, Train
 from phi1.train.runtime import engine
+from phi1.train.runtime.adapters import shapes
 from phi1.train.step.trainer import make_optimizer
 
 BASE = read_recipe(Path(__file__).parents[3] / "train" / "configs" / "phi1-base.toml", {})
@@ -237,3 +239,14 @@ def test_the_answer_takes_at_most_three_seconds():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3.0  # 0.4 measured
+
+
+def test_adapters_alone_have_gradients_and_moments():
+    recipe = replace(Recipe(), model=Model(preset="phi1", init="microsoft/phi-1", lora_rank=16))
+    config = recipe.phi1_config()
+    count = config.num_hidden_layers * sum(math.prod(shape) for shape in shapes(config, 16).values())
+    assert recipe.adapters() == count
+    full, adapted = (states(config, 1, 2, 2, adapters=adapters) for adapters in (0, count))
+    assert adapted["gradients, fp32, sharded"] == 4 * count
+    assert adapted["AdamW's two moments, fp32, sharded"] == 8 * count
+    assert sum(adapted.values()) < 0.4 * sum(full.values())
