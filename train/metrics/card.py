@@ -7,6 +7,7 @@ by their last part, because a card is made to be published.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from phi1.config import Phi1Config
 from phi1.tokenizer import HUB_ID
 from phi1.train.data.shards import read_manifest
 from phi1.train.metrics.ledger import read_ledger
-from phi1.train.recipe.recipe import Recipe
+from phi1.train.recipe.recipe import Data, Model, Train
 
 _CARD = """---
 library_name: transformers
@@ -76,7 +77,7 @@ print("def area(self):" + text)
 ## Recipe
 
 ```json
-{recipe}
+{settings}
 ```
 """
 
@@ -92,16 +93,16 @@ def model_card(run: Path, config: Phi1Config, step: int) -> str:
     lines = _ledger(run / "ledger.jsonl")
     starts = [line["start"] for line in lines if "start" in line and line["start"].get("finished", 0) <= step]
     start = starts[-1] if starts else {}
-    recipe = _recipe(start)
-    made = _corpus(recipe, start.get("data"))
-    init = recipe.get("model", {}).get("init")
+    sections = _sections(start)
+    made = _corpus(sections, start.get("data"))
+    init = sections.get("model", {}).get("init")
     base = init if init and "/" in init and HUB_ID.fullmatch(init) and not Path(init).exists() else None
-    rows = [*_training(recipe, start, step), *_results(lines, step), *_provenance(made, start)]
+    rows = [*_training(sections, start, step), *_results(lines, step), *_provenance(made, start)]
     return _CARD.format(
-        base=f"base_model: {base}\n" if base else "", name=recipe.get("model", {}).get("preset", "phi"), step=step,
+        base=f"base_model: {base}\n" if base else "", name=sections.get("model", {}).get("preset", "phi"), step=step,
         parameters=config.num_parameters, context=config.max_position_embeddings, licence=_licence(made, start),
         rows="\n".join(f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows),
-        recipe=json.dumps(_published(recipe), indent=1))
+        settings=json.dumps(_published(sections), indent=1))
 
 
 def _ledger(path: Path) -> list[dict[str, Any]]:
@@ -114,34 +115,35 @@ def _ledger(path: Path) -> list[dict[str, Any]]:
             if isinstance(line, dict) and all(isinstance(line.get(kind, {}), dict) for kind in kinds)]
 
 
-def _recipe(start: dict[str, Any]) -> dict[str, Any]:
-    """Return the recipe of a start, with the defaults of keys that are newer than the run; empty without one."""
+def _sections(start: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the sections that decide the weights, with defaults for keys newer than the run; empty without a start."""
     given = start.get("config", {})
-    return {section: keys | given.get(section, {}) for section, keys in Recipe().as_dict().items()} if given else {}
+    return {name: asdict(section()) | given.get(name, {})
+            for name, section in (("model", Model), ("data", Data), ("train", Train))} if given else {}
 
 
-def _corpus(recipe: dict[str, Any], fingerprint: str | None) -> dict[str, Any]:
+def _corpus(sections: dict[str, Any], fingerprint: str | None) -> dict[str, Any]:
     """Return the manifest of the corpus that the run was trained on; empty if it is not there any more."""
     try:
-        manifest = read_manifest(Path(recipe["data"]["folder"]))
+        manifest = read_manifest(Path(sections["data"]["folder"]))
     except (KeyError, ValueError, OSError):
         return {}
     return manifest if manifest["fingerprint"] == fingerprint else {}
 
 
-def _training(recipe: dict[str, Any], start: dict[str, Any], step: int) -> list[tuple[str, str]]:
-    if not recipe:
+def _training(sections: dict[str, Any], start: dict[str, Any], step: int) -> list[tuple[str, str]]:
+    if not sections:
         return [("steps", f"{step:,}")]
-    train, data, environment = recipe["train"], recipe["data"], start.get("environment", {})
+    train, data, environment = sections["train"], sections["data"], start.get("environment", {})
     tokens = train["batch_size"] * data["seq_len"]
     rows = [("steps", f"{step:,} of {train['batch_size']:,} sequences of {data['seq_len']:,} tokens"),
             ("training tokens", f"{step * tokens:,}"),
             ("optimizer", f"AdamW, learning rate {train['lr']:g} at most, weight decay {train['weight_decay']:g}, "
                           f"dropout {train['dropout']:g}")]
-    if recipe["model"].get("init"):
-        rows.append(("started from", f"`{_name(recipe['model']['init'])}`"))
-    if recipe["model"]["lora_rank"]:
-        rows.append(("trained weights", f"adapters of rank {recipe['model']['lora_rank']}, merged into the weights"))
+    if sections["model"].get("init"):
+        rows.append(("started from", f"`{_name(sections['model']['init'])}`"))
+    if sections["model"]["lora_rank"]:
+        rows.append(("trained weights", f"adapters of rank {sections['model']['lora_rank']}, merged into the weights"))
     if environment:
         rows.append(("trained on", f"{environment.get('world_size', 1)} x {environment.get('device')}, "
                                    f"{environment.get('precision')}"))
@@ -188,10 +190,10 @@ def _name(source: str) -> str:
     return source if HUB_ID.fullmatch(source.split(":")[0]) else Path(source).name
 
 
-def _published(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return the parts of a recipe that decide the weights, without the paths of a machine."""
-    sections = ("model", "data", "train")
-    kept: dict[str, dict[str, Any]] = {name: dict(recipe[name]) for name in sections if name in recipe}
+def _published(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the sections without unset keys and without the paths of a machine."""
+    kept = {name: {key: value for key, value in section.items() if value is not None}
+            for name, section in sections.items()}
     for section, key in (("data", "folder"), ("data", "source"), ("data", "tokenizer"), ("model", "init")):
         if kept.get(section, {}).get(key):
             kept[section][key] = _name(kept[section][key])
