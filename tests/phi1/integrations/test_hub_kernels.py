@@ -55,6 +55,7 @@ def test_results_and_gradients_are_those_of_phi1(package, name):
     assert getattr(package, name) is not getattr(ours, name)
 
 
+@pytest.mark.slow
 def test_it_runs_without_phi1_and_its_kernels_in_the_interpreter(folder, tmp_path):
     code = ("import sys; sys.modules['phi1'] = None; sys.path.insert(0, sys.argv[1])\n"
             f"import torch, {NAME} as package\n"
