@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from phi1.arguments import listed
 from phi1.config import Phi1Config
 
 
@@ -121,14 +122,14 @@ def recognise(names: Iterable[str], config: Phi1Config) -> dict[str, ParameterSl
 
 
 def misfits(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return one entry each for missing, unexpected and misshapen tensors, with all their names."""
+    """Return one entry each for missing, unexpected and misshapen tensors, with their names."""
     lists = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],
         "misshapen": [f"{name} {list(found[name])}, which must be {list(shape)}" for name, shape in expected.items()
                       if name in found and found[name] != shape],
     }
-    return [f"{kind}: {', '.join(names)}" for kind, names in lists.items() if names]
+    return [f"{kind}: {listed(names)}" for kind, names in lists.items() if names]
 
 
 def is_derived(name: str) -> bool:

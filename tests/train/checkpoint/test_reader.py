@@ -8,12 +8,13 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from training_runs import SMALL, make_trainer, save_checkpoint
 
 from phi1.train.checkpoint.checkpoint import load_checkpoint
 from phi1.train.checkpoint.convert import read_weights
 from phi1.train.checkpoint.files import describe, find_damage, write_manifest
+from phi1.train.checkpoint.reader import _Reader
 from phi1.train.recipe.file import read_recipe
 from phi1.train.run.resume import defining
 from phi1.train.runtime.launch import RunError
@@ -62,16 +63,6 @@ def under_a_dotted_name(checkpoint, program):
         b"\x80\x04\x8c\x05torch\x8c" + bytes([len(name)]) + name + b"\x93\x8c" + bytes([len(path)]) + path + b"\x85R.")
 
 
-def in_the_attributes_of_a_class(checkpoint, program):
-    """BUILD with a pair of states sets the second one's items by setattr, here on the class of every table."""
-    name = b"ctorch.distributed.checkpoint.metadata\nMetadata\n"
-    (checkpoint / ".metadata").write_bytes(b"\x80\x02" + name + b"N}X\x06\x00\x00\x00mkdir_K\x01s\x86b.")
-
-
-def in_a_memo_beyond_memory(checkpoint, program):
-    (checkpoint / ".metadata").write_bytes(b"\x80\x02Nr\xff\xff\xff\x3f.")  # LONG_BINPUT
-
-
 def in_place_of_a_tensor(checkpoint, program, as_bytes=True):
     metadata, written = table(checkpoint), io.BytesIO()
     torch.save(program, written)
@@ -102,8 +93,6 @@ def in_another_file(checkpoint, program):
 @pytest.mark.parametrize(("plant", "complaint"), [
     (in_the_table, r"asks for 'posix\.mkdir'"), (in_a_field_of_the_table, r"asks for 'posix\.mkdir'"),
     (under_a_dotted_name, r"asks for 'torch\.serialization\.os\.mkdir'"),
-    (in_the_attributes_of_a_class, "sets attributes of what is no part"),
-    (in_a_memo_beyond_memory, "is no table of a checkpoint"),
     (in_place_of_a_tensor, "'model.embed.weight' is no tensor but a pickle"),
     (in_a_tensor, "Weights only load failed"), (in_another_file, r"names '\.\./elsewhere'"),
 ], ids=lambda value: getattr(value, "__name__", ""))
@@ -118,7 +107,40 @@ def test_no_program_in_a_checkpoint_runs(saved, small_corpus, engines, tmp_path,
                                                                             checkpoint)
     assert "\n" not in str(raised.value)
     assert not marker.exists()
-    assert not hasattr(Metadata, "mkdir_")
+
+
+def named(module, name):
+    return b"c" + module.encode() + b"\n" + name.encode() + b"\n"
+
+
+PROPERTIES = named("torch.distributed.checkpoint.metadata", "TensorProperties")
+INDEX = named("torch.distributed.checkpoint.metadata", "MetadataIndex")
+
+
+@pytest.mark.parametrize(("pickled", "complaint"), [
+    (PROPERTIES + b"N}X\x05\0\0\0evil\x21K\1s\x86b.", "sets attributes of TensorProperties"),  # (None, {"evil!": 1})
+    (named("torch.serialization", "_get_layout") + b"}X\x05\0\0\0evil\x21K\1sb.", "sets attributes of _get_layout"),
+    (INDEX + b")\x81}X\x05\0\0\0evil\x21K\1sb.", "sets attributes of MetadataIndex"),
+    (b"Nr\xff\xff\xff\x3f.", "no table"),  # LONG_BINPUT 2**30 - 1
+    (b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b".", "an operation that no checkpoint needs"),  # BYTEARRAY8
+    (b"\x8d" + (1 << 40).to_bytes(8, "little") + b".", "an operation that no checkpoint needs"),  # BINUNICODE8
+    (b"\x95" + (1 << 40).to_bytes(8, "little") + b"N.", "no table"),  # FRAME
+    (b"X\xff\xff\xff\xffN.", "no table"),  # BINUNICODE
+    (b"})" + b"\x85" * 1_000_000 + b"Ns.", "a key of type tuple"),  # a key whose hash overflows the stack
+    (b"a.", "no table"), (b"", "no table"), (b"N.", "no table"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_a_hostile_table_is_one_line(tmp_path, pickled, complaint):
+    (tmp_path / ".metadata").write_bytes(pickled)
+    with pytest.raises(RunError, match=complaint) as raised:
+        _Reader(tmp_path).read_metadata()
+    assert len(str(raised.value)) < 400
+    assert "\n" not in str(raised.value)
+
+
+def test_a_pipe_as_the_table_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / ".metadata")
+    with pytest.raises(OSError, match="a pipe"):
+        _Reader(tmp_path).read_metadata()
 
 
 def test_the_programs_would_run(saved, tmp_path):
