@@ -4,8 +4,8 @@ phi-1 uses CodeGen's tokenizer (arXiv 2306.11644, section 2.3): GPT-2's byte-lev
 for each run of 31 down to 2 spaces (ids 50257 to 50286) and of 9 down to 2 tabs (ids 50287 to 50294). These runs are
 split off the raw text first, leftmost and longest, so indentation costs one token. A single space joins the next word.
 
-GPT-2's merges ship compressed as `assets/gpt2-merges.gz` (`build_tokenizer_asset.py` rebuilds it). The vocabulary
-follows from them: the 256 bytes, one token a merge, and `<|endoftext|>`.
+GPT-2's merges ship compressed as `assets/gpt2-merges.gz` (`build_tokenizer_asset.py` beside it rebuilds it). The
+vocabulary follows from them: the 256 bytes, one token a merge, and `<|endoftext|>`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers, trainers
 
 from phi1.arguments import check_flag, check_instance, check_text, check_whole, require, shown, user_path
 from phi1.atomic import write_file
@@ -32,8 +32,10 @@ from phi1.tokenizer_rules import (
     RUNS,
     byte_chars,
     byte_level_vocab,
+    check_backend,
     read_backend,
     read_merges,
+    readable,
     texts_of,
     whole_ids,
     with_rules,
@@ -45,9 +47,6 @@ MERGES_FILE = Path(__file__).with_name("assets") / "gpt2-merges.gz"
 HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 """Ids of the Hugging Face Hub; those of its first models have no owner."""
-
-
-NORMALIZERS = (type(None), normalizers.NFC, normalizers.NFD, normalizers.NFKC, normalizers.NFKD)
 
 
 class Tokenizer:
@@ -66,12 +65,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, *, eos: str = EOS, pad: str | None = None) -> None:
         check_instance("Tokenizer", "backend", backend, tokenizers.Tokenizer, "a tokenizers.Tokenizer")
         check_text("Tokenizer", eos=eos, pad=eos if pad is None else pad)
-        if not isinstance(backend.model, models.BPE) or not isinstance(backend.decoder, decoders.ByteLevel):
-            raise ValueError("Tokenizer: backend must be a BPE with a ByteLevel decoder; got "
-                             f"{type(backend.model).__name__} with {type(backend.decoder).__name__}")
-        if not isinstance(backend.normalizer, NORMALIZERS):
-            raise ValueError(f"Tokenizer: backend must not rewrite texts, but for Unicode's normal forms; got "
-                             f"{type(backend.normalizer).__name__}")
+        check_backend(backend)
         # A stored tokenizer may hold the settings of its last use; encode must return every id of a text.
         backend.no_truncation()
         backend.no_padding()
@@ -122,13 +116,9 @@ class Tokenizer:
             list(texts_of("Tokenizer.encode_batch", texts))
         try:
             return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        except TypeError:
-            list(texts_of("Tokenizer.encode", texts))
-            raise
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # of the Rust code, for a pattern that never ends
-                raise
-            raise ValueError(f"Tokenizer.encode: the tokenizer's own rules fail on this text: {error}") from None
+            list(texts_of("Tokenizer.encode", texts))
+            raise (readable(error) or error) from None
 
     @cached_property
     def _literal_backend(self) -> tokenizers.Tokenizer:

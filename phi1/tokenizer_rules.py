@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from phi1.arguments import check_text, require, shown
 from phi1.gguf_tokenizer import read_tokenizer
@@ -19,6 +19,7 @@ EOS = "<|endoftext|>"
 RUNS = tuple(" " * n for n in range(31, 1, -1)) + tuple("\t" * n for n in range(9, 1, -1))
 """The whitespace runs that are tokens, in the order of their ids."""
 MIN_VOCAB = 256 + 1 + len(RUNS)
+_NORMAL_FORMS = (type(None), normalizers.NFC, normalizers.NFD, normalizers.NFKC, normalizers.NFKD)
 
 # The greedy pattern matches exactly what a leftmost-longest search for the tokens of RUNS matches.
 RUN_PATTERN = re.compile(r" {2,31}|\t{2,9}")
@@ -132,6 +133,22 @@ def texts_of(op: str, texts: Iterable[str]) -> Iterator[str]:
     for i, text in enumerate(texts):
         check_text(op, **{f"texts[{i}]": text})
         yield text
+
+
+def check_backend(backend: tokenizers.Tokenizer) -> None:
+    """Raise ValueError unless a backend is a byte-level BPE that tokenises a text as it is."""
+    if not isinstance(backend.model, models.BPE) or not isinstance(backend.decoder, decoders.ByteLevel):
+        raise ValueError("Tokenizer: backend must be a BPE with a ByteLevel decoder; got "
+                         f"{type(backend.model).__name__} with {type(backend.decoder).__name__}")
+    if not isinstance(backend.normalizer, _NORMAL_FORMS):
+        raise ValueError("Tokenizer: backend must not rewrite texts, but for Unicode's normal forms; got "
+                         f"{type(backend.normalizer).__name__}")
+
+
+def readable(error: BaseException) -> ValueError | None:
+    """Return an error for a panic of the Rust code, as for a pattern that never ends; None for another error."""
+    panic = type(error).__name__ == "PanicException"
+    return ValueError(f"Tokenizer.encode: the tokenizer's own rules fail on this text: {error}") if panic else None
 
 
 def check_tokenizer(op: str, tokenizer: object, *needs: str) -> None:

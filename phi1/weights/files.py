@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from phi1 import user_files
-from phi1.arguments import listed, require, user_path
+from phi1.arguments import is_whole, listed, require, shown, user_path
 from phi1.atomic import identity
 from phi1.tokenizer import HUB_ID
 
@@ -81,6 +81,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"load: {path} must hold a JSON object; got {type(value).__name__}")
     return value
+
+
+def read_end_ids(path: Path) -> tuple[int, ...]:
+    """Return the ids of a generation_config.json that end a text; none if there is no such file or key."""
+    given = read_json(path).get("eos_token_id") if path.is_file() else None
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    require(all(is_whole(i) and i >= 0 for i in ids), "load", f"{path}: eos_token_id must be an id or a list of ids",
+            shown(given))
+    return tuple(ids)
 
 
 def weight_files(folder: Path) -> list[Path]:

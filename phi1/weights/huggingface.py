@@ -15,24 +15,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from phi1.arguments import (
-    check_flag,
-    check_instance,
-    check_text,
-    check_whole,
-    is_whole,
-    listed,
-    require,
-    shown,
-    user_path,
-)
+from phi1.arguments import check_flag, check_instance, check_text, check_whole, listed, shown, user_path
 from phi1.atomic import read_unreplaced
 from phi1.config import Phi1Config
 from phi1.kernels.core.checks import check_device_option, check_tensors
 from phi1.model import Phi1
 from phi1.tokenizer import Tokenizer
 from phi1.tokenizer_rules import check_tokenizer
-from phi1.weights.files import locate, open_tensors, read_json, stream, weight_files
+from phi1.weights.files import locate, open_tensors, read_end_ids, read_json, stream, weight_files
 from phi1.weights.folder import filled
 from phi1.weights.gguf_file import read_gguf
 from phi1.weights.layouts import (
@@ -94,7 +84,7 @@ def _read(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Phi1
         config = config_of(folder / "config.json")
         table, homes, file_dtype = _survey(folder, config)
         tensors = ((table[name], tensor) for path, names in homes.items() for name, tensor in stream(path, names))
-        end_ids = _end_ids(folder / "generation_config.json")
+        end_ids = read_end_ids(folder / "generation_config.json")
     model = Phi1(config, device="meta", dtype=dtype or file_dtype)
     model.to_empty(device=device)
     parameters = dict(model.named_parameters())
@@ -104,15 +94,6 @@ def _read(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Phi1
     model.init_tables()
     model.end_ids = end_ids
     return model.eval()
-
-
-def _end_ids(path: Path) -> tuple[int, ...]:
-    """Return the ids of a generation_config.json that end a text; none if there is no such file or key."""
-    given = read_json(path).get("eos_token_id") if path.is_file() else None
-    ids = given if isinstance(given, list) else [] if given is None else [given]
-    require(all(is_whole(i) and i >= 0 for i in ids), "load", f"{path}: eos_token_id must be an id or a list of ids",
-            shown(given))
-    return tuple(ids)
 
 
 def _as_dtype(caller: str, dtype: torch.dtype | str) -> torch.dtype:

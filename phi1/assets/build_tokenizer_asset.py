@@ -4,7 +4,7 @@ The package openai-whisper (MIT) holds GPT-2's vocabulary as byte strings in ran
 its bytes are merged with lower ranks only, until two parts remain. The rebuilt vocab.bpe and encoder.json must
 have the sha256 sums that OpenAI's tiktoken pins for the two files of the GPT-2 release.
 
-    python phi1/build_tokenizer_asset.py [--archive openai_whisper-20250625.tar.gz]
+    python phi1/assets/build_tokenizer_asset.py [--archive openai_whisper-20250625.tar.gz]
 """
 
 from __future__ import annotations
