@@ -6,6 +6,10 @@ from dataclasses import dataclass, fields
 
 from phi1.arguments import check_flag, check_real, is_finite, is_real, is_whole, require, shown
 
+LARGEST = {"vocab_size": 1 << 24, "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_hidden_layers": 1000,
+           "max_position_embeddings": 1 << 20}
+"""The largest value of a size. Beyond it the names and tables alone would fill a memory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Phi1Config:
@@ -41,6 +45,8 @@ class Phi1Config:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "max_position_embeddings"):
             self._require_whole(name)
+        for name, most in LARGEST.items():
+            self._require(getattr(self, name) <= most, name, f"must be at most {most:,}")
         self._require(self.hidden_size % self.num_attention_heads == 0, "hidden_size",
                       f"must be a multiple of num_attention_heads ({self.num_attention_heads})")
         self._require_whole("rotary_dim")

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from phi1.user_files import parse_json
+
 
 def replace(path: Path, text: str) -> None:
     """Put a text into a file, whole or not at all. It is first written beside the file, under a unique name.
@@ -73,6 +75,6 @@ def append(path: Path, entry: Mapping[str, Any]) -> None:
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
     """The entries that `append` has put into a file, without a line that was cut short; none if there is no file."""
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         with contextlib.suppress(ValueError):
-            yield json.loads(line)
+            yield parse_json(line)

@@ -11,6 +11,7 @@ from typing import Any
 
 from phi1.bench.harness.environment import ROOT, machine_name
 from phi1.bench.harness.files import locked, replace
+from phi1.user_files import read_json
 
 FORMAT = "phi1 bench 1"
 FOLDER = ROOT / "bench" / "results"
@@ -136,8 +137,8 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: it is no results file.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = read_json(path)
+    except ValueError as error:
         raise ValueError(f"{path} is not a results file: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a results file of `phi1 bench`: it has no format {FORMAT!r}")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phi1.arguments import path_option
+from phi1.arguments import one_line, path_option
 from phi1.cli.model_options import add_model_options, load_named_tokenizer, locate_model
 
 if TYPE_CHECKING:
@@ -85,6 +85,9 @@ def _convert_checkpoint(args: argparse.Namespace) -> int:
     place = args.tokenizer or find_tokenizer(checkpoint)
     if args.tokenizer:
         load_named_tokenizer(args, checkpoint)  # checked before gigabytes are read
+    elif place is not None and not Path(place).resolve().is_relative_to(checkpoint.resolve().parents[1]):
+        print(f"phi1 convert: {one_line(f'the tokenizer is {place}, which the config.toml of the run names')}; "
+              "--tokenizer gives another", file=sys.stderr)
     elif place is None and not args.gguf and not args.adapter:
         print(f"phi1 convert: the run's tokenizer is not found, so {args.out} will have none; --tokenizer adds one",
               file=sys.stderr)

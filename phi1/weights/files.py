@@ -22,6 +22,7 @@ from phi1.atomic import identity
 from phi1.tokenizer import HUB_ID
 
 WINDOW = 64 * 1024 * 1024
+HEADER = 8 * user_files.MIB  # the largest header of a safetensors file; that of phi-1 has 32 kB
 _SAFETENSORS, _PICKLED = ("model*.safetensors",), ("pytorch_model*.bin",)
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
@@ -131,6 +132,11 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
+            with user_files.open_regular(path) as file:
+                begin = file.read(64)
+            size = int.from_bytes(begin[:8], "little")
+            require(size <= HEADER or bool(user_files.pretender(begin)), "its header",
+                    f"must have at most {HEADER:,} bytes", size)
             return load_file(path)
         # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

@@ -72,3 +72,8 @@ def test_initial_weights():
     assert not torch.equal(model.embed.weight, first["embed.weight"])
     model.init_weights(seed=1)
     assert all(torch.equal(p, first[name]) for name, p in model.named_parameters())
+
+
+def test_a_size_that_no_model_has_is_refused():
+    with pytest.raises(ValueError, match="max_position_embeddings must be at most 1,048,576; got 1000000000000"):
+        Phi1Config(max_position_embeddings=10**12)

@@ -68,7 +68,7 @@ class Rank:
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls()
         found = {name: os.environ.get(name, default) for name, default in _ENVIRONMENT.items()}
-        if not all(map(str.isdecimal, found.values())) or not (
+        if not all(text.isdecimal() and len(text) < 10 for text in found.values()) or not (
                 int(found["RANK"]) < int(found["WORLD_SIZE"])
                 and int(found["LOCAL_RANK"]) < int(found["LOCAL_WORLD_SIZE"]) <= int(found["WORLD_SIZE"])):
             raise RunError("torchrun numbers the processes it starts; for one alone unset RANK and WORLD_SIZE; got "
@@ -234,6 +234,8 @@ def connect(rank: Rank) -> Store:
     except KeyError as error:
         raise RunError(f"RANK and WORLD_SIZE are set but {error.args[0]} is not: start several processes with "
                        "torchrun") from None
+    except (ValueError, TypeError):  # the latter of TCPStore, for a number beyond 16 bits
+        raise RunError(f"MASTER_PORT must be a port, 1 to 65535; got {os.environ['MASTER_PORT']!r:.100}") from None
     except OSError as error:
         raise RunError(f"torchrun does not answer at {where[0]}:{where[1]}: {error.strerror or error}") from None
     except RuntimeError as error:  # DistNetworkError derives from it: its port is taken, say

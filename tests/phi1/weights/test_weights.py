@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY, assert_same, tiny_model
 
+from phi1.weights.files import open_tensors
 from phi1.weights.huggingface import load, save, save_state_dict
 
 
@@ -270,3 +271,10 @@ def test_a_hub_id_fetches_one_kind_of_weights(saved, tmp_path, monkeypatch, kind
     assert set(asked) == {("someone/phi", "abc")}
     weights = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}[kind]
     assert {path.name for path in local.iterdir()} == {"config.json", "generation_config.json", weights}
+
+
+def test_a_header_that_would_fill_the_memory_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((1 << 30).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="its header: must have at most 8,388,608 bytes; got 1073741824"):
+        open_tensors(path)

@@ -137,3 +137,19 @@ def test_the_command_to_go_on_has_the_options_that_torchrun_was_given(monkeypatc
         assert rank.command("--x 1") == f"torchrun {shown} train/finetune.py --x 1"
         process.communicate(b"\n")
     assert rank.command("--x 1") == f"torchrun {shown} train/finetune.py --x 1", "as well once torchrun has ended"
+
+
+@pytest.mark.parametrize("variables", [{"LOCAL_RANK": "1"}, {"WORLD_SIZE": "9" * 5000}])
+def test_numbers_that_torchrun_would_not_set_are_refused(monkeypatch, variables):
+    for name, value in ({"RANK": "0", "WORLD_SIZE": "1"} | variables).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match="torchrun numbers the processes"):
+        Rank.from_environment()
+
+
+@pytest.mark.parametrize("port", ["x", "99999999"])
+def test_a_port_that_is_none_is_one_line(monkeypatch, port):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(RunError, match="MASTER_PORT must be a port, 1 to 65535"):
+        connect(Rank(0, 2, 0, 2))
