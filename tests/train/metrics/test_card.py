@@ -19,8 +19,9 @@ from phi1.weights.huggingface import save_state_dict
 
 CONFIG = Phi1Config(vocab_size=320, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
                     rotary_dim=4, max_position_embeddings=64)
-CONTENT = {"tokenizer": "70ce", "splits": {"train": {"documents": 40, "bytes": 9000, "tokens": 3000},
-                                           "val": {"documents": 4, "bytes": 900, "tokens": 300}}}
+CONTENT = {"tokenizer": "70ce", "vocab_size": 320, "eos_id": 0, "files": {},
+           "splits": {"train": {"documents": 40, "bytes": 9000, "tokens": 3000, "shards": []},
+                      "val": {"documents": 4, "bytes": 900, "tokens": 300, "shards": []}}}
 
 
 @pytest.fixture

@@ -72,3 +72,13 @@ def test_other_ranks_show_nothing(shown):
 def test_durations():
     assert [duration(seconds) for seconds in (0, 59.6, 3599, 3600, 90061)] == ["0:00", "1:00", "59:59", "1:00:00",
                                                                             "25:01:01"]
+
+
+def test_the_figures_of_a_resumed_run_are_of_its_own_steps(capsys, monkeypatch):
+    monkeypatch.setattr(progress_module, "PLAIN_SECONDS", 0.0)
+    with Progress(steps=20, finished=10, tokens=300) as progress:
+        for step, loss in ((11, 4.0), (12, 3.0), (13, 3.0)):
+            progress.step(step, loss, 0.5)
+    assert progress.tokens_per_s(13) == 3 * 300 / 1.5
+    assert progress.loss == pytest.approx(0.95 * (0.95 * 4 + 0.05 * 3) + 0.05 * 3)
+    assert capsys.readouterr().out.splitlines()[-1] == "step 13/20  loss 3.902  600 tokens/s  0:04 left"
