@@ -2,7 +2,7 @@
 
     python bench/cpu_training.py [--vocab 51200 4096] [--tokens 256] [--rounds 12] [--memory] [--json FILE]
 
-Both train 4 layers of width 256 on batches of 8 x 256 tokens with fused AdamW, eager, in bf16. transformers uses sdpa
+Both train 4 layers of width 256 on batches of 8 rows with fused AdamW, eager, in bf16. transformers uses sdpa
 attention under autocast, its usual way; phi1 uses its trainer's own step (bf16 copies of fp32 parameters). Both compute
 the gradients of the mean cross-entropy, clip their global norm at 1 and take an optimizer step. The speed of a shared
 CPU changes by the minute, so rounds alternate between the two and the ratio of each pair counts. Each vocabulary has a

@@ -1,6 +1,6 @@
 """Reads files that a user hands us, perhaps from a stranger: regular files of a limited size, and JSON in them.
 
-A pipe would keep the reader waiting, and a device has no end. Imports the standard library alone, and `phi1.arguments`.
+A pipe would keep the reader waiting, and a device has no end. This file imports the standard library alone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Matrix products of the PyTorch code.
 
 Many CPUs have no arithmetic for float16 or bfloat16, and PyTorch then takes 5 to 60 times as long as for float32.
-Products with at least `wide()` rows and columns are therefore computed in float32, a group of columns at a time, and
-rounded once.
+Products with at least `least_rows()` rows and columns are therefore computed in float32, a group of columns at a time,
+and rounded once.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def addmm(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor |
 
 def _widens(a: torch.Tensor, b: torch.Tensor) -> bool:
     """True if the product is computed in float32. False among the Triton kernels, whose products are cuBLAS's."""
-    return (a.dtype != torch.float32 and a.is_cpu and not multiplies(a.dtype) and min(a.shape[0], b.shape[1]) >= wide()
+    return (a.is_cpu and not multiplies(a.dtype) and min(a.shape[0], b.shape[1]) >= least_rows()
             and not use_triton(a))
 
 
 @cache
 def multiplies(dtype: torch.dtype) -> bool:
-    """True if this CPU has arithmetic for products of this dtype, as most have for bfloat16 and few for float16."""
+    """True if this CPU computes products of this dtype fast: bfloat16 with AVX-512, float16 seldom, float32 always."""
     if dtype == torch.bfloat16:
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if dtype == torch.float16:
@@ -47,7 +47,7 @@ def multiplies(dtype: torch.dtype) -> bool:
     return True
 
 
-def wide() -> int:
+def least_rows() -> int:
     """Return the number of rows from which float32 is faster, converted operands included.
 
     Measured at 1,024 x 7,168 and 256 x 1,024, weights in rows: with AVX-512 float32 takes as long at 64 rows and 0.7 of

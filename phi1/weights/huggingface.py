@@ -140,7 +140,7 @@ def _survey(folder: Path, config: Phi1Config) -> tuple[dict[str, ParameterSlice]
         raise ValueError(f"load: {folder} holds no phi-1 in any of the published layouts ({'; '.join(LAYOUTS)}); "
                          f"its tensors are called {', '.join(list(found)[:3]) or 'nothing: there are none'}")
     problems = misfits({name: part.shape for name, part in table.items()},
-                         {name: shape for name, (_, shape, _) in found.items()})
+                       {name: shape for name, (_, shape, _) in found.items()})
     integers = [f"{name} ({dtype})" for name, (_, _, dtype) in found.items()
                 if name in table and not dtype.is_floating_point]
     if integers:

@@ -116,4 +116,4 @@ def read_again(recipe: Recipe, fingerprint: str, rank: Rank, report: Callable[[s
     try:
         all_ranks(lambda: open_data(recipe, fingerprint) if rank.local_rank == 0 else None, keep=True)
     except Failed as error:
-        report(f"warning: the corpus has changed since the run began, and may have been read like that: {error}")
+        report(f"warning: the corpus has changed since it was last read; what was trained on was whole: {error}")

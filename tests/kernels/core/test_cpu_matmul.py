@@ -9,7 +9,7 @@ from kernel_checks import block_inputs, rotary_tables
 
 from phi1.kernels import linear, linear_cross_entropy, mlp, parallel_block
 from phi1.kernels.core import cpu_matmul, cpu_memory
-from phi1.kernels.core.cpu_matmul import addmm, mm, multiplies, wide
+from phi1.kernels.core.cpu_matmul import addmm, least_rows, mm, multiplies
 
 WIDE = 64  # enough on any CPU
 ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8}  # half a unit in the last place of 1
@@ -78,7 +78,7 @@ def test_it_is_known_what_this_cpu_multiplies():
     assert multiplies(torch.float16) == bool(flags & {"avx512_fp16", "amx_fp16"})
     assert multiplies(torch.bfloat16) == (flags >= {"avx512bw", "avx512vl", "avx512dq"})
     assert multiplies(torch.float32)
-    assert wide() == (64 if multiplies(torch.bfloat16) else 16)
+    assert least_rows() == (64 if multiplies(torch.bfloat16) else 16)
 
 
 def test_a_large_weight_is_never_wide_as_a_whole(in_float32):

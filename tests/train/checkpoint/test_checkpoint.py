@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -65,7 +66,7 @@ def test_the_newest_are_kept_and_the_newest_is_chosen(two_saved):
     assert (notes["step"], notes["skipped"]) == (3, 0)
 
 
-def test_a_damaged_or_missing_checkpoint_is_one_line_with_the_way_out(two_saved, tmp_path):
+def test_a_damaged_or_missing_checkpoint_is_one_line_with_the_way_out(two_saved, tmp_path, monkeypatch):
     folder = tmp_path / "checkpoints"
     shutil.copytree(two_saved, folder)
     with pytest.raises(RunError, match=r"there is no step-9 in .*checkpoints; there: step-2, step-3"):
@@ -79,6 +80,15 @@ def test_a_damaged_or_missing_checkpoint_is_one_line_with_the_way_out(two_saved,
     assert re.fullmatch(rf"warning: checkpoint {folder}/step-3 is damaged: __0_0\.distcp has 5 bytes where \d+ were "
                         r"written; it is now damaged-step-3, and the run goes on from step-2", *lines)
     assert (folder / "damaged-step-3" / "__0_0.distcp").read_bytes() == b"short"
+    (folder / "damaged-step-3").rename(folder / "step-3")
+    (folder / "damaged-step-3").touch()  # neither a file nor what cannot be renamed ends in a traceback
+    assert choose(folder, "auto", lines.append) == folder / "step-2"
+    (folder / "damaged-step-3").rename(folder / "step-3")
+    with monkeypatch.context() as refusing:
+        refusing.setattr(Path, "rename", lambda path, to: os.stat(tmp_path / "none"))
+        with pytest.raises(RunError, match=r"step-3 is damaged, and cannot be renamed to damaged-step-3: No such file"):
+            choose(folder, "auto")
+    choose(folder, "auto", lines.append)
     assert remove_after(folder, folder / "step-2") == []
     (folder / "step-2" / "manifest.json").unlink()
     with pytest.raises(RunError) as error:
@@ -117,6 +127,11 @@ def test_a_disk_without_space_is_named_before_it_is_written(small_corpus, engine
     with pytest.raises(RunError, match=r"another --run\.folder$"):  # no word of earlier ones: none are there
         save_checkpoint(trainer, tmp_path / "checkpoints", {}, keep=2)
     assert [path.name for path in sorted(two_saved.iterdir())] == ["step-2", "step-3"]
+
+
+def test_a_run_folder_that_is_gone_is_named(tmp_path):
+    lack = checkpoint_module._shortage(tmp_path / "gone" / "checkpoints", 1)
+    assert lack == f"{tmp_path}/gone: No such file or directory"
 
 
 def test_training_goes_on_while_a_slow_disk_writes(small_corpus, engines, tmp_path, monkeypatch):

@@ -114,7 +114,7 @@ def test_a_corpus_that_changes_while_it_is_trained_on_is_named_at_the_end(place,
     assert said == [], "another process of this machine reads"
     run_corpus.read_again(given, fingerprint, Rank(), said.append)
     assert len(said) == 1
-    assert said[0].startswith("warning: the corpus has changed since the run began, and may have been read like that: "
+    assert said[0].startswith("warning: the corpus has changed since it was last read; what was trained on was whole: "
                               "data/train-00000.bin: damaged: its content hash is wrong: block ")
 
 

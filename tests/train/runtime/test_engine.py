@@ -36,6 +36,21 @@ def make_trainer(rank, store, data, micro_batch, precision="fp32", **sharding):
     return Trainer(model, TRAIN, 32, open_corpus(data, verify=False), batch_plan, engine)
 
 
+def test_a_machine_without_a_network_interface_is_one_line(monkeypatch):
+    def failing(text):
+        def init(*args, **options):
+            raise RuntimeError(text)
+        return init
+
+    engine = engine_module.start(Rank(), "cpu", "fp32", 1)
+    monkeypatch.setattr(dist, "init_process_group", failing("Unable to find interface for: [127.0.0.1]"))
+    with pytest.raises(RunError, match=r"gloo finds no network interface.*GLOO_SOCKET_IFNAME"):
+        engine_module.connect_processes(engine, Rank(), None)
+    monkeypatch.setattr(dist, "init_process_group", failing("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        engine_module.connect_processes(engine, Rank(), None)
+
+
 class Collectives(TorchDispatchMode):
     """A count of the collectives that carry parameters and gradients, by name and dtype."""
 
